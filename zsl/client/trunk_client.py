@@ -1,0 +1,246 @@
+"""`TrunkClient`: forward and backward of a remote trunk, as calls on torch tensors.
+
+with TrunkClient("tcp://127.0.0.1:5555") as trunk:
+    trunk.connect()
+    step = trunk.forward(activations, keep=True)
+    gradients_in = trunk.backward(step, gradients_out)
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+
+from zsl.client.connection import Connection, Pending
+from zsl.errors import InternalError
+from zsl.wire.frames import Frame, Message
+from zsl.wire.messages import (
+    Backward,
+    Cut,
+    FloatDtypeName,
+    Forward,
+    Header,
+    ModelIdentity,
+    Result,
+    Role,
+    Status,
+    Welcome,
+)
+from zsl.wire.tensors import decode_tensor, encode_tensors
+
+CONNECT_TIMEOUT_SECONDS = 10.0
+REQUEST_TIMEOUT_SECONDS = 300.0
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a RESULT brought: the tensor, and how the daemon came to it."""
+
+    tensor: torch.Tensor
+    merged: int
+    queue_seconds: float
+    compute_seconds: float
+
+
+class Step:
+    """A forward, with what its backward needs. `output` is `[rows, tokens, hidden]` on the CPU.
+
+    The daemon keeps something for a step that was sent with `keep` until its backward; a step that is dropped
+    without one tells it so.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        activations: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+    ) -> None:
+        self.request = connection.new_request_id()
+        self.held_in_session: bytes | None = None  # where the daemon holds it
+        self.answer: Answer | None = None
+        self._connection = connection
+        self._activations: torch.Tensor | None = activations
+        self._attention_mask = attention_mask
+        self._position_ids = position_ids
+
+    @property
+    def output(self) -> torch.Tensor:
+        assert self.answer is not None, "the forward has not been answered"
+        return self.answer.tensor
+
+    def inputs(self, activations: torch.Tensor | None = None) -> dict[Role, torch.Tensor | None]:
+        """The tensors of the forward; `activations` stand in for forgotten ones."""
+        return {
+            "activations": self._activations if activations is None else activations,
+            "attention_mask": self._attention_mask,
+            "position_ids": self._position_ids,
+        }
+
+    def forget_tensors(self) -> None:
+        """Let go of activations and output; the caller keeps the activations for `backward`."""
+        self._activations = self.answer = None
+
+    def __del__(self) -> None:
+        if self.held_in_session is not None:
+            self._connection.release(self.request, self.held_in_session)
+
+
+class TrunkClient:
+    """A trunk daemon as seen by one client. Calls may come from any thread and may overlap.
+
+    Tensors that are passed in are sent without a copy: do not write them before the call (or its future) is done.
+    """
+
+    def __init__(
+        self,
+        endpoint: str,
+        *,
+        connect_timeout_seconds: float = CONNECT_TIMEOUT_SECONDS,
+        request_timeout_seconds: float = REQUEST_TIMEOUT_SECONDS,
+    ) -> None:
+        self._connection = Connection(
+            endpoint,
+            connect_timeout_seconds=connect_timeout_seconds,
+            request_timeout_seconds=request_timeout_seconds,
+        )
+        weakref.finalize(self, self._connection.close)
+
+    @property
+    def endpoint(self) -> str:
+        return self._connection.endpoint
+
+    @property
+    def welcome(self) -> Welcome:
+        """What the daemon said of itself; after `connect`."""
+        return self._connection.welcome
+
+    def connect(
+        self, model: ModelIdentity | None = None, *, cut: Cut | None = None, dtype: FloatDtypeName = "f32"
+    ) -> Welcome:
+        """Open a session. With `model` or `cut` the daemon refuses unless it serves just that.
+
+        Raises `TrunkUnreachable`, `WrongModelError` or another `WireError`.
+        """
+        return self._connection.open(model, cut, dtype)
+
+    def forward(
+        self,
+        activations: torch.Tensor,
+        *,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        keep: bool = False,
+    ) -> Step:
+        """Run the trunk on activations `[rows, tokens, hidden]`; `keep` if a backward will follow.
+
+        Raises `ZslError`: the request was refused, timed out, or the connection was lost for good.
+        """
+        step, future = self.submit_forward(
+            activations, attention_mask=attention_mask, position_ids=position_ids, keep=keep
+        )
+        self.finish_forward(step, self._connection.wait(future))
+        return step
+
+    def backward(self, step: Step, gradients: torch.Tensor, *, activations: torch.Tensor | None = None) -> Answer:
+        """The gradient at the trunk's input, for the gradient `[rows, tokens, hidden]` at its output.
+
+        `activations`: those of the forward, if the step was made to forget them.
+        """
+        return read_answer(self._connection.wait(self.submit_backward(step, gradients, activations=activations)))
+
+    def status(self) -> Status:
+        """What the daemon serves, and how busy it is."""
+        header = self._connection.wait(self._connection.submit_status()).header
+        if not isinstance(header, Status):
+            raise InternalError(f"{self.endpoint} answered STATUS with {type(header).__name__}")
+        return header
+
+    def submit_forward(
+        self,
+        activations: torch.Tensor,
+        *,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        keep: bool = False,
+    ) -> tuple[Step, Future[Message]]:
+        """`forward` without the wait: the step, and the future whose message `finish_forward` takes."""
+        step = Step(self._connection, activations, attention_mask, position_ids)
+        request = step.request
+        encoded = encode_tensors(step.inputs())
+
+        def build(welcome: Welcome, pending: Pending) -> tuple[Header, Sequence[Frame]]:
+            step.held_in_session = welcome.session if keep else None
+            descriptors, buffers = encoded
+            header = Forward(
+                session=welcome.session,
+                epoch=welcome.epoch,
+                request=request,
+                attempt=pending.attempt,
+                budget_ms=pending.budget_ms(),
+                keep=keep,
+                tensors=descriptors,
+            )
+            return header, buffers
+
+        nbytes = sum(len(buffer) for buffer in encoded[1])
+        return step, self._connection.submit(request, build, nbytes=nbytes)
+
+    def finish_forward(self, step: Step, message: Message) -> None:
+        """Give a step the answer to its forward."""
+        step.answer = read_answer(message)
+
+    def submit_backward(
+        self, step: Step, gradients: torch.Tensor, *, activations: torch.Tensor | None = None
+    ) -> Future[Message]:
+        """`backward` without the wait. The message's tensor is the gradient."""
+        request = self._connection.new_request_id()
+
+        def build(welcome: Welcome, pending: Pending) -> tuple[Header, Sequence[Frame]]:
+            held = step.held_in_session == welcome.session and not pending.complete
+            step.held_in_session = None  # the daemon lets go of it with this backward
+            inputs = {} if held else step.inputs(activations)
+            descriptors, buffers = encode_tensors({**inputs, "gradients": gradients})
+            header = Backward(
+                session=welcome.session,
+                epoch=welcome.epoch,
+                request=request,
+                attempt=pending.attempt,
+                budget_ms=pending.budget_ms(),
+                step=step.request,
+                tensors=descriptors,
+            )
+            return header, buffers
+
+        return self._connection.submit(request, build, nbytes=gradients.nbytes)
+
+    def close(self) -> None:
+        """End the session. Calls that wait end with `ClosedError`."""
+        self._connection.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.endpoint!r})"
+
+
+def read_answer(message: Message) -> Answer:
+    """The tensor of a RESULT. It may share the memory of the received message. Raises `InternalError`."""
+    header = message.header
+    if not isinstance(header, Result) or len(header.tensors) != 1:
+        raise InternalError(f"the trunk answered with {type(header).__name__} where a RESULT with one tensor is due")
+    return Answer(
+        tensor=decode_tensor(header.tensors[0], message.buffers[0]),
+        merged=header.merged,
+        queue_seconds=header.queue_us / 1e6,
+        compute_seconds=header.compute_us / 1e6,
+    )

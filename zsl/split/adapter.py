@@ -1,0 +1,108 @@
+"""The adapter that comes out of a split model: a PEFT adapter of the whole model, with nothing renamed.
+
+A split model keeps the true layer indices, so the keys are right already. What is added is the configuration that
+keeps PEFT from making empty adapters on the trunk's layers when it loads the file on the whole model.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import save_file
+
+from zsl.errors import ModelError
+from zsl.split.sides import Side, Sides
+from zsl.split.stack import Stack, find_stack
+
+PEFT_PREFIX = "base_model.model."
+
+
+def save_adapter(
+    model: PeftModel,
+    directory: str | Path,
+    *,
+    base_model: str | None = None,
+    sides: Sides | None = None,
+    only: Side | None = None,
+) -> None:
+    """Write the adapter of a split model as a PEFT adapter of the whole one.
+
+    `base_model` is the hub id that the file shall name. With `sides` and `only`, just the part of that side.
+    The directory is written aside and renamed: an older one is there until the new one is whole.
+    Raises `ModelError` if nothing is there to save.
+    """
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    if sides is not None and only is not None:
+        state = {key: t for key, t in state.items() if sides.side_of(key.removeprefix(PEFT_PREFIX)) == only}
+    if not state:
+        raise ModelError(f"the adapter has no weights on the {only} side" if only else "the adapter has no weights")
+    config = _whole_model_config(model, state.keys())
+    config.base_model_name_or_path = base_model
+    target = Path(directory)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        config.save_pretrained(str(aside))
+        tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
+        save_file(tensors, aside / "adapter_model.safetensors", metadata={"format": "pt"})
+        aside.chmod(0o755)
+        _replace_directory(aside, target)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _whole_model_config(model: PeftModel, keys: Collection[str]) -> PeftConfig:
+    config: Any = copy.deepcopy(model.peft_config[model.active_adapter])
+    config.inference_mode = True
+    base: Any = model.get_base_model()
+    stack = find_stack(base)
+    adapted = sorted(
+        name
+        for name, module in base.named_modules()
+        if isinstance(module, BaseTunerLayer) and any(f"{name}." in key for key in keys)
+    )
+    if any(getattr(base.get_submodule(name), "fan_in_fan_out", False) for name in adapted):
+        config.fan_in_fan_out = True
+    indices = {_layer_index(name, stack) for name in adapted}
+    if None in indices or isinstance(config.target_modules, str):
+        # Modules outside the layers cannot be named together with layers_to_transform; whole paths can.
+        config.target_modules = set(adapted)
+        config.layers_to_transform = config.layers_pattern = None
+    else:
+        config.layers_to_transform = sorted(index for index in indices if index is not None)
+        config.layers_pattern = stack.leaf_name
+    completed: PeftConfig = config
+    return completed
+
+
+def _layer_index(module_path: str, stack: Stack) -> int | None:
+    match = re.match(rf"{re.escape(stack.name)}\.(\d+)\.", module_path)
+    return int(match[1]) if match else None
+
+
+def _replace_directory(new: Path, target: Path) -> None:
+    if not target.exists():
+        os.replace(new, target)
+        return
+    old = new.with_name(f"{new.name}.old")
+    os.replace(target, old)
+    os.replace(new, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def adapter_parameters(model: PeftModel, sides: Sides, side: Side) -> int:
+    """The number of trainable parameters on a side."""
+    return sum(
+        parameter.numel()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and sides.side_of(name.removeprefix(PEFT_PREFIX)) == side
+    )

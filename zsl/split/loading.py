@@ -1,0 +1,74 @@
+"""Load the part of a model that a side owns, with plain `from_pretrained`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from zsl.errors import ModelError
+from zsl.split.cut import check_cut
+from zsl.split.identity import RANDOM_SEED
+from zsl.split.random_weights import initialize_by_name
+from zsl.split.reference import ModelReference, first_line
+from zsl.split.slots import middle_only, with_hole
+from zsl.split.stack import base_class, causal_lm_class, check_can_be_split
+from zsl.wire.messages import Cut
+
+
+def load_client_part(reference: ModelReference, cut: Cut, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The real causal language model with pass-throughs in the slots of the cut. Nothing of the trunk is allocated.
+
+    `use_cache` is off: the trunk keeps no keys and values, so a cached generation would be wrong.
+    Raises `ModelError`.
+    """
+    check_cut(cut, reference.config.get_text_config().num_hidden_layers)
+    check_can_be_split(reference.config)
+    model = _load(with_hole(causal_lm_class(reference.config), reference.config, cut), reference, dtype)
+    model.config.use_cache = False
+    if model.generation_config is not None:
+        model.generation_config.use_cache = False
+    return model
+
+
+def load_trunk_part(reference: ModelReference, cut: Cut, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The base model with the layers of the cut only, frozen and in eval mode. Raises `ModelError`."""
+    check_cut(cut, reference.config.get_text_config().num_hidden_layers)
+    check_can_be_split(reference.config)
+    model = _load(middle_only(base_class(reference.config), reference.config, cut), reference, dtype)
+    model.config.use_cache = False
+    model.eval().requires_grad_(False)
+    return model
+
+
+def load_whole(reference: ModelReference, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The whole local model, with the same weights as the two parts. Raises `ModelError`."""
+    return _load(causal_lm_class(reference.config), reference, dtype)
+
+
+def _load(cls: Any, reference: ModelReference, dtype: torch.dtype) -> PreTrainedModel:
+    if reference.location is None:
+        return _build_random(cls, reference, dtype)
+    try:
+        model, loading = cls.from_pretrained(
+            reference.location, config=reference.config, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"model {reference.text!r} cannot be loaded: {first_line(error)}") from error
+    if loading["missing_keys"]:
+        missing = ", ".join(sorted(loading["missing_keys"])[:3])
+        raise ModelError(f"model {reference.text!r}: the checkpoint lacks {missing}")
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def _build_random(cls: Any, reference: ModelReference, dtype: torch.dtype) -> PreTrainedModel:
+    # Built on the meta device, so that what is carved away never has memory.
+    with torch.device("meta"):
+        model: PreTrainedModel = cls._from_config(reference.config, dtype=dtype)
+    model.to_empty(device="cpu")
+    model.tie_weights()
+    initialize_by_name(model, RANDOM_SEED)
+    model.eval()
+    return model

@@ -1,0 +1,78 @@
+"""Model references: what a user may write for a model, and what it stands for.
+
+org/name or a directory     a checkpoint in safetensors, as transformers finds it
+path/to/file.gguf           dequantized once into a checkpoint directory, then that
+random:<model_type>         transformers' default configuration of that type, with seeded weights
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+
+from zsl.errors import ModelError
+from zsl.split.gguf import dequantized_directory
+
+RANDOM_PREFIX = "random:"
+
+
+@dataclass(frozen=True)
+class ModelReference:
+    """A resolved reference. `location` is what `from_pretrained` takes; None means seeded random weights."""
+
+    text: str
+    config: PreTrainedConfig
+    location: str | None
+
+    @property
+    def hub_id(self) -> str | None:
+        """The hub id that others can load the same model by; None for what lies here only."""
+        return self.text if self.location == self.text and not Path(self.text).exists() else None
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer, with a padding token. Raises `ModelError` if it has none."""
+        if self.location is None:
+            raise ModelError(f"{self.text} has random weights and no tokenizer; it can train on synthetic data only")
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(self.location)
+        except (OSError, ValueError, KeyError) as error:
+            raise ModelError(f"{self.text}: its tokenizer cannot be loaded: {first_line(error)}") from error
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
+
+
+def resolve(text: str) -> ModelReference:
+    """What a model reference stands for. Raises `ModelError`."""
+    if text.startswith(RANDOM_PREFIX):
+        return ModelReference(text, _default_config(text.removeprefix(RANDOM_PREFIX)), None)
+    location = text
+    if text.endswith(".gguf"):
+        location = str(dequantized_directory(Path(text).expanduser()))
+    elif Path(text).expanduser().is_dir():
+        location = str(Path(text).expanduser())
+    try:
+        config = AutoConfig.from_pretrained(location)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"model {text!r} cannot be loaded: {first_line(error)} "
+            "(give a hub id, a directory, a .gguf file or random:<model_type>)"
+        ) from error
+    return ModelReference(text, config, location)
+
+
+def _default_config(model_type: str) -> PreTrainedConfig:
+    try:
+        config = CONFIG_MAPPING[model_type]()
+    except KeyError:
+        raise ModelError(f"random:{model_type}: transformers knows no model type {model_type!r}") from None
+    if not hasattr(config.get_text_config(), "num_hidden_layers"):
+        raise ModelError(f"random:{model_type}: this is no language model")
+    return config
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of a foreign error's text: what fits in one line of ours."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

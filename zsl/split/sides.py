@@ -1,0 +1,72 @@
+"""Which side of the trunk a client's modules are on: *bottom* runs before it, *top* after.
+
+Found by running the model once on two tokens with nothing in the hole, so that it needs no table of names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from zsl.split.slots import PassThrough
+from zsl.split.stack import find_stack
+from zsl.wire.messages import Cut
+
+Side = Literal["bottom", "top"]
+
+
+class Sides:
+    """The side of every module of a client's model that has parameters of its own."""
+
+    def __init__(self, model: PreTrainedModel, cut: Cut) -> None:
+        self._modules = {name: module for name, module in model.named_modules() if _owns_parameters(module)}
+        self._sides: dict[str, Side] = {}
+        layers = find_stack(model).layers
+        in_the_hole = layers[cut.start]
+        layers[cut.start] = PassThrough(in_the_hole)
+        passed_trunk = False
+
+        def pass_trunk(*_: Any) -> None:
+            nonlocal passed_trunk
+            passed_trunk = True
+
+        def note(name: str) -> Callable[..., None]:
+            def hook(*_: Any) -> None:
+                self._sides.setdefault(name, "top" if passed_trunk else "bottom")
+
+            return hook
+
+        hooks = [layers[cut.start].register_forward_pre_hook(pass_trunk)]
+        hooks += [module.register_forward_pre_hook(note(name)) for name, module in self._modules.items()]
+        training = model.training
+        try:
+            with torch.no_grad():
+                model.eval()(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device))
+        finally:
+            model.train(training)
+            layers[cut.start] = in_the_hole
+            for hook in hooks:
+                hook.remove()
+
+    def parameter_count(self, side: Side) -> int:
+        """The parameters that this side computes with. A tied weight counts on both sides."""
+        parameters = {p for name in self._names(side) for p in self._modules[name].parameters(recurse=False)}
+        return sum(parameter.numel() for parameter in parameters)
+
+    def side_of(self, module_path: str) -> Side:
+        """The side of a module, or of something inside it, by its path within the model."""
+        path = module_path
+        while path not in self._modules and path:
+            path = path.rpartition(".")[0]
+        return self._sides.get(path, "top")
+
+    def _names(self, side: Side) -> Iterable[str]:
+        return (name for name, found in self._sides.items() if found == side)
+
+
+def _owns_parameters(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters(recurse=False))

@@ -1,0 +1,107 @@
+"""The hole: what stands in the places of modules that a side does not own.
+
+Both sides keep the real transformers class, its configuration and its true layer indices. The client's model has
+pass-throughs where the trunk's layers are (the first of them gives its place to `RemoteTrunk`); the trunk's model
+has them everywhere else, and nothing where embeddings and norm were.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from zsl.split.stack import Stack, find_stack, layer_count
+from zsl.wire.messages import Cut
+
+
+class PassThrough(nn.Module):
+    """Stands in the slot of a layer that the other side holds: returns its input."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        copy_plain_attributes(layer, self)
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return hidden_states
+
+
+class Absent(nn.Module):
+    """Stands for an embedding, norm or projection that the trunk does not own.
+
+    Activations pass through. Anything else (token ids, positions, a 2-D mask) was meant for an embedding: what that
+    would have added is replaced in front of the trunk's first layer anyway, so it is zeros that take no memory.
+    """
+
+    def __init__(self, hidden_size: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.hidden_size = hidden_size
+        self.dtype = dtype
+
+    def forward(self, first: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if first.ndim == 3 and first.is_floating_point():
+            return first  # [rows, tokens, hidden]
+        return torch.zeros((), dtype=self.dtype, device=first.device).expand(*first.shape, self.hidden_size)
+
+
+def copy_plain_attributes(source: nn.Module, target: nn.Module) -> None:
+    """Copy what a model may read of a layer beside calling it: strings and numbers, such as `attention_type`."""
+    for name, value in vars(source).items():
+        if isinstance(value, str | int | float) and name not in vars(target):
+            setattr(target, name, value)
+
+
+def with_hole(cls: type[PreTrainedModel], config: PreTrainedConfig, cut: Cut) -> type[PreTrainedModel]:
+    """`cls`, but its instances have pass-throughs in the slots of the cut."""
+
+    def carve(model: PreTrainedModel, stack: Stack) -> None:
+        _pass_through(stack, range(cut.start, cut.stop))
+
+    return _carved(cls, config, range(cut.start, cut.stop), carve)
+
+
+def middle_only(cls: type[PreTrainedModel], config: PreTrainedConfig, cut: Cut) -> type[PreTrainedModel]:
+    """The base-model class `cls`, but its instances own the layers of the cut and nothing else that has parameters."""
+    outside = [index for index in range(layer_count(config)) if not cut.start <= index < cut.stop]
+    hidden_size = config.get_text_config().hidden_size
+
+    def carve(model: PreTrainedModel, stack: Stack) -> None:
+        _pass_through(stack, outside)
+        path = stack.name.split(".")
+        for depth, name_on_path in enumerate(path):
+            parent = model.get_submodule(".".join(path[:depth]))
+            for name, child in list(parent.named_children()):
+                if name != name_on_path and any(True for _ in child.parameters()):
+                    setattr(parent, name, Absent(hidden_size, model.dtype))
+
+    made = _carved(cls, config, outside, carve)
+    made._keys_to_ignore_on_load_unexpected = [".*"]  # what a trunk must have is checked by what is missing
+    return made
+
+
+def _carved(
+    cls: type[PreTrainedModel], config: PreTrainedConfig, indices: Iterable[int], carve: Any
+) -> type[PreTrainedModel]:
+    """A subclass of `cls` with the same name, carved as soon as it is built.
+
+    `from_pretrained` builds it on the meta device, so what is carved away never has memory; the checkpoint's
+    weights for it are listed as not expected.
+    """
+
+    def build(self: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        cls.__init__(self, config, *args, **kwargs)
+        stack = find_stack(self)
+        carve(self, stack)
+        pattern = rf"(^|\.){re.escape(stack.leaf_name)}\.({'|'.join(map(str, indices))})\."
+        self._keys_to_ignore_on_load_unexpected = {*(self._keys_to_ignore_on_load_unexpected or ()), pattern}
+
+    return type(cls.__name__, (cls,), {"__init__": build, "__module__": cls.__module__, "__doc__": cls.__doc__})
+
+
+def _pass_through(stack: Stack, indices: Iterable[int]) -> None:
+    for index in indices:
+        stack.layers[index] = PassThrough(stack.layers[index])

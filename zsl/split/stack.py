@@ -1,0 +1,150 @@
+"""Find the decoder stack of a model, and find out whether a hole can be made in it.
+
+The stack is the one `ModuleList` whose length is the number of hidden layers. Whether its layers can be cut is
+asked of the code itself: one layer is called on the meta device (no memory, no arithmetic), and what goes in and
+comes out is looked at. There is no table of architectures.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
+
+from zsl.errors import ModelError
+
+# The tensors that a layer may take: the trunk rebuilds each of them from activations, 2-D mask and positions.
+REBUILT_BY_THE_TRUNK = frozenset({"hidden_states", "attention_mask", "position_ids", "position_embeddings"})
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Where the decoder layers are. `name` is the path of the `ModuleList` within the model."""
+
+    name: str
+    layers: nn.ModuleList
+
+    @property
+    def leaf_name(self) -> str:
+        """The name of the list itself: `h`, `layers`; PEFT's `layers_pattern`."""
+        return self.name.rpartition(".")[2]
+
+
+def layer_count(config: PreTrainedConfig) -> int:
+    """The number of decoder layers of the model that `config` describes."""
+    return int(config.get_text_config().num_hidden_layers)
+
+
+def find_stack(model: PreTrainedModel) -> Stack:
+    """The decoder stack of a model. Raises `ModelError` if there is none, or more than one."""
+    layers = layer_count(model.config)
+    found = [
+        Stack(name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == layers
+    ]
+    if len(found) != 1:
+        raise ModelError(
+            f"{model.config.model_type}: {len(found)} module lists have the model's {layers} layers, one is needed; "
+            "zsl cannot split this architecture"
+        )
+    return found[0]
+
+
+def causal_lm_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The transformers class of the whole model, as `AutoModelForCausalLM` picks it. Raises `ModelError`."""
+    return _mapped(MODEL_FOR_CAUSAL_LM_MAPPING, config, "causal language model")
+
+
+def base_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The transformers class without the head, as `AutoModel` picks it. Raises `ModelError`."""
+    return _mapped(MODEL_MAPPING, config, "base model")
+
+
+def _mapped(mapping: Any, config: PreTrainedConfig, kind: str) -> type[PreTrainedModel]:
+    try:
+        found = mapping[type(config)]
+    except KeyError:
+        raise ModelError(f"{config.model_type}: transformers has no {kind} class for this type") from None
+    cls: type[PreTrainedModel] = found[0] if isinstance(found, tuple | list) else found
+    return cls
+
+
+class _FirstLayerSeen(Exception):
+    pass
+
+
+def check_can_be_split(config: PreTrainedConfig) -> None:
+    """Raises `ModelError`, which names the architecture and the reason, for a model that zsl cannot split.
+
+    Refused: layers that do not return one tensor of the shape of their input, and layers that take a tensor
+    which cannot be rebuilt from activations, 2-D mask and positions.
+    """
+    with torch.device("meta"):
+        model: Any = base_class(config)(config)
+        model = model.to(torch.bfloat16)
+    stack = find_stack(model)
+    seen: dict[str, Any] = {}
+
+    def look(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        bound = inspect.signature(layer.forward).bind(*args, **kwargs).arguments
+        arguments = {**bound, **bound.pop("kwargs", {})}
+        seen["input"] = next(iter(arguments.values()))
+        seen["tensors"] = {name for name, value in arguments.items() if _holds_tensor(value)}
+        seen["output"] = output
+        raise _FirstLayerSeen
+
+    stack.layers[0].register_forward_hook(look, with_kwargs=True)
+    problem = _call_on_meta(model)
+    if problem is not None:
+        raise ModelError(f"{config.model_type}: its first layer could not be tried on the meta device ({problem})")
+    first, output = seen["input"], seen["output"]
+    if not isinstance(output, torch.Tensor) or output.shape != first.shape:
+        kind = type(output).__name__ if not isinstance(output, torch.Tensor) else f"a tensor {tuple(output.shape)}"
+        raise ModelError(
+            f"{config.model_type}: its layers return {kind}, not one tensor of the input's shape; "
+            "zsl cannot split this architecture"
+        )
+    # The first argument is the hidden state, whatever its name is.
+    extra = sorted(seen["tensors"] - REBUILT_BY_THE_TRUNK - {_first_parameter(stack.layers[0])})
+    if extra:
+        raise ModelError(
+            f"{config.model_type}: its layers take {', '.join(extra)}, which a trunk cannot rebuild; "
+            "zsl cannot split this architecture"
+        )
+
+
+def _call_on_meta(model: PreTrainedModel) -> str | None:
+    """Run `model` up to the end of its first layer. Returns why that failed, or None."""
+    rows, tokens = 1, 2
+    hidden = model.config.get_text_config().hidden_size
+    problem = None
+    # Masks are read as values in some models and shaped in others; a meta tensor has shapes only. A 4-D mask passes
+    # through transformers' mask functions unread; models without those functions take a 2-D one, or read even that.
+    for mask_shape in ((rows, 1, tokens, tokens), (rows, tokens), None):
+        try:
+            with torch.no_grad(), torch.device("meta"):
+                model(
+                    inputs_embeds=torch.zeros(rows, tokens, hidden, dtype=torch.bfloat16),
+                    attention_mask=None if mask_shape is None else torch.zeros(mask_shape),
+                    use_cache=False,
+                )
+        except _FirstLayerSeen:
+            return None
+        except Exception as error:  # whatever an architecture raises, it cannot be tried
+            problem = problem or f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
+    return problem or "the model never called its layers"
+
+
+def _holds_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) or (
+        isinstance(value, tuple | list) and any(isinstance(item, torch.Tensor) for item in value)
+    )
+
+
+def _first_parameter(layer: nn.Module) -> str:
+    return next(iter(inspect.signature(layer.forward).parameters))

@@ -1,0 +1,99 @@
+"""Hugging Face `Trainer`, with each step's own loss kept and shown."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerControl, TrainerState, TrainingArguments
+
+from zsl.training.report import epoch_summary
+
+
+class StepLosses:
+    """The loss of every optimizer step, in full precision: in memory, and a line each in `metrics.jsonl`."""
+
+    def __init__(self, file: Path) -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        self._lines = file.open("w", encoding="utf-8")
+        self._micro_batches: list[torch.Tensor] = []
+        self.all: list[float] = []
+        self.epoch: list[float] = []
+
+    def add_micro_batch(self, loss: torch.Tensor) -> None:
+        self._micro_batches.append(loss)
+
+    def end_step(self, step: int, **more: float | None) -> None:
+        loss = float(sum(self._micro_batches))
+        self._micro_batches.clear()
+        self.all.append(loss)
+        self.epoch.append(loss)
+        self._lines.write(json.dumps({"step": step, "loss": loss, **more}) + "\n")
+        self._lines.flush()
+
+    def end_epoch(self) -> list[float]:
+        losses, self.epoch = self.epoch, []
+        return losses
+
+    def close(self) -> None:
+        self._lines.close()
+
+
+class SplitTrainer(Trainer):
+    """`Trainer` that tells `losses` of each micro-batch's share of its step's loss."""
+
+    def __init__(self, *, losses: StepLosses, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._losses = losses
+        self.remove_callback(ProgressCallback)
+        self.remove_callback(PrinterCallback)
+        self.add_callback(_Show(losses))
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
+        self._losses.add_micro_batch(loss.detach())
+        return loss
+
+
+class _Show(ProgressCallback):
+    """The progress bar of transformers, with a line per logging step and per epoch."""
+
+    def __init__(self, losses: StepLosses) -> None:
+        super().__init__()
+        self._losses = losses
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        rate = kwargs["lr_scheduler"].get_last_lr()[0]
+        self._losses.end_step(state.global_step, epoch=state.epoch, learning_rate=rate)
+        if not args.disable_tqdm:
+            super().on_step_end(args, state, control, **kwargs)  # type: ignore[no-untyped-call]
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not args.disable_tqdm:
+            super().on_train_begin(args, state, control, **kwargs)  # type: ignore[no-untyped-call]
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not args.disable_tqdm:
+            super().on_train_end(args, state, control, **kwargs)  # type: ignore[no-untyped-call]
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
+        if logs and "loss" in logs:
+            rate = f", learning rate {logs['learning_rate']:.2e}" if "learning_rate" in logs else ""
+            tqdm.write(f"  step {state.global_step}/{state.max_steps}: loss {float(logs['loss']):.4f}{rate}")
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        losses = self._losses.end_epoch()
+        if losses:
+            tqdm.write(epoch_summary(round(state.epoch or 0), losses))

@@ -1,0 +1,1 @@
+"""The daemon: what it holds, in which order it works, and how it answers. Never imports the client's side."""

@@ -1,0 +1,78 @@
+"""From a model reference to a trunk that can be served: what is known before the weights are loaded, and the
+computation after. Used by the daemon, and by whoever serves a trunk from Python.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from zsl.errors import ModelError, StartupError
+from zsl.split.cut import check_cut
+from zsl.split.identity import identify
+from zsl.split.loading import load_trunk_part
+from zsl.split.reference import ModelReference, resolve
+from zsl.split.stack import layer_count
+from zsl.trunk.compute import TorchCompute
+from zsl.trunk.middle import Middle
+from zsl.trunk.server import TrunkInfo
+from zsl.wire.messages import Cut
+from zsl.wire.tensors import float_wire_name
+
+# For a model whose configuration states no number of positions.
+DEFAULT_ROW_TOKENS = 32_768
+
+
+@dataclass(frozen=True)
+class TrunkPlan:
+    """Which trunk to serve, checked, with nothing loaded."""
+
+    reference: ModelReference
+    cut: Cut
+    dtype: torch.dtype
+    device: torch.device
+    info: TrunkInfo
+
+    def load(self) -> TorchCompute:
+        """Load the weights. Raises `ModelError` or `StartupError`."""
+        model = load_trunk_part(self.reference, self.cut, self.dtype)
+        try:
+            model.to(self.device)  # type: ignore[arg-type]
+        except RuntimeError as error:
+            raise StartupError(f"the trunk cannot be moved to {self.device}: {str(error).splitlines()[0]}") from error
+        return TorchCompute(Middle(model, self.cut))
+
+
+def plan_trunk(model: str, cut: Cut | None, dtype: torch.dtype, device: str, *, forward_only: bool) -> TrunkPlan:
+    """Resolve and check everything that needs no weights. Raises `ModelError` or `StartupError`."""
+    reference = resolve(model)
+    layers = layer_count(reference.config)
+    cut = cut or default_cut(layers)
+    check_cut(cut, layers)
+    info = TrunkInfo(
+        model=identify(reference),
+        cut=cut,
+        dtype=float_wire_name(dtype),
+        forward_only=forward_only,
+        max_row_tokens=getattr(reference.config.get_text_config(), "max_position_embeddings", None)
+        or DEFAULT_ROW_TOKENS,
+    )
+    return TrunkPlan(reference, cut, dtype, checked_device(device), info)
+
+
+def default_cut(layers: int) -> Cut:
+    """Two layers at each end for the client, as in GPT-2's 2:10."""
+    if layers < 5:
+        raise ModelError(f"a model of {layers} layers has no default cut; choose one with --cut START:STOP")
+    return Cut(start=2, stop=layers - 2)
+
+
+def checked_device(name: str) -> torch.device:
+    """The torch device of this name. Raises `StartupError` if this machine does not have it."""
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise StartupError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return device

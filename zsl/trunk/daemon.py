@@ -1,0 +1,114 @@
+"""The daemon's process: take the port, load, serve, and end well on a signal."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import signal
+from dataclasses import dataclass
+from ipaddress import ip_address
+
+import torch
+
+import zsl
+from zsl.errors import StartupError
+from zsl.trunk.assemble import TrunkPlan, plan_trunk
+from zsl.trunk.logs import LogFormat
+from zsl.trunk.server import TrunkServer
+from zsl.wire.messages import Cut
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class DaemonOptions:
+    """What `zsl-trunkd` was asked for."""
+
+    model: str
+    cut: Cut | None
+    host: str
+    port: int
+    dtype: torch.dtype
+    device: str
+    threads: int | None
+    forward_only: bool
+    insecure: bool
+    log_format: LogFormat
+
+
+def run_daemon(options: DaemonOptions) -> None:
+    """Serve until SIGTERM or SIGINT. Raises `ModelError` or `StartupError` if it cannot start."""
+    if not options.insecure and not _is_loopback(options.host):
+        raise StartupError(
+            f"--host {options.host}: anyone who reaches this address could use the trunk and read what clients send; "
+            "listen on 127.0.0.1, or add --insecure if the network is yours alone"
+        )
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    plan = plan_trunk(options.model, options.cut, options.dtype, options.device, forward_only=options.forward_only)
+    asyncio.run(_serve(plan, options))
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+async def _serve(plan: TrunkPlan, options: DaemonOptions) -> None:
+    server = TrunkServer(plan.info)
+    endpoint = server.bind(options.host, options.port)  # before the weights: a port in use shows at once
+    _obey_signals(server)
+    try:
+        logger.info("loading layers %s of %s", plan.cut, options.model)
+        compute = await asyncio.to_thread(plan.load)
+    except BaseException:
+        server.close()
+        raise
+    _say_ready(endpoint, plan, compute.parameter_count, options)
+    await server.run(compute, parameters=compute.parameter_count, graph_bytes_per_token=compute.graph_bytes_per_token)
+    logger.info("stopped")
+
+
+def _obey_signals(server: TrunkServer) -> None:
+    """First signal: drain. Second: end at once."""
+    loop = asyncio.get_running_loop()
+    signals: list[signal.Signals] = []
+
+    def on_signal(received: signal.Signals) -> None:
+        signals.append(received)
+        if len(signals) == 1:
+            logger.info("%s: taking no new work, letting open steps end (again: end at once)", received.name)
+            server.drain()
+        else:
+            os._exit(128 + received)  # the compute thread may be in the middle of a pass; nothing is lost by it
+
+    for wanted in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(wanted, on_signal, wanted)
+
+
+def _say_ready(endpoint: str, plan: TrunkPlan, parameters: int, options: DaemonOptions) -> None:
+    """One line on stdout, for people and for scripts that wait for it."""
+    facts = {
+        "endpoint": endpoint,
+        "model": options.model,
+        "cut": str(plan.cut),
+        "parameters": parameters,
+        "dtype": str(plan.dtype).removeprefix("torch."),
+        "device": str(plan.device),
+        "threads": torch.get_num_threads(),
+        "forward_only": plan.info.forward_only,
+        "version": zsl.__version__,
+    }
+    if options.log_format == "json":
+        print(json.dumps({"event": "ready", **facts}), flush=True)
+        return
+    what = "forward only" if plan.info.forward_only else "forward and backward"
+    print(
+        f"zsl-trunkd {zsl.__version__} ready on {endpoint}: {options.model}, layers {plan.cut}, "
+        f"{parameters:,} parameters, {facts['dtype']} on {plan.device}, {what}",
+        flush=True,
+    )

@@ -1,0 +1,476 @@
+"""The trunk server: from a message on the ROUTER to the answer, on one asyncio loop and one compute thread.
+
+    receive → decode → session → admission → scheduler → compute thread → answer
+
+The loop owns the socket, the sessions and the scheduler; the thread owns the model. They meet in a queue and in
+`call_soon_threadsafe`. No model work runs on the loop, so it answers pings while the device is busy. Knows no torch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from queue import SimpleQueue
+
+import zsl
+from zsl.errors import (
+    CancelledByClientError,
+    DeadlineError,
+    DrainingError,
+    ForwardOnlyError,
+    InternalError,
+    StaleEpochError,
+    WireError,
+    WrongModelError,
+)
+from zsl.transport.router import Router
+from zsl.trunk.admission import check_backward, check_forward, row_merge_key
+from zsl.trunk.scheduler import Job, Scheduler
+from zsl.trunk.sessions import Session, Sessions
+from zsl.trunk.work import Buffers, Compute, Done, Held, Keep, Kind, Outcome, Shape, Work
+from zsl.wire.frames import MAGIC, MAX_HEADER_BYTES, Frame, decode, encode
+from zsl.wire.messages import (
+    MAX_TEXT_CHARS,
+    TO_DAEMON,
+    Backward,
+    Bye,
+    Cancel,
+    Cut,
+    Error,
+    FloatDtypeName,
+    Forward,
+    GoAway,
+    Header,
+    Hello,
+    Limits,
+    ModelIdentity,
+    Ping,
+    Pong,
+    Release,
+    Result,
+    Status,
+    StatusRequest,
+    Welcome,
+    WorkHeader,
+)
+
+logger = logging.getLogger(__name__)
+
+HOUSEKEEPING_SECONDS = 0.2
+FP32_BYTES = 4
+# The answers to a session's credit of requests, and what is said beside them (pongs, errors, goaway).
+CONTROL_MESSAGES = 64
+
+
+@dataclass(frozen=True, slots=True)
+class TrunkInfo:
+    """What this daemon serves, as WELCOME and STATUS say it."""
+
+    model: ModelIdentity
+    cut: Cut
+    dtype: FloatDtypeName
+    forward_only: bool
+    max_row_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class ServerSettings:
+    """The limits and policies of a server.
+
+    `merge_below_tokens`: requests of at most so many tokens (rows x tokens) share passes; above it merging gains
+    little and costs the kept graph. `stash_memory_bytes`: while all stashes are below it, a request that ran alone
+    keeps its graph; above it only inputs are kept.
+    """
+
+    lease_seconds: float = 60.0
+    ping_seconds: float = 2.0
+    max_request_tokens: int = 32_768
+    max_inflight_requests: int = 32
+    max_inflight_bytes: int = 2 << 30
+    max_batch_tokens: int = 512
+    merge_below_tokens: int = 64
+    stash_memory_bytes: int = 4 << 30
+    drain_seconds: float = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """An admitted request on its way: what to compute, and whom to answer."""
+
+    session: Session
+    request: int
+    kind: Kind
+    buffers: Buffers
+    shape: Shape
+    keep: bool
+    held: Held | None
+    merge_key: object
+    arrived: float
+
+
+_Key = tuple[bytes, int]
+
+
+class TrunkServer:
+    """Serves one trunk. `clock` gives seconds, `new_id` 16 fresh bytes."""
+
+    def __init__(
+        self,
+        info: TrunkInfo,
+        settings: ServerSettings | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        new_id: Callable[[], bytes] = lambda: secrets.token_bytes(16),
+    ) -> None:
+        self.info = info
+        self._settings = settings or ServerSettings()
+        self._clock = clock
+        self._epoch = new_id()
+        max_message_bytes = self._settings.max_request_tokens * info.model.hidden_size * FP32_BYTES
+        self._limits = Limits(
+            max_message_bytes=max_message_bytes,
+            max_header_bytes=MAX_HEADER_BYTES,
+            max_request_tokens=self._settings.max_request_tokens,
+            max_row_tokens=info.max_row_tokens,
+            max_inflight_requests=self._settings.max_inflight_requests,
+            max_inflight_bytes=self._settings.max_inflight_bytes,
+            lease_ms=round(self._settings.lease_seconds * 1000),
+            ping_ms=round(self._settings.ping_seconds * 1000),
+        )
+        self._sessions = Sessions(
+            lease_seconds=self._settings.lease_seconds,
+            max_inflight_requests=self._settings.max_inflight_requests,
+            max_inflight_bytes=self._settings.max_inflight_bytes,
+            new_id=new_id,
+        )
+        self._scheduler = Scheduler(max_batch_tokens=self._settings.max_batch_tokens)
+        self._requests: dict[_Key, _Request] = {}
+        self._router = Router(
+            max_message_bytes=max_message_bytes,
+            send_hwm_messages=self._settings.max_inflight_requests + CONTROL_MESSAGES,
+        )
+        self._compute: Compute | None = None
+        self._parameters = 0
+        self._graph_bytes_per_token = 0
+        self._batches: SimpleQueue[tuple[list[_Request], list[Work]] | None] = SimpleQueue()
+        self._running_since: float | None = None
+        self._draining_until: float | None = None
+        self._stopped = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._handlers: dict[type[Header], Callable[[bytes, Header, Sequence[Frame]], None]] = {
+            Hello: self._on_hello,
+            Forward: self._on_work,
+            Backward: self._on_work,
+            Release: self._on_release,
+            Cancel: self._on_cancel,
+            Ping: self._on_ping,
+            Bye: self._on_bye,
+            StatusRequest: self._on_status,
+        }
+
+    def bind(self, host: str, port: int) -> str:
+        """Take the port, and return the real endpoint. Nothing is answered before `run`. Raises `StartupError`."""
+        return self._router.bind(host, port)
+
+    def close(self) -> None:
+        """Give the port back without having run."""
+        self._router.close()
+
+    async def run(self, compute: Compute, *, parameters: int, graph_bytes_per_token: int) -> None:
+        """Serve until `stop`, or until a `drain` has ended."""
+        self._compute = compute
+        self._parameters = parameters
+        self._graph_bytes_per_token = graph_bytes_per_token
+        self._loop = asyncio.get_running_loop()
+        thread = threading.Thread(target=self._compute_batches, name="zsl-compute", daemon=True)
+        thread.start()
+        self._router.start(self._receive)
+        try:
+            while not self._stopped.is_set():
+                self._keep_house()
+                await _wait_at_most(self._stopped, HOUSEKEEPING_SECONDS)
+        finally:
+            self._batches.put(None)
+            await asyncio.to_thread(thread.join)
+            self._router.close()
+
+    def stop(self) -> None:
+        """End as soon as the pass that runs has ended. To be called on the loop."""
+        self._stopped.set()
+
+    def drain(self) -> None:
+        """Take no new forward, let open steps end for up to `drain_seconds`, then stop. To be called on the loop."""
+        if self._draining_until is not None:
+            return
+        self._draining_until = self._clock() + self._settings.drain_seconds
+        goaway = GoAway(epoch=self._epoch, drain_ms=round(self._settings.drain_seconds * 1000))
+        for session in self._sessions:
+            self._send(session.peer, goaway)
+
+    # --- from the socket ---------------------------------------------------------------------------------------
+
+    def _receive(self, peer: bytes, frames: list[Frame]) -> None:
+        try:
+            message = decode(frames, TO_DAEMON)
+        except WireError as error:
+            if frames and bytes(frames[0][: len(MAGIC)]) == MAGIC:
+                self._answer_error(peer, error.request, error)
+            logger.warning("refused a message of %d frames: %s", len(frames), error)
+            return
+        header = message.header
+        try:
+            self._handlers[type(header)](peer, header, message.buffers)
+        except WireError as error:
+            self._answer_error(peer, getattr(header, "request", None), error)
+        self._dispatch()
+
+    def _on_hello(self, peer: bytes, header: Header, _: Sequence[Frame]) -> None:
+        assert isinstance(header, Hello)
+        if self._draining_until is not None:
+            raise DrainingError()
+        self._check_model(header)
+        session = self._sessions.open(peer, self._clock())
+        logger.info("session %s opened (zsl %s, %s)", session.id.hex()[:8], header.software, header.dtype)
+        welcome = Welcome(
+            request=header.request,
+            software=zsl.__version__,
+            epoch=self._epoch,
+            session=session.id,
+            model=self.info.model,
+            cut=self.info.cut,
+            dtype=self.info.dtype,
+            forward_only=self.info.forward_only,
+            trunk_parameters=self._parameters,
+            limits=self._limits,
+        )
+        self._send(peer, welcome)
+
+    def _check_model(self, hello: Hello) -> None:
+        served, wanted = self.info.model, hello.model
+        if wanted is not None and wanted != served:
+            raise WrongModelError(_difference(served, wanted))
+        if hello.cut is not None and hello.cut != self.info.cut:
+            raise WrongModelError(f"this daemon serves the cut {self.info.cut}, the client wants {hello.cut}")
+
+    def _on_work(self, peer: bytes, header: Header, frames: Sequence[Frame]) -> None:
+        assert isinstance(header, WorkHeader)
+        now = self._clock()
+        session = self._session(header, peer, now)
+        key = (session.id, header.request)
+        if key in self._requests:
+            return  # sent twice: the one answer will serve
+        buffers: Buffers = {d.role: (d, frame) for d, frame in zip(header.tensors, frames, strict=True)}
+        hidden_size = self.info.model.hidden_size
+        held = None
+        if isinstance(header, Forward):
+            if self._draining_until is not None:
+                raise DrainingError()
+            if header.keep and self.info.forward_only:
+                raise ForwardOnlyError()
+            kind, keep = Kind.FORWARD, header.keep
+            shape = check_forward(buffers, hidden_size, self._limits)
+            merge_key: object = (kind, row_merge_key(buffers, shape))
+        else:
+            assert isinstance(header, Backward)
+            if self.info.forward_only:
+                raise ForwardOnlyError()
+            kind, keep = Kind.BACKWARD, False
+            complete = "activations" in buffers
+            held = None if complete else session.held.get(header.step)
+            shape = check_backward(buffers, held.shape if held else None, hidden_size, self._limits)
+            merge_key = (kind, held.merge_key if held else row_merge_key(buffers, shape))
+        if shape.total_tokens > self._settings.merge_below_tokens or (held is not None and held.stash.has_graph):
+            merge_key = None
+        self._sessions.admit(session, header.request, sum(descriptor.nbytes for descriptor in header.tensors))
+        if isinstance(header, Backward):
+            session.held.pop(header.step, None)
+        self._requests[key] = _Request(
+            session, header.request, kind, buffers, shape, keep, held, merge_key, arrived=now
+        )
+        self._scheduler.add(Job(key, shape.total_tokens, merge_key, now + header.budget_ms / 1000))
+
+    def _on_release(self, peer: bytes, header: Header, _: Sequence[Frame]) -> None:
+        assert isinstance(header, Release)
+        self._session(header, peer, self._clock()).held.pop(header.step, None)
+
+    def _on_cancel(self, peer: bytes, header: Header, _: Sequence[Frame]) -> None:
+        assert isinstance(header, Cancel)
+        session = self._session(header, peer, self._clock())
+        key = (session.id, header.request)
+        if self._scheduler.discard(key):
+            self._finish(self._requests[key], CancelledByClientError())
+
+    def _on_ping(self, peer: bytes, header: Header, _: Sequence[Frame]) -> None:
+        assert isinstance(header, Ping)
+        now = self._clock()
+        self._session(header, peer, now)
+        age = 0.0 if self._running_since is None else now - self._running_since
+        self._send(peer, Pong(request=header.request, epoch=self._epoch, progress_age_ms=round(age * 1000)))
+
+    def _on_bye(self, peer: bytes, header: Header, _: Sequence[Frame]) -> None:
+        assert isinstance(header, Bye)
+        session = self._session(header, peer, self._clock())
+        self._close_session(session.id, "closed by its client")
+
+    def _on_status(self, peer: bytes, header: Header, _: Sequence[Frame]) -> None:
+        assert isinstance(header, StatusRequest)
+        status = Status(
+            request=header.request,
+            software=zsl.__version__,
+            epoch=self._epoch,
+            model=self.info.model,
+            cut=self.info.cut,
+            dtype=self.info.dtype,
+            forward_only=self.info.forward_only,
+            trunk_parameters=self._parameters,
+            sessions=len(self._sessions),
+            queued_requests=len(self._scheduler),
+            held_bytes=self._sessions.held_bytes,
+        )
+        self._send(peer, status)
+
+    def _session(self, header: Header, peer: bytes, now: float) -> Session:
+        if getattr(header, "epoch", None) != self._epoch:
+            raise StaleEpochError()
+        return self._sessions.get(getattr(header, "session", b""), peer, now)
+
+    # --- to the compute thread and back ------------------------------------------------------------------------
+
+    def _dispatch(self) -> None:
+        """If the device is free, give it what is queued."""
+        if self._running_since is not None or not len(self._scheduler):
+            return
+        now = self._clock()
+        self._answer_expired(now)
+        jobs = self._scheduler.take_batch()
+        if not jobs:
+            return
+        requests = [self._requests[job.key] for job in jobs]  # type: ignore[index]
+        self._running_since = now
+        alone = len(requests) == 1
+        self._batches.put((requests, [self._work(request, alone) for request in requests]))
+
+    def _work(self, request: _Request, alone: bool) -> Work:
+        keep = Keep.NOTHING
+        if request.keep:
+            needed = request.shape.total_tokens * self._graph_bytes_per_token
+            room = self._sessions.held_bytes + needed <= self._settings.stash_memory_bytes
+            keep = Keep.GRAPH if alone and room else Keep.INPUT
+        return Work(request.kind, request.buffers, keep, request.held.stash if request.held else None)
+
+    def _compute_batches(self) -> None:
+        """The compute thread."""
+        assert self._compute is not None and self._loop is not None
+        while (batch := self._batches.get()) is not None:
+            requests, works = batch
+            del batch  # or a batch's memory would stay until the next one comes
+            started = self._clock()
+            try:
+                outcomes: Sequence[Outcome] = self._compute.run(works)
+            except BaseException:
+                logger.exception("the compute thread failed")
+                outcomes = [InternalError()] * len(requests)
+            del works
+            ended = self._clock()
+            self._loop.call_soon_threadsafe(self._finish_batch, requests, outcomes, started, ended)
+            del requests, outcomes
+
+    def _finish_batch(
+        self, requests: list[_Request], outcomes: Sequence[Outcome], started: float, ended: float
+    ) -> None:
+        self._running_since = None
+        self._router.drain()  # what arrived meanwhile can share the next pass
+        self._dispatch()
+        for request, outcome in zip(requests, outcomes, strict=True):
+            self._finish(request, outcome, merged=len(requests), started=started, ended=ended)
+        self._dispatch()
+
+    def _finish(
+        self, request: _Request, outcome: Outcome, *, merged: int = 1, started: float = 0.0, ended: float = 0.0
+    ) -> None:
+        """Answer a request, and keep what its backward will need."""
+        del self._requests[request.session.id, request.request]
+        session = self._sessions.finish(request.session.id, request.request)
+        if session is None:
+            return  # closed meanwhile: nobody waits
+        if isinstance(outcome, WireError):
+            self._answer_error(session.peer, request.request, outcome)
+            return
+        assert isinstance(outcome, Done)
+        if outcome.stash is not None:
+            row_key = row_merge_key(request.buffers, request.shape)
+            session.held[request.request] = Held(outcome.stash, request.shape, row_key)
+        descriptors = [descriptor for descriptor, _ in outcome.buffers.values()]
+        result = Result(
+            request=request.request,
+            epoch=self._epoch,
+            merged=merged,
+            queue_us=round((started - request.arrived) * 1e6),
+            compute_us=round((ended - started) * 1e6),
+            tensors=descriptors,
+        )
+        if not self._send(session.peer, result, [buffer for _, buffer in outcome.buffers.values()]):
+            self._close_session(session.id, "its client is gone or does not read")
+
+    def _answer_expired(self, now: float) -> None:
+        for job in self._scheduler.take_expired(now):
+            self._finish(self._requests[job.key], DeadlineError())  # type: ignore[index]
+
+    # --- housekeeping and answers ------------------------------------------------------------------------------
+
+    def _keep_house(self) -> None:
+        now = self._clock()
+        self._answer_expired(now)
+        for session_id in self._sessions.close_expired(now):
+            logger.info("session %s ended: nothing was heard of it for its lease", session_id.hex()[:8])
+        if self._draining_until is not None:
+            open_steps = any(session.held or session.inflight for session in self._sessions)
+            if not open_steps or now >= self._draining_until:
+                self.stop()
+
+    def _close_session(self, session_id: bytes, why: str) -> None:
+        self._sessions.close(session_id)
+        logger.info("session %s ended: %s", session_id.hex()[:8], why)
+
+    def _answer_error(self, peer: bytes, request: int | None, error: WireError) -> None:
+        message = Error(
+            request=request,
+            epoch=self._epoch,
+            code=error.code,
+            retry=error.retry,
+            retry_after_ms=error.retry_after_ms,
+            text=str(error)[:MAX_TEXT_CHARS],
+        )
+        self._send(peer, message)
+
+    def _send(self, peer: bytes, header: Header, buffers: Sequence[Frame] = ()) -> bool:
+        return self._router.send(peer, encode(header, buffers))
+
+
+def _difference(served: ModelIdentity, wanted: ModelIdentity) -> str:
+    """Which part of two identities differs, the readable ones first."""
+    for name in ("model_type", "layers", "hidden_size"):
+        ours, theirs = getattr(served, name), getattr(wanted, name)
+        if ours != theirs:
+            return f"this daemon serves a model with {name} {ours}, the client has {theirs}: load the same model"
+    what = "weights" if served.weights_digest != wanted.weights_digest else "configuration"
+    ours, theirs = (
+        (identity.weights_digest if what == "weights" else identity.config_digest)[:12] for identity in (served, wanted)
+    )
+    return (
+        f"both sides have a {served.model_type} of this size, but another {what} "
+        f"(digest {ours}… here, {theirs}… at the client): load the same checkpoint"
+    )
+
+
+async def _wait_at_most(event: asyncio.Event, seconds: float) -> None:
+    """Wait for an event; a wait that is cut off loses nothing."""
+    try:
+        await asyncio.wait_for(event.wait(), seconds)
+    except TimeoutError:
+        pass

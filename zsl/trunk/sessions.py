@@ -1,0 +1,109 @@
+"""Sessions, their leases, and what is kept for them. Pure: the clock and the source of ids come from outside.
+
+A session is a lease: a client that is not heard of for `lease_seconds` is forgotten, with everything kept for it.
+Losing a stash costs its client time, never a result, so it may go at any moment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from zsl.errors import OverloadedError, UnknownSessionError, UnknownStepError
+from zsl.trunk.work import Held
+
+
+@dataclass(slots=True)
+class Session:
+    """One client's run. `peer` is the routing id that it was opened from: where its answers go."""
+
+    id: bytes
+    peer: bytes
+    expires: float
+    held: dict[int, Held] = field(default_factory=dict)  # step -> what its backward needs
+    inflight: dict[int, int] = field(default_factory=dict)  # request -> bytes
+
+    @property
+    def inflight_bytes(self) -> int:
+        return sum(self.inflight.values())
+
+
+class Sessions:
+    """The table of open sessions."""
+
+    def __init__(
+        self,
+        *,
+        lease_seconds: float,
+        max_inflight_requests: int,
+        max_inflight_bytes: int,
+        new_id: Callable[[], bytes],
+    ) -> None:
+        self._lease_seconds = lease_seconds
+        self._max_inflight_requests = max_inflight_requests
+        self._max_inflight_bytes = max_inflight_bytes
+        self._new_id = new_id
+        self._sessions: dict[bytes, Session] = {}
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    def __iter__(self) -> Iterator[Session]:
+        return iter(self._sessions.values())
+
+    @property
+    def held_bytes(self) -> int:
+        """The memory that all stashes take."""
+        return sum(held.stash.nbytes for session in self._sessions.values() for held in session.held.values())
+
+    def open(self, peer: bytes, now: float) -> Session:
+        """A new session. An earlier one of the same connection ends."""
+        for session in [s for s in self._sessions.values() if s.peer == peer]:
+            self.close(session.id)
+        session = Session(self._new_id(), peer, now + self._lease_seconds)
+        self._sessions[session.id] = session
+        return session
+
+    def get(self, session_id: bytes, peer: bytes, now: float) -> Session:
+        """The session, its lease renewed. Raises `UnknownSessionError`, also for another connection's session."""
+        session = self._sessions.get(session_id)
+        if session is None or session.peer != peer:
+            raise UnknownSessionError("this session is not open here; its lease may have ended")
+        session.expires = now + self._lease_seconds
+        return session
+
+    def close(self, session_id: bytes) -> None:
+        """Forget a session and what is kept for it."""
+        self._sessions.pop(session_id, None)
+
+    def close_expired(self, now: float) -> list[bytes]:
+        """Forget the sessions whose lease has ended; their ids."""
+        expired = [session.id for session in self._sessions.values() if session.expires <= now]
+        for session_id in expired:
+            self.close(session_id)
+        return expired
+
+    def admit(self, session: Session, request: int, nbytes: int) -> None:
+        """Count a request as in flight. Raises `OverloadedError` over the session's credit."""
+        over_bytes = session.inflight and session.inflight_bytes + nbytes > self._max_inflight_bytes
+        if len(session.inflight) >= self._max_inflight_requests or over_bytes:
+            raise OverloadedError(
+                f"the session has {len(session.inflight)} requests and {session.inflight_bytes} bytes in flight; "
+                f"{self._max_inflight_requests} and {self._max_inflight_bytes} are granted",
+                retry_after_ms=50,
+            )
+        session.inflight[request] = nbytes
+
+    def finish(self, session_id: bytes, request: int) -> Session | None:
+        """The request is answered; its session if that is still open."""
+        session = self._sessions.get(session_id)
+        if session is not None:
+            session.inflight.pop(request, None)
+        return session
+
+    def take_held(self, session: Session, step: int) -> Held:
+        """What is held for a step; it is held no longer. Raises `UnknownStepError`."""
+        try:
+            return session.held.pop(step)
+        except KeyError:
+            raise UnknownStepError(f"nothing is held for step {step}; send the activations along") from None

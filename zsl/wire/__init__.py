@@ -1,0 +1,1 @@
+"""What crosses the network: message schemas, framing and the tensor codec. No sockets, no clock."""

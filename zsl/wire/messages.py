@@ -1,0 +1,285 @@
+"""The messages: one closed schema a type.
+
+Each class is the header of one message type. A header is checked once, when it is decoded: strict types, no
+unknown key, a bound on every number. This module knows neither frames nor tensors' bytes.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from math import prod
+from typing import Annotated, ClassVar, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from zsl.errors import Retry
+
+MAX_DIMS = 4
+MAX_TENSORS = 16
+MAX_TEXT_CHARS = 512
+
+# The closed dtype table: name on the wire -> bytes per element.
+DTYPE_BYTES: dict[str, int] = {
+    "f32": 4, "f16": 2, "bf16": 2,
+    "i64": 8, "i32": 4, "i16": 2, "i8": 1, "u8": 1, "bool": 1,
+}  # fmt: skip
+FLOAT_DTYPES = frozenset({"f32", "f16", "bf16"})
+
+DtypeName = Literal["f32", "f16", "bf16", "i64", "i32", "i16", "i8", "u8", "bool"]
+FloatDtypeName = Literal["f32", "f16", "bf16"]
+Role = Literal["activations", "gradients", "attention_mask", "position_ids"]
+
+Count = Annotated[int, Field(ge=0, le=2**53)]
+Dim = Annotated[int, Field(ge=0, le=2**31 - 1)]
+LayerIndex = Annotated[int, Field(ge=0, le=2**16)]
+Milliseconds = Annotated[int, Field(ge=0, le=7 * 24 * 3600 * 1000)]
+Id16 = Annotated[bytes, Field(min_length=16, max_length=16)]
+Name = Annotated[str, Field(max_length=200)]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Text = Annotated[str, Field(max_length=MAX_TEXT_CHARS)]
+
+
+class MessageType(IntEnum):
+    """The type byte of the preamble."""
+
+    HELLO = 1
+    WELCOME = 2
+    FORWARD = 3
+    BACKWARD = 4
+    RESULT = 5
+    ERROR = 6
+    RELEASE = 7
+    CANCEL = 8
+    PING = 9
+    PONG = 10
+    GOAWAY = 11
+    BYE = 12
+    STATUS = 13
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class TensorDescriptor(_Strict):
+    """One tensor of a message; its bytes are the buffer at the same index, little-endian and contiguous."""
+
+    role: Role
+    dtype: DtypeName
+    shape: tuple[Dim, ...] = Field(max_length=MAX_DIMS)
+    nbytes: Count
+
+    @field_validator("shape", mode="before")
+    @classmethod
+    def _a_list_is_a_shape(cls, value: object) -> object:
+        return tuple(value) if isinstance(value, list) else value  # msgpack has arrays only
+
+    @model_validator(mode="after")
+    def _size_agrees(self) -> Self:
+        expected = prod(self.shape) * DTYPE_BYTES[self.dtype]
+        if expected != self.nbytes:
+            raise ValueError(
+                f"{self.role}: shape {self.shape} of {self.dtype} takes {expected} bytes, not {self.nbytes}"
+            )
+        return self
+
+
+class Header(_Strict):
+    """Base of all headers. `TYPE` is the message's type byte."""
+
+    TYPE: ClassVar[MessageType]
+
+
+class ModelIdentity(_Strict):
+    """Which model, exactly: its type and sizes to read, and two digests to compare.
+
+    `config_digest` covers the configuration (what `save_pretrained` would write, without the names and
+    versions), `weights_digest` every tensor of the checkpoint.
+    """
+
+    model_type: Name
+    layers: LayerIndex
+    hidden_size: Dim
+    config_digest: Digest
+    weights_digest: Digest
+
+
+class Cut(_Strict):
+    """The layers `[start, stop)` that the trunk holds."""
+
+    start: LayerIndex
+    stop: LayerIndex
+
+    def __str__(self) -> str:
+        return f"{self.start}:{self.stop}"
+
+
+class Limits(_Strict):
+    """What the daemon takes from one session, stated before anything is sent."""
+
+    max_message_bytes: Count
+    max_header_bytes: Count
+    max_request_tokens: Count  # rows x tokens of one request
+    max_row_tokens: Count  # tokens of one row: the model's positions
+    max_inflight_requests: Count
+    max_inflight_bytes: Count
+    lease_ms: Milliseconds
+    ping_ms: Milliseconds
+
+
+class Hello(Header):
+    """Open a session. A client without a model (`model=None`) takes the trunk as it is."""
+
+    TYPE = MessageType.HELLO
+    request: Count
+    software: Name
+    dtype: FloatDtypeName  # of the activations that this client will send
+    model: ModelIdentity | None
+    cut: Cut | None  # None: the client takes the daemon's
+
+
+class Welcome(Header):
+    """The session is open. `epoch` names this life of the daemon."""
+
+    TYPE = MessageType.WELCOME
+    request: Count
+    software: Name
+    epoch: Id16
+    session: Id16
+    model: ModelIdentity
+    cut: Cut
+    dtype: FloatDtypeName  # that the trunk computes in
+    forward_only: bool
+    trunk_parameters: Count
+    limits: Limits
+
+
+class _InSession(Header):
+    session: Id16
+    epoch: Id16
+
+
+class WorkHeader(_InSession):
+    """What FORWARD and BACKWARD have in common."""
+
+    request: Count
+    attempt: Annotated[int, Field(ge=0, le=255)]
+    budget_ms: Milliseconds  # what is left of the request's time when it is sent
+    tensors: list[TensorDescriptor] = Field(min_length=1, max_length=MAX_TENSORS)
+
+
+class Forward(WorkHeader):
+    """Run the trunk on activations. `keep`: a BACKWARD for this request will follow."""
+
+    TYPE = MessageType.FORWARD
+    keep: bool
+
+
+class Backward(WorkHeader):
+    """The vector-Jacobian product of the trunk with the given gradients.
+
+    `step` is the id of the FORWARD that it belongs to. A message that brings the activations (and mask and
+    positions) along is complete in itself: the daemon needs to hold nothing.
+    """
+
+    TYPE = MessageType.BACKWARD
+    step: Count
+
+
+class Result(Header):
+    """The answer to FORWARD (activations) or BACKWARD (gradients)."""
+
+    TYPE = MessageType.RESULT
+    request: Count
+    epoch: Id16
+    merged: Annotated[int, Field(ge=1, le=2**16)]  # requests that shared the pass
+    queue_us: Count
+    compute_us: Count
+    tensors: list[TensorDescriptor] = Field(min_length=1, max_length=MAX_TENSORS)
+
+
+class Error(Header):
+    """The answer to anything that failed. `request` is None when the message could not be read that far."""
+
+    TYPE = MessageType.ERROR
+    request: Count | None
+    epoch: Id16
+    code: Name
+    retry: Annotated[Retry, Field(strict=False)]
+    retry_after_ms: Milliseconds
+    text: Text
+
+
+class Release(_InSession):
+    """The client will not ask a backward for this step. Not answered."""
+
+    TYPE = MessageType.RELEASE
+    step: Count
+
+
+class Cancel(_InSession):
+    """Take a queued request back. The request itself is answered (with CANCELLED if it had not started)."""
+
+    TYPE = MessageType.CANCEL
+    request: Count
+
+
+class Ping(_InSession):
+    """Renew the lease and ask for a sign of life."""
+
+    TYPE = MessageType.PING
+    request: Count
+
+
+class Pong(Header):
+    """The daemon lives; `progress_age_ms` is the time since its compute thread last finished something or was idle."""
+
+    TYPE = MessageType.PONG
+    request: Count
+    epoch: Id16
+    progress_age_ms: Milliseconds
+
+
+class GoAway(Header):
+    """The daemon will go: no new forward is taken, steps that are open may end within `drain_ms`."""
+
+    TYPE = MessageType.GOAWAY
+    epoch: Id16
+    drain_ms: Milliseconds
+
+
+class Bye(_InSession):
+    """The client ends its session. Not answered."""
+
+    TYPE = MessageType.BYE
+
+
+class StatusRequest(Header):
+    """Ask what the daemon serves. Needs no session."""
+
+    TYPE = MessageType.STATUS
+    request: Count
+
+
+class Status(Header):
+    """What the daemon serves, and how busy it is: the answer to a STATUS request."""
+
+    TYPE = MessageType.STATUS
+    request: Count
+    software: Name
+    epoch: Id16
+    model: ModelIdentity
+    cut: Cut
+    dtype: FloatDtypeName
+    forward_only: bool
+    trunk_parameters: Count
+    sessions: Count
+    queued_requests: Count
+    held_bytes: Count
+
+
+# What each end may receive. STATUS is the one type with a schema for each direction.
+TO_DAEMON: dict[int, type[Header]] = {
+    cls.TYPE: cls for cls in (Hello, Forward, Backward, Release, Cancel, Ping, Bye, StatusRequest)
+}
+TO_CLIENT: dict[int, type[Header]] = {cls.TYPE: cls for cls in (Welcome, Result, Error, Pong, GoAway, Status)}

@@ -1,0 +1,75 @@
+"""The tensor codec: torch tensors to descriptors and raw buffers, and back, without a copy where that is safe.
+
+What comes in has already been checked by `frames.decode` (shape, dtype and size agree). Sending aliases: the
+memory of an encoded tensor must not be written until the message has left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import get_args
+
+import torch
+
+from zsl.errors import BadDtypeError
+from zsl.wire.frames import Frame
+from zsl.wire.messages import DtypeName, FloatDtypeName, Role, TensorDescriptor
+
+TORCH_DTYPES: dict[DtypeName, torch.dtype] = {
+    "f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16,
+    "i64": torch.int64, "i32": torch.int32, "i16": torch.int16, "i8": torch.int8,
+    "u8": torch.uint8, "bool": torch.bool,
+}  # fmt: skip
+WIRE_NAMES: dict[torch.dtype, DtypeName] = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+
+# Matrix products round differently on differently aligned memory; torch's own allocations are aligned to this.
+ALIGNMENT_BYTES = 64
+
+
+def wire_name(dtype: torch.dtype) -> DtypeName:
+    """The name of a torch dtype on the wire. Raises `BadDtypeError` for one that does not travel."""
+    try:
+        return WIRE_NAMES[dtype]
+    except KeyError:
+        raise BadDtypeError(f"{dtype} does not travel; it is one of {', '.join(map(str, WIRE_NAMES))}") from None
+
+
+def float_wire_name(dtype: torch.dtype) -> FloatDtypeName:
+    """The name of a floating-point dtype on the wire. Raises `BadDtypeError`."""
+    for name in get_args(FloatDtypeName):
+        if TORCH_DTYPES[name] == dtype:
+            found: FloatDtypeName = name
+            return found
+    raise BadDtypeError(f"activations of {dtype}: one of {', '.join(get_args(FloatDtypeName))} is needed")
+
+
+def encode_tensor(role: Role, tensor: torch.Tensor) -> tuple[TensorDescriptor, Frame]:
+    """Descriptor and buffer of a tensor of any device. On the CPU and contiguous, the buffer is its own memory.
+
+    Raises `BadDtypeError` for a dtype that does not travel.
+    """
+    dtype = wire_name(tensor.dtype)
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    buffer = flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+    descriptor = TensorDescriptor(role=role, dtype=dtype, shape=tuple(tensor.shape), nbytes=buffer.nbytes)
+    return descriptor, buffer
+
+
+def encode_tensors(tensors: Mapping[Role, torch.Tensor | None]) -> tuple[list[TensorDescriptor], list[Frame]]:
+    """`encode_tensor` for each tensor that is there."""
+    pairs = [encode_tensor(role, tensor) for role, tensor in tensors.items() if tensor is not None]
+    return [descriptor for descriptor, _ in pairs], [buffer for _, buffer in pairs]
+
+
+def decode_tensor(descriptor: TensorDescriptor, buffer: Frame) -> torch.Tensor:
+    """The CPU tensor that a buffer holds. It shares the buffer's memory if that is writable and aligned."""
+    dtype = TORCH_DTYPES[descriptor.dtype]
+    if descriptor.nbytes == 0:
+        return torch.empty(descriptor.shape, dtype=dtype)
+    view = memoryview(buffer)
+    raw = torch.frombuffer(bytearray(view) if view.readonly else view, dtype=torch.uint8)
+    if dtype is torch.bool:
+        return raw.ne(0).view(descriptor.shape)  # a byte other than 0 and 1 is no bool
+    if raw.data_ptr() % ALIGNMENT_BYTES:
+        raw = raw.clone()
+    return raw.view(dtype).view(descriptor.shape)
