@@ -8,6 +8,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
+from zsl.split.loading import load_whole
+from zsl.split.reference import resolve
 from zsl.split.stack import find_stack
 
 LAYERS = 6
@@ -74,6 +76,13 @@ def write_checkpoint(directory: Path, family: str, **how: object) -> Path:
     if not path.exists():
         tiny_model(family, **how).save_pretrained(path)  # type: ignore[arg-type]
     return path
+
+
+def local_model(reference: str) -> PreTrainedModel:
+    """The whole model, as Trainer runs it: without a cache, which would hide packed positions from the mask."""
+    model = load_whole(resolve(reference))
+    model.config.use_cache = False
+    return model
 
 
 def with_lora(model: PreTrainedModel, *, seed: int = 1, layers: tuple[int, ...] = (0, 1, 4, 5)) -> PeftModel:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from pathlib import Path
 
 import click
@@ -45,5 +46,7 @@ def train(config: Path, server: str | None, save_dir: str | None, settings: tupl
 
         disable_progress_bar()
         if not debug:
+            # What the libraries below have to say to each other is not for whoever trains.
             set_verbosity_error()
+            warnings.simplefilter("ignore", FutureWarning)
         train_from_config(checked, config)

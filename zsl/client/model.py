@@ -44,11 +44,12 @@ def load_client(
 
 def put_trunk(model: PreTrainedModel, trunk: RemoteTrunk, cut: Cut) -> None:
     """Put the trunk into the first slot of the hole, and let it know what the model is called with."""
-    layers = find_stack(model).layers
-    copy_plain_attributes(layers[cut.start], trunk)
-    layers[cut.start] = trunk
-    base = model.base_model
-    signature = inspect.signature(base.forward)
+    stack = find_stack(model)
+    copy_plain_attributes(stack.layers[cut.start], trunk)
+    stack.layers[cut.start] = trunk
+    # The module that runs the layers. A causal language model may call it without its base model in between.
+    runner = model.get_submodule(stack.parent_name)
+    signature = inspect.signature(runner.forward)
 
     def observe(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         arguments = signature.bind(*args, **kwargs).arguments
@@ -58,4 +59,5 @@ def put_trunk(model: PreTrainedModel, trunk: RemoteTrunk, cut: Cut) -> None:
                 raise ModelError(f"{name}={arguments[name]!r:.40} is not supported by a split model: {reason}")
         trunk.observe_inputs(arguments.get("attention_mask"), arguments.get("position_ids"))
 
-    base.register_forward_pre_hook(observe, with_kwargs=True)
+    trunk.in_model = True
+    runner.register_forward_pre_hook(observe, with_kwargs=True)

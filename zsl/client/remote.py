@@ -53,6 +53,7 @@ class RemoteTrunk(nn.Module):
             "request_timeout_seconds": request_timeout_seconds,
         }
         self._wanted: tuple[ModelIdentity | None, Cut | None, torch.dtype] = (None, None, torch.float32)
+        self.in_model = False  # set where the model brings mask and positions by `observe_inputs`
         self._client: TrunkClient | None = None
         self._connecting = threading.Lock()
         self._call = threading.local()
@@ -123,7 +124,11 @@ class RemoteTrunk(nn.Module):
 
         Raises `ZslError`. What a decoder layer gets beside them is rebuilt by the trunk and ignored here.
         """
-        attention_mask, position_ids = getattr(self._call, "inputs", (None, None))
+        # Used once: what another call was made with must never stand in for this one's.
+        inputs = self._call.__dict__.pop("inputs", None)
+        if inputs is None and self.in_model:
+            raise ModelError("the model ran its layers without the call that brings mask and positions; zsl cannot split it")
+        attention_mask, position_ids = inputs or (None, None)
         if attention_mask is not None and attention_mask.ndim != 2:
             raise ModelError(
                 f"an attention mask of shape {tuple(attention_mask.shape)} cannot cross to the trunk; "

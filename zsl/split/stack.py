@@ -29,6 +29,11 @@ class Stack:
     layers: nn.ModuleList
 
     @property
+    def parent_name(self) -> str:
+        """The path of the module that owns the list and runs the layers."""
+        return self.name.rpartition(".")[0]
+
+    @property
     def leaf_name(self) -> str:
         """The name of the list itself: `h`, `layers`; PEFT's `layers_pattern`."""
         return self.name.rpartition(".")[2]
