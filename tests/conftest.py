@@ -9,6 +9,7 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import hypothesis
 import pytest
 import torch
 from support.daemon import Daemon
@@ -17,6 +18,8 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 # Two cores are shared with the daemons: more threads only wait for each other.
 torch.set_num_threads(2)
+hypothesis.settings.register_profile("zsl", deadline=None)  # time is for benchmarks
+hypothesis.settings.load_profile("zsl")
 disable_progress_bar()
 set_verbosity_error()
 

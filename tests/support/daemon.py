@@ -22,8 +22,8 @@ COMMAND = [sys.executable, "-c", "from zsl.cli.trunkd import trunkd; trunkd(prog
 class Daemon:
     """Started by `with`, stopped at its end. `ready` is the ready line's content."""
 
-    def __init__(self, *arguments: str, log: Path, environment: Mapping[str, str] | None = None) -> None:
-        self._arguments = [*COMMAND, "--port", "0", "--log-format", "json", *arguments]
+    def __init__(self, *arguments: str, log: Path, port: int = 0, environment: Mapping[str, str] | None = None) -> None:
+        self._arguments = [*COMMAND, "--port", str(port), "--log-format", "json", *arguments]
         self._environment = {**os.environ, **(environment or {})}
         self.log = log
 
@@ -40,6 +40,10 @@ class Daemon:
         assert self.ready["event"] == "ready"
         return self
 
+    @property
+    def port(self) -> int:
+        return int(self.endpoint.rpartition(":")[2])
+
     def signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
 
@@ -54,7 +58,9 @@ class Daemon:
     def __enter__(self) -> Self:
         return self.start()
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self.process.poll() is None:
             self.process.terminate()
             try:

@@ -127,7 +127,9 @@ class RemoteTrunk(nn.Module):
         # Used once: what another call was made with must never stand in for this one's.
         inputs = self._call.__dict__.pop("inputs", None)
         if inputs is None and self.in_model:
-            raise ModelError("the model ran its layers without the call that brings mask and positions; zsl cannot split it")
+            raise ModelError(
+                "the model ran its layers without the call that brings mask and positions; zsl cannot split it"
+            )
         attention_mask, position_ids = inputs or (None, None)
         if attention_mask is not None and attention_mask.ndim != 2:
             raise ModelError(

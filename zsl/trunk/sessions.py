@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from zsl.errors import OverloadedError, UnknownSessionError, UnknownStepError
+from zsl.errors import OverloadedError, UnknownSessionError
 from zsl.trunk.work import Held
 
 
@@ -100,10 +100,3 @@ class Sessions:
         if session is not None:
             session.inflight.pop(request, None)
         return session
-
-    def take_held(self, session: Session, step: int) -> Held:
-        """What is held for a step; it is held no longer. Raises `UnknownStepError`."""
-        try:
-            return session.held.pop(step)
-        except KeyError:
-            raise UnknownStepError(f"nothing is held for step {step}; send the activations along") from None

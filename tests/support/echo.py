@@ -1,0 +1,117 @@
+"""A trunk server without a model, in this process: it answers activations with themselves plus one, gradients with
+themselves. For tests of the wire, the server and the connection."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from zsl.errors import InternalError
+from zsl.trunk.server import ServerSettings, TrunkInfo, TrunkServer
+from zsl.trunk.work import Done, Keep, Kind, Outcome, Work
+from zsl.wire.messages import Cut, ModelIdentity
+
+HIDDEN = 4
+ROW_TOKENS = 64
+IDENTITY = ModelIdentity(
+    model_type="echo", layers=6, hidden_size=HIDDEN, config_digest="c" * 64, weights_digest="d" * 64
+)
+POISON = 666.0
+WAIT_SECONDS = 30
+
+
+@dataclass(frozen=True, slots=True)
+class EchoStash:
+    nbytes: int
+    has_graph: bool
+
+
+class EchoCompute:
+    """Remembers the batches that it ran. `gate` holds them back while it is cleared. An activation of POISON fails."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[Kind]] = []
+        self.gate = threading.Event()
+        self.gate.set()
+        self.begun = threading.Semaphore(0)
+
+    def run(self, works: Sequence[Work]) -> list[Outcome]:
+        self.begun.release()
+        assert self.gate.wait(WAIT_SECONDS), "the test never opened the gate"
+        self.batches.append([work.kind for work in works])
+        return [self._one(work) for work in works]
+
+    def _one(self, work: Work) -> Outcome:
+        role = "activations" if work.kind is Kind.FORWARD else "gradients"
+        descriptor, buffer = work.buffers[role]
+        values = np.frombuffer(buffer, dtype=np.float32)
+        if values.size and values[0] == POISON:
+            return InternalError("poisoned")
+        stash = None if work.keep is Keep.NOTHING else EchoStash(len(buffer), work.keep is Keep.GRAPH)
+        answer = (values + 1 if work.kind is Kind.FORWARD else values).astype(np.float32)
+        return Done({role: (descriptor, answer.data.cast("B"))}, stash)
+
+
+class EchoServer:
+    """Serves between `with` and its end, on a thread of its own."""
+
+    def __init__(self, *, port: int = 0, forward_only: bool = False, settings: ServerSettings | None = None) -> None:
+        self.compute = EchoCompute()
+        self._port = port
+        self._info = TrunkInfo(IDENTITY, Cut(start=2, stop=4), "f32", forward_only, ROW_TOKENS)
+        self._settings = settings
+        self._started: Future[str] = Future()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    @property
+    def endpoint(self) -> str:
+        return self._started.result(WAIT_SECONDS)
+
+    @property
+    def port(self) -> int:
+        return int(self.endpoint.rpartition(":")[2])
+
+    def drain(self) -> None:
+        self.loop.call_soon_threadsafe(self.server.drain)
+
+    def join(self) -> None:
+        self._thread.join(WAIT_SECONDS)
+        assert not self._thread.is_alive()
+
+    def stop(self) -> None:
+        self.compute.gate.set()
+        if self._thread.is_alive():
+            self.loop.call_soon_threadsafe(self.server.stop)
+        self.join()
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        assert self.endpoint
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def _run(self) -> None:
+        try:
+            asyncio.run(self._serve())
+        except BaseException as error:
+            if self._started.done():
+                raise
+            self._started.set_exception(error)
+
+    async def _serve(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.server = TrunkServer(self._info, self._settings)
+        endpoint = self.server.bind("127.0.0.1", self._port)
+        self._started.set_result(endpoint)
+        await self.server.run(self.compute, parameters=0, graph_bytes_per_token=0)

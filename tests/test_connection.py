@@ -1,0 +1,234 @@
+"""The client's connection: each request ends with its answer or a typed error, in bounded time, whatever happens."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import multiprocessing
+import socket
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+from support.echo import HIDDEN, IDENTITY, POISON, EchoServer
+
+from zsl import AsyncTrunkClient, TrunkClient
+from zsl.errors import (
+    BadShapeError,
+    ClosedError,
+    ConfigError,
+    ConnectionLost,
+    InternalError,
+    RequestTimeout,
+    TooLargeError,
+    TrunkUnreachable,
+    WrongModelError,
+)
+from zsl.trunk.server import ServerSettings
+
+
+@pytest.fixture
+def server() -> Iterator[EchoServer]:
+    with EchoServer() as running:
+        yield running
+
+
+@pytest.fixture
+def client(server: EchoServer) -> Iterator[TrunkClient]:
+    with TrunkClient(server.endpoint, connect_timeout_seconds=10, request_timeout_seconds=20) as connected:
+        connected.connect()
+        yield connected
+
+
+def some(value: float = 0.0, tokens: int = 2) -> torch.Tensor:
+    return torch.full((1, tokens, HIDDEN), float(value))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_forward_and_backward_bring_the_tensors_back(client: TrunkClient) -> None:
+    step = client.forward(some(1.0), keep=True)
+    assert torch.equal(step.output, some(2.0))
+    assert torch.equal(client.backward(step, some(3.0)).tensor, some(3.0))
+
+
+def test_many_threads_share_one_connection(client: TrunkClient) -> None:
+    wrong: list[int] = []
+
+    def work(number: int) -> None:
+        for _ in range(20):
+            if not torch.equal(client.forward(some(number)).output, some(number + 1)):
+                wrong.append(number)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert wrong == []
+    assert not any(thread.is_alive() for thread in threads)
+
+
+async def test_the_asyncio_face_overlaps_requests(server: EchoServer) -> None:
+    async with AsyncTrunkClient(server.endpoint) as client:
+        steps = await asyncio.gather(*(client.forward(some(n), keep=True) for n in range(10)))
+        assert all(torch.equal(step.output, some(n + 1)) for n, step in enumerate(steps))
+        answer = await client.backward(steps[0], some(5.0))
+        assert torch.equal(answer.tensor, some(5.0))
+        assert (await client.status()).sessions == 1
+
+
+def test_more_requests_than_the_daemon_grants_wait_their_turn() -> None:
+    with EchoServer(settings=ServerSettings(max_inflight_requests=2)) as server, TrunkClient(server.endpoint) as client:
+        client.connect()
+        futures = [client.submit_forward(some(n))[1] for n in range(20)]
+        assert all(future.result(20) for future in futures)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "host", "tcp://host", "http://host:1", "host:port", "host:0", "host:70000", "a/b:1"]
+)
+def test_a_wrong_endpoint_is_refused_with_an_example(text: str) -> None:
+    with pytest.raises(ConfigError, match="HOST:PORT"):
+        TrunkClient(text)
+
+
+def test_an_unreachable_daemon_is_named_in_time() -> None:
+    endpoint = f"127.0.0.1:{free_port()}"
+    with TrunkClient(endpoint, connect_timeout_seconds=0.5) as client:
+        with pytest.raises(TrunkUnreachable, match=rf"no trunk daemon at tcp://{endpoint}: nothing listens there"):
+            client.connect()
+        with pytest.raises(ClosedError):
+            client.forward(some())
+
+
+def test_something_else_on_the_port_is_named_in_time() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        with TrunkClient(f"127.0.0.1:{listener.getsockname()[1]}", connect_timeout_seconds=0.5) as client:
+            with pytest.raises(TrunkUnreachable, match="does not answer as a trunk daemon"):
+                client.connect()
+
+
+def test_another_model_is_refused_before_anything_is_sent(server: EchoServer) -> None:
+    with TrunkClient(server.endpoint) as client, pytest.raises(WrongModelError, match="weights"):
+        client.connect(IDENTITY.model_copy(update={"weights_digest": "0" * 64}))
+
+
+def test_a_refused_request_raises_its_own_error_and_the_next_one_works(client: TrunkClient) -> None:
+    with pytest.raises(BadShapeError, match=rf"hidden size {HIDDEN + 1}.*\[trunk tcp://"):
+        client.forward(torch.zeros(1, 2, HIDDEN + 1))
+    assert torch.equal(client.forward(some()).output, some(1.0))
+
+
+def test_a_failed_computation_fails_its_own_request_only(client: TrunkClient) -> None:
+    with pytest.raises(InternalError, match="poisoned"):
+        client.forward(some(POISON))
+    assert torch.equal(client.forward(some()).output, some(1.0))
+
+
+def test_a_message_over_the_daemons_limit_is_refused_before_it_is_sent(client: TrunkClient) -> None:
+    with pytest.raises(TooLargeError, match="smaller batch"):
+        client.forward(torch.zeros(10_000, 10, HIDDEN))
+    assert torch.equal(client.forward(some()).output, some(1.0))
+
+
+def test_a_request_that_is_not_answered_in_time_raises_and_is_taken_back(server: EchoServer) -> None:
+    with TrunkClient(server.endpoint, request_timeout_seconds=0.3) as client:
+        client.connect()
+        server.compute.gate.clear()
+        with pytest.raises(RequestTimeout, match=r"0\.3 s"):
+            client.forward(some())
+        with pytest.raises(RequestTimeout):
+            client.forward(some())
+        server.compute.gate.set()
+        assert client.status().queued_requests == 0
+        assert torch.equal(client.forward(some()).output, some(1.0))
+
+
+def test_a_backward_goes_on_when_the_daemon_was_restarted_after_its_forward() -> None:
+    """One automatic replay: the step's activations go along, so a daemon that holds nothing can answer."""
+    with EchoServer() as first:
+        port = first.port
+        client = TrunkClient(first.endpoint, request_timeout_seconds=20)
+        client.connect()
+        step = client.forward(some(1.0), keep=True)
+    with EchoServer(port=port) as second, client:
+        assert torch.equal(client.backward(step, some(4.0)).tensor, some(4.0))
+        assert client.status().epoch != b""
+        assert [len(batch) for batch in second.compute.batches] == [1]
+
+
+def test_a_daemon_that_does_not_come_back_ends_the_request_with_connection_lost(server: EchoServer) -> None:
+    with TrunkClient(server.endpoint, connect_timeout_seconds=0.5, request_timeout_seconds=20) as client:
+        client.connect()
+        server.stop()
+        with pytest.raises((ConnectionLost, ClosedError)):
+            client.forward(some())
+
+
+def test_an_ended_lease_opens_a_new_session_by_itself() -> None:
+    settings = ServerSettings(lease_seconds=0.2, ping_seconds=60)
+    with EchoServer(settings=settings) as server, TrunkClient(server.endpoint) as client:
+        client.connect()
+        step = client.forward(some(1.0), keep=True)
+        with TrunkClient(server.endpoint) as observer:
+            observer.connect()
+            while observer.status().held_bytes:
+                pass
+        assert torch.equal(client.backward(step, some(4.0)).tensor, some(4.0))
+
+
+def test_a_dropped_step_is_released_at_the_daemon(client: TrunkClient) -> None:
+    step = client.forward(some(), keep=True)
+    assert client.status().held_bytes > 0
+    del step
+    gc.collect()
+    assert client.status().held_bytes == 0
+
+
+def test_close_ends_waiting_calls_and_further_ones(server: EchoServer, client: TrunkClient) -> None:
+    server.compute.gate.clear()
+    _, future = client.submit_forward(some())
+    assert server.compute.begun.acquire(timeout=20)
+    client.close()
+    with pytest.raises(ClosedError):
+        future.result(5)
+    with pytest.raises(ClosedError):
+        client.forward(some())
+    client.close()
+
+
+def test_nothing_is_left_of_a_closed_client(server: EchoServer) -> None:
+    with TrunkClient(server.endpoint) as warm:
+        warm.connect()
+    threads = threading.active_count()
+    for _ in range(5):
+        with TrunkClient(server.endpoint) as client:
+            client.connect()
+            client.forward(some())
+    assert threading.active_count() == threads
+
+
+def _use_after_fork(client: TrunkClient, answers: multiprocessing.Queue[str]) -> None:
+    try:
+        client.forward(some())
+    except ClosedError as error:
+        answers.put(str(error))
+    else:
+        answers.put("it worked")
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_use_after_a_fork_is_a_clear_error(client: TrunkClient) -> None:
+    context = multiprocessing.get_context("fork")
+    answers: multiprocessing.Queue[str] = context.Queue()
+    child = context.Process(target=_use_after_fork, args=(client, answers))
+    child.start()
+    assert "after a fork" in answers.get(timeout=30)
+    child.join(30)
+    assert torch.equal(client.forward(some()).output, some(1.0))

@@ -1,0 +1,339 @@
+"""The server on a real socket, with an echo for a trunk: every request gets one answer, whatever the others do."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import pytest
+from support.echo import HIDDEN, IDENTITY, ROW_TOKENS, EchoServer
+from support.peer import Peer, forward
+from test_wire_frames import BAD_FRAMES
+
+from zsl.trunk.server import ServerSettings
+from zsl.trunk.work import Kind
+from zsl.wire.messages import (
+    Backward,
+    Bye,
+    Cancel,
+    Cut,
+    Error,
+    GoAway,
+    Header,
+    Hello,
+    Ping,
+    Pong,
+    Release,
+    Result,
+    Status,
+    StatusRequest,
+    TensorDescriptor,
+    Welcome,
+)
+
+
+@pytest.fixture
+def server() -> Iterator[EchoServer]:
+    with EchoServer() as running:
+        yield running
+
+
+@pytest.fixture
+def peer(server: EchoServer) -> Iterator[Peer]:
+    with Peer(server.endpoint) as connected:
+        yield connected
+
+
+def code_of(header: Header) -> str:
+    assert isinstance(header, Error), header
+    return header.code
+
+
+def backward(
+    welcome: Welcome, request: int, step: int, *, tokens: int = 2, complete: bool = False
+) -> tuple[Header, list[bytes]]:
+    nbytes = tokens * HIDDEN * 4
+    roles = ["activations", "gradients"] if complete else ["gradients"]
+    header = Backward(
+        session=welcome.session,
+        epoch=welcome.epoch,
+        request=request,
+        attempt=0,
+        budget_ms=20_000,
+        step=step,
+        tensors=[
+            TensorDescriptor(role=role, dtype="f32", shape=(1, tokens, HIDDEN), nbytes=nbytes)  # type: ignore[arg-type]
+            for role in roles
+        ],
+    )
+    return header, [bytes(nbytes)] * len(roles)
+
+
+def test_welcome_states_model_cut_and_all_limits(peer: Peer) -> None:
+    welcome = peer.hello(model=IDENTITY, cut=Cut(start=2, stop=4))
+    assert welcome.model == IDENTITY
+    assert str(welcome.cut) == "2:4"
+    assert welcome.limits.max_row_tokens == ROW_TOKENS
+    assert all(value > 0 for value in welcome.limits.model_dump().values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"model_type": "gpt2"}, "model_type"),
+        ({"layers": 12}, "layers"),
+        ({"hidden_size": 8}, "hidden_size"),
+        ({"weights_digest": "1" * 64}, "weights"),
+        ({"config_digest": "1" * 64}, "configuration"),
+    ],
+)
+def test_another_model_is_refused_with_what_differs(peer: Peer, changes: dict[str, object], word: str) -> None:
+    answer = peer.ask(Hello(request=1, software="t", dtype="f32", model=IDENTITY.model_copy(update=changes), cut=None))
+    assert code_of(answer) == "WRONG_MODEL"
+    assert isinstance(answer, Error) and word in answer.text
+
+
+def test_another_cut_is_refused(peer: Peer) -> None:
+    answer = peer.ask(Hello(request=1, software="t", dtype="f32", model=None, cut=Cut(start=1, stop=4)))
+    assert code_of(answer) == "WRONG_MODEL"
+    assert isinstance(answer, Error) and "2:4" in answer.text and "1:4" in answer.text
+
+
+def test_a_forward_and_its_backward_are_answered(peer: Peer) -> None:
+    welcome = peer.hello()
+    answer = peer.ask(*forward(welcome, 1, keep=True))
+    assert isinstance(answer, Result) and answer.request == 1 and answer.merged == 1
+    answer = peer.ask(*backward(welcome, 2, step=1))
+    assert isinstance(answer, Result) and answer.tensors[0].role == "gradients"
+
+
+def test_a_backward_consumes_what_was_held_and_a_complete_one_needs_nothing(peer: Peer) -> None:
+    welcome = peer.hello()
+    peer.ask(*forward(welcome, 1, keep=True))
+    assert isinstance(peer.ask(*backward(welcome, 2, step=1)), Result)
+    answer = peer.ask(*backward(welcome, 3, step=1))
+    assert code_of(answer) == "UNKNOWN_STEP"
+    assert isinstance(answer, Error) and answer.retry == "replay"
+    assert isinstance(peer.ask(*backward(welcome, 4, step=1, complete=True)), Result)
+
+
+def test_a_forward_without_keep_holds_nothing(peer: Peer) -> None:
+    welcome = peer.hello()
+    peer.ask(*forward(welcome, 1, keep=False))
+    assert status(peer).held_bytes == 0
+    assert code_of(peer.ask(*backward(welcome, 2, step=1))) == "UNKNOWN_STEP"
+
+
+def test_release_and_bye_free_what_was_held(peer: Peer) -> None:
+    welcome = peer.hello()
+    peer.ask(*forward(welcome, 1, keep=True))
+    assert status(peer).held_bytes > 0
+    peer.send(Release(session=welcome.session, epoch=welcome.epoch, step=1))
+    assert status(peer).held_bytes == 0
+    peer.ask(*forward(welcome, 2, keep=True))
+    peer.send(Bye(session=welcome.session, epoch=welcome.epoch))
+    assert status(peer).sessions == 0
+    assert status(peer).held_bytes == 0
+
+
+def test_an_expired_lease_frees_what_was_held() -> None:
+    with EchoServer(settings=ServerSettings(lease_seconds=0.3)) as server, Peer(server.endpoint) as peer:
+        welcome = peer.hello()
+        peer.ask(*forward(welcome, 1, keep=True))
+        give_up = time.monotonic() + 20
+        while status(peer).sessions and time.monotonic() < give_up:
+            pass
+        assert status(peer).held_bytes == 0
+        assert code_of(peer.ask(*forward(welcome, 2))) == "UNKNOWN_SESSION"
+
+
+def status(peer: Peer) -> Status:
+    answer = peer.ask(StatusRequest(request=9))
+    assert isinstance(answer, Status)
+    return answer
+
+
+@pytest.mark.parametrize("name", BAD_FRAMES)
+def test_bad_frames_disturb_nobody(server: EchoServer, peer: Peer, name: str) -> None:
+    """Each is answered with an error, or dropped if it is not of the protocol; both clients go on."""
+    frames, _ = BAD_FRAMES[name]
+    with Peer(server.endpoint) as healthy:
+        welcome = healthy.hello()
+        peer.send_frames(frames or [b""])
+        answered = peer.ask(StatusRequest(request=5))
+        if isinstance(answered, Error):
+            assert answered.code in ("MALFORMED", "TOO_LARGE", "PROTO_VERSION")
+            answered = peer.hear()
+        assert isinstance(answered, Status)
+        assert isinstance(healthy.ask(*forward(welcome, 1)), Result)
+
+
+def describe(role: str, shape: tuple[int, ...], dtype: str = "f32", itemsize: int = 4) -> TensorDescriptor:
+    elements = 1
+    for dim in shape:
+        elements *= dim
+    return TensorDescriptor(role=role, dtype=dtype, shape=shape, nbytes=elements * itemsize)  # type: ignore[arg-type]
+
+
+GOOD_ACTIVATIONS = describe("activations", (1, 2, HIDDEN))
+WRONG_TENSORS: dict[str, tuple[list[TensorDescriptor], bytes, str]] = {
+    "hidden size": ([describe("activations", (1, 2, HIDDEN + 1))], b"\0", "BAD_SHAPE"),
+    "two dims": ([describe("activations", (2, HIDDEN))], b"\0", "BAD_SHAPE"),
+    "no rows": ([describe("activations", (0, 2, HIDDEN))], b"\0", "BAD_SHAPE"),
+    "integers": ([describe("activations", (1, 2, HIDDEN), "i32")], b"\0", "BAD_DTYPE"),
+    "too many positions": ([describe("activations", (1, ROW_TOKENS + 1, HIDDEN))], b"\0", "TOO_LARGE"),
+    "too many tokens": ([describe("activations", (800, 60, HIDDEN), "bf16", 2)], b"\0", "TOO_LARGE"),
+    "no activations": ([describe("attention_mask", (1, 2), "i64", 8)], b"\0", "MALFORMED"),
+    "gradients in a forward": ([GOOD_ACTIVATIONS, describe("gradients", (1, 2, HIDDEN))], b"\0", "MALFORMED"),
+    "mask of another shape": ([GOOD_ACTIVATIONS, describe("attention_mask", (1, 3), "i64", 8)], b"\0", "BAD_SHAPE"),
+    "mask of floats": ([GOOD_ACTIVATIONS, describe("attention_mask", (1, 2))], b"\0", "BAD_DTYPE"),
+    "mask of twos": ([GOOD_ACTIVATIONS, describe("attention_mask", (1, 2), "u8", 1)], b"\2", "BAD_SHAPE"),
+    "negative positions": ([GOOD_ACTIVATIONS, describe("position_ids", (1, 2), "i8", 1)], b"\xff", "BAD_SHAPE"),
+    "positions out of range": ([GOOD_ACTIVATIONS, describe("position_ids", (1, 2), "u8", 1)], b"\x40", "BAD_SHAPE"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_TENSORS)
+def test_tensors_that_this_trunk_does_not_take_are_refused_by_name(peer: Peer, name: str) -> None:
+    descriptors, fill, code = WRONG_TENSORS[name]
+    welcome = peer.hello()
+    header, _ = forward(welcome, 1, tensors=descriptors)
+    assert code_of(peer.ask(header, [fill * descriptor.nbytes for descriptor in descriptors])) == code
+    assert isinstance(peer.ask(*forward(welcome, 2)), Result)
+
+
+def test_gradients_of_another_shape_are_refused_and_the_step_is_still_held(peer: Peer) -> None:
+    welcome = peer.hello()
+    peer.ask(*forward(welcome, 1, keep=True))
+    assert code_of(peer.ask(*backward(welcome, 2, step=1, tokens=3))) == "BAD_SHAPE"
+    assert isinstance(peer.ask(*backward(welcome, 3, step=1)), Result)
+
+
+def test_a_request_before_hello_or_of_another_life_is_refused(peer: Peer) -> None:
+    welcome = peer.hello()
+    unknown = welcome.model_copy(update={"session": b"?" * 16})
+    assert code_of(peer.ask(*forward(unknown, 1))) == "UNKNOWN_SESSION"
+    earlier = welcome.model_copy(update={"epoch": b"?" * 16})
+    assert code_of(peer.ask(*forward(earlier, 2))) == "STALE_EPOCH"
+
+
+def test_another_connections_session_is_refused(server: EchoServer, peer: Peer) -> None:
+    welcome = peer.hello()
+    with Peer(server.endpoint) as thief:
+        assert code_of(thief.ask(*forward(welcome, 1))) == "UNKNOWN_SESSION"
+
+
+def test_a_forward_only_daemon_says_so_and_refuses_backward() -> None:
+    with EchoServer(forward_only=True) as server, Peer(server.endpoint) as peer:
+        welcome = peer.hello()
+        assert welcome.forward_only
+        assert isinstance(peer.ask(*forward(welcome, 1)), Result)
+        assert code_of(peer.ask(*forward(welcome, 2, keep=True))) == "FORWARD_ONLY"
+        assert code_of(peer.ask(*backward(welcome, 3, step=1, complete=True))) == "FORWARD_ONLY"
+
+
+def test_small_requests_of_one_shape_share_a_pass_and_the_device_never_waits(server: EchoServer, peer: Peer) -> None:
+    welcome = peer.hello()
+    server.compute.gate.clear()
+    peer.send(*forward(welcome, 1))
+    assert server.compute.begun.acquire(timeout=20)  # alone at once: nothing else was queued
+    for request in (2, 3, 4):
+        peer.send(*forward(welcome, request))
+    peer.send(*forward(welcome, 5, tokens=3))
+    assert isinstance(peer.ask(Ping(session=welcome.session, epoch=welcome.epoch, request=6)), Pong)
+    server.compute.gate.set()
+    answers = {
+        answer.request: answer.merged for answer in (peer.hear() for _ in range(5)) if isinstance(answer, Result)
+    }
+    assert answers == {1: 1, 2: 3, 3: 3, 4: 3, 5: 1}
+    assert server.compute.batches == [[Kind.FORWARD], [Kind.FORWARD] * 3, [Kind.FORWARD]]
+
+
+def test_large_requests_run_alone() -> None:
+    with EchoServer(settings=ServerSettings(merge_below_tokens=4)) as server, Peer(server.endpoint) as peer:
+        welcome = peer.hello()
+        server.compute.gate.clear()
+        for request in range(1, 4):
+            peer.send(*forward(welcome, request, rows=3))
+        assert server.compute.begun.acquire(timeout=20)
+        server.compute.gate.set()
+        assert [answer.merged for answer in (peer.hear() for _ in range(3)) if isinstance(answer, Result)] == [1, 1, 1]
+
+
+def test_pings_are_answered_while_the_device_is_busy_and_tell_for_how_long(server: EchoServer, peer: Peer) -> None:
+    welcome = peer.hello()
+    server.compute.gate.clear()
+    peer.send(*forward(welcome, 1))
+    assert server.compute.begun.acquire(timeout=20)
+    ages = []
+    while len(ages) < 100 and not (ages and ages[-1] > 0):
+        pong = peer.ask(Ping(session=welcome.session, epoch=welcome.epoch, request=2))
+        assert isinstance(pong, Pong)
+        ages.append(pong.progress_age_ms)
+    assert ages[-1] > 0
+    server.compute.gate.set()
+    assert isinstance(peer.hear(), Result)
+
+
+def test_a_request_whose_time_is_up_is_answered_and_not_computed(server: EchoServer, peer: Peer) -> None:
+    welcome = peer.hello()
+    server.compute.gate.clear()
+    peer.send(*forward(welcome, 1))
+    assert server.compute.begun.acquire(timeout=20)
+    assert code_of(peer.ask(*forward(welcome, 2, budget_ms=1))) == "DEADLINE"
+    server.compute.gate.set()
+    assert isinstance(peer.hear(), Result)
+    assert len(server.compute.batches) == 1
+
+
+def test_a_cancelled_request_is_answered_and_not_computed(server: EchoServer, peer: Peer) -> None:
+    welcome = peer.hello()
+    server.compute.gate.clear()
+    peer.send(*forward(welcome, 1))
+    assert server.compute.begun.acquire(timeout=20)
+    peer.send(*forward(welcome, 2))
+    assert code_of(peer.ask(Cancel(session=welcome.session, epoch=welcome.epoch, request=2))) == "CANCELLED"
+    server.compute.gate.set()
+    assert isinstance(peer.hear(), Result)
+    assert len(server.compute.batches) == 1
+
+
+def test_requests_over_the_credit_are_refused_at_once() -> None:
+    with EchoServer(settings=ServerSettings(max_inflight_requests=2)) as server, Peer(server.endpoint) as peer:
+        welcome = peer.hello()
+        server.compute.gate.clear()
+        for request in (1, 2):
+            peer.send(*forward(welcome, request))
+        answer = peer.ask(*forward(welcome, 3))
+        assert code_of(answer) == "OVERLOADED"
+        assert isinstance(answer, Error) and answer.retry == "same" and answer.retry_after_ms > 0
+        server.compute.gate.set()
+        assert {type(peer.hear()), type(peer.hear())} == {Result}
+
+
+def test_a_client_that_vanishes_while_its_request_is_computed_disturbs_nobody(server: EchoServer, peer: Peer) -> None:
+    server.compute.gate.clear()
+    with Peer(server.endpoint) as vanishing:
+        vanishing.send(*forward(vanishing.hello(), 1, keep=True))
+        assert server.compute.begun.acquire(timeout=20)
+    server.compute.gate.set()
+    assert isinstance(peer.ask(*forward(peer.hello(), 1)), Result)
+
+
+def test_a_drain_says_goaway_refuses_forwards_and_lets_open_steps_end(server: EchoServer, peer: Peer) -> None:
+    welcome = peer.hello()
+    peer.ask(*forward(welcome, 1, keep=True))
+    server.drain()
+    assert isinstance(peer.hear(), GoAway)
+    answer = peer.ask(*forward(welcome, 2))
+    assert code_of(answer) == "DRAINING"
+    assert isinstance(answer, Error) and answer.retry == "elsewhere"
+    assert isinstance(peer.ask(*backward(welcome, 3, step=1)), Result)
+    server.join()
+
+
+def test_a_drain_does_not_wait_for_ever_for_a_backward_that_never_comes() -> None:
+    with EchoServer(settings=ServerSettings(drain_seconds=0.1)) as server, Peer(server.endpoint) as peer:
+        peer.ask(*forward(peer.hello(), 1, keep=True))
+        server.drain()
+        server.join()

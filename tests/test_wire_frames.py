@@ -1,0 +1,295 @@
+"""Frames: what is sent comes back the same, and nothing that comes in does more than raise a WireError."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgpack
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from zsl.errors import MalformedError, ProtocolVersionError, TooLargeError, WireError
+from zsl.wire.frames import MAGIC, MAJOR, MAX_HEADER_BYTES, PREAMBLE, decode, encode
+from zsl.wire.messages import (
+    DTYPE_BYTES,
+    MAX_DIMS,
+    TO_CLIENT,
+    TO_DAEMON,
+    Backward,
+    Bye,
+    Cancel,
+    Cut,
+    Error,
+    Forward,
+    GoAway,
+    Header,
+    Hello,
+    Limits,
+    MessageType,
+    ModelIdentity,
+    Ping,
+    Pong,
+    Release,
+    Result,
+    Status,
+    StatusRequest,
+    TensorDescriptor,
+    Welcome,
+)
+
+SESSION, EPOCH = b"s" * 16, b"e" * 16
+IDENTITY = ModelIdentity(model_type="gpt2", layers=12, hidden_size=4, config_digest="0" * 64, weights_digest="a" * 64)
+LIMITS = Limits(
+    max_message_bytes=1,
+    max_header_bytes=1,
+    max_request_tokens=1,
+    max_row_tokens=1,
+    max_inflight_requests=1,
+    max_inflight_bytes=1,
+    lease_ms=1,
+    ping_ms=1,
+)
+CUT = Cut(start=2, stop=10)
+ACTIVATIONS = TensorDescriptor(role="activations", dtype="f32", shape=(1, 2, 4), nbytes=32)
+
+HEADERS: list[Header] = [
+    Hello(request=1, software="0", dtype="f32", model=IDENTITY, cut=None),
+    Forward(session=SESSION, epoch=EPOCH, request=1, attempt=0, budget_ms=9, keep=True, tensors=[ACTIVATIONS]),
+    Backward(session=SESSION, epoch=EPOCH, request=1, attempt=0, budget_ms=9, step=1, tensors=[ACTIVATIONS]),
+    Release(session=SESSION, epoch=EPOCH, step=1),
+    Cancel(session=SESSION, epoch=EPOCH, request=1),
+    Ping(session=SESSION, epoch=EPOCH, request=1),
+    Bye(session=SESSION, epoch=EPOCH),
+    StatusRequest(request=1),
+    Welcome(
+        request=1,
+        software="0",
+        epoch=EPOCH,
+        session=SESSION,
+        model=IDENTITY,
+        cut=CUT,
+        dtype="bf16",
+        forward_only=False,
+        trunk_parameters=3,
+        limits=LIMITS,
+    ),
+    Result(request=1, epoch=EPOCH, merged=1, queue_us=0, compute_us=0, tensors=[ACTIVATIONS]),
+    Error(request=None, epoch=EPOCH, code="MALFORMED", retry="never", retry_after_ms=0, text="no"),
+    Pong(request=1, epoch=EPOCH, progress_age_ms=0),
+    GoAway(epoch=EPOCH, drain_ms=0),
+    Status(
+        request=1,
+        software="0",
+        epoch=EPOCH,
+        model=IDENTITY,
+        cut=CUT,
+        dtype="f32",
+        forward_only=True,
+        trunk_parameters=3,
+        sessions=0,
+        queued_requests=0,
+        held_bytes=0,
+    ),
+]
+
+
+def schemas_for(header: Header) -> dict[int, type[Header]]:
+    return TO_DAEMON if type(header) in TO_DAEMON.values() else TO_CLIENT
+
+
+def buffers_of(header: Header) -> list[bytes]:
+    return [bytes(descriptor.nbytes) for descriptor in getattr(header, "tensors", [])]
+
+
+@pytest.mark.parametrize("header", HEADERS, ids=lambda header: type(header).__name__)
+def test_every_message_comes_back_as_it_was_sent(header: Header) -> None:
+    message = decode(encode(header, buffers_of(header)), schemas_for(header))
+    assert message.header == header
+    assert type(message.header) is type(header)
+
+
+def test_every_type_has_a_schema_and_a_round_trip() -> None:
+    assert {header.TYPE for header in HEADERS} == set(MessageType)
+    assert {*TO_DAEMON.values(), *TO_CLIENT.values()} == {type(header) for header in HEADERS}
+
+
+@pytest.mark.parametrize("header", HEADERS, ids=lambda header: type(header).__name__)
+def test_every_field_is_needed_and_no_other_is_taken(header: Header) -> None:
+    preamble, packed, *buffers = encode(header, buffers_of(header))
+    fields = msgpack.unpackb(packed)
+    for name in fields:
+        fewer = msgpack.packb({key: value for key, value in fields.items() if key != name})
+        with pytest.raises(MalformedError):
+            decode([preamble, fewer, *buffers], schemas_for(header))
+    with pytest.raises(MalformedError, match="extra"):
+        decode([preamble, msgpack.packb({**fields, "extra": 1}), *buffers], schemas_for(header))
+
+
+WRONG_VALUES = [None, True, -1, 2**64 - 1, 1.5, float("nan"), "x", "x" * 1000, b"", b"x" * 15, [], {}, [[]], {"a": 1}]
+
+
+@pytest.mark.parametrize("header", HEADERS, ids=lambda header: type(header).__name__)
+def test_a_value_of_a_wrong_type_or_size_is_refused(header: Header) -> None:
+    """For every field, every wrong value either is refused or is within the field's own bounds."""
+    preamble, packed, *buffers = encode(header, buffers_of(header))
+    fields = msgpack.unpackb(packed)
+    refused = 0
+    for name in fields:
+        for value in WRONG_VALUES:
+            frames = [preamble, msgpack.packb({**fields, name: value}), *buffers]
+            try:
+                taken = getattr(decode(frames, schemas_for(header)).header, name)
+            except WireError:
+                refused += 1
+                continue
+            assert taken == value, f"{name}: {value!r} became {taken!r}"
+    assert refused > 5 * len(fields)
+
+
+def test_a_message_for_the_other_end_is_refused() -> None:
+    with pytest.raises(MalformedError, match="not taken here"):
+        decode(encode(StatusRequest(request=1)), {})
+    welcome = next(header for header in HEADERS if isinstance(header, Welcome))
+    with pytest.raises(MalformedError, match="not taken here"):
+        decode(encode(welcome), TO_DAEMON)
+
+
+def forward_frames(**changes: Any) -> list[bytes]:
+    """The frames of a good FORWARD, with fields of its header replaced."""
+    header = HEADERS[1].model_dump() | changes
+    return [PREAMBLE.pack(MAGIC, MAJOR, MessageType.FORWARD, 0), msgpack.packb(header), bytes(32)]
+
+
+def descriptor(**changes: Any) -> dict[str, Any]:
+    return ACTIVATIONS.model_dump() | changes
+
+
+GOOD = forward_frames()
+BAD_FRAMES: dict[str, tuple[list[bytes], type[WireError]]] = {
+    "no frame": ([], MalformedError),
+    "one frame": (GOOD[:1], MalformedError),
+    "empty frames": ([b"", b"", b""], MalformedError),
+    "17 buffers": ([*GOOD[:2], *[b""] * 17], MalformedError),
+    "10,000 frames": ([*GOOD[:2], *[b""] * 10_000], MalformedError),
+    "wrong magic": ([b"HTTP/1.1", *GOOD[1:]], MalformedError),
+    "short preamble": ([GOOD[0][:7], *GOOD[1:]], MalformedError),
+    "long preamble": ([GOOD[0] + b"\0", *GOOD[1:]], MalformedError),
+    "major 0": ([PREAMBLE.pack(MAGIC, 0, 3, 0), *GOOD[1:]], ProtocolVersionError),
+    "major 255": ([PREAMBLE.pack(MAGIC, 255, 3, 0), *GOOD[1:]], ProtocolVersionError),
+    "type 0": ([PREAMBLE.pack(MAGIC, MAJOR, 0, 0), *GOOD[1:]], MalformedError),
+    "type 255": ([PREAMBLE.pack(MAGIC, MAJOR, 255, 0), *GOOD[1:]], MalformedError),
+    "unknown flags": ([PREAMBLE.pack(MAGIC, MAJOR, 3, 1), *GOOD[1:]], MalformedError),
+    "large header": ([GOOD[0], bytes(MAX_HEADER_BYTES + 1), GOOD[2]], TooLargeError),
+    "truncated header": ([GOOD[0], GOOD[1][:-1], GOOD[2]], MalformedError),
+    "trailing byte": ([GOOD[0], GOOD[1] + b"\0", GOOD[2]], MalformedError),
+    "reserved byte": ([GOOD[0], b"\xc1", GOOD[2]], MalformedError),
+    "array of 4 G": ([GOOD[0], b"\xdd\xff\xff\xff\xff", GOOD[2]], MalformedError),
+    "map of 4 G": ([GOOD[0], b"\xdf\xff\xff\xff\xff", GOOD[2]], MalformedError),
+    "bytes of 4 G": ([GOOD[0], b"\xc6\xff\xff\xff\xff", GOOD[2]], MalformedError),
+    "500 deep": ([GOOD[0], b"\x91" * 500 + b"\x90", GOOD[2]], MalformedError),
+    "10,000 deep": ([GOOD[0], b"\x91" * 10_000 + b"\x90", GOOD[2]], MalformedError),
+    "a list": ([GOOD[0], msgpack.packb([1]), GOOD[2]], MalformedError),
+    "integer keys": ([GOOD[0], msgpack.packb({1: 1}), GOOD[2]], MalformedError),
+    "a key twice": ([GOOD[0], b"\x82" + msgpack.packb("request") * 2 + b"\x01\x01", GOOD[2]], MalformedError),
+    "an ext type": ([GOOD[0], msgpack.packb(msgpack.ExtType(5, b"x")), GOOD[2]], MalformedError),
+    "a timestamp": (forward_frames(request=msgpack.Timestamp(1)), MalformedError),
+    "a pickle": ([GOOD[0], b"\x80\x04cos\nsystem\n", GOOD[2]], MalformedError),
+    "bad UTF-8": ([GOOD[0], b"\x81\xa2\xff\xfe\x01", GOOD[2]], MalformedError),
+    "no tensors": (forward_frames(tensors=[]), MalformedError),
+    "17 tensors": (forward_frames(tensors=[descriptor()] * 17), MalformedError),
+    "more described than sent": (forward_frames(tensors=[descriptor(), descriptor()]), MalformedError),
+    "more sent than described": ([*GOOD, b""], MalformedError),
+    "a role twice": ([*forward_frames(tensors=[descriptor(), descriptor()]), bytes(32)], MalformedError),
+    "unknown role": (forward_frames(tensors=[descriptor(role="labels")]), MalformedError),
+    "unknown dtype": (forward_frames(tensors=[descriptor(dtype="f64")]), MalformedError),
+    "dtype __class__": (forward_frames(tensors=[descriptor(dtype="__class__")]), MalformedError),
+    "shape is no list": (forward_frames(tensors=[descriptor(shape=32)]), MalformedError),
+    "5 dims": (forward_frames(tensors=[descriptor(shape=[1, 1, 1, 2, 4])]), MalformedError),
+    "negative dim": (forward_frames(tensors=[descriptor(shape=[-1, -2, 4])]), MalformedError),
+    "bool dim": (forward_frames(tensors=[descriptor(shape=[True, 2, 4])]), MalformedError),
+    "huge dims": (forward_frames(tensors=[descriptor(shape=[2**31, 2**31])]), MalformedError),
+    "product over 2^64": (forward_frames(tensors=[descriptor(shape=[2**31 - 1] * 4)]), MalformedError),
+    "nbytes is not the shape's": (forward_frames(tensors=[descriptor(nbytes=31)]), MalformedError),
+    "the frame is not nbytes": ([*GOOD[:2], bytes(31)], MalformedError),
+    "odd bytes of bf16": (
+        [*forward_frames(tensors=[descriptor(dtype="bf16", shape=[1], nbytes=1)])[:2], bytes(1)],
+        MalformedError,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FRAMES)
+def test_bad_frames_are_refused(name: str) -> None:
+    frames, expected = BAD_FRAMES[name]
+    with pytest.raises(expected):
+        decode(frames, TO_DAEMON)
+
+
+def test_good_frames_are_taken() -> None:
+    """So that the bad ones fail for what their names say."""
+    assert isinstance(decode(GOOD, TO_DAEMON).header, Forward)
+
+
+def test_an_error_knows_the_request_that_it_refuses() -> None:
+    with pytest.raises(MalformedError) as caught:
+        decode(forward_frames(request=77, keep="yes"), TO_DAEMON)
+    assert caught.value.request == 77
+    with pytest.raises(MalformedError) as caught:
+        decode(forward_frames(request="77"), TO_DAEMON)
+    assert caught.value.request is None
+
+
+def test_an_error_does_not_quote_values() -> None:
+    with pytest.raises(MalformedError) as caught:
+        decode(forward_frames(keep="the client's secret"), TO_DAEMON)
+    assert "secret" not in str(caught.value)
+
+
+@given(st.lists(st.binary(max_size=64), max_size=6))
+def test_arbitrary_frames_raise_nothing_but_wire_errors(frames: list[bytes]) -> None:
+    with pytest.raises(WireError):
+        decode(frames, TO_DAEMON)
+
+
+scalars = st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text(max_size=9) | st.binary()
+values = scalars | st.lists(scalars, max_size=3) | st.dictionaries(st.text(max_size=9), scalars, max_size=3)
+
+
+@given(st.sampled_from(sorted(TO_DAEMON)), st.dictionaries(st.sampled_from([*Forward.model_fields, "model"]), values))
+def test_arbitrary_headers_raise_nothing_but_wire_errors(message_type: int, fields: dict[str, Any]) -> None:
+    frames = [PREAMBLE.pack(MAGIC, MAJOR, message_type, 0), msgpack.packb(fields)]
+    try:
+        decode(frames, TO_DAEMON)
+    except WireError:
+        pass
+
+
+@given(st.integers(0, len(b"".join(GOOD)) - 1), st.integers(1, 255))
+def test_a_flipped_byte_gives_a_message_or_a_wire_error(position: int, flip: int) -> None:
+    frames = [bytearray(frame) for frame in GOOD]
+    for frame in frames:
+        if position < len(frame):
+            frame[position] ^= flip
+            break
+        position -= len(frame)
+    try:
+        decode([bytes(frame) for frame in frames], TO_DAEMON)
+    except WireError:
+        pass
+
+
+@given(
+    st.sampled_from(sorted(DTYPE_BYTES)),
+    st.lists(st.integers(0, 5), max_size=MAX_DIMS),
+)
+def test_a_descriptor_takes_exactly_its_own_number_of_bytes(dtype: str, shape: list[int]) -> None:
+    elements = 1
+    for dim in shape:
+        elements *= dim
+    nbytes = elements * DTYPE_BYTES[dtype]
+    good = descriptor(dtype=dtype, shape=shape, nbytes=nbytes)
+    frames = forward_frames(tensors=[good])[:2]
+    assert decode([*frames, bytes(nbytes)], TO_DAEMON).buffers == (bytes(nbytes),)
+    with pytest.raises(MalformedError):
+        decode([*frames, bytes(nbytes + 1)], TO_DAEMON)
