@@ -1,0 +1,22 @@
+"""A trunk for a checkpoint, served from this process: quick to start, real in everything else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from zsl.split.cut import parse_cut
+from zsl.training.embedded import EmbeddedTrunk
+from zsl.trunk.assemble import plan_trunk
+
+from .models import CUT
+
+
+@contextmanager
+def served(reference: str, *, cut: str = CUT, forward_only: bool = False) -> Iterator[str]:
+    """The endpoint of a trunk that serves `reference`."""
+    plan = plan_trunk(reference, parse_cut(cut), torch.float32, "cpu", forward_only=forward_only)
+    with EmbeddedTrunk(plan) as trunk:
+        yield trunk.endpoint

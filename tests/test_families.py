@@ -1,0 +1,71 @@
+"""Every architecture that the finder recognises is split exactly, with no code of its own; the others are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import zsl
+from support import batches
+from support.compare import differing, numbers_of, within
+from support.embedded import served
+from support.models import CONFIGS, LAYERS, local_model, with_lora
+from transformers import CONFIG_MAPPING
+
+from zsl.errors import ModelError
+from zsl.split.stack import check_can_be_split
+
+BATCHES = {
+    "plain": batches.plain(),
+    "right padding": batches.padded("right"),
+    "left padding": batches.padded("left"),
+    "packed": batches.packed(),
+}
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_the_split_model_is_the_local_model(family: str, checkpoints: Callable[..., Path]) -> None:
+    path = str(checkpoints(family))
+    with served(path) as endpoint:
+        trunk = zsl.RemoteTrunk(endpoint)
+        split, whole = with_lora(zsl.load_client(path, trunk)), with_lora(local_model(path))
+        results = {
+            name: differing(numbers_of(split, b), numbers_of(whole, b), within(1e-6)) for name, b in BATCHES.items()
+        }
+        assert results == dict.fromkeys(BATCHES, [])
+        assert differing(numbers_of(split, BATCHES["plain"]), numbers_of(whole, BATCHES["plain"])) == []
+        trunk.close()
+
+
+@pytest.mark.parametrize("cut", ["0:3", "3:6", "0:6", "2:3"])
+def test_a_cut_may_begin_and_end_anywhere(cut: str, checkpoints: Callable[..., Path]) -> None:
+    path = str(checkpoints("llama"))
+    outside = tuple(i for i in range(LAYERS) if not int(cut[0]) <= i < int(cut[2]))
+    with served(path, cut=cut) as endpoint:
+        trunk = zsl.RemoteTrunk(endpoint)
+        split, whole = zsl.load_client(path, trunk), local_model(path)
+        if outside:
+            split, whole = with_lora(split, layers=outside), with_lora(whole, layers=outside)
+        else:
+            for model in (split, whole):
+                model.requires_grad_(False).lm_head.requires_grad_(True)
+        ours, theirs = numbers_of(split, batches.plain()), numbers_of(whole, batches.plain())
+        assert differing(ours, theirs) == []
+        trunk.close()
+
+
+@pytest.mark.parametrize("family", ["bloom", "falcon", "gptj", "gpt_neo"])
+def test_layers_that_return_tuples_are_refused_by_name(family: str) -> None:
+    with pytest.raises(ModelError, match=f"{family}: its layers return tuple"):
+        check_can_be_split(CONFIG_MAPPING[family]())
+
+
+def test_layers_that_need_more_than_crosses_are_refused_by_name() -> None:
+    with pytest.raises(ModelError, match="gemma3n_text"):
+        check_can_be_split(CONFIG_MAPPING["gemma3n_text"]())
+
+
+def test_a_model_with_two_stacks_is_refused_by_name() -> None:
+    with pytest.raises(ModelError, match=r"t5: 2 module lists"):
+        check_can_be_split(CONFIG_MAPPING["t5"]())
