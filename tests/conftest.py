@@ -12,9 +12,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import hypothesis
 import pytest
 import torch
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
 from support.daemon import Daemon
 from support.models import CUT, write_checkpoint
-from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 # Two cores are shared with the daemons: more threads only wait for each other.
 torch.set_num_threads(2)

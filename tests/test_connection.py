@@ -11,8 +11,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from support.echo import HIDDEN, IDENTITY, POISON, EchoServer
 
+from support.echo import HIDDEN, IDENTITY, POISON, EchoServer
 from zsl import AsyncTrunkClient, TrunkClient
 from zsl.errors import (
     BadShapeError,

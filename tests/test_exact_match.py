@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+
 import zsl
 from support import batches
 from support.compare import differing, numbers_of, within
 from support.daemon import Daemon
 from support.models import local_model, with_lora
-
 
 FAMILIES = ["gpt2", "llama", "qwen2"]
 

@@ -6,13 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from transformers import CONFIG_MAPPING
+
 import zsl
 from support import batches
 from support.compare import differing, numbers_of, within
 from support.embedded import served
 from support.models import CONFIGS, LAYERS, local_model, with_lora
-from transformers import CONFIG_MAPPING
-
 from zsl.errors import ModelError
 from zsl.split.stack import check_can_be_split
 

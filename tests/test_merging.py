@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-import zsl
 from peft import PeftModel
+
+import zsl
 from support import batches
 from support.compare import numbers_of, within
 from support.daemon import Daemon
 from support.models import with_lora
-
 from zsl.client.trunk_client import Answer, read_answer
 from zsl.split.cut import parse_cut
 from zsl.split.loading import load_trunk_part

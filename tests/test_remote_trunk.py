@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-import zsl
 from peft import PeftModel
+from torch import nn
+
+import zsl
 from support import batches
 from support.compare import differing, numbers_of
 from support.embedded import served
 from support.models import LAYERS, local_model, with_lora
-from torch import nn
-
 from zsl.errors import BadShapeError, ConfigError, ModelError, WrongModelError
 from zsl.split.stack import find_stack
 from zsl.wire.messages import Cut

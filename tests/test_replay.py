@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 import zsl
 from support import batches
 from support.compare import differing, numbers_of

@@ -6,10 +6,10 @@ import time
 from collections.abc import Iterator
 
 import pytest
+
 from support.echo import HIDDEN, IDENTITY, ROW_TOKENS, EchoServer
 from support.peer import Peer, forward
 from test_wire_frames import BAD_FRAMES
-
 from zsl.trunk.server import ServerSettings
 from zsl.trunk.work import Kind
 from zsl.wire.messages import (

@@ -16,7 +16,7 @@ DTYPES = ("float32", "bfloat16", "float16")
     default="random:gpt2",
     show_default=True,
     show_envvar=True,
-    help="Hub id, checkpoint directory, .gguf file, or random:<model_type>.",
+    help="Hub id, checkpoint directory, .gguf file, package:<name>, or random:<model_type>.",
 )
 @click.option(
     "--cut",

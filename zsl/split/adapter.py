@@ -73,8 +73,10 @@ def _whole_model_config(model: PeftModel, keys: Collection[str]) -> PeftConfig:
     if any(getattr(base.get_submodule(name), "fan_in_fan_out", False) for name in adapted):
         config.fan_in_fan_out = True
     indices = {_layer_index(name, stack) for name in adapted}
-    if None in indices or isinstance(config.target_modules, str):
-        # Modules outside the layers cannot be named together with layers_to_transform; whole paths can.
+    targets = config.target_modules
+    if None in indices or isinstance(targets, str) or any(name in targets for name in adapted):
+        # PEFT narrows names by layers_to_transform, but neither a pattern, nor whole paths, nor what is outside the
+        # layers. Whole paths say it all.
         config.target_modules = set(adapted)
         config.layers_to_transform = config.layers_pattern = None
     else:

