@@ -33,7 +33,7 @@ def test_the_split_model_is_the_local_model(family: str, checkpoints: Callable[.
         results = {
             name: differing(numbers_of(split, b), numbers_of(whole, b), within(1e-6)) for name, b in BATCHES.items()
         }
-        assert results == dict.fromkeys(BATCHES, [])
+        assert results == {key: [] for key in BATCHES}
         assert differing(numbers_of(split, BATCHES["plain"]), numbers_of(whole, BATCHES["plain"])) == []
         trunk.close()
 

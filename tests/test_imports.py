@@ -75,7 +75,15 @@ def test_loads_neither_torch_nor_transformers(module: str) -> None:
 @pytest.mark.parametrize("option", ["--help", "--version"])
 def test_help_and_version_load_neither_torch_nor_transformers(command: str, option: str) -> None:
     module, _, name = command.partition(":")
-    script = f"from {module} import {name}\ntry:\n    {name}(['{option}'])\nexcept SystemExit as end:\n    assert end.code == 0"
+    script = (
+        f"from {module} import {name}
+"
+        f"try:
+    {name}(['{option}'])
+"
+        "except SystemExit as end:
+    assert end.code == 0"
+    )
     assert loaded_after(script).splitlines()[-1] == "[]"
 
 

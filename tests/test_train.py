@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -249,7 +250,7 @@ def test_the_synthetic_language_is_seeded_and_learnable() -> None:
     rows = synthetic_rows(50, 100, vocabulary=1000, seed=3)
     assert rows == synthetic_rows(50, 100, vocabulary=1000, seed=3)
     assert rows != synthetic_rows(50, 100, vocabulary=1000, seed=4)
-    pairs = [(one, two) for row in rows for one, two in zip(row, row[1:], strict=False)]
+    pairs = [(one, two) for row in rows for one, two in itertools.pairwise(row)]
     best = {
         one: max({two for first, two in pairs if first == one}, key=lambda two: pairs.count((one, two)))
         for one in {one for one, _ in pairs}

@@ -1,0 +1,41 @@
+"""Split fine-tuning without a trainer: a plain loop, flat, with nothing of zsl between you and PEFT but the trunk.
+
+zsl-trunkd --port 5555                    # in one terminal
+python examples/plain_loop.py             # in another
+"""
+
+import sys
+
+import torch
+from peft import LoraConfig, get_peft_model
+
+import zsl
+
+ENDPOINT = sys.argv[1] if len(sys.argv) > 1 else "127.0.0.1:5555"
+STEPS, ROWS, TOKENS = 10, 2, 128
+
+torch.manual_seed(0)
+
+trunk = zsl.RemoteTrunk(ENDPOINT)
+model = zsl.load_client("random:gpt2", trunk)  # a real GPT2LMHeadModel; the daemon says which layers it holds
+model = get_peft_model(
+    model, LoraConfig(r=8, target_modules=["c_attn", "c_fc", "c_proj"], fan_in_fan_out=True, task_type="CAUSAL_LM")
+)
+model.train()
+print(trunk)
+
+# A sentence that comes again and again: something to learn. Ids and labels stay in this process.
+sentence = torch.randint(50257, (16,))
+batch = sentence.repeat(ROWS, TOKENS // 16)
+
+optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-3)
+for step in range(1, STEPS + 1):
+    loss = model(input_ids=batch, labels=batch).loss
+    loss.backward()  # through the trunk: its vector-Jacobian product comes from the daemon
+    optimizer.step()
+    optimizer.zero_grad()
+    print(f"step {step}: loss {loss.item():.4f}")
+
+zsl.save_adapter(model, "runs/plain_loop/adapter")  # loads on the whole model with PeftModel.from_pretrained
+print("saved runs/plain_loop/adapter")
+trunk.close()
