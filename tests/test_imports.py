@@ -76,13 +76,9 @@ def test_loads_neither_torch_nor_transformers(module: str) -> None:
 def test_help_and_version_load_neither_torch_nor_transformers(command: str, option: str) -> None:
     module, _, name = command.partition(":")
     script = (
-        f"from {module} import {name}
-"
-        f"try:
-    {name}(['{option}'])
-"
-        "except SystemExit as end:
-    assert end.code == 0"
+        f"from {module} import {name}\n"
+        f"try:\n    {name}(['{option}'])\n"
+        "except SystemExit as end:\n    assert end.code == 0"
     )
     assert loaded_after(script).splitlines()[-1] == "[]"
 

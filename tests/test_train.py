@@ -14,11 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from peft import PeftModel
 from transformers import default_data_collator
 
 from support.daemon import Daemon
 from support.models import CUT, local_model
+from zsl.cli.train import train as train_command
 from zsl.split.reference import resolve
 from zsl.training.config import DataTable, read_config
 from zsl.training.data import load_data, synthetic_rows
@@ -196,7 +198,14 @@ def test_what_cannot_run_is_one_line_and_the_right_exit_code(
     config: Path, tmp_path: Path, settings: list[str], code: int, words: list[str]
 ) -> None:
     options = [option for setting in settings for option in ("--set", setting)]
-    assert_one_line(train(config, *options, "--save-dir", "out", cwd=tmp_path), code, *words)
+    result = CliRunner().invoke(
+        train_command, [str(config), *options, "--save-dir", str(tmp_path)], prog_name="zsl-train"
+    )
+    assert result.exit_code == code, result.output
+    line = result.stderr.strip().splitlines()[-1]
+    assert line.startswith("zsl-train: ")
+    for word in words:
+        assert word in line
 
 
 def test_a_missing_and_a_broken_file_are_exit_2_with_the_place(tmp_path: Path) -> None:
@@ -222,27 +231,46 @@ def test_an_empty_text_file_is_exit_3_and_a_model_without_tokenizer_is_named(con
     assert_one_line(train(config, "--set", "data.name=python-docs", cwd=tmp_path), 3, "tokenizer")
 
 
+def start_long_run(config: Path, server: str, stderr: Path) -> subprocess.Popen[str]:
+    """A run of thousands of steps, which has taken three of them."""
+    options = ["train.num_train_epochs=1000", "trunk.connect_timeout_seconds=2"]
+    command = [*COMMAND, str(config), "--server", server, "--save-dir", "out"]
+    command += [word for option in options for word in ("--set", option)]
+    with stderr.open("w") as log:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, cwd=config.parent)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "step 3/" in line:
+            return process
+    raise AssertionError(stderr.read_text())
+
+
 def test_a_daemon_that_dies_leaves_what_was_trained_so_far_on_disk(
     config: Path, checkpoints: Callable[..., Path], tmp_path: Path
 ) -> None:
-    arguments = ["--model", str(checkpoints("llama")), "--cut", CUT]
-    options = ["train.num_train_epochs=1000", "trunk.connect_timeout_seconds=2"]
-    with Daemon(*arguments, log=tmp_path / "log") as daemon:
-        command = [*COMMAND, str(config), "--server", daemon.endpoint, "--save-dir", "out"]
-        command += [word for option in options for word in ("--set", option)]
-        with (tmp_path / "stderr").open("w") as stderr:
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, cwd=tmp_path)
-        assert process.stdout is not None
-        for line in process.stdout:
-            if "step 3/" in line:
-                break
+    path = str(checkpoints("llama"))
+    with Daemon("--model", path, "--cut", CUT, log=tmp_path / "log") as daemon:
+        process = start_long_run(config, daemon.endpoint, tmp_path / "stderr")
         daemon.signal(signal.SIGKILL)
-        process.stdout.close()
-        assert process.wait(60) == 1
+        process.communicate(timeout=60)
+    assert process.returncode == 1
     last = (tmp_path / "stderr").read_text().strip().splitlines()[-1]
     assert re.match(r"zsl-train: training ended after step \d+: .*lost.*; the adapters .* are in out$", last), last
-    assert PeftModel.from_pretrained(local_model(str(checkpoints("llama"))), str(tmp_path / "out" / "adapter"))
+    assert PeftModel.from_pretrained(local_model(path), str(tmp_path / "out" / "adapter"))
     assert len(losses_in(tmp_path / "out")) >= 3
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_stopped_saves_what_it_has(
+    config: Path, serve: Callable[..., Daemon], tmp_path: Path, stop: signal.Signals
+) -> None:
+    process = start_long_run(config, serve("llama").endpoint, tmp_path / "stderr")
+    process.send_signal(stop)
+    process.communicate(timeout=60)
+    assert process.returncode == 1
+    last = (tmp_path / "stderr").read_text().strip().splitlines()[-1]
+    assert re.match(r"zsl-train: training ended after step \d+: interrupted; .* are in out$", last), last
+    assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").exists()
 
 
 def test_the_synthetic_language_is_seeded_and_learnable() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import warnings
 from pathlib import Path
 
@@ -39,6 +40,7 @@ def train(config: Path, server: str | None, save_dir: str | None, settings: tupl
         }
         checked = read_config(config, settings=settings, overrides=overrides)
 
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what was trained is saved
         logging.basicConfig(level=logging.WARNING, format="zsl-train: %(message)s")
         from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 

@@ -78,11 +78,12 @@ def _train(
     began = time.monotonic()
     try:
         trainer.train()
-    except (ZslError, KeyboardInterrupt) as error:
+    except (Exception, KeyboardInterrupt) as error:
+        trainer.close_progress_bar()
         if not losses.all:
             raise
         _save(model, directory, sides, reference)
-        what = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
+        what = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error) or type(error).__name__
         raise RunFailed(
             f"training ended after step {len(losses.all)}: {what}; "
             f"the adapters of the steps until then are in {directory}"

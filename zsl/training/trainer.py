@@ -51,7 +51,13 @@ class SplitTrainer(Trainer):
         self._losses = losses
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
-        self.add_callback(_Show(losses))
+        self._show = _Show(losses)
+        self.add_callback(self._show)
+
+    def close_progress_bar(self) -> None:
+        """End the bar's line, so that what is printed next stands on its own; needed after a failure."""
+        if self._show.training_bar is not None:
+            self._show.training_bar.close()
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
