@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -102,4 +103,4 @@ class _Show(ProgressCallback):
     ) -> None:
         losses = self._losses.end_epoch()
         if losses:
-            tqdm.write(epoch_summary(round(state.epoch or 0), losses))
+            tqdm.write(epoch_summary(math.ceil(state.epoch or 0), losses))
