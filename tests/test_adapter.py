@@ -88,15 +88,28 @@ def test_bottom_and_top_together_are_the_whole_adapter_and_each_loads(
     assert {**parts["bottom"], **parts["top"]}.keys() == whole.keys()
 
 
-def test_an_older_adapter_is_replaced_whole(path: str, trunk: zsl.RemoteTrunk, tmp_path: Path) -> None:
+def test_an_older_adapter_is_replaced_and_other_files_stay(path: str, trunk: zsl.RemoteTrunk, tmp_path: Path) -> None:
     split = with_lora(zsl.load_client(path, trunk))
     target = tmp_path / "adapter"
     target.mkdir()
-    (target / "leftover").touch()
+    (target / "notes.txt").touch()
+    (target / "adapter_model.safetensors").write_bytes(b"older")
     zsl.save_adapter(split, target)
-    zsl.save_adapter(split, target)
-    assert sorted(file.name for file in target.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert {file.name for file in target.iterdir()} == {"adapter_config.json", "adapter_model.safetensors", "notes.txt"}
+    assert load_file(target / "adapter_model.safetensors")
     assert [entry.name for entry in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_the_active_adapter_is_the_one_that_is_saved(path: str, trunk: zsl.RemoteTrunk, tmp_path: Path) -> None:
+    targets = ["c_attn"] if "gpt2" in path else ["q_proj"]
+    configs = [LoraConfig(r=rank, target_modules=targets, fan_in_fan_out="gpt2" in path) for rank in (2, 3)]
+    split = get_peft_model(zsl.load_client(path, trunk), configs[0], adapter_name="mine")
+    split.add_adapter("other", configs[1])
+    split.set_adapter("other")
+    zsl.save_adapter(split, tmp_path / "adapter")
+    weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert {min(tensor.shape) for tensor in weights.values()} == {3}
+    assert PeftModel.from_pretrained(local_model(path), str(tmp_path / "adapter"))
 
 
 def test_a_side_without_adapters_is_a_clear_error(path: str, trunk: zsl.RemoteTrunk, tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ import asyncio
 import gc
 import multiprocessing
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -16,6 +18,7 @@ from support.echo import HIDDEN, IDENTITY, POISON, EchoServer
 from zsl import AsyncTrunkClient, TrunkClient
 from zsl.errors import (
     BadShapeError,
+    ChangedError,
     ClosedError,
     ConfigError,
     ConnectionLost,
@@ -26,6 +29,7 @@ from zsl.errors import (
     WrongModelError,
 )
 from zsl.trunk.server import ServerSettings
+from zsl.wire.messages import Cut
 
 
 @pytest.fixture
@@ -103,15 +107,26 @@ def test_an_unreachable_daemon_is_named_in_time() -> None:
     with TrunkClient(endpoint, connect_timeout_seconds=0.5) as client:
         with pytest.raises(TrunkUnreachable, match=rf"no trunk daemon at tcp://{endpoint}: nothing listens there"):
             client.connect()
-        with pytest.raises(ClosedError):
+        with pytest.raises(TrunkUnreachable):
             client.forward(some())
 
 
 def test_something_else_on_the_port_is_named_in_time() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         with TrunkClient(f"127.0.0.1:{listener.getsockname()[1]}", connect_timeout_seconds=0.5) as client:
-            with pytest.raises(TrunkUnreachable, match="does not answer as a trunk daemon"):
+            with pytest.raises(TrunkUnreachable, match="something listens there that does not answer"):
                 client.connect()
+
+
+def test_an_unknown_host_is_named_in_time() -> None:
+    with TrunkClient("no-such-host.invalid:5555", connect_timeout_seconds=0.5) as client:
+        with pytest.raises(TrunkUnreachable, match=r"no-such-host\.invalid:5555: it cannot be reached"):
+            client.connect()
+
+
+def test_localhost_reaches_a_daemon_on_127_0_0_1(server: EchoServer) -> None:
+    with TrunkClient(f"localhost:{server.port}") as client:
+        assert client.connect()
 
 
 def test_another_model_is_refused_before_anything_is_sent(server: EchoServer) -> None:
@@ -164,15 +179,100 @@ def test_a_backward_goes_on_when_the_daemon_was_restarted_after_its_forward() ->
 
 
 def test_a_daemon_that_does_not_come_back_ends_the_request_with_connection_lost(server: EchoServer) -> None:
-    with TrunkClient(server.endpoint, connect_timeout_seconds=0.5, request_timeout_seconds=20) as client:
+    with TrunkClient(server.endpoint, connect_timeout_seconds=0.2, request_timeout_seconds=0.5) as client:
         client.connect()
         server.stop()
-        with pytest.raises((ConnectionLost, ClosedError)):
+        for _ in range(2):
+            with pytest.raises(ConnectionLost, match="did not come back"):
+                client.forward(some())
+
+
+def test_a_daemon_that_comes_back_late_serves_the_same_client_again(server: EchoServer) -> None:
+    """Longer than the connect timeout: that is for the first connection only."""
+    with TrunkClient(server.endpoint, connect_timeout_seconds=0.2, request_timeout_seconds=1) as client:
+        client.connect()
+        server.stop()
+        with pytest.raises(ConnectionLost):
             client.forward(some())
+        with EchoServer(port=server.port):
+            assert torch.equal(client.forward(some()).output, some(1.0))
+
+
+def test_a_drained_daemon_and_its_successor_cost_a_step_nothing(server: EchoServer) -> None:
+    with TrunkClient(server.endpoint, request_timeout_seconds=20) as client:
+        client.connect()
+        step = client.forward(some(1.0), keep=True)
+        server.drain()
+        _, refused = client.submit_forward(some(2.0))
+        assert torch.equal(client.backward(step, some(3.0)).tensor, some(3.0))
+        server.join()
+        with EchoServer(port=server.port):
+            assert refused.result(20)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"cut": Cut(start=1, stop=4)},
+        {"dtype": "bf16"},
+        {"model": IDENTITY.model_copy(update={"weights_digest": "0" * 64})},
+    ],
+    ids=["cut", "dtype", "model"],
+)
+def test_a_daemon_that_comes_back_with_another_trunk_is_refused(
+    server: EchoServer, changes: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with TrunkClient(server.endpoint, request_timeout_seconds=20) as client:
+        client.connect()
+        step = client.forward(some(1.0), keep=True)
+        server.stop()
+        with EchoServer(port=server.port, **changes):  # type: ignore[arg-type]
+            for _ in range(2):
+                with pytest.raises(WrongModelError, match=f"another {next(iter(changes))} than this run began with"):
+                    client.backward(step, some(4.0))
+
+
+def test_a_call_before_connect_is_a_clear_error(server: EchoServer) -> None:
+    with TrunkClient(server.endpoint) as client:
+        with pytest.raises(ClosedError, match=r"connect\(\)"):
+            client.forward(some())
+        with pytest.raises(ClosedError, match=r"connect\(\)"):
+            assert client.welcome
+
+
+def test_requests_that_are_queued_when_the_connection_goes_are_all_answered(server: EchoServer) -> None:
+    with TrunkClient(server.endpoint, request_timeout_seconds=20) as client:
+        client.connect()
+        server.stop()
+        futures = [client.submit_forward(some(n))[1] for n in range(5)]
+        with EchoServer(port=server.port):
+            assert all(future.result(20) for future in futures)
+
+
+def test_a_mask_or_activations_that_are_written_after_the_forward_do_not_change_the_backward(
+    server: EchoServer, client: TrunkClient
+) -> None:
+    mask, activations = torch.ones(1, 2, dtype=torch.long), some(1.0)
+    step = client.forward(activations, attention_mask=mask, keep=True)
+    mask.zero_()
+    assert torch.equal(step.inputs()["attention_mask"], torch.ones(1, 2, dtype=torch.long))  # type: ignore[arg-type]
+    activations.zero_()
+    with pytest.raises(ChangedError, match="written in place"):
+        client.backward(step, some())
+
+
+def test_nothing_is_printed_when_a_step_outlives_the_interpreter(server: EchoServer) -> None:
+    script = (
+        "import torch, zsl\n"
+        f"client = zsl.TrunkClient({server.endpoint!r}); client.connect()\n"
+        f"step = client.forward(torch.zeros(1, 2, {HIDDEN}), keep=True)\n"
+    )
+    finished = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert (finished.returncode, finished.stdout, finished.stderr) == (0, "", "")
 
 
 def test_an_ended_lease_opens_a_new_session_by_itself() -> None:
-    settings = ServerSettings(lease_seconds=0.2, ping_seconds=60)
+    settings = ServerSettings(lease_seconds=0.2, ping_seconds=60)  # so that no ping renews it
     with EchoServer(settings=settings) as server, TrunkClient(server.endpoint) as client:
         client.connect()
         step = client.forward(some(1.0), keep=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,7 +22,7 @@ from zsl.client.trunk_client import Answer, read_answer
 from zsl.split.cut import parse_cut
 from zsl.split.loading import load_trunk_part
 from zsl.split.reference import resolve
-from zsl.trunk.compute import TorchCompute
+from zsl.trunk.compute import TorchCompute, TorchStash
 from zsl.trunk.middle import Middle
 from zsl.trunk.work import Done, Keep, Kind, Work
 from zsl.wire.frames import Message
@@ -145,5 +147,25 @@ def test_a_request_that_fails_in_a_merged_pass_fails_alone(
     assert "running them one by one" in caplog.text
 
 
-def test_graph_memory_is_measured_and_larger_than_the_input(compute: TorchCompute) -> None:
-    assert compute.graph_bytes_per_token > 32 * 4
+def test_the_memory_of_a_graph_is_measured_on_that_graph(compute: TorchCompute) -> None:
+    sizes = []
+    for rows in (1, 4):
+        (done,) = compute.run([Work(Kind.FORWARD, forward_work(1, rows).buffers, Keep.GRAPH)])
+        assert isinstance(done, Done) and done.stash is not None
+        sizes.append(done.stash.nbytes)
+        assert done.stash.nbytes > 5 * done.stash.without_graph().nbytes
+    assert 3 < sizes[1] / sizes[0] < 5
+
+
+def test_a_graph_that_is_dropped_without_a_backward_is_freed(compute: TorchCompute) -> None:
+    gc.collect()
+    gc.disable()  # so that only reference counts free
+    try:
+        (done,) = compute.run([Work(Kind.FORWARD, forward_work(1).buffers, Keep.GRAPH)])
+        assert isinstance(done, Done) and isinstance(done.stash, TorchStash) and done.stash.graph is not None
+        output = weakref.ref(done.stash.graph.output)
+        assert output() is not None
+        del done
+        assert output() is None
+    finally:
+        gc.enable()

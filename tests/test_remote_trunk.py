@@ -163,12 +163,35 @@ def test_a_copy_shares_the_connection_and_a_pickle_connects_again(path: str, tru
     pickled.close()
 
 
+def test_a_copy_of_a_split_model_works_beside_it(path: str, trunk: zsl.RemoteTrunk) -> None:
+    model = with_lora(zsl.load_client(path, trunk))
+    copied = copy.deepcopy(model)
+    batch = batches.padded("left")
+    assert differing(numbers_of(copied, batch), numbers_of(model, batch)) == []
+
+
+def test_a_trunk_that_is_used_for_another_model_refuses_it(
+    path: str, trunk: zsl.RemoteTrunk, checkpoints: Callable[..., Path]
+) -> None:
+    zsl.load_client(path, trunk)
+    zsl.load_client(path, trunk)
+    with pytest.raises(WrongModelError, match="RemoteTrunk of its own"):
+        zsl.load_client(str(checkpoints("llama", seed=7)), trunk)
+    with pytest.raises(WrongModelError, match="RemoteTrunk of its own"):
+        zsl.load_client(path, trunk, cut=Cut(start=1, stop=4))
+
+
 def test_a_cache_is_refused_by_name(path: str, trunk: zsl.RemoteTrunk) -> None:
     model = zsl.load_client(path, trunk)
     with pytest.raises(ModelError, match="use_cache=True is not supported"):
         model(input_ids=batches.tokens(1, 4), use_cache=True)
     with pytest.raises(ModelError, match="output_hidden_states"):
         model(input_ids=batches.tokens(1, 4), output_hidden_states=True)
+    with pytest.raises(ModelError, match="output_router_logits"):
+        model(input_ids=batches.tokens(1, 4), output_router_logits=True)
+    model.config.output_hidden_states = True
+    with pytest.raises(ModelError, match="output_hidden_states"):
+        model(input_ids=batches.tokens(1, 4))
 
 
 def test_a_4_d_mask_is_refused_by_shape(path: str, trunk: zsl.RemoteTrunk) -> None:

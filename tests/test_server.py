@@ -136,6 +136,42 @@ def test_release_and_bye_free_what_was_held(peer: Peer) -> None:
     assert status(peer).held_bytes == 0
 
 
+def test_a_step_released_while_it_is_computed_is_not_held(server: EchoServer, peer: Peer) -> None:
+    welcome = peer.hello()
+    server.compute.gate.clear()
+    peer.send(*forward(welcome, 1, keep=True))
+    assert server.compute.begun.acquire(timeout=20)
+    peer.send(Release(session=welcome.session, epoch=welcome.epoch, step=1))
+    server.compute.gate.set()
+    assert isinstance(peer.hear(), Result)
+    assert status(peer).held_bytes == 0
+
+
+def test_what_is_held_stays_within_the_memory_and_what_went_is_asked_for_again() -> None:
+    settings = ServerSettings(stash_memory_bytes=1000)
+    with EchoServer(settings=settings) as server, Peer(server.endpoint) as peer:
+        welcome = peer.hello()
+        for request in range(1, 101):
+            peer.ask(*forward(welcome, request, tokens=8, keep=True))  # 128 bytes each
+        assert 0 < status(peer).held_bytes <= 1000
+        assert code_of(peer.ask(*backward(welcome, 101, step=1, tokens=8))) == "UNKNOWN_STEP"
+        assert isinstance(peer.ask(*backward(welcome, 102, step=100, tokens=8)), Result)
+
+
+def test_a_new_hello_ends_the_connections_earlier_session_and_its_queued_work(server: EchoServer, peer: Peer) -> None:
+    server.compute.gate.clear()
+    for _ in range(3):
+        welcome = peer.hello()
+        for request in range(1, 9):
+            peer.send(*forward(welcome, request, tokens=request))
+    assert status(peer).sessions == 1
+    assert status(peer).queued_requests == 8
+    server.compute.gate.set()
+    answers = [peer.hear() for _ in range(8)]
+    assert all(isinstance(answer, Result) for answer in answers)
+    assert len(server.compute.batches) == 9, "the one that had begun, and the eight of the open session"
+
+
 def test_an_expired_lease_frees_what_was_held() -> None:
     with EchoServer(settings=ServerSettings(lease_seconds=0.3)) as server, Peer(server.endpoint) as peer:
         welcome = peer.hello()

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from itertools import count
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from zsl.errors import OverloadedError, UnknownSessionError
-from zsl.trunk.sessions import Session, Sessions
+from zsl.trunk.sessions import Sessions
 from zsl.trunk.work import Held, Shape
 
 
@@ -17,24 +19,34 @@ class Kept:
     nbytes: int
     has_graph: bool = False
 
+    def without_graph(self) -> Kept:
+        return Kept(self.nbytes // 10)
+
 
 def table(**changes: float) -> Sessions:
     ids = count()
-    settings = {"lease_seconds": 60, "max_inflight_requests": 2, "max_inflight_bytes": 100, **changes}
+    settings = {
+        "lease_seconds": 60,
+        "max_inflight_requests": 2,
+        "max_inflight_bytes": 100,
+        "stash_memory_bytes": 1000,
+        **changes,
+    }
     return Sessions(**settings, new_id=lambda: next(ids).to_bytes(16, "big"))  # type: ignore[arg-type]
 
 
-def hold(session: Session, step: int, nbytes: int = 10) -> None:
-    session.held[step] = Held(Kept(nbytes), Shape(1, 1), None)
+def kept(nbytes: int, *, has_graph: bool = False) -> Held:
+    return Held(Kept(nbytes, has_graph), Shape(1, 1), None)
 
 
 def test_a_session_ends_with_its_lease_and_frees_what_it_held() -> None:
     sessions = table()
     session = sessions.open(b"peer", now=0.0)
-    hold(session, 1, nbytes=10)
+    sessions.hold(session, 1, kept(10))
     assert sessions.held_bytes == 10
-    assert sessions.close_expired(now=59.9) == []
-    assert sessions.close_expired(now=60.0) == [session.id]
+    assert sessions.expired(now=59.9) == []
+    assert sessions.expired(now=60.0) == [session]
+    sessions.close(session.id)
     assert sessions.held_bytes == 0
     with pytest.raises(UnknownSessionError):
         sessions.get(session.id, b"peer", now=60.0)
@@ -44,8 +56,8 @@ def test_a_sign_of_life_renews_the_lease() -> None:
     sessions = table()
     session = sessions.open(b"peer", now=0.0)
     sessions.get(session.id, b"peer", now=50.0)
-    assert sessions.close_expired(now=100.0) == []
-    assert sessions.close_expired(now=110.0) == [session.id]
+    assert sessions.expired(now=100.0) == []
+    assert sessions.expired(now=110.0) == [session]
 
 
 def test_another_connection_cannot_use_a_session() -> None:
@@ -55,13 +67,35 @@ def test_another_connection_cannot_use_a_session() -> None:
         sessions.get(session.id, b"theirs", now=1.0)
 
 
-def test_a_second_hello_of_a_connection_ends_its_first_session() -> None:
+def test_over_the_memory_graphs_go_first_then_the_oldest_inputs() -> None:
+    sessions = table(stash_memory_bytes=100)
+    one, two = sessions.open(b"one", now=0.0), sessions.open(b"two", now=0.0)
+    sessions.hold(one, 1, kept(60, has_graph=True))
+    sessions.hold(two, 2, kept(60, has_graph=True))
+    assert (one.held[1].stash, two.held[2].stash) == (Kept(6), Kept(60, True))
+    sessions.hold(two, 3, kept(90))
+    assert sessions.held_bytes <= 100
+    assert one.held == {} and set(two.held) == {2, 3}, "the oldest input went; its client sends it again"
+
+
+@given(st.lists(st.tuples(st.integers(1, 90), st.booleans()), max_size=30))
+def test_what_is_held_never_exceeds_the_memory(stashes: list[tuple[int, bool]]) -> None:
+    sessions = table(stash_memory_bytes=100)
+    session = sessions.open(b"peer", now=0.0)
+    for step, (nbytes, has_graph) in enumerate(stashes):
+        sessions.hold(session, step, kept(nbytes, has_graph=has_graph))
+        assert sessions.held_bytes <= 100
+        assert step in session.held, "the newest step is held: its backward comes next"
+
+
+def test_a_step_that_is_released_while_it_is_in_flight_is_not_held() -> None:
     sessions = table()
-    first = sessions.open(b"peer", now=0.0)
-    hold(first, 1)
-    second = sessions.open(b"peer", now=1.0)
-    assert [session.id for session in sessions] == [second.id]
-    assert sessions.held_bytes == 0
+    session = sessions.open(b"peer", now=0.0)
+    sessions.admit(session, 1, nbytes=1)
+    sessions.release(session, 1)
+    sessions.finish(session.id, 1)
+    sessions.hold(session, 1, kept(10))
+    assert session.held == {} and session.abandoned == set()
 
 
 def test_requests_over_the_credit_are_refused_with_a_time_to_come_back() -> None:

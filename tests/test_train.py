@@ -233,7 +233,7 @@ def test_an_empty_text_file_is_exit_3_and_a_model_without_tokenizer_is_named(con
 
 def start_long_run(config: Path, server: str, stderr: Path) -> subprocess.Popen[str]:
     """A run of thousands of steps, which has taken three of them."""
-    options = ["train.num_train_epochs=1000", "trunk.connect_timeout_seconds=2"]
+    options = ["train.num_train_epochs=1000", "trunk.request_timeout_seconds=3"]
     command = [*COMMAND, str(config), "--server", server, "--save-dir", "out"]
     command += [word for option in options for word in ("--set", option)]
     with stderr.open("w") as log:

@@ -62,6 +62,10 @@ class ClosedError(ZslError, RuntimeError):
     """A client was used after it was closed, or in a process that it was not made in."""
 
 
+class ChangedError(ZslError, RuntimeError):
+    """A tensor that a backward needs was written since the forward."""
+
+
 class TrunkUnreachable(ZslError, ConnectionError):
     """No daemon answered at the endpoint within the connect timeout."""
 

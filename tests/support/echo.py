@@ -16,13 +16,14 @@ import numpy as np
 from zsl.errors import InternalError
 from zsl.trunk.server import ServerSettings, TrunkInfo, TrunkServer
 from zsl.trunk.work import Done, Keep, Kind, Outcome, Work
-from zsl.wire.messages import Cut, ModelIdentity
+from zsl.wire.messages import Cut, FloatDtypeName, ModelIdentity
 
 HIDDEN = 4
 ROW_TOKENS = 64
 IDENTITY = ModelIdentity(
     model_type="echo", layers=6, hidden_size=HIDDEN, config_digest="c" * 64, weights_digest="d" * 64
 )
+CUT = Cut(start=2, stop=4)
 POISON = 666.0
 WAIT_SECONDS = 30
 
@@ -31,6 +32,9 @@ WAIT_SECONDS = 30
 class EchoStash:
     nbytes: int
     has_graph: bool
+
+    def without_graph(self) -> EchoStash:
+        return EchoStash(self.nbytes // 2, False)
 
 
 class EchoCompute:
@@ -62,10 +66,19 @@ class EchoCompute:
 class EchoServer:
     """Serves between `with` and its end, on a thread of its own."""
 
-    def __init__(self, *, port: int = 0, forward_only: bool = False, settings: ServerSettings | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        port: int = 0,
+        forward_only: bool = False,
+        settings: ServerSettings | None = None,
+        model: ModelIdentity = IDENTITY,
+        cut: Cut = CUT,
+        dtype: FloatDtypeName = "f32",
+    ) -> None:
         self.compute = EchoCompute()
         self._port = port
-        self._info = TrunkInfo(IDENTITY, Cut(start=2, stop=4), "f32", forward_only, ROW_TOKENS)
+        self._info = TrunkInfo(model, cut, dtype, forward_only, ROW_TOKENS)
         self._settings = settings
         self._started: Future[str] = Future()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -114,4 +127,4 @@ class EchoServer:
         self.server = TrunkServer(self._info, self._settings)
         endpoint = self.server.bind("127.0.0.1", self._port)
         self._started.set_result(endpoint)
-        await self.server.run(self.compute, parameters=0, graph_bytes_per_token=0)
+        await self.server.run(self.compute, parameters=0)

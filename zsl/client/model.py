@@ -6,7 +6,6 @@ import inspect
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from zsl.client.remote import RemoteTrunk
@@ -24,6 +23,7 @@ _REFUSED = {
     "past_key_values": "the trunk keeps no keys and values; pass use_cache=False",
     "output_hidden_states": "the hidden states inside the trunk stay there",
     "output_attentions": "the attentions inside the trunk stay there",
+    "output_router_logits": "the routers inside the trunk stay there, and the loss would lack their share",
 }
 
 
@@ -51,13 +51,17 @@ def put_trunk(model: PreTrainedModel, trunk: RemoteTrunk, cut: Cut) -> None:
     runner = model.get_submodule(stack.parent_name)
     signature = inspect.signature(runner.forward)
 
-    def observe(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def observe(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         arguments = signature.bind(*args, **kwargs).arguments
         arguments = {**arguments, **arguments.pop("kwargs", {})}
         for name, reason in _REFUSED.items():
-            if arguments.get(name):
-                raise ModelError(f"{name}={arguments[name]!r:.40} is not supported by a split model: {reason}")
-        trunk.observe_inputs(arguments.get("attention_mask"), arguments.get("position_ids"))
+            asked = arguments.get(name)
+            if asked or (asked is None and getattr(module.config, name, False)):
+                raise ModelError(f"{name}={asked or True!r:.40} is not supported by a split model: {reason}")
+        # Found anew in each call: a copy of the model has a copy of the trunk.
+        in_slot = getattr(module, stack.leaf_name)[cut.start]
+        if isinstance(in_slot, RemoteTrunk):  # `Sides` runs the model with nothing in the hole
+            in_slot.observe_inputs(arguments.get("attention_mask"), arguments.get("position_ids"))
 
     trunk.in_model = True
     runner.register_forward_pre_hook(observe, with_kwargs=True)

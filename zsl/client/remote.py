@@ -14,7 +14,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from zsl.client.trunk_client import CONNECT_TIMEOUT_SECONDS, REQUEST_TIMEOUT_SECONDS, TrunkClient
-from zsl.errors import ConfigError, ModelError
+from zsl.errors import ConfigError, ModelError, WrongModelError
 from zsl.transport.dealer import normalized_endpoint
 from zsl.wire.messages import Cut, ModelIdentity, Welcome
 from zsl.wire.tensors import TORCH_DTYPES, float_wire_name
@@ -68,8 +68,16 @@ class RemoteTrunk(nn.Module):
         A forward-only daemon turns the mode to `none`, with a warning.
         Raises `TrunkUnreachable`, `WrongModelError` or another `WireError`.
         """
-        self._wanted = (model, cut, dtype)
+        if self._client is None:
+            self._wanted = (model, cut, dtype)
         welcome = self.client.welcome
+        if self._wanted != (model, cut, dtype):
+            fits = model in (None, welcome.model) and cut in (None, welcome.cut)
+            if not fits:
+                raise WrongModelError(
+                    f"this RemoteTrunk is connected for another model or cut ({welcome.model.model_type}, "
+                    f"{welcome.cut}); make a RemoteTrunk of its own for each"
+                )
         if welcome.forward_only and self.mode == "exact":
             warnings.warn(
                 f"the trunk at {self.endpoint} serves forward only: mode is 'none', and everything in front of the "

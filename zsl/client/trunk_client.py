@@ -8,16 +8,18 @@ with TrunkClient("tcp://127.0.0.1:5555") as trunk:
 
 from __future__ import annotations
 
+import sys
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Self
 
 import torch
 
-from zsl.client.connection import Connection, Pending
-from zsl.errors import InternalError
+from zsl.client.connection import Connection
+from zsl.client.link import Pending
+from zsl.errors import ChangedError, InternalError
 from zsl.wire.frames import Frame, Message
 from zsl.wire.messages import (
     Backward,
@@ -66,8 +68,10 @@ class Step:
         self.answer: Answer | None = None
         self._connection = connection
         self._activations: torch.Tensor | None = activations
-        self._attention_mask = attention_mask
-        self._position_ids = position_ids
+        self._version = activations._version
+        # Copies: they are small, and a mask that is written after the forward must not change the backward.
+        self._attention_mask = None if attention_mask is None else attention_mask.clone()
+        self._position_ids = None if position_ids is None else position_ids.clone()
 
     @property
     def output(self) -> torch.Tensor:
@@ -75,7 +79,12 @@ class Step:
         return self.answer.tensor
 
     def inputs(self, activations: torch.Tensor | None = None) -> dict[Role, torch.Tensor | None]:
-        """The tensors of the forward; `activations` stand in for forgotten ones."""
+        """The tensors of the forward; `activations` stand in for forgotten ones.
+
+        Raises `ChangedError` if the activations were written since.
+        """
+        if activations is None and self._activations is not None and self._activations._version != self._version:
+            raise ChangedError("the activations of this step were written in place since its forward")
         return {
             "activations": self._activations if activations is None else activations,
             "attention_mask": self._attention_mask,
@@ -86,8 +95,9 @@ class Step:
         """Let go of activations and output; the caller keeps the activations for `backward`."""
         self._activations = self.answer = None
 
-    def __del__(self) -> None:
-        if self.held_in_session is not None:
+    def __del__(self, finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        # Bound here, because at the interpreter's end `sys` may be gone, and there is nothing to tell any more.
+        if self.held_in_session is not None and not finalizing():
             self._connection.release(self.request, self.held_in_session)
 
 
@@ -200,12 +210,13 @@ class TrunkClient:
     ) -> Future[Message]:
         """`backward` without the wait. The message's tensor is the gradient."""
         request = self._connection.new_request_id()
+        # Encoded here, in the caller's thread: on a GPU the copy must follow what computes the gradients.
+        inputs, encoded = encode_tensors(step.inputs(activations)), encode_tensors({"gradients": gradients})
 
         def build(welcome: Welcome, pending: Pending) -> tuple[Header, Sequence[Frame]]:
             held = step.held_in_session == welcome.session and not pending.complete
             step.held_in_session = None  # the daemon lets go of it with this backward
-            inputs = {} if held else step.inputs(activations)
-            descriptors, buffers = encode_tensors({**inputs, "gradients": gradients})
+            sent = [encoded] if held else [inputs, encoded]
             header = Backward(
                 session=welcome.session,
                 epoch=welcome.epoch,
@@ -213,9 +224,9 @@ class TrunkClient:
                 attempt=pending.attempt,
                 budget_ms=pending.budget_ms(),
                 step=step.request,
-                tensors=descriptors,
+                tensors=[descriptor for descriptors, _ in sent for descriptor in descriptors],
             )
-            return header, buffers
+            return header, [buffer for _, buffers in sent for buffer in buffers]
 
         return self._connection.submit(request, build, nbytes=gradients.nbytes)
 

@@ -37,10 +37,10 @@ def save_adapter(
     """Write the adapter of a split model as a PEFT adapter of the whole one.
 
     `base_model` is the hub id that the file shall name. With `sides` and `only`, just the part of that side.
-    The directory is written aside and renamed: an older one is there until the new one is whole.
+    The files are written aside and renamed: older ones are there until the new ones are whole.
     Raises `ModelError` if nothing is there to save.
     """
-    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    state = get_peft_model_state_dict(model, adapter_name=model.active_adapter, save_embedding_layers=False)
     if sides is not None and only is not None:
         state = {key: t for key, t in state.items() if sides.side_of(key.removeprefix(PEFT_PREFIX)) == only}
     if not state:
@@ -54,8 +54,10 @@ def save_adapter(
         config.save_pretrained(str(aside))
         tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
         save_file(tensors, aside / "adapter_model.safetensors", metadata={"format": "pt"})
-        aside.chmod(0o755)
-        _replace_directory(aside, target)
+        target.mkdir(exist_ok=True)
+        for file in sorted(aside.iterdir()):
+            file.chmod(0o644)
+            os.replace(file, target / file.name)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -89,16 +91,6 @@ def _whole_model_config(model: PeftModel, keys: Collection[str]) -> PeftConfig:
 def _layer_index(module_path: str, stack: Stack) -> int | None:
     match = re.match(rf"{re.escape(stack.name)}\.(\d+)\.", module_path)
     return int(match[1]) if match else None
-
-
-def _replace_directory(new: Path, target: Path) -> None:
-    if not target.exists():
-        os.replace(new, target)
-        return
-    old = new.with_name(f"{new.name}.old")
-    os.replace(target, old)
-    os.replace(new, target)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def adapter_parameters(model: PeftModel, sides: Sides, side: Side) -> int:

@@ -52,6 +52,4 @@ class EmbeddedTrunk:
         server = TrunkServer(self._plan.info)
         endpoint = server.bind("127.0.0.1", 0)
         self._started.set_result((endpoint, asyncio.get_running_loop(), server))
-        await server.run(
-            compute, parameters=compute.parameter_count, graph_bytes_per_token=compute.graph_bytes_per_token
-        )
+        await server.run(compute, parameters=compute.parameter_count)

@@ -73,11 +73,12 @@ def _train(
     reference: ModelReference,
 ) -> None:
     directory = Path(str(arguments.output_dir))
-    losses = StepLosses(directory / "metrics.jsonl")
+    losses = StepLosses()
     trainer = SplitTrainer(losses=losses, model=model, args=arguments, train_dataset=data)
+    losses.write_to(directory / "metrics.jsonl")
     began = time.monotonic()
     try:
-        trainer.train()
+        trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
     except (Exception, KeyboardInterrupt) as error:
         trainer.close_progress_bar()
         if not losses.all:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import nn
@@ -16,14 +16,18 @@ from zsl.training.report import epoch_summary
 
 
 class StepLosses:
-    """The loss of every optimizer step, in full precision: in memory, and a line each in `metrics.jsonl`."""
+    """The loss of every optimizer step, in full precision: in memory, and a line each in a file."""
 
-    def __init__(self, file: Path) -> None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        self._lines = file.open("w", encoding="utf-8")
+    def __init__(self) -> None:
+        self._lines: TextIO | None = None
         self._micro_batches: list[torch.Tensor] = []
         self.all: list[float] = []
         self.epoch: list[float] = []
+
+    def write_to(self, file: Path) -> None:
+        """Begin the file anew, and write a line to it for each step from here on."""
+        file.parent.mkdir(parents=True, exist_ok=True)
+        self._lines = file.open("w", encoding="utf-8")
 
     def add_micro_batch(self, loss: torch.Tensor) -> None:
         self._micro_batches.append(loss)
@@ -33,15 +37,17 @@ class StepLosses:
         self._micro_batches.clear()
         self.all.append(loss)
         self.epoch.append(loss)
-        self._lines.write(json.dumps({"step": step, "loss": loss, **more}) + "\n")
-        self._lines.flush()
+        if self._lines is not None:
+            self._lines.write(json.dumps({"step": step, "loss": loss, **more}) + "\n")
+            self._lines.flush()
 
     def end_epoch(self) -> list[float]:
         losses, self.epoch = self.epoch, []
         return losses
 
     def close(self) -> None:
-        self._lines.close()
+        if self._lines is not None:
+            self._lines.close()
 
 
 class SplitTrainer(Trainer):

@@ -20,7 +20,8 @@ LINGER_MS = 1_000
 RECONNECT_MS = 100
 RECONNECT_MAX_MS = 2_000
 HEARTBEAT_MS = 5_000
-HEARTBEAT_TIMEOUT_MS = 15_000
+# A heartbeat queues behind the message that is being sent: on a slow line that can be minutes of one large tensor.
+HEARTBEAT_TIMEOUT_MS = 120_000
 HANDSHAKE_MS = 5_000
 
 _monitor_numbers = count()
@@ -31,15 +32,17 @@ class LinkEvent(Enum):
 
     UP = "up"
     LOST = "lost"
-    REFUSED = "refused"
+    REFUSED = "refused"  # nothing listens there
+    MUTE = "mute"  # something listens, but it does not speak ZeroMQ
 
 
 _LINK_EVENTS: dict[int, LinkEvent] = {
     zmq.EVENT_HANDSHAKE_SUCCEEDED: LinkEvent.UP,
     zmq.EVENT_DISCONNECTED: LinkEvent.LOST,
-    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL: LinkEvent.REFUSED,
-    zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL: LinkEvent.REFUSED,
-    zmq.EVENT_HANDSHAKE_FAILED_AUTH: LinkEvent.REFUSED,
+    zmq.EVENT_CONNECTED: LinkEvent.MUTE,  # until its handshake has succeeded
+    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL: LinkEvent.MUTE,
+    zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL: LinkEvent.MUTE,
+    zmq.EVENT_HANDSHAKE_FAILED_AUTH: LinkEvent.MUTE,
     zmq.EVENT_CLOSED: LinkEvent.REFUSED,  # a connection attempt that failed
 }
 
@@ -60,7 +63,8 @@ class Dealer:
             (zmq.HEARTBEAT_IVL, HEARTBEAT_MS),
             (zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS),
             (zmq.TCP_KEEPALIVE, 1),
-            (zmq.IPV6, 1),
+            # A name is resolved to one address, and with IPV6 to that of IPv6, where no daemon may listen.
+            (zmq.IPV6, int("[" in endpoint)),
         ):
             self.socket.setsockopt(option, value)
         address = f"inproc://zsl-dealer-{next(_monitor_numbers)}"

@@ -26,7 +26,7 @@ WATCHDOG_SECONDS = 1.0
 LINGER_MS = 2_000
 HANDSHAKE_MS = 5_000
 HEARTBEAT_MS = 5_000
-HEARTBEAT_TIMEOUT_MS = 15_000
+HEARTBEAT_TIMEOUT_MS = 120_000  # a heartbeat queues behind the large message that is being sent
 RECEIVE_HWM_MESSAGES = 16
 
 Receiver = Callable[[bytes, list[Frame]], None]

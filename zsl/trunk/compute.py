@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from zsl.errors import InternalError, OutOfMemoryError
-from zsl.trunk.middle import Middle
+from zsl.trunk.middle import Graph, Middle
 from zsl.trunk.work import Buffers, Done, Keep, Kind, Outcome, Work
 from zsl.wire.messages import Role
 from zsl.wire.tensors import TORCH_DTYPES, decode_tensor, encode_tensor
@@ -41,19 +41,21 @@ class Inputs:
 
 @dataclass(frozen=True, slots=True)
 class TorchStash:
-    """The inputs of a step, and its graph from `leaf` to `output` if that is kept too."""
+    """The inputs of a step, and its graph if that is kept too."""
 
     inputs: Inputs
-    graph: tuple[torch.Tensor, torch.Tensor] | None
-    graph_nbytes: int
+    graph: Graph | None
 
     @property
     def nbytes(self) -> int:
-        return self.inputs.nbytes + self.graph_nbytes
+        return self.inputs.nbytes + (self.graph.nbytes if self.graph else 0)
 
     @property
     def has_graph(self) -> bool:
         return self.graph is not None
+
+    def without_graph(self) -> TorchStash:
+        return TorchStash(self.inputs, None)
 
 
 class TorchCompute:
@@ -62,7 +64,6 @@ class TorchCompute:
     def __init__(self, middle: Middle) -> None:
         self._middle = middle
         self.parameter_count = middle.parameter_count
-        self.graph_bytes_per_token = middle.graph_bytes_per_token()
 
     def run(self, works: Sequence[Work]) -> list[Outcome]:
         if len(works) > 1:
@@ -85,22 +86,20 @@ class TorchCompute:
 
     def _forward(self, work: Work) -> Done:
         inputs = self._inputs(work.buffers)
-        with_graph = work.keep is Keep.GRAPH
-        leaf = inputs.activations.detach().requires_grad_(with_graph)
-        with torch.set_grad_enabled(with_graph):
-            output = self._middle(leaf, inputs.attention_mask, inputs.position_ids)
-        stash = None
-        if work.keep is not Keep.NOTHING:
-            tokens = inputs.activations.shape[0] * inputs.activations.shape[1]
-            graph_nbytes = tokens * self.graph_bytes_per_token if with_graph else 0
-            stash = TorchStash(inputs, (leaf, output) if with_graph else None, graph_nbytes)
+        graph = None
+        if work.keep is Keep.GRAPH:
+            graph = self._graph(inputs)
+            output = graph.output
+        else:
+            with torch.no_grad():
+                output = self._middle(inputs.activations, inputs.attention_mask, inputs.position_ids)
+        stash = None if work.keep is Keep.NOTHING else TorchStash(inputs, graph)
         return Done(_reply("activations", output, inputs.reply_dtype), stash)
 
     def _backward(self, work: Work) -> Done:
         inputs, graph = self._held(work)
         gradients = self._tensor(work.buffers, "gradients").to(self._middle.dtype)
-        leaf, output = graph or self._graph(inputs)
-        (result,) = torch.autograd.grad(output, leaf, gradients)
+        result = (graph or self._graph(inputs)).gradients(gradients)
         return Done(_reply("gradients", result, inputs.reply_dtype))
 
     def _run_merged(self, works: Sequence[Work]) -> list[Done]:
@@ -113,25 +112,22 @@ class TorchCompute:
             return [
                 Done(
                     _reply("activations", rows, part.reply_dtype),
-                    TorchStash(part, None, 0) if work.keep is not Keep.NOTHING else None,
+                    TorchStash(part, None) if work.keep is not Keep.NOTHING else None,
                 )
                 for work, part, rows in zip(works, parts, output.split([p.rows for p in parts]), strict=True)
             ]
         parts = [self._held(work)[0] for work in works]
         gradients = torch.cat([self._tensor(work.buffers, "gradients").to(self._middle.dtype) for work in works])
-        leaf, output = self._graph(_stack(parts))
-        (result,) = torch.autograd.grad(output, leaf, gradients)
+        result = self._graph(_stack(parts)).gradients(gradients)
         return [
             Done(_reply("gradients", rows, part.reply_dtype))
             for part, rows in zip(parts, result.split([p.rows for p in parts]), strict=True)
         ]
 
-    def _graph(self, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
-        leaf = inputs.activations.detach().requires_grad_()
-        with torch.enable_grad():
-            return leaf, self._middle(leaf, inputs.attention_mask, inputs.position_ids)
+    def _graph(self, inputs: Inputs) -> Graph:
+        return self._middle.graph(inputs.activations, inputs.attention_mask, inputs.position_ids)
 
-    def _held(self, work: Work) -> tuple[Inputs, tuple[torch.Tensor, torch.Tensor] | None]:
+    def _held(self, work: Work) -> tuple[Inputs, Graph | None]:
         if work.stash is None:
             return self._inputs(work.buffers), None
         assert isinstance(work.stash, TorchStash)

@@ -69,7 +69,7 @@ async def _serve(plan: TrunkPlan, options: DaemonOptions) -> None:
         server.close()
         raise
     _say_ready(endpoint, plan, compute.parameter_count, options)
-    await server.run(compute, parameters=compute.parameter_count, graph_bytes_per_token=compute.graph_bytes_per_token)
+    await server.run(compute, parameters=compute.parameter_count)
     logger.info("stopped")
 
 

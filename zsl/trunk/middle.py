@@ -8,6 +8,7 @@ until there (of an empty placeholder) is thrown away; what leaves the last layer
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,20 @@ from transformers import PreTrainedModel
 
 from zsl.split.stack import find_stack
 from zsl.wire.messages import Cut
+
+
+@dataclass(frozen=True, slots=True)
+class Graph:
+    """A forward that can be differentiated: `gradients` uses it up."""
+
+    leaf: torch.Tensor  # [rows, tokens, hidden]
+    output: torch.Tensor  # [rows, tokens, hidden]
+    nbytes: int  # what it keeps, beside the weights
+
+    def gradients(self, at_output: torch.Tensor) -> torch.Tensor:
+        """The vector-Jacobian product `[rows, tokens, hidden]`."""
+        (result,) = torch.autograd.grad(self.output, self.leaf, at_output)
+        return result
 
 
 class Middle:
@@ -28,6 +43,7 @@ class Middle:
         self._first_parameter = next(iter(inspect.signature(first.forward).parameters))
         first.register_forward_pre_hook(self._enter, with_kwargs=True)
         layers[cut.stop - 1].register_forward_hook(self._leave)
+        self._weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
         self._entering: torch.Tensor | None = None
         self._leaving: torch.Tensor | None = None
 
@@ -58,25 +74,23 @@ class Middle:
         finally:
             self._entering = self._leaving = None
 
-    def graph_bytes_per_token(self) -> int:
-        """The memory that autograd keeps for one token of a forward, measured on a short one."""
-        tokens = 32
-        weights = {parameter.untyped_storage().data_ptr() for parameter in self._model.parameters()}
+    def graph(
+        self, activations: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None
+    ) -> Graph:
+        """The same, with the autograd graph from input to output, and the memory that the graph keeps."""
         kept: dict[int, int] = {}
 
-        def note(tensor: torch.Tensor) -> torch.Tensor:
+        def pack(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
             storage = tensor.untyped_storage()
-            if storage.data_ptr() not in weights:
+            if storage.data_ptr() not in self._weights:
                 kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
+            # Detached: a saved output that kept its own history would never be freed.
+            return tensor.detach(), tensor._version
 
-        hidden = self._model.config.get_text_config().hidden_size
-        activations = torch.zeros(1, tokens, hidden, dtype=self.dtype, device=self.device, requires_grad=True)
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            output = self(activations, None, None)
-        total = sum(kept.values())
-        del output
-        return -(-total // tokens)
+        leaf = activations.detach().requires_grad_()
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, _unpack):
+            output = self(leaf, attention_mask, position_ids)
+        return Graph(leaf, output, sum(kept.values()))
 
     def _enter(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         if args:
@@ -85,3 +99,11 @@ class Middle:
 
     def _leave(self, layer: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
         self._leaving = output
+
+
+def _unpack(packed: tuple[torch.Tensor, int]) -> torch.Tensor:
+    """Autograd's own check, which its hooks switch off: a tensor that was written since is no basis for a gradient."""
+    tensor, version = packed
+    if tensor._version != version:
+        raise RuntimeError("a tensor that the backward needs was modified in place by the model's forward")
+    return tensor

@@ -83,11 +83,12 @@ class ServerSettings:
     """The limits and policies of a server.
 
     `merge_below_tokens`: requests of at most so many tokens (rows x tokens) share passes; above it merging gains
-    little and costs the kept graph. `stash_memory_bytes`: while all stashes are below it, a request that ran alone
-    keeps its graph; above it only inputs are kept.
+    little and costs the kept graph. `stash_memory_bytes`: while less is held, a request that ran alone keeps its
+    graph; over it, graphs and then inputs are given up. `lease_seconds` is long because a sign of life queues behind
+    whatever large message its client is sending.
     """
 
-    lease_seconds: float = 60.0
+    lease_seconds: float = 300.0
     ping_seconds: float = 2.0
     max_request_tokens: int = 32_768
     max_inflight_requests: int = 32
@@ -146,6 +147,7 @@ class TrunkServer:
             lease_seconds=self._settings.lease_seconds,
             max_inflight_requests=self._settings.max_inflight_requests,
             max_inflight_bytes=self._settings.max_inflight_bytes,
+            stash_memory_bytes=self._settings.stash_memory_bytes,
             new_id=new_id,
         )
         self._scheduler = Scheduler(max_batch_tokens=self._settings.max_batch_tokens)
@@ -156,7 +158,6 @@ class TrunkServer:
         )
         self._compute: Compute | None = None
         self._parameters = 0
-        self._graph_bytes_per_token = 0
         self._batches: SimpleQueue[tuple[list[_Request], list[Work]] | None] = SimpleQueue()
         self._running_since: float | None = None
         self._draining_until: float | None = None
@@ -181,11 +182,10 @@ class TrunkServer:
         """Give the port back without having run."""
         self._router.close()
 
-    async def run(self, compute: Compute, *, parameters: int, graph_bytes_per_token: int) -> None:
+    async def run(self, compute: Compute, *, parameters: int) -> None:
         """Serve until `stop`, or until a `drain` has ended."""
         self._compute = compute
         self._parameters = parameters
-        self._graph_bytes_per_token = graph_bytes_per_token
         self._loop = asyncio.get_running_loop()
         thread = threading.Thread(target=self._compute_batches, name="zsl-compute", daemon=True)
         thread.start()
@@ -234,6 +234,8 @@ class TrunkServer:
         if self._draining_until is not None:
             raise DrainingError()
         self._check_model(header)
+        for earlier in self._sessions.of_peer(peer):
+            self._close_session(earlier.id, "its client opened another")
         session = self._sessions.open(peer, self._clock())
         logger.info("session %s opened (zsl %s, %s)", session.id.hex()[:8], header.software, header.dtype)
         welcome = Welcome(
@@ -296,7 +298,7 @@ class TrunkServer:
 
     def _on_release(self, peer: bytes, header: Header, _: Sequence[Frame]) -> None:
         assert isinstance(header, Release)
-        self._session(header, peer, self._clock()).held.pop(header.step, None)
+        self._sessions.release(self._session(header, peer, self._clock()), header.step)
 
     def _on_cancel(self, peer: bytes, header: Header, _: Sequence[Frame]) -> None:
         assert isinstance(header, Cancel)
@@ -304,6 +306,8 @@ class TrunkServer:
         key = (session.id, header.request)
         if self._scheduler.discard(key):
             self._finish(self._requests[key], CancelledByClientError())
+        else:
+            self._sessions.release(session, header.request)
 
     def _on_ping(self, peer: bytes, header: Header, _: Sequence[Frame]) -> None:
         assert isinstance(header, Ping)
@@ -358,8 +362,7 @@ class TrunkServer:
     def _work(self, request: _Request, alone: bool) -> Work:
         keep = Keep.NOTHING
         if request.keep:
-            needed = request.shape.total_tokens * self._graph_bytes_per_token
-            room = self._sessions.held_bytes + needed <= self._settings.stash_memory_bytes
+            room = self._sessions.held_bytes < self._settings.stash_memory_bytes
             keep = Keep.GRAPH if alone and room else Keep.INPUT
         return Work(request.kind, request.buffers, keep, request.held.stash if request.held else None)
 
@@ -404,7 +407,7 @@ class TrunkServer:
         assert isinstance(outcome, Done)
         if outcome.stash is not None:
             row_key = row_merge_key(request.buffers, request.shape)
-            session.held[request.request] = Held(outcome.stash, request.shape, row_key)
+            self._sessions.hold(session, request.request, Held(outcome.stash, request.shape, row_key))
         descriptors = [descriptor for descriptor, _ in outcome.buffers.values()]
         result = Result(
             request=request.request,
@@ -426,15 +429,19 @@ class TrunkServer:
     def _keep_house(self) -> None:
         now = self._clock()
         self._answer_expired(now)
-        for session_id in self._sessions.close_expired(now):
-            logger.info("session %s ended: nothing was heard of it for its lease", session_id.hex()[:8])
+        for session in self._sessions.expired(now):
+            self._close_session(session.id, "nothing was heard of it for its lease")
         if self._draining_until is not None:
             open_steps = any(session.held or session.inflight for session in self._sessions)
             if not open_steps or now >= self._draining_until:
                 self.stop()
 
     def _close_session(self, session_id: bytes, why: str) -> None:
-        self._sessions.close(session_id)
+        """Forget a session, what is held for it, and what of it is queued."""
+        session = self._sessions.close(session_id)
+        for request in session.inflight if session else ():
+            if self._scheduler.discard((session_id, request)):
+                del self._requests[session_id, request]
         logger.info("session %s ended: %s", session_id.hex()[:8], why)
 
     def _answer_error(self, peer: bytes, request: int | None, error: WireError) -> None:

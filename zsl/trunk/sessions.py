@@ -7,7 +7,7 @@ Losing a stash costs its client time, never a result, so it may go at any moment
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from zsl.errors import OverloadedError, UnknownSessionError
 from zsl.trunk.work import Held
@@ -22,6 +22,7 @@ class Session:
     expires: float
     held: dict[int, Held] = field(default_factory=dict)  # step -> what its backward needs
     inflight: dict[int, int] = field(default_factory=dict)  # request -> bytes
+    abandoned: set[int] = field(default_factory=set)  # requests in flight whose step the client no longer wants
 
     @property
     def inflight_bytes(self) -> int:
@@ -37,11 +38,13 @@ class Sessions:
         lease_seconds: float,
         max_inflight_requests: int,
         max_inflight_bytes: int,
+        stash_memory_bytes: int,
         new_id: Callable[[], bytes],
     ) -> None:
         self._lease_seconds = lease_seconds
         self._max_inflight_requests = max_inflight_requests
         self._max_inflight_bytes = max_inflight_bytes
+        self._stash_memory_bytes = stash_memory_bytes
         self._new_id = new_id
         self._sessions: dict[bytes, Session] = {}
 
@@ -57,9 +60,7 @@ class Sessions:
         return sum(held.stash.nbytes for session in self._sessions.values() for held in session.held.values())
 
     def open(self, peer: bytes, now: float) -> Session:
-        """A new session. An earlier one of the same connection ends."""
-        for session in [s for s in self._sessions.values() if s.peer == peer]:
-            self.close(session.id)
+        """A new session."""
         session = Session(self._new_id(), peer, now + self._lease_seconds)
         self._sessions[session.id] = session
         return session
@@ -72,16 +73,17 @@ class Sessions:
         session.expires = now + self._lease_seconds
         return session
 
-    def close(self, session_id: bytes) -> None:
-        """Forget a session and what is kept for it."""
-        self._sessions.pop(session_id, None)
+    def of_peer(self, peer: bytes) -> list[Session]:
+        """The sessions that were opened from a connection."""
+        return [session for session in self._sessions.values() if session.peer == peer]
 
-    def close_expired(self, now: float) -> list[bytes]:
-        """Forget the sessions whose lease has ended; their ids."""
-        expired = [session.id for session in self._sessions.values() if session.expires <= now]
-        for session_id in expired:
-            self.close(session_id)
-        return expired
+    def close(self, session_id: bytes) -> Session | None:
+        """Forget a session and what is kept for it."""
+        return self._sessions.pop(session_id, None)
+
+    def expired(self, now: float) -> list[Session]:
+        """The sessions whose lease has ended."""
+        return [session for session in self._sessions.values() if session.expires <= now]
 
     def admit(self, session: Session, request: int, nbytes: int) -> None:
         """Count a request as in flight. Raises `OverloadedError` over the session's credit."""
@@ -100,3 +102,33 @@ class Sessions:
         if session is not None:
             session.inflight.pop(request, None)
         return session
+
+    def hold(self, session: Session, step: int, held: Held) -> None:
+        """Keep what the step's backward needs, unless the client has let go of it; then stay within the memory.
+
+        Over `stash_memory_bytes` the oldest graphs are given up first (their backward computes the forward again),
+        then the oldest inputs (their client sends them again).
+        """
+        if step in session.abandoned:
+            session.abandoned.discard(step)
+            return
+        session.held[step] = held
+        if self.held_bytes <= self._stash_memory_bytes:
+            return
+        for with_graph in (True, False):
+            for other in self._sessions.values():
+                for key, old in list(other.held.items()):
+                    if old.stash.has_graph != with_graph:
+                        continue
+                    if with_graph:
+                        other.held[key] = replace(old, stash=old.stash.without_graph())
+                    else:
+                        del other.held[key]
+                    if self.held_bytes <= self._stash_memory_bytes:
+                        return
+
+    def release(self, session: Session, step: int) -> None:
+        """The client will ask no backward for this step, which may still be in flight."""
+        session.held.pop(step, None)
+        if step in session.inflight:
+            session.abandoned.add(step)

@@ -53,6 +53,10 @@ class Stash(Protocol):
     @property
     def has_graph(self) -> bool: ...
 
+    def without_graph(self) -> Stash:
+        """What is left when only the input is kept."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Held:
