@@ -28,7 +28,7 @@ from zsl.errors import (
     TrunkUnreachable,
     WrongModelError,
 )
-from zsl.trunk.server import ServerSettings
+from zsl.trunk.settings import ServerSettings
 from zsl.wire.messages import Cut
 
 

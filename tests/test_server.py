@@ -10,7 +10,7 @@ import pytest
 from support.echo import HIDDEN, IDENTITY, ROW_TOKENS, EchoServer
 from support.peer import Peer, forward
 from test_wire_frames import BAD_FRAMES
-from zsl.trunk.server import ServerSettings
+from zsl.trunk.settings import ServerSettings
 from zsl.trunk.work import Kind
 from zsl.wire.messages import (
     Backward,

@@ -14,7 +14,8 @@ from typing import Self
 import numpy as np
 
 from zsl.errors import InternalError
-from zsl.trunk.server import ServerSettings, TrunkInfo, TrunkServer
+from zsl.trunk.server import TrunkServer
+from zsl.trunk.settings import ServerSettings, TrunkInfo
 from zsl.trunk.work import Done, Keep, Kind, Outcome, Work
 from zsl.wire.messages import Cut, FloatDtypeName, ModelIdentity
 

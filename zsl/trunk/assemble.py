@@ -16,7 +16,7 @@ from zsl.split.reference import ModelReference, resolve
 from zsl.split.stack import layer_count
 from zsl.trunk.compute import TorchCompute
 from zsl.trunk.middle import Middle
-from zsl.trunk.server import TrunkInfo
+from zsl.trunk.settings import TrunkInfo
 from zsl.wire.messages import Cut
 from zsl.wire.tensors import float_wire_name
 

@@ -11,11 +11,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from queue import SimpleQueue
 
 import zsl
 from zsl.errors import (
@@ -23,32 +21,28 @@ from zsl.errors import (
     DeadlineError,
     DrainingError,
     ForwardOnlyError,
-    InternalError,
     StaleEpochError,
     WireError,
-    WrongModelError,
 )
 from zsl.transport.router import Router
 from zsl.trunk.admission import check_backward, check_forward, row_merge_key
 from zsl.trunk.scheduler import Job, Scheduler
 from zsl.trunk.sessions import Session, Sessions
+from zsl.trunk.settings import ServerSettings, TrunkInfo, check_wanted
 from zsl.trunk.work import Buffers, Compute, Done, Held, Keep, Kind, Outcome, Shape, Work
-from zsl.wire.frames import MAGIC, MAX_HEADER_BYTES, Frame, decode, encode
+from zsl.trunk.worker import Finished, Worker
+from zsl.wire.frames import MAGIC, Frame, decode, encode
 from zsl.wire.messages import (
     MAX_TEXT_CHARS,
     TO_DAEMON,
     Backward,
     Bye,
     Cancel,
-    Cut,
     Error,
-    FloatDtypeName,
     Forward,
     GoAway,
     Header,
     Hello,
-    Limits,
-    ModelIdentity,
     Ping,
     Pong,
     Release,
@@ -65,38 +59,6 @@ HOUSEKEEPING_SECONDS = 0.2
 FP32_BYTES = 4
 # The answers to a session's credit of requests, and what is said beside them (pongs, errors, goaway).
 CONTROL_MESSAGES = 64
-
-
-@dataclass(frozen=True, slots=True)
-class TrunkInfo:
-    """What this daemon serves, as WELCOME and STATUS say it."""
-
-    model: ModelIdentity
-    cut: Cut
-    dtype: FloatDtypeName
-    forward_only: bool
-    max_row_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class ServerSettings:
-    """The limits and policies of a server.
-
-    `merge_below_tokens`: requests of at most so many tokens (rows x tokens) share passes; above it merging gains
-    little and costs the kept graph. `stash_memory_bytes`: while less is held, a request that ran alone keeps its
-    graph; over it, graphs and then inputs are given up. `lease_seconds` is long because a sign of life queues behind
-    whatever large message its client is sending.
-    """
-
-    lease_seconds: float = 300.0
-    ping_seconds: float = 2.0
-    max_request_tokens: int = 32_768
-    max_inflight_requests: int = 32
-    max_inflight_bytes: int = 2 << 30
-    max_batch_tokens: int = 512
-    merge_below_tokens: int = 64
-    stash_memory_bytes: int = 4 << 30
-    drain_seconds: float = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,17 +94,7 @@ class TrunkServer:
         self._settings = settings or ServerSettings()
         self._clock = clock
         self._epoch = new_id()
-        max_message_bytes = self._settings.max_request_tokens * info.model.hidden_size * FP32_BYTES
-        self._limits = Limits(
-            max_message_bytes=max_message_bytes,
-            max_header_bytes=MAX_HEADER_BYTES,
-            max_request_tokens=self._settings.max_request_tokens,
-            max_row_tokens=info.max_row_tokens,
-            max_inflight_requests=self._settings.max_inflight_requests,
-            max_inflight_bytes=self._settings.max_inflight_bytes,
-            lease_ms=round(self._settings.lease_seconds * 1000),
-            ping_ms=round(self._settings.ping_seconds * 1000),
-        )
+        self._limits = self._settings.limits(info)
         self._sessions = Sessions(
             lease_seconds=self._settings.lease_seconds,
             max_inflight_requests=self._settings.max_inflight_requests,
@@ -153,16 +105,13 @@ class TrunkServer:
         self._scheduler = Scheduler(max_batch_tokens=self._settings.max_batch_tokens)
         self._requests: dict[_Key, _Request] = {}
         self._router = Router(
-            max_message_bytes=max_message_bytes,
+            max_message_bytes=self._limits.max_message_bytes,
             send_hwm_messages=self._settings.max_inflight_requests + CONTROL_MESSAGES,
         )
-        self._compute: Compute | None = None
+        self._worker: Worker[_Request] | None = None
         self._parameters = 0
-        self._batches: SimpleQueue[tuple[list[_Request], list[Work]] | None] = SimpleQueue()
-        self._running_since: float | None = None
         self._draining_until: float | None = None
         self._stopped = asyncio.Event()
-        self._loop: asyncio.AbstractEventLoop | None = None
         self._handlers: dict[type[Header], Callable[[bytes, Header, Sequence[Frame]], None]] = {
             Hello: self._on_hello,
             Forward: self._on_work,
@@ -184,19 +133,15 @@ class TrunkServer:
 
     async def run(self, compute: Compute, *, parameters: int) -> None:
         """Serve until `stop`, or until a `drain` has ended."""
-        self._compute = compute
         self._parameters = parameters
-        self._loop = asyncio.get_running_loop()
-        thread = threading.Thread(target=self._compute_batches, name="zsl-compute", daemon=True)
-        thread.start()
+        self._worker = Worker(compute, self._finish_batch, clock=self._clock)
         self._router.start(self._receive)
         try:
             while not self._stopped.is_set():
                 self._keep_house()
                 await _wait_at_most(self._stopped, HOUSEKEEPING_SECONDS)
         finally:
-            self._batches.put(None)
-            await asyncio.to_thread(thread.join)
+            await self._worker.stop()
             self._router.close()
 
     def stop(self) -> None:
@@ -233,7 +178,7 @@ class TrunkServer:
         assert isinstance(header, Hello)
         if self._draining_until is not None:
             raise DrainingError()
-        self._check_model(header)
+        check_wanted(self.info, header)
         for earlier in self._sessions.of_peer(peer):
             self._close_session(earlier.id, "its client opened another")
         session = self._sessions.open(peer, self._clock())
@@ -251,13 +196,6 @@ class TrunkServer:
             limits=self._limits,
         )
         self._send(peer, welcome)
-
-    def _check_model(self, hello: Hello) -> None:
-        served, wanted = self.info.model, hello.model
-        if wanted is not None and wanted != served:
-            raise WrongModelError(_difference(served, wanted))
-        if hello.cut is not None and hello.cut != self.info.cut:
-            raise WrongModelError(f"this daemon serves the cut {self.info.cut}, the client wants {hello.cut}")
 
     def _on_work(self, peer: bytes, header: Header, frames: Sequence[Frame]) -> None:
         assert isinstance(header, WorkHeader)
@@ -313,7 +251,8 @@ class TrunkServer:
         assert isinstance(header, Ping)
         now = self._clock()
         self._session(header, peer, now)
-        age = 0.0 if self._running_since is None else now - self._running_since
+        busy_since = self._worker.busy_since if self._worker else None
+        age = 0.0 if busy_since is None else now - busy_since
         self._send(peer, Pong(request=header.request, epoch=self._epoch, progress_age_ms=round(age * 1000)))
 
     def _on_bye(self, peer: bytes, header: Header, _: Sequence[Frame]) -> None:
@@ -347,17 +286,15 @@ class TrunkServer:
 
     def _dispatch(self) -> None:
         """If the device is free, give it what is queued."""
-        if self._running_since is not None or not len(self._scheduler):
+        if self._worker is None or self._worker.busy_since is not None:
             return
-        now = self._clock()
-        self._answer_expired(now)
+        self._answer_expired(self._clock())
         jobs = self._scheduler.take_batch()
         if not jobs:
             return
         requests = [self._requests[job.key] for job in jobs]  # type: ignore[index]
-        self._running_since = now
         alone = len(requests) == 1
-        self._batches.put((requests, [self._work(request, alone) for request in requests]))
+        self._worker.give(requests, [self._work(request, alone) for request in requests])
 
     def _work(self, request: _Request, alone: bool) -> Work:
         keep = Keep.NOTHING
@@ -366,32 +303,11 @@ class TrunkServer:
             keep = Keep.GRAPH if alone and room else Keep.INPUT
         return Work(request.kind, request.buffers, keep, request.held.stash if request.held else None)
 
-    def _compute_batches(self) -> None:
-        """The compute thread."""
-        assert self._compute is not None and self._loop is not None
-        while (batch := self._batches.get()) is not None:
-            requests, works = batch
-            del batch  # or a batch's memory would stay until the next one comes
-            started = self._clock()
-            try:
-                outcomes: Sequence[Outcome] = self._compute.run(works)
-            except BaseException:
-                logger.exception("the compute thread failed")
-                outcomes = [InternalError()] * len(requests)
-            del works
-            ended = self._clock()
-            self._loop.call_soon_threadsafe(self._finish_batch, requests, outcomes, started, ended)
-            del requests, outcomes
-
-    def _finish_batch(
-        self, requests: list[_Request], outcomes: Sequence[Outcome], started: float, ended: float
-    ) -> None:
-        self._running_since = None
+    def _finish_batch(self, batch: Finished[_Request]) -> None:
         self._router.drain()  # what arrived meanwhile can share the next pass
         self._dispatch()
-        for request, outcome in zip(requests, outcomes, strict=True):
-            self._finish(request, outcome, merged=len(requests), started=started, ended=ended)
-        self._dispatch()
+        for request, outcome in zip(batch.tickets, batch.outcomes, strict=True):
+            self._finish(request, outcome, merged=len(batch.tickets), started=batch.started, ended=batch.ended)
 
     def _finish(
         self, request: _Request, outcome: Outcome, *, merged: int = 1, started: float = 0.0, ended: float = 0.0
@@ -457,22 +373,6 @@ class TrunkServer:
 
     def _send(self, peer: bytes, header: Header, buffers: Sequence[Frame] = ()) -> bool:
         return self._router.send(peer, encode(header, buffers))
-
-
-def _difference(served: ModelIdentity, wanted: ModelIdentity) -> str:
-    """Which part of two identities differs, the readable ones first."""
-    for name in ("model_type", "layers", "hidden_size"):
-        ours, theirs = getattr(served, name), getattr(wanted, name)
-        if ours != theirs:
-            return f"this daemon serves a model with {name} {ours}, the client has {theirs}: load the same model"
-    what = "weights" if served.weights_digest != wanted.weights_digest else "configuration"
-    ours, theirs = (
-        (identity.weights_digest if what == "weights" else identity.config_digest)[:12] for identity in (served, wanted)
-    )
-    return (
-        f"both sides have a {served.model_type} of this size, but another {what} "
-        f"(digest {ours}… here, {theirs}… at the client): load the same checkpoint"
-    )
 
 
 async def _wait_at_most(event: asyncio.Event, seconds: float) -> None:

@@ -1,0 +1,80 @@
+"""What a daemon serves, and within which limits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from zsl.errors import WrongModelError
+from zsl.wire.frames import MAX_HEADER_BYTES
+from zsl.wire.messages import Cut, FloatDtypeName, Hello, Limits, ModelIdentity
+
+FP32_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class TrunkInfo:
+    """What this daemon serves, as WELCOME and STATUS say it."""
+
+    model: ModelIdentity
+    cut: Cut
+    dtype: FloatDtypeName
+    forward_only: bool
+    max_row_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class ServerSettings:
+    """The limits and policies of a server.
+
+    `merge_below_tokens`: requests of at most so many tokens (rows x tokens) share passes; above it merging gains
+    little and costs the kept graph. `stash_memory_bytes`: while less is held, a request that ran alone keeps its
+    graph; over it, graphs and then inputs are given up. `lease_seconds` is long because a sign of life queues behind
+    whatever large message its client is sending.
+    """
+
+    lease_seconds: float = 300.0
+    ping_seconds: float = 2.0
+    max_request_tokens: int = 32_768
+    max_inflight_requests: int = 32
+    max_inflight_bytes: int = 2 << 30
+    max_batch_tokens: int = 512
+    merge_below_tokens: int = 64
+    stash_memory_bytes: int = 4 << 30
+    drain_seconds: float = 10.0
+
+    def limits(self, info: TrunkInfo) -> Limits:
+        """What WELCOME states."""
+        return Limits(
+            max_message_bytes=self.max_request_tokens * info.model.hidden_size * FP32_BYTES,
+            max_header_bytes=MAX_HEADER_BYTES,
+            max_request_tokens=self.max_request_tokens,
+            max_row_tokens=info.max_row_tokens,
+            max_inflight_requests=self.max_inflight_requests,
+            max_inflight_bytes=self.max_inflight_bytes,
+            lease_ms=round(self.lease_seconds * 1000),
+            ping_ms=round(self.ping_seconds * 1000),
+        )
+
+
+def check_wanted(info: TrunkInfo, hello: Hello) -> None:
+    """Raises `WrongModelError`, which says what differs, if a client wants another model or cut than is served."""
+    if hello.model is not None and hello.model != info.model:
+        raise WrongModelError(_difference(info.model, hello.model))
+    if hello.cut is not None and hello.cut != info.cut:
+        raise WrongModelError(f"this daemon serves the cut {info.cut}, the client wants {hello.cut}")
+
+
+def _difference(served: ModelIdentity, wanted: ModelIdentity) -> str:
+    """Which part of two identities differs, the readable ones first."""
+    for name in ("model_type", "layers", "hidden_size"):
+        ours, theirs = getattr(served, name), getattr(wanted, name)
+        if ours != theirs:
+            return f"this daemon serves a model with {name} {ours}, the client has {theirs}: load the same model"
+    what = "weights" if served.weights_digest != wanted.weights_digest else "configuration"
+    ours, theirs = (
+        (identity.weights_digest if what == "weights" else identity.config_digest)[:12] for identity in (served, wanted)
+    )
+    return (
+        f"both sides have a {served.model_type} of this size, but another {what} "
+        f"(digest {ours}… here, {theirs}… at the client): load the same checkpoint"
+    )

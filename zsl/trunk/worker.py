@@ -1,0 +1,78 @@
+"""The compute thread: takes one batch at a time, runs it, and tells the loop. Knows neither sockets nor torch."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import Generic, TypeVar
+
+from zsl.errors import InternalError
+from zsl.trunk.work import Compute, Outcome, Work
+
+logger = logging.getLogger(__name__)
+
+Ticket = TypeVar("Ticket")
+
+
+@dataclass(frozen=True, slots=True)
+class Finished(Generic[Ticket]):
+    """A batch that ran: what each ticket came to, and when it began and ended (seconds, monotonic)."""
+
+    tickets: list[Ticket]
+    outcomes: Sequence[Outcome]
+    started: float
+    ended: float
+
+
+class Worker(Generic[Ticket]):
+    """Runs `compute` in a thread of its own. `finished` is called on the loop that started it."""
+
+    def __init__(
+        self,
+        compute: Compute,
+        finished: Callable[[Finished[Ticket]], None],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._compute = compute
+        self._finished = finished
+        self._clock = clock
+        self._loop = asyncio.get_running_loop()
+        self._batches: SimpleQueue[tuple[list[Ticket], list[Work]] | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="zsl-compute", daemon=True)
+        self._thread.start()
+        self.busy_since: float | None = None
+
+    def give(self, tickets: list[Ticket], works: list[Work]) -> None:
+        """Run these works together. Only when the worker is idle: `busy_since` is None."""
+        self.busy_since = self._clock()
+        self._batches.put((tickets, works))
+
+    async def stop(self) -> None:
+        """Wait for the pass that runs, and end the thread."""
+        self._batches.put(None)
+        await asyncio.to_thread(self._thread.join)
+
+    def _run(self) -> None:
+        while (batch := self._batches.get()) is not None:
+            tickets, works = batch
+            del batch  # or a batch's memory would stay until the next one comes
+            started = self._clock()
+            try:
+                outcomes: Sequence[Outcome] = self._compute.run(works)
+            except BaseException:
+                logger.exception("the compute thread failed")
+                outcomes = [InternalError()] * len(tickets)
+            del works
+            finished = Finished(tickets, outcomes, started, self._clock())
+            self._loop.call_soon_threadsafe(self._finish, finished)
+            del tickets, outcomes, finished
+
+    def _finish(self, finished: Finished[Ticket]) -> None:
+        self.busy_since = None
+        self._finished(finished)
