@@ -18,6 +18,8 @@ from click.testing import CliRunner
 from peft import PeftModel
 from transformers import default_data_collator
 
+import zsl
+from support import batches
 from support.daemon import Daemon
 from support.models import CUT, local_model
 from zsl.cli.train import train as train_command
@@ -142,6 +144,23 @@ def test_the_saved_adapter_on_the_whole_model_continues_where_training_ended(
     assert adapted <= losses_in(directory)[-1] + 0.2
     for side in ("bottom_lora", "top_lora"):
         assert PeftModel.from_pretrained(local_model(path), str(directory / side))
+
+
+def test_the_saved_adapter_gives_the_same_logits_on_the_split_and_on_the_whole_model(
+    finished_run: tuple[Path, subprocess.CompletedProcess[str]],
+    checkpoints: Callable[..., Path],
+    serve: Callable[..., Daemon],
+) -> None:
+    path, adapter = str(checkpoints("llama")), str(finished_run[0] / "adapter")
+    trunk = zsl.RemoteTrunk(serve("llama").endpoint)
+    ids = batches.tokens(2, 16)
+    with torch.no_grad():
+        split = PeftModel.from_pretrained(zsl.load_client(path, trunk), adapter)(input_ids=ids).logits
+        whole = PeftModel.from_pretrained(local_model(path), adapter)(input_ids=ids).logits
+        bare = local_model(path)(input_ids=ids).logits
+    trunk.close()
+    assert torch.equal(split, whole)
+    assert not torch.equal(whole, bare)
 
 
 def test_through_a_daemon_the_losses_are_those_of_the_embedded_trunk(
