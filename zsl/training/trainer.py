@@ -19,15 +19,15 @@ class StepLosses:
     """The loss of every optimizer step, in full precision: in memory, and a line each in a file."""
 
     def __init__(self) -> None:
+        self._file: Path | None = None
         self._lines: TextIO | None = None
         self._micro_batches: list[torch.Tensor] = []
         self.all: list[float] = []
         self.epoch: list[float] = []
 
     def write_to(self, file: Path) -> None:
-        """Begin the file anew, and write a line to it for each step from here on."""
-        file.parent.mkdir(parents=True, exist_ok=True)
-        self._lines = file.open("w", encoding="utf-8")
+        """Write a line to the file for each step; it begins anew with the first, so a run without one leaves it."""
+        self._file = file
 
     def add_micro_batch(self, loss: torch.Tensor) -> None:
         self._micro_batches.append(loss)
@@ -37,6 +37,9 @@ class StepLosses:
         self._micro_batches.clear()
         self.all.append(loss)
         self.epoch.append(loss)
+        if self._lines is None and self._file is not None:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            self._lines = self._file.open("w" if step == 1 else "a", encoding="utf-8")
         if self._lines is not None:
             self._lines.write(json.dumps({"step": step, "loss": loss, **more}) + "\n")
             self._lines.flush()
@@ -80,8 +83,7 @@ class _Show(ProgressCallback):
         self._losses = losses
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        rate = kwargs["lr_scheduler"].get_last_lr()[0]
-        self._losses.end_step(state.global_step, epoch=state.epoch, learning_rate=rate)
+        self._losses.end_step(state.global_step, epoch=state.epoch)
         if not args.disable_tqdm:
             super().on_step_end(args, state, control, **kwargs)  # type: ignore[no-untyped-call]
 
