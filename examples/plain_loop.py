@@ -1,7 +1,7 @@
 """Split fine-tuning without a trainer: a plain loop, flat, with nothing of zsl between you and PEFT but the trunk.
 
-    bin/zsl-trunkd --port 5555                # in one terminal
-    .venv/bin/python examples/plain_loop.py   # in another
+bin/zsl-trunkd --port 5555                # in one terminal
+.venv/bin/python examples/plain_loop.py   # in another
 """
 
 import sys
