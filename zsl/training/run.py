@@ -73,9 +73,8 @@ def _train(
     reference: ModelReference,
 ) -> None:
     directory = Path(str(arguments.output_dir))
-    losses = StepLosses()
+    losses = StepLosses(directory / "metrics.jsonl")
     trainer = SplitTrainer(losses=losses, model=model, args=arguments, train_dataset=data)
-    losses.write_to(directory / "metrics.jsonl")
     began = time.monotonic()
     try:
         trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)

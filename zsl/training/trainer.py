@@ -18,16 +18,13 @@ from zsl.training.report import epoch_summary
 class StepLosses:
     """The loss of every optimizer step, in full precision: in memory, and a line each in a file."""
 
-    def __init__(self) -> None:
-        self._file: Path | None = None
+    def __init__(self, file: Path) -> None:
+        """The file begins anew with the first step, so a run that takes none leaves it as it is."""
+        self._file = file
         self._lines: TextIO | None = None
         self._micro_batches: list[torch.Tensor] = []
         self.all: list[float] = []
         self.epoch: list[float] = []
-
-    def write_to(self, file: Path) -> None:
-        """Write a line to the file for each step; it begins anew with the first, so a run without one leaves it."""
-        self._file = file
 
     def add_micro_batch(self, loss: torch.Tensor) -> None:
         self._micro_batches.append(loss)
@@ -37,12 +34,11 @@ class StepLosses:
         self._micro_batches.clear()
         self.all.append(loss)
         self.epoch.append(loss)
-        if self._lines is None and self._file is not None:
+        if self._lines is None:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             self._lines = self._file.open("w" if step == 1 else "a", encoding="utf-8")
-        if self._lines is not None:
-            self._lines.write(json.dumps({"step": step, "loss": loss, **more}) + "\n")
-            self._lines.flush()
+        self._lines.write(json.dumps({"step": step, "loss": loss, **more}) + "\n")
+        self._lines.flush()
 
     def end_epoch(self) -> list[float]:
         losses, self.epoch = self.epoch, []

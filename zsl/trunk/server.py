@@ -72,7 +72,6 @@ class _Request:
     shape: Shape
     keep: bool
     held: Held | None
-    merge_key: object
     arrived: float
 
 
@@ -229,9 +228,7 @@ class TrunkServer:
         self._sessions.admit(session, header.request, sum(descriptor.nbytes for descriptor in header.tensors))
         if isinstance(header, Backward):
             session.held.pop(header.step, None)
-        self._requests[key] = _Request(
-            session, header.request, kind, buffers, shape, keep, held, merge_key, arrived=now
-        )
+        self._requests[key] = _Request(session, header.request, kind, buffers, shape, keep, held, arrived=now)
         self._scheduler.add(Job(key, shape.total_tokens, merge_key, now + header.budget_ms / 1000))
 
     def _on_release(self, peer: bytes, header: Header, _: Sequence[Frame]) -> None:
