@@ -45,7 +45,9 @@ def serve(
             key = (family, *options)
             if key not in running:
                 log = directory / f"{len(running)}.log"
-                arguments = ["--model", str(checkpoints(family)), "--cut", CUT, "--threads", "2", *options]
+                # Batch sizes by hand: what a probe of so small a model finds is chance.
+                batches = ["--max-batch-tokens", "512", "--merge-below-tokens", "64"]
+                arguments = ["--model", str(checkpoints(family)), "--cut", CUT, "--threads", "2", *batches, *options]
                 running[key] = stack.enter_context(Daemon(*arguments, log=log))
             return running[key]
 

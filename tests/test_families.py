@@ -31,7 +31,11 @@ def test_the_split_model_is_the_local_model(family: str, checkpoints: Callable[.
         trunk = zsl.RemoteTrunk(endpoint)
         split, whole = with_lora(zsl.load_client(path, trunk)), with_lora(local_model(path))
         results = {
-            name: differing(numbers_of(split, b), numbers_of(whole, b), within(1e-6)) for name, b in BATCHES.items()
+            # Without its padding a batch is computed in another shape, and rounds otherwise.
+            name: differing(
+                numbers_of(split, b), numbers_of(whole, b), within(1e-5 if name == "right padding" else 1e-6)
+            )
+            for name, b in BATCHES.items()
         }
         assert results == {key: [] for key in BATCHES}
         assert differing(numbers_of(split, BATCHES["plain"]), numbers_of(whole, BATCHES["plain"])) == []

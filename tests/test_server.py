@@ -10,6 +10,7 @@ import pytest
 from support.echo import HIDDEN, IDENTITY, ROW_TOKENS, EchoServer
 from support.peer import Peer, forward
 from test_wire_frames import BAD_FRAMES
+from zsl.trunk.costs import BatchLimits
 from zsl.trunk.settings import ServerSettings
 from zsl.trunk.work import Kind
 from zsl.wire.messages import (
@@ -169,7 +170,7 @@ def test_a_new_hello_ends_the_connections_earlier_session_and_its_queued_work(se
     server.compute.gate.set()
     answers = [peer.hear() for _ in range(8)]
     assert all(isinstance(answer, Result) for answer in answers)
-    assert len(server.compute.batches) == 9, "the one that had begun, and the eight of the open session"
+    assert sum(map(len, server.compute.batches)) == 9, "the one that had begun, and the eight of the open session"
 
 
 def test_an_expired_lease_frees_what_was_held() -> None:
@@ -268,7 +269,9 @@ def test_a_forward_only_daemon_says_so_and_refuses_backward() -> None:
         assert code_of(peer.ask(*backward(welcome, 3, step=1, complete=True))) == "FORWARD_ONLY"
 
 
-def test_small_requests_of_one_shape_share_a_pass_and_the_device_never_waits(server: EchoServer, peer: Peer) -> None:
+def test_small_requests_share_a_pass_whatever_their_length_and_the_device_never_waits(
+    server: EchoServer, peer: Peer
+) -> None:
     welcome = peer.hello()
     server.compute.gate.clear()
     peer.send(*forward(welcome, 1))
@@ -281,12 +284,30 @@ def test_small_requests_of_one_shape_share_a_pass_and_the_device_never_waits(ser
     answers = {
         answer.request: answer.merged for answer in (peer.hear() for _ in range(5)) if isinstance(answer, Result)
     }
-    assert answers == {1: 1, 2: 3, 3: 3, 4: 3, 5: 1}
-    assert server.compute.batches == [[Kind.FORWARD], [Kind.FORWARD] * 3, [Kind.FORWARD]]
+    assert answers == {1: 1, 2: 4, 3: 4, 4: 4, 5: 4}
+    assert server.compute.batches == [[Kind.FORWARD], [Kind.FORWARD] * 4]
+
+
+def test_where_the_family_does_not_pack_requests_of_one_length_share_a_pass() -> None:
+    with EchoServer(packs=False) as server, Peer(server.endpoint) as peer:
+        welcome = peer.hello()
+        assert not welcome.packs
+        server.compute.gate.clear()
+        peer.send(*forward(welcome, 1))
+        assert server.compute.begun.acquire(timeout=20)
+        for request, tokens in ((2, 2), (3, 3), (4, 3)):
+            peer.send(*forward(welcome, request, tokens=tokens))
+        assert isinstance(peer.ask(Ping(session=welcome.session, epoch=welcome.epoch, request=6)), Pong)
+        server.compute.gate.set()
+        answers = {a.request: a.merged for a in (peer.hear() for _ in range(4)) if isinstance(a, Result)}
+        assert answers == {1: 1, 2: 1, 3: 2, 4: 2}
 
 
 def test_large_requests_run_alone() -> None:
-    with EchoServer(settings=ServerSettings(merge_below_tokens=4)) as server, Peer(server.endpoint) as peer:
+    with (
+        EchoServer(batch_limits=BatchLimits(max_batch_tokens=64, merge_below_tokens=4)) as server,
+        Peer(server.endpoint) as peer,
+    ):
         welcome = peer.hello()
         server.compute.gate.clear()
         for request in range(1, 4):

@@ -11,16 +11,18 @@ from hypothesis import strategies as st
 
 from zsl.errors import OverloadedError, UnknownSessionError
 from zsl.trunk.sessions import Sessions
-from zsl.trunk.work import Held, Shape
+from zsl.trunk.work import Held, Keep, Shape
 
 
 @dataclass(frozen=True)
 class Kept:
     nbytes: int
-    has_graph: bool = False
+    keep: Keep = Keep.INPUT
 
-    def without_graph(self) -> Kept:
-        return Kept(self.nbytes // 10)
+    def demoted(self) -> Kept | None:
+        if self.keep is Keep.INPUT:
+            return None
+        return Kept(self.nbytes // 2, Keep.PRODUCTS if self.keep is Keep.GRAPH_AND_PRODUCTS else Keep.INPUT)
 
 
 def table(**changes: float) -> Sessions:
@@ -29,14 +31,15 @@ def table(**changes: float) -> Sessions:
         "lease_seconds": 60,
         "max_inflight_requests": 2,
         "max_inflight_bytes": 100,
+        "max_total_inflight_bytes": 150,
         "stash_memory_bytes": 1000,
         **changes,
     }
     return Sessions(**settings, new_id=lambda: next(ids).to_bytes(16, "big"))  # type: ignore[arg-type]
 
 
-def kept(nbytes: int, *, has_graph: bool = False) -> Held:
-    return Held(Kept(nbytes, has_graph), Shape(1, 1), None)
+def kept(nbytes: int, keep: Keep = Keep.INPUT) -> Held:
+    return Held(Kept(nbytes, keep), Shape(1, 1, (1,)), None)
 
 
 def test_a_session_ends_with_its_lease_and_frees_what_it_held() -> None:
@@ -67,25 +70,40 @@ def test_another_connection_cannot_use_a_session() -> None:
         sessions.get(session.id, b"theirs", now=1.0)
 
 
-def test_over_the_memory_graphs_go_first_then_the_oldest_inputs() -> None:
+def test_over_the_memory_graphs_go_first_then_products_then_the_oldest_inputs() -> None:
     sessions = table(stash_memory_bytes=100)
     one, two = sessions.open(b"one", now=0.0), sessions.open(b"two", now=0.0)
-    sessions.hold(one, 1, kept(60, has_graph=True))
-    sessions.hold(two, 2, kept(60, has_graph=True))
-    assert (one.held[1].stash, two.held[2].stash) == (Kept(6), Kept(60, True))
-    sessions.hold(two, 3, kept(90))
-    assert sessions.held_bytes <= 100
-    assert one.held == {} and set(two.held) == {2, 3}, "the oldest input went; its client sends it again"
+    sessions.hold(one, 1, kept(60, Keep.GRAPH_AND_PRODUCTS))
+    sessions.hold(two, 2, kept(60, Keep.GRAPH))
+    assert (one.held[1].stash, two.held[2].stash) == (Kept(30, Keep.PRODUCTS), Kept(60, Keep.GRAPH))
+    sessions.hold(two, 3, kept(55))
+    assert (one.held[1].stash, two.held[2].stash) == (Kept(15), Kept(30)), "the graph went, then the products"
+    sessions.hold(two, 4, kept(90))
+    assert one.held == {} and set(two.held) == {4}, "the oldest inputs went; their clients send them again"
 
 
-@given(st.lists(st.tuples(st.integers(1, 90), st.booleans()), max_size=30))
-def test_what_is_held_never_exceeds_the_memory(stashes: list[tuple[int, bool]]) -> None:
+@given(st.lists(st.tuples(st.integers(1, 90), st.sampled_from(list(Keep)[1:])), max_size=30))
+def test_what_is_held_never_exceeds_the_memory(stashes: list[tuple[int, Keep]]) -> None:
     sessions = table(stash_memory_bytes=100)
     session = sessions.open(b"peer", now=0.0)
-    for step, (nbytes, has_graph) in enumerate(stashes):
-        sessions.hold(session, step, kept(nbytes, has_graph=has_graph))
-        assert sessions.held_bytes <= 100
+    for step, (nbytes, keep) in enumerate(stashes):
+        sessions.hold(session, step, kept(nbytes, keep))
+        assert sessions.held_bytes == sum(held.stash.nbytes for held in session.held.values()) <= 100
         assert step in session.held, "the newest step is held: its backward comes next"
+    for step in list(session.held):
+        assert sessions.take(session, step)
+    assert sessions.held_bytes == 0
+
+
+def test_bytes_over_what_all_sessions_may_have_in_flight_are_refused() -> None:
+    sessions = table()
+    one, two = sessions.open(b"one", now=0.0), sessions.open(b"two", now=0.0)
+    sessions.admit(one, 1, nbytes=100)
+    with pytest.raises(OverloadedError, match="all sessions") as caught:
+        sessions.admit(two, 1, nbytes=60, retry_after_ms=123)
+    assert caught.value.retry_after_ms == 123
+    sessions.close(one.id)
+    sessions.admit(two, 1, nbytes=60)
 
 
 def test_a_step_that_is_released_while_it_is_in_flight_is_not_held() -> None:

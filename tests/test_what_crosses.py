@@ -33,7 +33,8 @@ def encodings(ids: torch.Tensor) -> list[bytes]:
 def test_no_frame_holds_token_ids_or_labels(checkpoints: Callable[..., Path]) -> None:
     path = str(checkpoints("llama"))
     batch = batches.padded("right")
-    labels = batches.tokens(3, 16, seed=5)  # unlike the ids, so that each is searched for
+    # Unlike the ids, so that each is searched for.
+    labels = batches.tokens(3, 16, seed=5).masked_fill(batch["attention_mask"] == 0, -100)
     with served(path) as endpoint, Relay(endpoint) as relay:
         trunk = zsl.RemoteTrunk(relay.endpoint)
         numbers_of(with_lora(zsl.load_client(path, trunk)), {**batch, "labels": labels})
@@ -41,7 +42,7 @@ def test_no_frame_holds_token_ids_or_labels(checkpoints: Callable[..., Path]) ->
         sent = relay.from_client
     # Ones that were real: activations, mask and gradients went through the relay.
     roles = [t["role"] for f in sent if len(f) > 40 for t in _tensors_of(f)]
-    assert {"activations", "attention_mask", "gradients"} == set(roles)
+    assert {"activations", "position_ids", "lengths", "gradients"} == set(roles)
     for row in [*batch["input_ids"], *labels]:
         for encoded in encodings(row):
             assert not any(encoded in frame for frame in sent)

@@ -71,6 +71,8 @@ HEADERS: list[Header] = [
         cut=CUT,
         dtype="bf16",
         forward_only=False,
+        packs=True,
+        deterministic=False,
         trunk_parameters=3,
         limits=LIMITS,
     ),

@@ -16,11 +16,13 @@ if TYPE_CHECKING:
     from zsl.client.trunk_client import TrunkClient as TrunkClient
     from zsl.errors import ZslError as ZslError
     from zsl.split.adapter import save_adapter as save_adapter
+    from zsl.training.overlap import OverlapMixin as OverlapMixin
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "AsyncTrunkClient": "zsl.client.aio",
+    "OverlapMixin": "zsl.training.overlap",
     "RemoteTrunk": "zsl.client.remote",
     "TrunkClient": "zsl.client.trunk_client",
     "ZslError": "zsl.errors",

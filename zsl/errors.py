@@ -66,6 +66,14 @@ class ChangedError(ZslError, RuntimeError):
     """A tensor that a backward needs was written since the forward."""
 
 
+class PaddingGradientError(ZslError, ValueError):
+    """The loss depends on padded positions, which do not cross to the trunk. Give them the label -100, as
+    transformers' data collators do, or leave out the attention mask."""
+
+    def __init__(self) -> None:
+        super().__init__(" ".join(str(type(self).__doc__).split()))
+
+
 class TrunkUnreachable(ZslError, ConnectionError):
     """No daemon answered at the endpoint within the connect timeout."""
 

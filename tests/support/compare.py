@@ -26,8 +26,11 @@ def numbers_of(model: nn.Module, batch: dict[str, Any]) -> Numbers:
     model.zero_grad(set_to_none=True)
     output = model(**batch)
     output.loss.backward()
+    logits = output.logits.detach()
+    if "attention_mask" in batch:
+        logits = logits[batch["attention_mask"].bool()]  # what stands at padding is nobody's
     gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-    return Numbers(output.logits.detach(), output.loss.detach(), gradients)
+    return Numbers(logits, output.loss.detach(), gradients)
 
 
 def differing(one: Numbers, other: Numbers, same: Same = torch.equal) -> list[str]:

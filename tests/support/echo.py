@@ -7,15 +7,16 @@ import asyncio
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
 from zsl.errors import InternalError
+from zsl.trunk.costs import UNKNOWN_COSTS, BatchLimits
 from zsl.trunk.server import TrunkServer
-from zsl.trunk.settings import ServerSettings, TrunkInfo
+from zsl.trunk.settings import ServerSettings, TrunkInfo, TrunkTraits
 from zsl.trunk.work import Done, Keep, Kind, Outcome, Work
 from zsl.wire.messages import Cut, FloatDtypeName, ModelIdentity
 
@@ -25,6 +26,9 @@ IDENTITY = ModelIdentity(
     model_type="echo", layers=6, hidden_size=HIDDEN, config_digest="c" * 64, weights_digest="d" * 64
 )
 CUT = Cut(start=2, stop=4)
+TRAITS = TrunkTraits(
+    parameters=0, merges=True, packs=True, deterministic=False, costs=UNKNOWN_COSTS, batch_limits=BatchLimits()
+)
 POISON = 666.0
 WAIT_SECONDS = 30
 
@@ -32,20 +36,21 @@ WAIT_SECONDS = 30
 @dataclass(frozen=True, slots=True)
 class EchoStash:
     nbytes: int
-    has_graph: bool
+    keep: Keep
 
-    def without_graph(self) -> EchoStash:
-        return EchoStash(self.nbytes // 2, False)
+    def demoted(self) -> EchoStash | None:
+        return None if self.keep is Keep.INPUT else EchoStash(self.nbytes // 2, Keep.INPUT)
 
 
 class EchoCompute:
     """Remembers the batches that it ran. `gate` holds them back while it is cleared. An activation of POISON fails."""
 
-    def __init__(self) -> None:
+    def __init__(self, traits: TrunkTraits) -> None:
         self.batches: list[list[Kind]] = []
         self.gate = threading.Event()
         self.gate.set()
         self.begun = threading.Semaphore(0)
+        self.traits = traits
 
     def run(self, works: Sequence[Work]) -> list[Outcome]:
         self.begun.release()
@@ -59,7 +64,7 @@ class EchoCompute:
         values = np.frombuffer(buffer, dtype=np.float32)
         if values.size and values[0] == POISON:
             return InternalError("poisoned")
-        stash = None if work.keep is Keep.NOTHING else EchoStash(len(buffer), work.keep is Keep.GRAPH)
+        stash = None if work.keep is Keep.NOTHING else EchoStash(len(buffer), work.keep)
         answer = (values + 1 if work.kind is Kind.FORWARD else values).astype(np.float32)
         return Done({role: (descriptor, answer.data.cast("B"))}, stash)
 
@@ -76,8 +81,9 @@ class EchoServer:
         model: ModelIdentity = IDENTITY,
         cut: Cut = CUT,
         dtype: FloatDtypeName = "f32",
+        **traits: Any,
     ) -> None:
-        self.compute = EchoCompute()
+        self.compute = EchoCompute(replace(TRAITS, **traits))
         self._port = port
         self._info = TrunkInfo(model, cut, dtype, forward_only, ROW_TOKENS)
         self._settings = settings
@@ -128,4 +134,4 @@ class EchoServer:
         self.server = TrunkServer(self._info, self._settings)
         endpoint = self.server.bind("127.0.0.1", self._port)
         self._started.set_result(endpoint)
-        await self.server.run(self.compute, parameters=0)
+        await self.server.run(self.compute)

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import re
+
 import click
 
 import zsl
 from zsl.cli.errors import one_line_errors
 
 DTYPES = ("float32", "bfloat16", "float16")
+MEMORY_UNITS = {"": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+
+
+class MemorySize(click.ParamType[int]):
+    """A number of bytes, with a unit if one is written."""
+
+    name = "SIZE"
+
+    def convert(self, value: str | int, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)", str(value).strip())
+        if match is None or match[2].lower() not in MEMORY_UNITS:
+            self.fail(f"{value!r} is not a size; write for example 4GiB or 500MB", param, ctx)
+        return int(float(match[1]) * MEMORY_UNITS[match[2].lower()])
 
 
 @click.command(context_settings={"auto_envvar_prefix": "ZSL_TRUNKD", "help_option_names": ["-h", "--help"]})
@@ -40,6 +55,32 @@ DTYPES = ("float32", "bfloat16", "float16")
     "--forward-only", is_flag=True, show_envvar=True, help="Refuse backward: clients learn behind the trunk only."
 )
 @click.option(
+    "--stash-memory",
+    type=MemorySize(),
+    default="4GiB",
+    show_default=True,
+    show_envvar=True,
+    help="Memory for what pending backwards need; over it they compute their forward again.",
+)
+@click.option(
+    "--max-batch-tokens",
+    type=click.IntRange(1),
+    show_envvar=True,
+    help="Tokens of a pass that requests share.  [default: measured at start]",
+)
+@click.option(
+    "--merge-below-tokens",
+    type=click.IntRange(0),
+    show_envvar=True,
+    help="Requests of at most so many tokens share passes; 0: none do.  [default: measured at start]",
+)
+@click.option(
+    "--deterministic",
+    type=click.Choice(["packed"]),
+    show_envvar=True,
+    help="Give every shared pass one length, so that an answer is the same bit for bit whoever shares it.",
+)
+@click.option(
     "--insecure", is_flag=True, show_envvar=True, help="Allow an address outside loopback: no encryption, no keys."
 )
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True, show_envvar=True)
@@ -54,6 +95,10 @@ def trunkd(
     device: str,
     threads: int | None,
     forward_only: bool,
+    stash_memory: int,
+    max_batch_tokens: int | None,
+    merge_below_tokens: int | None,
+    deterministic: str | None,
     insecure: bool,
     log_format: str,
     debug: bool,
@@ -84,6 +129,10 @@ def trunkd(
             device=device,
             threads=threads,
             forward_only=forward_only,
+            stash_memory_bytes=stash_memory,
+            max_batch_tokens=max_batch_tokens,
+            merge_below_tokens=merge_below_tokens,
+            deterministic=deterministic == "packed",
             insecure=insecure,
             log_format=log_format,  # type: ignore[arg-type]
         )

@@ -51,11 +51,12 @@ class AsyncTrunkClient:
         *,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
+        lengths: torch.Tensor | None = None,
         keep: bool = False,
     ) -> Step:
         """Run the trunk on activations `[rows, tokens, hidden]`."""
         step, future = self._client.submit_forward(
-            activations, attention_mask=attention_mask, position_ids=position_ids, keep=keep
+            activations, attention_mask=attention_mask, position_ids=position_ids, lengths=lengths, keep=keep
         )
         self._client.finish_forward(step, await asyncio.wrap_future(future))
         return step

@@ -7,15 +7,26 @@ from __future__ import annotations
 
 import threading
 import warnings
+from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from zsl.client.trunk_client import CONNECT_TIMEOUT_SECONDS, REQUEST_TIMEOUT_SECONDS, TrunkClient
+from zsl.client.overlap import Deferred, Lane, current_lane
+from zsl.client.padding import RealTokens, find_real_tokens
+from zsl.client.trunk_client import (
+    CONNECT_TIMEOUT_SECONDS,
+    REQUEST_TIMEOUT_SECONDS,
+    Step,
+    TrunkClient,
+    read_answer,
+)
 from zsl.errors import ConfigError, ModelError, WrongModelError
 from zsl.transport.dealer import normalized_endpoint
+from zsl.wire.frames import Message
 from zsl.wire.messages import Cut, ModelIdentity, Welcome
 from zsl.wire.tensors import TORCH_DTYPES, float_wire_name
 
@@ -32,6 +43,10 @@ class RemoteTrunk(nn.Module):
       approximation; experimental.
     - `none`: none. Only the layers behind the trunk learn.
 
+    `wire_dtype`: what activations and gradients are sent in, if not in the model's own dtype: bfloat16 halves the
+    bytes of float32, at the price of its precision. `deterministic="packed"`: refuse a daemon whose answers may depend,
+    by rounding, on who else it serves.
+
     Safe to call from several threads. A copy shares the connection, a pickle leaves it behind and connects again.
     """
 
@@ -40,6 +55,8 @@ class RemoteTrunk(nn.Module):
         endpoint: str,
         *,
         mode: GradientMode = "exact",
+        wire_dtype: torch.dtype | None = None,
+        deterministic: Literal["packed"] | None = None,
         connect_timeout_seconds: float = CONNECT_TIMEOUT_SECONDS,
         request_timeout_seconds: float = REQUEST_TIMEOUT_SECONDS,
     ) -> None:
@@ -48,6 +65,10 @@ class RemoteTrunk(nn.Module):
             raise ConfigError(f"mode {mode!r}: one of {', '.join(get_args(GradientMode))}")
         self.endpoint = normalized_endpoint(endpoint)
         self.mode: GradientMode = mode
+        self.wire_dtype = wire_dtype
+        if wire_dtype is not None:
+            float_wire_name(wire_dtype)  # raises for one that does not travel
+        self.deterministic = deterministic
         self._timeouts = {
             "connect_timeout_seconds": connect_timeout_seconds,
             "request_timeout_seconds": request_timeout_seconds,
@@ -71,6 +92,11 @@ class RemoteTrunk(nn.Module):
         if self._client is None:
             self._wanted = (model, cut, dtype)
         welcome = self.client.welcome
+        if self.deterministic and not welcome.deterministic:
+            raise WrongModelError(
+                f"the trunk at {self.endpoint} is not deterministic; start it with --deterministic "
+                f"{self.deterministic}, or leave out deterministic"
+            )
         if self._wanted != (model, cut, dtype):
             fits = model in (None, welcome.model) and cut in (None, welcome.cut)
             if not fits:
@@ -106,7 +132,7 @@ class RemoteTrunk(nn.Module):
                 client = TrunkClient(self.endpoint, **self._timeouts)
                 model, cut, dtype = self._wanted
                 try:
-                    client.connect(model, cut=cut, dtype=float_wire_name(dtype))
+                    client.connect(model, cut=cut, dtype=float_wire_name(self.wire_dtype or dtype))
                 except BaseException:
                     client.close()
                     raise
@@ -144,12 +170,29 @@ class RemoteTrunk(nn.Module):
                 f"an attention mask of shape {tuple(attention_mask.shape)} cannot cross to the trunk; "
                 "give the one of shape [rows, tokens]"
             )
-        wants_gradient = torch.is_grad_enabled() and hidden_states.requires_grad
-        if wants_gradient and self.mode != "none":
-            output: torch.Tensor = _TrunkFunction.apply(hidden_states, self, attention_mask, position_ids)  # type: ignore[no-untyped-call]
+        crossing = self._crossing(hidden_states, attention_mask, position_ids)
+        wants_gradient = torch.is_grad_enabled() and hidden_states.requires_grad and self.mode != "none"
+        lane = current_lane()
+        if wants_gradient and lane is not None:
+            return _through_lane(lane, self, crossing, hidden_states)
+        if wants_gradient:
+            output: torch.Tensor = _TrunkFunction.apply(hidden_states, self, crossing)  # type: ignore[no-untyped-call]
             return output
-        step = self.client.forward(hidden_states.detach(), attention_mask=attention_mask, position_ids=position_ids)
-        return step.output.to(hidden_states.device)
+        step = crossing.forward(self.client, hidden_states.detach(), keep=False)
+        return crossing.received(step.output, hidden_states)
+
+    def _crossing(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None
+    ) -> _Crossing:
+        """How a batch crosses: its real tokens only, where the trunk takes that."""
+        wire_dtype = self.wire_dtype or hidden_states.dtype
+        if attention_mask is not None and self.client.welcome.packs:
+            real = find_real_tokens(attention_mask, position_ids)
+            if real is not None:
+                return _Crossing(wire_dtype, None, real.position_ids, real)
+            if position_ids is None and bool(attention_mask.all()):
+                attention_mask = None  # says nothing
+        return _Crossing(wire_dtype, attention_mask, position_ids, None)
 
     def extra_repr(self) -> str:
         if self._client is None:
@@ -174,35 +217,96 @@ class RemoteTrunk(nn.Module):
         self._call = threading.local()
 
 
+@dataclass(frozen=True, slots=True)
+class _Crossing:
+    """How one batch crosses to the trunk and back."""
+
+    wire_dtype: torch.dtype
+    attention_mask: torch.Tensor | None  # [rows, tokens]
+    position_ids: torch.Tensor | None  # [rows or 1, tokens]
+    real: RealTokens | None
+
+    def sent(self, batch: torch.Tensor) -> torch.Tensor:
+        """A tensor `[rows, tokens, hidden]` as it is sent."""
+        return (batch if self.real is None else self.real.gather(batch)).to(self.wire_dtype)
+
+    def received(self, tensor: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
+        """What came back, with shape, dtype and device of `batch`."""
+        if self.real is None:
+            return tensor.to(batch.device, batch.dtype)
+        return self.real.scatter(tensor, batch)
+
+    def sent_gradients(self, gradients: torch.Tensor) -> torch.Tensor:
+        """Gradients at the trunk's output as they are sent. Raises `PaddingGradientError`."""
+        if self.real is not None:
+            self.real.check_padding_has_no_gradient(gradients)
+        return self.sent(gradients)
+
+    def submit_forward(
+        self, client: TrunkClient, activations: torch.Tensor, *, keep: bool
+    ) -> tuple[Step, Future[Message]]:
+        return client.submit_forward(
+            self.sent(activations),
+            attention_mask=self.attention_mask,
+            position_ids=self.position_ids,
+            lengths=None if self.real is None else self.real.lengths,
+            keep=keep,
+        )
+
+    def forward(self, client: TrunkClient, activations: torch.Tensor, *, keep: bool) -> Step:
+        step, future = self.submit_forward(client, activations, keep=keep)
+        client.finish_forward(step, client.wait(future))
+        return step
+
+
 class _TrunkFunction(torch.autograd.Function):
     """The trunk in autograd. The trunk's input is saved as autograd saves tensors, so that `retain_graph`, a second
     backward and the freeing of memory are as with any other operation."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_states: torch.Tensor,
-        remote: RemoteTrunk,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
-    ) -> torch.Tensor:
+    def forward(ctx: Any, hidden_states: torch.Tensor, remote: RemoteTrunk, crossing: _Crossing) -> torch.Tensor:
         ctx.exact = remote.mode == "exact"
         client = remote.client
-        step = client.forward(
-            hidden_states.detach(), attention_mask=attention_mask, position_ids=position_ids, keep=ctx.exact
-        )
-        output = step.output.to(hidden_states.device)
+        step = crossing.forward(client, hidden_states.detach(), keep=ctx.exact)
+        output = crossing.received(step.output, hidden_states)
         if ctx.exact:
             ctx.save_for_backward(hidden_states)
             step.forget_tensors()
-            ctx.client, ctx.step = client, step
+            ctx.client, ctx.step, ctx.crossing = client, step, crossing
         return output
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+    def backward(ctx: Any, gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         if not ctx.exact:
-            return gradients, None, None, None
+            return gradients, None, None
         (hidden_states,) = ctx.saved_tensors
-        answer = ctx.client.backward(ctx.step, gradients, activations=hidden_states.detach())
-        return answer.tensor.to(hidden_states.device), None, None, None
+        crossing: _Crossing = ctx.crossing
+        activations = crossing.sent(hidden_states.detach())
+        answer = ctx.client.backward(ctx.step, crossing.sent_gradients(gradients), activations=activations)
+        return crossing.received(answer.tensor, hidden_states), None, None
+
+
+def _through_lane(
+    lane: Lane[Any], remote: RemoteTrunk, crossing: _Crossing, hidden_states: torch.Tensor
+) -> torch.Tensor:
+    """The way through the trunk of one of several micro-batches: a leaf, whose gradient is brought back later."""
+    exact, client = remote.mode == "exact", remote.client
+    step, future = crossing.submit_forward(client, hidden_states.detach(), keep=exact)
+    lane.wait(future)
+    client.finish_forward(step, client.wait(future))
+    output = crossing.received(step.output, hidden_states).requires_grad_()
+
+    def submit(gradients: torch.Tensor) -> Future[Any]:
+        if exact:
+            return client.submit_backward(step, crossing.sent_gradients(gradients))
+        passed: Future[Any] = Future()
+        passed.set_result(gradients)
+        return passed
+
+    def finish(answer: Any) -> None:
+        gradients = crossing.received(read_answer(answer).tensor, hidden_states) if exact else answer
+        hidden_states.backward(gradients)
+
+    lane.deferred.append(Deferred(output, submit, finish))
+    return output

@@ -62,6 +62,7 @@ class Step:
         activations: torch.Tensor,
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
+        lengths: torch.Tensor | None,
     ) -> None:
         self.request = connection.new_request_id()
         self.held_in_session: bytes | None = None  # where the daemon holds it
@@ -72,6 +73,7 @@ class Step:
         # Copies: they are small, and a mask that is written after the forward must not change the backward.
         self._attention_mask = None if attention_mask is None else attention_mask.clone()
         self._position_ids = None if position_ids is None else position_ids.clone()
+        self._lengths = lengths
 
     @property
     def output(self) -> torch.Tensor:
@@ -89,6 +91,7 @@ class Step:
             "activations": self._activations if activations is None else activations,
             "attention_mask": self._attention_mask,
             "position_ids": self._position_ids,
+            "lengths": self._lengths,
         }
 
     def forget_tensors(self) -> None:
@@ -145,16 +148,20 @@ class TrunkClient:
         *,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
+        lengths: torch.Tensor | None = None,
         keep: bool = False,
     ) -> Step:
         """Run the trunk on activations `[rows, tokens, hidden]`; `keep` if a backward will follow.
 
+        Optional: a mask `[rows, tokens]`, positions `[rows or 1, tokens]`; for one row that is several sequences,
+        one after the other, their lengths `[sequences]` (if the WELCOME says that the trunk `packs`).
+
         Raises `ZslError`: the request was refused, timed out, or the connection was lost for good.
         """
         step, future = self.submit_forward(
-            activations, attention_mask=attention_mask, position_ids=position_ids, keep=keep
+            activations, attention_mask=attention_mask, position_ids=position_ids, lengths=lengths, keep=keep
         )
-        self.finish_forward(step, self._connection.wait(future))
+        self.finish_forward(step, self.wait(future))
         return step
 
     def backward(self, step: Step, gradients: torch.Tensor, *, activations: torch.Tensor | None = None) -> Answer:
@@ -162,7 +169,7 @@ class TrunkClient:
 
         `activations`: those of the forward, if the step was made to forget them.
         """
-        return read_answer(self._connection.wait(self.submit_backward(step, gradients, activations=activations)))
+        return read_answer(self.wait(self.submit_backward(step, gradients, activations=activations)))
 
     def status(self) -> Status:
         """What the daemon serves, and how busy it is."""
@@ -177,10 +184,11 @@ class TrunkClient:
         *,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
+        lengths: torch.Tensor | None = None,
         keep: bool = False,
     ) -> tuple[Step, Future[Message]]:
         """`forward` without the wait: the step, and the future whose message `finish_forward` takes."""
-        step = Step(self._connection, activations, attention_mask, position_ids)
+        step = Step(self._connection, activations, attention_mask, position_ids, lengths)
         request = step.request
         encoded = encode_tensors(step.inputs())
 
@@ -200,6 +208,10 @@ class TrunkClient:
 
         nbytes = sum(len(buffer) for buffer in encoded[1])
         return step, self._connection.submit(request, build, nbytes=nbytes)
+
+    def wait(self, future: Future[Message]) -> Message:
+        """The message that a submitted request's future brings. Raises `ZslError`."""
+        return self._connection.wait(future)
 
     def finish_forward(self, step: Step, message: Message) -> None:
         """Give a step the answer to its forward."""

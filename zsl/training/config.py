@@ -1,7 +1,8 @@
 """The TOML file of `zsl-train`, checked. Knows no torch.
 
 `[model]`, `[trunk]` and `[data]` have a schema here. `[lora]` and `[train]` go as they are to `LoraConfig` and
-`TrainingArguments`, whose documentation is theirs; `zsl.training.run` checks their keys.
+`TrainingArguments`, whose documentation is theirs; `zsl.training.run` checks their keys. The one key of `[train]` that
+is ours is `overlap`.
 """
 
 from __future__ import annotations
@@ -47,6 +48,8 @@ class TrunkTable(_Table):
     endpoint: str | None = None
     mode: Literal["exact", "straight-through", "none"] = "exact"
     cut: str | None = None
+    wire_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    deterministic: Literal["packed"] | None = None
     connect_timeout_seconds: float = Field(default=10.0, gt=0)
     request_timeout_seconds: float = Field(default=300.0, gt=0)
 
@@ -68,6 +71,19 @@ class TrainConfig(_Table):
     data: DataTable = DataTable()
     lora: dict[str, Any] = Field(default_factory=dict)
     train: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def overlap(self) -> int:
+        """How many micro-batches of a step are in flight at once. Raises `ConfigError`."""
+        overlap = self.train.get("overlap", 1)
+        if type(overlap) is not int or overlap < 1:
+            raise ConfigError(f"train.overlap = {overlap!r}: a number of micro-batches is needed, 1 or more")
+        return overlap
+
+    @property
+    def trainer_arguments(self) -> dict[str, Any]:
+        """The keys of `[train]` that are those of `TrainingArguments`."""
+        return {key: value for key, value in self.train.items() if key != "overlap"}
 
     def as_toml(self) -> str:
         """The configuration as the TOML that would give it again."""

@@ -9,17 +9,20 @@ from types import TracebackType
 from typing import Self
 
 from zsl.trunk.assemble import TrunkPlan
+from zsl.trunk.costs import BatchLimits
 from zsl.trunk.server import TrunkServer
 
 START_SECONDS = 600.0
 STOP_SECONDS = 30.0
+ONE_CLIENT = BatchLimits()
 
 
 class EmbeddedTrunk:
     """Loads and serves a trunk between `with` and its end. `endpoint` is where it listens."""
 
-    def __init__(self, plan: TrunkPlan) -> None:
+    def __init__(self, plan: TrunkPlan, *, deterministic: bool = False) -> None:
         self._plan = plan
+        self._deterministic = deterministic
         self._started: Future[tuple[str, asyncio.AbstractEventLoop, TrunkServer]] = Future()
         self._thread = threading.Thread(target=self._run, name="zsl-embedded-trunk", daemon=True)
 
@@ -48,8 +51,13 @@ class EmbeddedTrunk:
             self._started.set_exception(error)
 
     async def _serve(self) -> None:
-        compute = self._plan.load()
+        # One client: there is nobody to merge with, and nothing to measure for.
+        compute = self._plan.load(
+            max_batch_tokens=None if self._deterministic else ONE_CLIENT.max_batch_tokens,
+            merge_below_tokens=None if self._deterministic else ONE_CLIENT.merge_below_tokens,
+            deterministic=self._deterministic,
+        )
         server = TrunkServer(self._plan.info)
         endpoint = server.bind("127.0.0.1", 0)
         self._started.set_result((endpoint, asyncio.get_running_loop(), server))
-        await server.run(compute, parameters=compute.parameter_count)
+        await server.run(compute)

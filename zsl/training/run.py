@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import PreTrainedModel, TrainingArguments, set_seed
+from transformers import TrainingArguments, set_seed
 
 from zsl.client.model import load_client
 from zsl.client.remote import RemoteTrunk
@@ -38,7 +38,8 @@ def train_from_config(config: TrainConfig, file: Path) -> None:
     """
     print("Configuration", *(f"  {line}" for line in config.as_toml().splitlines()), sep="\n")
     check_keys(file, "lora", config.lora, _field_names(LoraConfig))
-    check_keys(file, "train", config.train, _field_names(TrainingArguments))
+    check_keys(file, "train", config.trainer_arguments, [*_field_names(TrainingArguments), "overlap"])
+    overlap = config.overlap
     arguments = _arguments(config, file)
     lora = _checked(file, "lora", lambda: LoraConfig(**config.lora))
     reference = resolve(config.model.name)
@@ -61,20 +62,21 @@ def train_from_config(config: TrainConfig, file: Path) -> None:
             f"{welcome.dtype}, mode {trunk.mode}"
         )
         print(f"\nData set\n  {data_line}\n\nTraining", flush=True)
-        _train(model, base, data, arguments, sides, reference)
+        _train(model, data, arguments, sides, reference, overlap=overlap)
 
 
 def _train(
     model: PeftModel,
-    base: PreTrainedModel,
     data: Any,
     arguments: TrainingArguments,
     sides: Sides,
     reference: ModelReference,
+    *,
+    overlap: int,
 ) -> None:
     directory = Path(str(arguments.output_dir))
     losses = StepLosses(directory / "metrics.jsonl")
-    trainer = SplitTrainer(losses=losses, model=model, args=arguments, train_dataset=data)
+    trainer = SplitTrainer(losses=losses, overlap=overlap, model=model, args=arguments, train_dataset=data)
     began = time.monotonic()
     try:
         trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
@@ -102,11 +104,13 @@ def _trunk(config: TrainConfig, dtype: torch.dtype, stack: ExitStack) -> tuple[R
     if endpoint is None:
         cut = parse_cut(table.cut) if table.cut else None
         plan = plan_trunk(config.model.name, cut, dtype, "cpu", forward_only=False)
-        endpoint = stack.enter_context(EmbeddedTrunk(plan)).endpoint
+        endpoint = stack.enter_context(EmbeddedTrunk(plan, deterministic=table.deterministic is not None)).endpoint
         place = "embedded trunk"
     trunk = RemoteTrunk(
         endpoint,
         mode=table.mode,
+        wire_dtype=getattr(torch, table.wire_dtype) if table.wire_dtype else None,
+        deterministic=table.deterministic,
         connect_timeout_seconds=table.connect_timeout_seconds,
         request_timeout_seconds=table.request_timeout_seconds,
     )
@@ -144,7 +148,7 @@ def _save(model: PeftModel, directory: Path, sides: Sides, reference: ModelRefer
 
 
 def _arguments(config: TrainConfig, file: Path) -> TrainingArguments:
-    arguments: TrainingArguments = _checked(file, "train", lambda: TrainingArguments(**config.train))
+    arguments: TrainingArguments = _checked(file, "train", lambda: TrainingArguments(**config.trainer_arguments))
     arguments.dataloader_pin_memory = arguments.dataloader_pin_memory and torch.cuda.is_available()
     return arguments
 

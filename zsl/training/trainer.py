@@ -12,6 +12,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerControl, TrainerState, TrainingArguments
 
+from zsl.training.overlap import OverlapMixin
 from zsl.training.report import epoch_summary
 
 
@@ -49,7 +50,7 @@ class StepLosses:
             self._lines.close()
 
 
-class SplitTrainer(Trainer):
+class SplitTrainer(OverlapMixin, Trainer):
     """`Trainer` that tells `losses` of each micro-batch's share of its step's loss."""
 
     def __init__(self, *, losses: StepLosses, **arguments: Any) -> None:
@@ -65,8 +66,8 @@ class SplitTrainer(Trainer):
         if self._show.training_bar is not None:
             self._show.training_bar.close()
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
         self._losses.add_micro_batch(loss.detach())
         return loss
 

@@ -4,6 +4,8 @@ positions, before anything becomes a torch tensor.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from zsl.errors import BadDtypeError, BadShapeError, MalformedError, TooLargeError, UnknownStepError
@@ -13,20 +15,24 @@ from zsl.wire.messages import FLOAT_DTYPES, Limits, Role, TensorDescriptor
 _NUMPY_DTYPES = {"i64": np.int64, "i32": np.int32, "i16": np.int16, "i8": np.int8, "u8": np.uint8, "bool": np.uint8}
 
 
+_OPTIONAL: set[Role] = {"attention_mask", "position_ids", "lengths"}
+
+
 def check_forward(buffers: Buffers, hidden_size: int, limits: Limits) -> Shape:
     """The shape of a forward's activations `[rows, tokens, hidden]`.
 
-    Optional beside them: `attention_mask` `[rows, tokens]` of 0 and 1, `position_ids` `[rows or 1, tokens]`.
+    Optional beside them: `attention_mask` `[rows, tokens]` of 0 and 1, `position_ids` `[rows or 1, tokens]`, and
+    for one row `lengths` `[sequences]`, which add up to its tokens.
     Raises `MalformedError`, `BadShapeError`, `BadDtypeError` or `TooLargeError`.
     """
-    _check_roles(buffers, needed={"activations"}, optional={"attention_mask", "position_ids"})
+    _check_roles(buffers, needed={"activations"}, optional=_OPTIONAL)
     return _check_inputs(buffers, hidden_size, limits)
 
 
 def check_backward(buffers: Buffers, held: Shape | None, hidden_size: int, limits: Limits) -> Shape:
     """The shape of a backward's gradients, which is that of its forward: `held`, or the activations beside them."""
     if "activations" in buffers:
-        _check_roles(buffers, needed={"activations", "gradients"}, optional={"attention_mask", "position_ids"})
+        _check_roles(buffers, needed={"activations", "gradients"}, optional=_OPTIONAL)
         shape = _check_inputs(buffers, hidden_size, limits)
     else:
         _check_roles(buffers, needed={"gradients"}, optional=set())
@@ -42,9 +48,16 @@ def check_backward(buffers: Buffers, held: Shape | None, hidden_size: int, limit
     return shape
 
 
-def row_merge_key(buffers: Buffers, shape: Shape) -> tuple[object, ...]:
-    """Requests with equal keys can be stacked row on row."""
-    return (shape.tokens, buffers["activations"][0].dtype, "attention_mask" in buffers, "position_ids" in buffers)
+def merge_key(buffers: Buffers, shape: Shape, *, packs: bool) -> tuple[object, ...] | None:
+    """Requests with equal keys can share a pass: packed, whatever their lengths, or else stacked row on row.
+
+    None for one that can share with nobody.
+    """
+    if packs and shape.packable:
+        return ("packed",)
+    if "lengths" in buffers:
+        return None
+    return (shape.tokens, "attention_mask" in buffers, "position_ids" in buffers)
 
 
 def _check_roles(buffers: Buffers, *, needed: set[Role], optional: set[Role]) -> None:
@@ -62,18 +75,39 @@ def _check_inputs(buffers: Buffers, hidden_size: int, limits: Limits) -> Shape:
     rows, tokens, hidden = activations.shape
     if hidden != hidden_size:
         raise BadShapeError(f"activations have hidden size {hidden}, this trunk has {hidden_size}")
-    if tokens > limits.max_row_tokens:
-        raise TooLargeError(f"rows of {tokens} tokens; this model takes {limits.max_row_tokens}")
     if rows * tokens > limits.max_request_tokens:
         raise TooLargeError(
             f"a request of {rows} x {tokens} tokens is over {limits.max_request_tokens}; send fewer rows at once"
         )
-    shape = Shape(rows, tokens)
+    lengths = _lengths(buffers, rows, tokens)
+    if max(lengths) > limits.max_row_tokens:
+        raise TooLargeError(f"rows of {max(lengths)} tokens; this model takes {limits.max_row_tokens}")
     if "attention_mask" in buffers:
-        _check_integers(buffers, "attention_mask", {(rows, tokens)}, highest=1)
+        _integers(buffers, "attention_mask", {(rows, tokens)}, lowest=0, highest=1)
+    consecutive = True
     if "position_ids" in buffers:
-        _check_integers(buffers, "position_ids", {(rows, tokens), (1, tokens)}, highest=limits.max_row_tokens - 1)
-    return shape
+        shapes: set[tuple[int, ...]] = {(rows, tokens), (1, tokens)}
+        positions = _integers(buffers, "position_ids", shapes, lowest=0, highest=limits.max_row_tokens - 1)
+        # Positions that start again tell sequences apart within a row: transformers masks between them.
+        consecutive = bool((np.diff(positions.reshape(-1, tokens).astype(np.int64)) == 1).all())
+    if "lengths" in buffers:
+        return Shape(rows, tokens, lengths)
+    return Shape(rows, tokens, lengths, packable=consecutive and "attention_mask" not in buffers)
+
+
+def _lengths(buffers: Buffers, rows: int, tokens: int) -> tuple[int, ...]:
+    """The lengths of the sequences in a request: its rows, or what it says of its one row."""
+    if "lengths" not in buffers:
+        return (tokens,) * rows
+    if rows != 1 or "attention_mask" in buffers:
+        raise BadShapeError("lengths tell apart the sequences of one row, without a mask")
+    shape = buffers["lengths"][0].shape
+    if len(shape) != 1 or not 0 < shape[0] <= tokens:
+        raise BadShapeError(f"lengths of shape {shape}: a number for each sequence is needed")
+    lengths = tuple(int(n) for n in _integers(buffers, "lengths", {(shape[0],)}, lowest=1, highest=tokens))
+    if sum(lengths) != tokens:
+        raise BadShapeError(f"lengths add up to {sum(lengths)}, the activations have {tokens} tokens")
+    return lengths
 
 
 def _check_float(descriptor: TensorDescriptor) -> None:
@@ -83,12 +117,16 @@ def _check_float(descriptor: TensorDescriptor) -> None:
         )
 
 
-def _check_integers(buffers: Buffers, role: Role, shapes: set[tuple[int, int]], *, highest: int) -> None:
+def _integers(
+    buffers: Buffers, role: Role, shapes: set[tuple[int, ...]], *, lowest: int, highest: int
+) -> np.ndarray[tuple[int, ...], np.dtype[np.integer[Any]]]:
+    """The flat values of a tensor of integers, checked."""
     descriptor, buffer = buffers[role]
     if descriptor.dtype in FLOAT_DTYPES:
         raise BadDtypeError(f"{role} of {descriptor.dtype}: integers are needed")
     if descriptor.shape not in shapes:
         raise BadShapeError(f"{role} of shape {descriptor.shape}: {sorted(shapes)[-1]} is needed")
     values = np.frombuffer(buffer, dtype=_NUMPY_DTYPES[descriptor.dtype])
-    if values.size and not (values.min() >= 0 and values.max() <= highest):
-        raise BadShapeError(f"{role} has values outside 0 to {highest}")
+    if values.size and not (values.min() >= lowest and values.max() <= highest):
+        raise BadShapeError(f"{role} has values outside {lowest} to {highest}")
+    return values

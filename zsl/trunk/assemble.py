@@ -15,13 +15,17 @@ from zsl.split.loading import load_trunk_part
 from zsl.split.reference import ModelReference, resolve
 from zsl.split.stack import layer_count
 from zsl.trunk.compute import TorchCompute
+from zsl.trunk.costs import UNKNOWN_COSTS, BatchLimits, batch_limits
 from zsl.trunk.middle import Middle
-from zsl.trunk.settings import TrunkInfo
+from zsl.trunk.probe import can_pack, is_deterministic, measure_costs
+from zsl.trunk.settings import TrunkInfo, TrunkTraits
 from zsl.wire.messages import Cut
 from zsl.wire.tensors import float_wire_name
 
 # For a model whose configuration states no number of positions.
 DEFAULT_ROW_TOKENS = 32_768
+# The length of a pass of a deterministic trunk. Not measured: two starts of a daemon must agree on it.
+DETERMINISTIC_PASS_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -34,14 +38,47 @@ class TrunkPlan:
     device: torch.device
     info: TrunkInfo
 
-    def load(self) -> TorchCompute:
-        """Load the weights. Raises `ModelError` or `StartupError`."""
+    def load(
+        self,
+        *,
+        max_batch_tokens: int | None = None,
+        merge_below_tokens: int | None = None,
+        deterministic: bool = False,
+    ) -> TorchCompute:
+        """Load the weights, and find out what the trunk can do. Raises `ModelError` or `StartupError`.
+
+        A batch size that is not given follows from what passes cost. With `deterministic` every pass that may be
+        shared has `max_batch_tokens` tokens; whether that holds what it is for, the traits of the result say.
+        """
         model = load_trunk_part(self.reference, self.cut, self.dtype)
         try:
             model.to(self.device)  # type: ignore[arg-type]
         except RuntimeError as error:
             raise StartupError(f"the trunk cannot be moved to {self.device}: {str(error).splitlines()[0]}") from error
-        return TorchCompute(Middle(model, self.cut))
+        middle = Middle(model, self.cut)
+        packs = can_pack(middle)
+        costs = UNKNOWN_COSTS
+        limits = BatchLimits()
+        if deterministic:
+            pass_tokens = max_batch_tokens or DETERMINISTIC_PASS_TOKENS
+            limits = BatchLimits(pass_tokens, pass_tokens)
+            deterministic = packs and is_deterministic(middle, pass_tokens)
+        elif max_batch_tokens is None or merge_below_tokens is None:
+            costs = measure_costs(middle)
+            limits = batch_limits(costs)
+        limits = BatchLimits(
+            limits.max_batch_tokens if max_batch_tokens is None else max_batch_tokens,
+            limits.merge_below_tokens if merge_below_tokens is None else merge_below_tokens,
+        )
+        traits = TrunkTraits(
+            parameters=middle.parameter_count,
+            merges=not middle.mixes_rows and limits.merge_below_tokens > 0,
+            packs=packs,
+            deterministic=deterministic,
+            costs=costs,
+            batch_limits=limits,
+        )
+        return TorchCompute(middle, traits)
 
 
 def plan_trunk(model: str, cut: Cut | None, dtype: torch.dtype, device: str, *, forward_only: bool) -> TrunkPlan:

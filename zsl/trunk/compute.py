@@ -1,6 +1,7 @@
 """The torch side of the daemon: runs passes of the trunk, alone or merged. Knows no asyncio and no socket.
 
-A pass that fails is run again request by request, so that one bad request fails alone.
+A request that runs alone runs in its own shape: its numbers are those of the client's whole model. A pass that
+fails is run again request by request, so that one bad request fails alone.
 """
 
 from __future__ import annotations
@@ -11,71 +12,78 @@ from dataclasses import dataclass
 
 import torch
 
-from zsl.errors import InternalError, OutOfMemoryError
-from zsl.trunk.middle import Graph, Middle
+from zsl.errors import InternalError, OutOfMemoryError, WireError
+from zsl.trunk.attention import grouped
+from zsl.trunk.joining import Joined, alone, packed, stacked
+from zsl.trunk.middle import Graph, Middle, Pass
+from zsl.trunk.products import Products
+from zsl.trunk.settings import TrunkTraits
+from zsl.trunk.transfer import Transfer
 from zsl.trunk.work import Buffers, Done, Keep, Kind, Outcome, Work
 from zsl.wire.messages import Role
 from zsl.wire.tensors import TORCH_DTYPES, decode_tensor, encode_tensor
 
 logger = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True, slots=True)
-class Inputs:
-    """What a forward is a function of, on the trunk's device."""
-
-    activations: torch.Tensor  # [rows, tokens, hidden], in the trunk's dtype
-    attention_mask: torch.Tensor | None  # [rows, tokens]
-    position_ids: torch.Tensor | None  # [rows or 1, tokens]
-    reply_dtype: torch.dtype
-
-    @property
-    def rows(self) -> int:
-        return self.activations.shape[0]
-
-    @property
-    def nbytes(self) -> int:
-        tensors = (self.activations, self.attention_mask, self.position_ids)
-        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+_WITH_PRODUCTS = (Keep.PRODUCTS, Keep.GRAPH_AND_PRODUCTS)
+_WITH_GRAPH = (Keep.GRAPH, Keep.GRAPH_AND_PRODUCTS)
 
 
 @dataclass(frozen=True, slots=True)
 class TorchStash:
-    """The inputs of a step, and its graph if that is kept too."""
+    """The inputs of a step, and what else is kept of its forward."""
 
-    inputs: Inputs
-    graph: Graph | None
+    inputs: Pass
+    reply_dtype: torch.dtype
+    products: Products | None = None
+    graph: Graph | None = None
 
     @property
     def nbytes(self) -> int:
-        return self.inputs.nbytes + (self.graph.nbytes if self.graph else 0)
+        kept = (self.inputs, self.products, self.graph)
+        return sum(part.nbytes for part in kept if part is not None)
 
     @property
-    def has_graph(self) -> bool:
-        return self.graph is not None
+    def keep(self) -> Keep:
+        if self.graph is not None:
+            return Keep.GRAPH if self.products is None else Keep.GRAPH_AND_PRODUCTS
+        return Keep.INPUT if self.products is None else Keep.PRODUCTS
 
-    def without_graph(self) -> TorchStash:
-        return TorchStash(self.inputs, None)
+    def demoted(self) -> TorchStash | None:
+        if self.graph is not None:
+            return TorchStash(self.inputs, self.reply_dtype, self.products)
+        if self.products is not None:
+            return TorchStash(self.inputs, self.reply_dtype)
+        return None
 
 
 class TorchCompute:
-    """Computes forwards and backwards of one trunk, in the one thread that calls it."""
+    """Computes forwards and backwards of one trunk, in the one thread that calls it.
 
-    def __init__(self, middle: Middle) -> None:
+    Requests that share a pass are packed into one row, where the trunk packs, else stacked row on row. If it is
+    deterministic, every pass that may be shared has just `max_batch_tokens` tokens, filled with zeros, so that a
+    request's numbers do not depend on who shares it; longer requests run alone.
+    """
+
+    def __init__(self, middle: Middle, traits: TrunkTraits) -> None:
+        self.traits = traits
         self._middle = middle
-        self.parameter_count = middle.parameter_count
+        self._pass_tokens = traits.batch_limits.max_batch_tokens if traits.deterministic else 0
+        self._transfer = Transfer(middle.device)
 
     def run(self, works: Sequence[Work]) -> list[Outcome]:
         if len(works) > 1:
             try:
-                return list(self._run_merged(works))
+                return list(self._run(works))
             except Exception:
                 logger.exception("a merged pass of %d requests failed; running them one by one", len(works))
         return [self._run_alone(work) for work in works]
 
     def _run_alone(self, work: Work) -> Outcome:
         try:
-            return self._forward(work) if work.kind is Kind.FORWARD else self._backward(work)
+            return self._run([work])[0]
+        except WireError as error:
+            return error
         except torch.OutOfMemoryError:
             return OutOfMemoryError("the trunk's device has no memory for this request; send fewer tokens at once")
         except Exception as error:
@@ -84,81 +92,73 @@ class TorchCompute:
             logger.exception("a %s failed", work.kind.value)
             return InternalError(f"the trunk failed in this {work.kind.value}; its log says why")
 
-    def _forward(self, work: Work) -> Done:
-        inputs = self._inputs(work.buffers)
-        graph = None
-        if work.keep is Keep.GRAPH:
-            graph = self._graph(inputs)
-            output = graph.output
+    def _run(self, works: Sequence[Work]) -> list[Done]:
+        return self._forward(works) if works[0].kind is Kind.FORWARD else self._backward(works)
+
+    def _forward(self, works: Sequence[Work]) -> list[Done]:
+        stashes = [self._input_stash(work) for work in works]
+        joined = self._joined(works, stashes)
+        keeps = {work.keep for work in works}
+        with_products = not keeps.isdisjoint(_WITH_PRODUCTS)
+        graph = products = None
+        if len(works) == 1 and works[0].keep in _WITH_GRAPH:
+            graph, products = self._middle.graph_to_keep(joined.inputs, with_products=with_products)
+            output = graph.output.detach()
+        elif with_products:
+            output, products = self._middle.forward_with_products(joined.inputs)
         else:
-            with torch.no_grad():
-                output = self._middle(inputs.activations, inputs.attention_mask, inputs.position_ids)
-        stash = None if work.keep is Keep.NOTHING else TorchStash(inputs, graph)
-        return Done(_reply("activations", output, inputs.reply_dtype), stash)
-
-    def _backward(self, work: Work) -> Done:
-        inputs, graph = self._held(work)
-        gradients = self._tensor(work.buffers, "gradients").to(self._middle.dtype)
-        result = (graph or self._graph(inputs)).gradients(gradients)
-        return Done(_reply("gradients", result, inputs.reply_dtype))
-
-    def _run_merged(self, works: Sequence[Work]) -> list[Done]:
-        """One pass for requests of equal row shape. Only the inputs are kept: a graph would belong to them all."""
-        if works[0].kind is Kind.FORWARD:
-            parts = [self._inputs(work.buffers) for work in works]
-            merged = _stack(parts)
-            with torch.no_grad():
-                output = self._middle(merged.activations, merged.attention_mask, merged.position_ids)
-            return [
-                Done(
-                    _reply("activations", rows, part.reply_dtype),
-                    TorchStash(part, None) if work.keep is not Keep.NOTHING else None,
-                )
-                for work, part, rows in zip(works, parts, output.split([p.rows for p in parts]), strict=True)
-            ]
-        parts = [self._held(work)[0] for work in works]
-        gradients = torch.cat([self._tensor(work.buffers, "gradients").to(self._middle.dtype) for work in works])
-        result = self._graph(_stack(parts)).gradients(gradients)
+            output = self._middle.forward(joined.inputs)
+        kept = joined.split_products(products) if products is not None else [None] * len(works)
+        for index, work in enumerate(works):
+            own = kept[index] if work.keep in _WITH_PRODUCTS else None
+            stashes[index] = TorchStash(stashes[index].inputs, stashes[index].reply_dtype, own, graph)
+        replies = self._replies("activations", joined.split(output), stashes)
         return [
-            Done(_reply("gradients", rows, part.reply_dtype))
-            for part, rows in zip(parts, result.split([p.rows for p in parts]), strict=True)
+            Done(reply, stash if work.keep is not Keep.NOTHING else None)
+            for work, reply, stash in zip(works, replies, stashes, strict=True)
         ]
 
-    def _graph(self, inputs: Inputs) -> Graph:
-        return self._middle.graph(inputs.activations, inputs.attention_mask, inputs.position_ids)
+    def _backward(self, works: Sequence[Work]) -> list[Done]:
+        stashes = [self._held_stash(work) for work in works]
+        joined = self._joined(works, stashes)
+        tensors = self._transfer.to_device([decode_tensor(*work.buffers["gradients"]) for work in works])
+        gradients = joined.join([tensor.to(self._middle.dtype) for tensor in tensors])
+        graph = stashes[0].graph if len(works) == 1 else None
+        if graph is None:
+            products = [stash.products for stash in stashes if stash.products is not None]
+            complete = len(products) == len(stashes)
+            graph = self._middle.graph(joined.inputs, joined.join_products(products) if complete else None)
+        replies = self._replies("gradients", joined.split(graph.gradients(gradients)), stashes)
+        return [Done(reply) for reply in replies]
 
-    def _held(self, work: Work) -> tuple[Inputs, Graph | None]:
+    def _joined(self, works: Sequence[Work], stashes: Sequence[TorchStash]) -> Joined:
+        parts = [stash.inputs for stash in stashes]
+        shared = self._pass_tokens and works[0].shape.packable and works[0].shape.total_tokens <= self._pass_tokens
+        if shared or (self.traits.packs and len(parts) > 1):
+            return packed(parts, pass_tokens=self._pass_tokens)
+        return alone(parts[0]) if len(parts) == 1 else stacked(parts)
+
+    def _held_stash(self, work: Work) -> TorchStash:
         if work.stash is None:
-            return self._inputs(work.buffers), None
+            return self._input_stash(work)
         assert isinstance(work.stash, TorchStash)
-        return work.stash.inputs, work.stash.graph
+        return work.stash
 
-    def _inputs(self, buffers: Buffers) -> Inputs:
-        return Inputs(
-            activations=self._tensor(buffers, "activations").to(self._middle.dtype),
-            attention_mask=self._tensor(buffers, "attention_mask") if "attention_mask" in buffers else None,
-            position_ids=self._tensor(buffers, "position_ids").long() if "position_ids" in buffers else None,
-            reply_dtype=TORCH_DTYPES[buffers["activations"][0].dtype],
+    def _input_stash(self, work: Work) -> TorchStash:
+        buffers, shape = work.buffers, work.shape
+        roles: list[Role] = [role for role in ("activations", "attention_mask", "position_ids") if role in buffers]
+        tensors = dict(
+            zip(roles, self._transfer.to_device([decode_tensor(*buffers[role]) for role in roles]), strict=True)
         )
+        positions = tensors.get("position_ids")
+        inputs = Pass(
+            activations=tensors["activations"].to(self._middle.dtype),
+            attention_mask=tensors.get("attention_mask"),
+            position_ids=None if positions is None else positions.long(),
+            groups=grouped(shape.lengths) if "lengths" in buffers else None,
+        )
+        return TorchStash(inputs, TORCH_DTYPES[buffers["activations"][0].dtype])
 
-    def _tensor(self, buffers: Buffers, role: Role) -> torch.Tensor:
-        return decode_tensor(*buffers[role]).to(self._middle.device)
-
-
-def _stack(parts: Sequence[Inputs]) -> Inputs:
-    """The inputs of a merged pass: equal tokens, rows on rows."""
-
-    def rows(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
-        present = [t.expand(part.rows, -1) for t, part in zip(tensors, parts, strict=True) if t is not None]
-        return torch.cat(present) if present else None
-
-    return Inputs(
-        activations=torch.cat([part.activations for part in parts]),
-        attention_mask=rows([part.attention_mask for part in parts]),
-        position_ids=rows([part.position_ids for part in parts]),
-        reply_dtype=parts[0].reply_dtype,
-    )
-
-
-def _reply(role: Role, tensor: torch.Tensor, dtype: torch.dtype) -> Buffers:
-    return {role: encode_tensor(role, tensor.detach().to(dtype))}
+    def _replies(self, role: Role, tensors: Sequence[torch.Tensor], stashes: Sequence[TorchStash]) -> list[Buffers]:
+        replies = [tensor.to(stash.reply_dtype) for tensor, stash in zip(tensors, stashes, strict=True)]
+        return [{role: encode_tensor(role, tensor)} for tensor in self._transfer.to_host(replies)]

@@ -17,6 +17,7 @@ from zsl.errors import StartupError
 from zsl.trunk.assemble import TrunkPlan, plan_trunk
 from zsl.trunk.logs import LogFormat
 from zsl.trunk.server import TrunkServer
+from zsl.trunk.settings import ServerSettings, TrunkTraits
 from zsl.wire.messages import Cut
 
 logger = logging.getLogger(__name__)
@@ -34,6 +35,10 @@ class DaemonOptions:
     device: str
     threads: int | None
     forward_only: bool
+    stash_memory_bytes: int
+    max_batch_tokens: int | None
+    merge_below_tokens: int | None
+    deterministic: bool
     insecure: bool
     log_format: LogFormat
 
@@ -59,17 +64,24 @@ def _is_loopback(host: str) -> bool:
 
 
 async def _serve(plan: TrunkPlan, options: DaemonOptions) -> None:
-    server = TrunkServer(plan.info)
+    server = TrunkServer(plan.info, ServerSettings(stash_memory_bytes=options.stash_memory_bytes))
     endpoint = server.bind(options.host, options.port)  # before the weights: a port in use shows at once
     _obey_signals(server)
     try:
         logger.info("loading layers %s of %s", plan.cut, options.model)
-        compute = await asyncio.to_thread(plan.load)
+        compute = await asyncio.to_thread(
+            plan.load,
+            max_batch_tokens=options.max_batch_tokens,
+            merge_below_tokens=options.merge_below_tokens,
+            deterministic=options.deterministic,
+        )
     except BaseException:
         server.close()
         raise
-    _say_ready(endpoint, plan, compute.parameter_count, options)
-    await server.run(compute, parameters=compute.parameter_count)
+    if options.deterministic and not compute.traits.deterministic:
+        logger.warning("--deterministic: the self-test failed on this device and dtype; who insists is refused")
+    _say_ready(endpoint, plan, compute.traits, options)
+    await server.run(compute)
     logger.info("stopped")
 
 
@@ -90,25 +102,35 @@ def _obey_signals(server: TrunkServer) -> None:
         loop.add_signal_handler(wanted, on_signal, wanted)
 
 
-def _say_ready(endpoint: str, plan: TrunkPlan, parameters: int, options: DaemonOptions) -> None:
+def _say_ready(endpoint: str, plan: TrunkPlan, traits: TrunkTraits, options: DaemonOptions) -> None:
     """One line on stdout, for people and for scripts that wait for it."""
     facts = {
         "endpoint": endpoint,
         "model": options.model,
         "cut": str(plan.cut),
-        "parameters": parameters,
+        "parameters": traits.parameters,
         "dtype": str(plan.dtype).removeprefix("torch."),
         "device": str(plan.device),
         "threads": torch.get_num_threads(),
         "forward_only": plan.info.forward_only,
+        "packs": traits.packs,
+        "max_batch_tokens": traits.batch_limits.max_batch_tokens,
+        "merge_below_tokens": traits.batch_limits.merge_below_tokens if traits.merges else 0,
+        "deterministic": traits.deterministic,
         "version": zsl.__version__,
     }
     if options.log_format == "json":
         print(json.dumps({"event": "ready", **facts}), flush=True)
         return
     what = "forward only" if plan.info.forward_only else "forward and backward"
+    merging = "no merging"
+    if facts["merge_below_tokens"]:
+        merging = (
+            f"requests of up to {facts['merge_below_tokens']} tokens share passes of {facts['max_batch_tokens']}"
+            + (", deterministic" if traits.deterministic else "")
+        )
     print(
         f"zsl-trunkd {zsl.__version__} ready on {endpoint}: {options.model}, layers {plan.cut}, "
-        f"{parameters:,} parameters, {facts['dtype']} on {plan.device}, {what}",
+        f"{traits.parameters:,} parameters, {facts['dtype']} on {plan.device}, {what}, {merging}",
         flush=True,
     )

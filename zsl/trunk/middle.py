@@ -8,6 +8,8 @@ until there (of an empty placeholder) is thrown away; what leaves the last layer
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +18,39 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from zsl.split.stack import find_stack
+from zsl.trunk.attention import Group, flash_is_slow, segments_attention
+from zsl.trunk.products import LinearLayers, Products
 from zsl.wire.messages import Cut
+
+# Rotary embeddings whose frequencies depend on the longest row of a pass: with those a neighbour would be noticed.
+LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+MAX_SIZES_REMEMBERED = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """What a pass is a function of, on the trunk's device.
+
+    Without `groups` the rows are as a client's model has them; with them it is one row of many sequences.
+    """
+
+    activations: torch.Tensor  # [rows, tokens, hidden], in the trunk's dtype
+    attention_mask: torch.Tensor | None = None  # [rows, tokens]
+    position_ids: torch.Tensor | None = None  # [rows or 1, tokens]
+    groups: tuple[Group, ...] | None = None
+
+    @property
+    def rows(self) -> int:
+        return self.activations.shape[0]
+
+    @property
+    def tokens(self) -> int:
+        return self.activations.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        tensors = (self.activations, self.attention_mask, self.position_ids)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +77,14 @@ class Middle:
         self._first_parameter = next(iter(inspect.signature(first.forward).parameters))
         first.register_forward_pre_hook(self._enter, with_kwargs=True)
         layers[cut.stop - 1].register_forward_hook(self._leave)
+        self._linear_layers = LinearLayers(
+            module for index in range(cut.start, cut.stop) for module in layers[index].modules()
+        )
         self._weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        self._graph_bytes: dict[tuple[object, ...], int] = {}
         self._entering: torch.Tensor | None = None
         self._leaving: torch.Tensor | None = None
+        self._own_attention = model.config._attn_implementation == "sdpa" and flash_is_slow(self.dtype, self.device)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -56,28 +95,63 @@ class Middle:
         return self._model.device
 
     @property
+    def hidden_size(self) -> int:
+        return int(self._model.config.get_text_config().hidden_size)
+
+    @property
     def parameter_count(self) -> int:
         return sum(parameter.numel() for parameter in self._model.parameters())
 
-    def __call__(
-        self, activations: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Activations `[rows, tokens, hidden]` to the same; mask `[rows, tokens]`, positions `[rows or 1, tokens]`."""
-        placeholder = torch.zeros((), dtype=self.dtype, device=self.device).expand(activations.shape)
-        self._entering = activations
-        try:
-            self._model(
-                inputs_embeds=placeholder, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
-            )
-            assert self._leaving is not None
-            return self._leaving
-        finally:
-            self._entering = self._leaving = None
+    @property
+    def mixes_rows(self) -> bool:
+        """Whether a row's result depends on the other rows of its pass, so that none may be merged."""
+        kinds = {str(getattr(module, "rope_type", "")) for module in self._model.modules()}
+        return any(kind in LENGTH_DEPENDENT_ROPE for kind in kinds)
 
-    def graph(
-        self, activations: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None
-    ) -> Graph:
-        """The same, with the autograd graph from input to output, and the memory that the graph keeps."""
+    def forward(self, inputs: Pass) -> torch.Tensor:
+        """Activations `[rows, tokens, hidden]` to the same, without a graph."""
+        with torch.no_grad():
+            return self._run(inputs, inputs.activations)
+
+    def forward_with_products(self, inputs: Pass) -> tuple[torch.Tensor, Products | None]:
+        """The same, and the products of the linear layers (None if the model does not let them be)."""
+        with self._linear_layers.recording(inputs.rows, inputs.tokens) as products:
+            output = self.forward(inputs)
+        return output, products()
+
+    def graph(self, inputs: Pass, products: Products | None = None) -> Graph:
+        """The same, with the autograd graph from input to output, to be used at once.
+
+        With the `products` of its forward, no linear layer computes again.
+        """
+        leaf = inputs.activations.detach().requires_grad_()
+        linear_layers: AbstractContextManager[object] = nullcontext()
+        if products is not None:
+            linear_layers = self._linear_layers.replaying(inputs.rows, inputs.tokens, products)
+        with torch.enable_grad(), linear_layers:
+            return Graph(leaf, self._run(inputs, leaf), 0)
+
+    def graph_to_keep(self, inputs: Pass, *, with_products: bool) -> tuple[Graph, Products | None]:
+        """A graph with the memory that it keeps, and the products for a backward that shares its pass."""
+        leaf = inputs.activations.detach().requires_grad_()
+        # Measured once for each form of input: to watch what autograd saves slows small passes down.
+        form = (inputs.rows, inputs.tokens, inputs.attention_mask is None, inputs.position_ids is None, inputs.groups)
+        nbytes = self._graph_bytes.get(form)
+        with ExitStack() as stack:
+            products = None
+            if with_products:
+                products = stack.enter_context(self._linear_layers.recording(inputs.rows, inputs.tokens))
+            stack.enter_context(torch.enable_grad())
+            if nbytes is None:
+                output, nbytes = self._measured(lambda: self._run(inputs, leaf))
+                if len(self._graph_bytes) < MAX_SIZES_REMEMBERED:
+                    self._graph_bytes[form] = nbytes
+            else:
+                output = self._run(inputs, leaf)
+        return Graph(leaf, output, nbytes), products() if products else None
+
+    def _measured(self, run: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, int]:
+        """What `run` returns, and the bytes that its graph keeps."""
         kept: dict[int, int] = {}
 
         def pack(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -87,10 +161,29 @@ class Middle:
             # Detached: a saved output that kept its own history would never be freed.
             return tensor.detach(), tensor._version
 
-        leaf = activations.detach().requires_grad_()
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, _unpack):
-            output = self(leaf, attention_mask, position_ids)
-        return Graph(leaf, output, sum(kept.values()))
+        with torch.autograd.graph.saved_tensors_hooks(pack, _unpack):
+            output = run()
+        return output, sum(kept.values())
+
+    def _run(self, inputs: Pass, activations: torch.Tensor) -> torch.Tensor:
+        mask = inputs.attention_mask
+        attention: AbstractContextManager[None] = nullcontext()
+        if inputs.groups is not None:
+            # Given, so that transformers does not look for sequences in the positions; it is not used.
+            mask = torch.ones(activations.shape[:2], dtype=torch.bool, device=self.device)
+        if inputs.groups is not None or self._own_attention:
+            attention = segments_attention(self._model.config, inputs.groups)
+        placeholder = torch.zeros((), dtype=self.dtype, device=self.device).expand(activations.shape)
+        self._entering = activations
+        try:
+            with attention:
+                self._model(
+                    inputs_embeds=placeholder, attention_mask=mask, position_ids=inputs.position_ids, use_cache=False
+                )
+            assert self._leaving is not None
+            return self._leaving
+        finally:
+            self._entering = self._leaving = None
 
     def _enter(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         if args:

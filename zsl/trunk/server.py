@@ -25,10 +25,10 @@ from zsl.errors import (
     WireError,
 )
 from zsl.transport.router import Router
-from zsl.trunk.admission import check_backward, check_forward, row_merge_key
+from zsl.trunk.admission import check_backward, check_forward, merge_key
 from zsl.trunk.scheduler import Job, Scheduler
 from zsl.trunk.sessions import Session, Sessions
-from zsl.trunk.settings import ServerSettings, TrunkInfo, check_wanted
+from zsl.trunk.settings import ServerSettings, TrunkInfo, TrunkTraits, check_wanted
 from zsl.trunk.work import Buffers, Compute, Done, Held, Keep, Kind, Outcome, Shape, Work
 from zsl.trunk.worker import Finished, Worker
 from zsl.wire.frames import MAGIC, Frame, decode, encode
@@ -56,7 +56,7 @@ from zsl.wire.messages import (
 logger = logging.getLogger(__name__)
 
 HOUSEKEEPING_SECONDS = 0.2
-FP32_BYTES = 4
+MIN_RETRY_MS, MAX_RETRY_MS = 10, 5_000
 # The answers to a session's credit of requests, and what is said beside them (pongs, errors, goaway).
 CONTROL_MESSAGES = 64
 
@@ -73,6 +73,7 @@ class _Request:
     keep: bool
     held: Held | None
     arrived: float
+    job: Job
 
 
 _Key = tuple[bytes, int]
@@ -98,17 +99,19 @@ class TrunkServer:
             lease_seconds=self._settings.lease_seconds,
             max_inflight_requests=self._settings.max_inflight_requests,
             max_inflight_bytes=self._settings.max_inflight_bytes,
+            max_total_inflight_bytes=self._settings.max_total_inflight_bytes,
             stash_memory_bytes=self._settings.stash_memory_bytes,
             new_id=new_id,
         )
-        self._scheduler = Scheduler(max_batch_tokens=self._settings.max_batch_tokens)
         self._requests: dict[_Key, _Request] = {}
         self._router = Router(
             max_message_bytes=self._limits.max_message_bytes,
             send_hwm_messages=self._settings.max_inflight_requests + CONTROL_MESSAGES,
         )
-        self._worker: Worker[_Request] | None = None
-        self._parameters = 0
+        # Set by `run`, before anything is received.
+        self._worker: Worker[_Request]
+        self._scheduler: Scheduler
+        self._traits: TrunkTraits
         self._draining_until: float | None = None
         self._stopped = asyncio.Event()
         self._handlers: dict[type[Header], Callable[[bytes, Header, Sequence[Frame]], None]] = {
@@ -130,9 +133,13 @@ class TrunkServer:
         """Give the port back without having run."""
         self._router.close()
 
-    async def run(self, compute: Compute, *, parameters: int) -> None:
+    async def run(self, compute: Compute) -> None:
         """Serve until `stop`, or until a `drain` has ended."""
-        self._parameters = parameters
+        self._traits = compute.traits
+        self._scheduler = Scheduler(
+            max_batch_tokens=self._traits.batch_limits.max_batch_tokens,
+            max_wait_seconds=self._settings.max_wait_seconds,
+        )
         self._worker = Worker(compute, self._finish_batch, clock=self._clock)
         self._router.start(self._receive)
         try:
@@ -191,7 +198,9 @@ class TrunkServer:
             cut=self.info.cut,
             dtype=self.info.dtype,
             forward_only=self.info.forward_only,
-            trunk_parameters=self._parameters,
+            packs=self._traits.packs,
+            deterministic=self._traits.deterministic,
+            trunk_parameters=self._traits.parameters,
             limits=self._limits,
         )
         self._send(peer, welcome)
@@ -213,7 +222,7 @@ class TrunkServer:
                 raise ForwardOnlyError()
             kind, keep = Kind.FORWARD, header.keep
             shape = check_forward(buffers, hidden_size, self._limits)
-            merge_key: object = (kind, row_merge_key(buffers, shape))
+            cost = self._traits.costs.forward
         else:
             assert isinstance(header, Backward)
             if self.info.forward_only:
@@ -222,14 +231,33 @@ class TrunkServer:
             complete = "activations" in buffers
             held = None if complete else session.held.get(header.step)
             shape = check_backward(buffers, held.shape if held else None, hidden_size, self._limits)
-            merge_key = (kind, held.merge_key if held else row_merge_key(buffers, shape))
-        if shape.total_tokens > self._settings.merge_below_tokens or (held is not None and held.stash.has_graph):
-            merge_key = None
-        self._sessions.admit(session, header.request, sum(descriptor.nbytes for descriptor in header.tensors))
+            cost = self._traits.costs.backward
+        nbytes = sum(descriptor.nbytes for descriptor in header.tensors)
+        self._sessions.admit(session, header.request, nbytes, retry_after_ms=self._retry_after_ms())
         if isinstance(header, Backward):
-            session.held.pop(header.step, None)
-        self._requests[key] = _Request(session, header.request, kind, buffers, shape, keep, held, arrived=now)
-        self._scheduler.add(Job(key, shape.total_tokens, merge_key, now + header.budget_ms / 1000))
+            self._sessions.take(session, header.step)
+        job = Job(
+            key,
+            tenant=session.id,
+            kind=kind,
+            tokens=shape.total_tokens,
+            merge_key=held.merge_key if held else self._merge_key(buffers, shape),
+            cost_seconds=cost.seconds(shape.total_tokens),
+            deadline=now + header.budget_ms / 1000,
+        )
+        self._requests[key] = _Request(session, header.request, kind, buffers, shape, keep, held, now, job)
+        self._scheduler.add(job, now)
+
+    def _merge_key(self, buffers: Buffers, shape: Shape) -> tuple[object, ...] | None:
+        """With whom a request can share a pass; None if it is large enough to gain nothing."""
+        traits = self._traits
+        if not traits.merges or shape.total_tokens > traits.batch_limits.merge_below_tokens:
+            return None
+        return merge_key(buffers, shape, packs=traits.packs)
+
+    def _retry_after_ms(self) -> int:
+        """When a client that is over its credit may come again: when what is queued should be done."""
+        return min(max(round(self._scheduler.backlog_seconds * 1000), MIN_RETRY_MS), MAX_RETRY_MS)
 
     def _on_release(self, peer: bytes, header: Header, _: Sequence[Frame]) -> None:
         assert isinstance(header, Release)
@@ -248,7 +276,7 @@ class TrunkServer:
         assert isinstance(header, Ping)
         now = self._clock()
         self._session(header, peer, now)
-        busy_since = self._worker.busy_since if self._worker else None
+        busy_since = self._worker.busy_since
         age = 0.0 if busy_since is None else now - busy_since
         self._send(peer, Pong(request=header.request, epoch=self._epoch, progress_age_ms=round(age * 1000)))
 
@@ -267,7 +295,7 @@ class TrunkServer:
             cut=self.info.cut,
             dtype=self.info.dtype,
             forward_only=self.info.forward_only,
-            trunk_parameters=self._parameters,
+            trunk_parameters=self._traits.parameters,
             sessions=len(self._sessions),
             queued_requests=len(self._scheduler),
             held_bytes=self._sessions.held_bytes,
@@ -283,10 +311,11 @@ class TrunkServer:
 
     def _dispatch(self) -> None:
         """If the device is free, give it what is queued."""
-        if self._worker is None or self._worker.busy_since is not None:
+        if self._worker.busy_since is not None:
             return
-        self._answer_expired(self._clock())
-        jobs = self._scheduler.take_batch()
+        now = self._clock()
+        self._answer_expired(now)
+        jobs = self._scheduler.take_batch(now)
         if not jobs:
             return
         requests = [self._requests[job.key] for job in jobs]  # type: ignore[index]
@@ -294,13 +323,21 @@ class TrunkServer:
         self._worker.give(requests, [self._work(request, alone) for request in requests])
 
     def _work(self, request: _Request, alone: bool) -> Work:
-        keep = Keep.NOTHING
-        if request.keep:
-            room = self._sessions.held_bytes < self._settings.stash_memory_bytes
-            keep = Keep.GRAPH if alone and room else Keep.INPUT
-        return Work(request.kind, request.buffers, keep, request.held.stash if request.held else None)
+        stash = request.held.stash if request.held else None
+        return Work(request.kind, request.buffers, request.shape, self._keep(request, alone), stash)
+
+    def _keep(self, request: _Request, alone: bool) -> Keep:
+        """What to keep of a forward. A backward that may share its pass needs products, one that runs alone a graph."""
+        if not request.keep:
+            return Keep.NOTHING
+        if not self._sessions.has_room:
+            return Keep.INPUT
+        if request.job.merge_key is None:
+            return Keep.GRAPH
+        return Keep.GRAPH_AND_PRODUCTS if alone and not self._traits.deterministic else Keep.PRODUCTS
 
     def _finish_batch(self, batch: Finished[_Request]) -> None:
+        self._scheduler.charge([request.job for request in batch.tickets], batch.ended - batch.started)
         self._router.drain()  # what arrived meanwhile can share the next pass
         self._dispatch()
         for request, outcome in zip(batch.tickets, batch.outcomes, strict=True):
@@ -319,8 +356,8 @@ class TrunkServer:
             return
         assert isinstance(outcome, Done)
         if outcome.stash is not None:
-            row_key = row_merge_key(request.buffers, request.shape)
-            self._sessions.hold(session, request.request, Held(outcome.stash, request.shape, row_key))
+            held = Held(outcome.stash, request.shape, request.job.merge_key)
+            self._sessions.hold(session, request.request, held)
         descriptors = [descriptor for descriptor, _ in outcome.buffers.values()]
         result = Result(
             request=request.request,
@@ -355,6 +392,7 @@ class TrunkServer:
         for request in session.inflight if session else ():
             if self._scheduler.discard((session_id, request)):
                 del self._requests[session_id, request]
+        self._scheduler.forget_tenant(session_id)
         logger.info("session %s ended: %s", session_id.hex()[:8], why)
 
     def _answer_error(self, peer: bytes, request: int | None, error: WireError) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from zsl.errors import WrongModelError
+from zsl.trunk.costs import BatchLimits, Costs
 from zsl.wire.frames import MAX_HEADER_BYTES
 from zsl.wire.messages import Cut, FloatDtypeName, Hello, Limits, ModelIdentity
 
@@ -23,13 +24,28 @@ class TrunkInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class TrunkTraits:
+    """What is known of a trunk once it is loaded: its size, what it can do, and what its passes cost.
+
+    `merges`: requests may share a pass. `packs`: even requests of different lengths. `deterministic`: a request's
+    answer is the same bit for bit whoever shares its pass.
+    """
+
+    parameters: int
+    merges: bool
+    packs: bool
+    deterministic: bool
+    costs: Costs
+    batch_limits: BatchLimits
+
+
+@dataclass(frozen=True, slots=True)
 class ServerSettings:
     """The limits and policies of a server.
 
-    `merge_below_tokens`: requests of at most so many tokens (rows x tokens) share passes; above it merging gains
-    little and costs the kept graph. `stash_memory_bytes`: while less is held, a request that ran alone keeps its
-    graph; over it, graphs and then inputs are given up. `lease_seconds` is long because a sign of life queues behind
-    whatever large message its client is sending.
+    `stash_memory_bytes`: what is kept for pending backwards; over it, graphs and then inputs are given up.
+    `lease_seconds` is long because a sign of life queues behind whatever large message its client is sending.
+    `max_wait_seconds`: after so long a request goes next, whatever fairness says.
     """
 
     lease_seconds: float = 300.0
@@ -37,8 +53,8 @@ class ServerSettings:
     max_request_tokens: int = 32_768
     max_inflight_requests: int = 32
     max_inflight_bytes: int = 2 << 30
-    max_batch_tokens: int = 512
-    merge_below_tokens: int = 64
+    max_total_inflight_bytes: int = 8 << 30
+    max_wait_seconds: float = 10.0
     stash_memory_bytes: int = 4 << 30
     drain_seconds: float = 10.0
 

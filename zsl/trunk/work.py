@@ -11,6 +11,7 @@ from enum import Enum
 from typing import Protocol
 
 from zsl.errors import WireError
+from zsl.trunk.settings import TrunkTraits
 from zsl.wire.frames import Frame
 from zsl.wire.messages import Role, TensorDescriptor
 
@@ -25,19 +26,26 @@ class Kind(Enum):
 
 
 class Keep(Enum):
-    """What of a forward is kept for its backward."""
+    """What of a forward is kept for its backward, from the least to the most."""
 
-    NOTHING = "nothing"
-    INPUT = "input"  # the backward computes the forward again
-    GRAPH = "graph"  # the backward goes at once; several times the memory
+    NOTHING = 0
+    INPUT = 1  # the backward computes the forward again
+    PRODUCTS = 2  # and what the linear layers gave: it computes only what is between them again
+    GRAPH = 3  # autograd's graph instead: the backward goes at once, but can share no pass
+    GRAPH_AND_PRODUCTS = 4  # whichever the backward can use
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Rows and tokens of a request."""
+    """Rows and tokens of a request, and the lengths of the sequences in it, in order.
+
+    `packable`: its sequences are whole and apart, so that they may stand in a packed pass beside others.
+    """
 
     rows: int
     tokens: int
+    lengths: tuple[int, ...]
+    packable: bool = True
 
     @property
     def total_tokens(self) -> int:
@@ -51,10 +59,12 @@ class Stash(Protocol):
     def nbytes(self) -> int: ...
 
     @property
-    def has_graph(self) -> bool: ...
+    def keep(self) -> Keep:
+        """What is kept."""
+        ...
 
-    def without_graph(self) -> Stash:
-        """What is left when only the input is kept."""
+    def demoted(self) -> Stash | None:
+        """What is left when the costliest thing in it is given up; None if that was the input."""
         ...
 
 
@@ -73,6 +83,7 @@ class Work:
 
     kind: Kind
     buffers: Buffers
+    shape: Shape
     keep: Keep = Keep.NOTHING
     stash: Stash | None = None
 
@@ -90,6 +101,9 @@ Outcome = Done | WireError
 
 class Compute(Protocol):
     """What does the work: the torch trunk, or an echo in tests. Called from one thread, never from the loop."""
+
+    @property
+    def traits(self) -> TrunkTraits: ...
 
     def run(self, works: Sequence[Work]) -> list[Outcome]:
         """One outcome for each of the works, all of one kind and mergeable. Never raises."""

@@ -27,7 +27,8 @@ FLOAT_DTYPES = frozenset({"f32", "f16", "bf16"})
 
 DtypeName = Literal["f32", "f16", "bf16", "i64", "i32", "i16", "i8", "u8", "bool"]
 FloatDtypeName = Literal["f32", "f16", "bf16"]
-Role = Literal["activations", "gradients", "attention_mask", "position_ids"]
+# `lengths`: the activations are one row of sequences of these lengths, one after the other.
+Role = Literal["activations", "gradients", "attention_mask", "position_ids", "lengths"]
 
 Count = Annotated[int, Field(ge=0, le=2**53)]
 Dim = Annotated[int, Field(ge=0, le=2**31 - 1)]
@@ -150,6 +151,8 @@ class Welcome(Header):
     cut: Cut
     dtype: FloatDtypeName  # that the trunk computes in
     forward_only: bool
+    packs: bool  # takes sequences of several lengths in one row, with their `lengths` beside them
+    deterministic: bool  # an answer does not depend on who else is served, bit for bit
     trunk_parameters: Count
     limits: Limits
 

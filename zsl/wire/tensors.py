@@ -71,5 +71,8 @@ def decode_tensor(descriptor: TensorDescriptor, buffer: Frame) -> torch.Tensor:
     if dtype is torch.bool:
         return raw.ne(0).view(descriptor.shape)  # a byte other than 0 and 1 is no bool
     if raw.data_ptr() % ALIGNMENT_BYTES:
-        raw = raw.clone()
+        # Copied by one thread: torch would share the copy out, and wait for a core that another process holds.
+        aligned = torch.empty_like(raw)
+        aligned.numpy()[:] = raw.numpy()
+        raw = aligned
     return raw.view(dtype).view(descriptor.shape)

@@ -1,0 +1,141 @@
+"""Micro-batches in flight at the same time give the gradient of micro-batches one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from transformers import Trainer, TrainingArguments
+
+import zsl
+from support import batches
+from support.daemon import Daemon
+from support.models import with_lora
+from zsl.client.overlap import run_overlapped
+from zsl.client.trunk_client import TrunkClient
+from zsl.errors import ConfigError
+
+MICRO_BATCHES = 6
+
+
+@contextmanager
+def split_model(path: Path, endpoint: str, mode: str) -> Iterator[PeftModel]:
+    trunk = zsl.RemoteTrunk(endpoint, mode=mode)  # type: ignore[arg-type]
+    yield with_lora(zsl.load_client(str(path), trunk))
+    trunk.close()
+
+
+def gradients(model: PeftModel, in_flight: int, samples: list[dict[str, Any]]) -> tuple[list[float], list[Any]]:
+    model.zero_grad(set_to_none=True)
+
+    def micro_batch(sample: dict[str, Any]) -> float:
+        loss = model(**sample).loss
+        loss.backward()
+        return float(loss.detach())
+
+    tasks = [partial(micro_batch, sample) for sample in samples]
+    if in_flight == 1:
+        losses = [task() for task in tasks]
+    else:
+        losses = run_overlapped(tasks, in_flight=in_flight, timeout_seconds=60)
+    return losses, [p.grad for p in model.parameters() if p.requires_grad]
+
+
+@pytest.mark.parametrize("in_flight", [2, 4, 100])
+def test_the_gradient_is_the_same_bit_for_bit(
+    in_flight: int, serve: Callable[..., Daemon], checkpoints: Callable[..., Path]
+) -> None:
+    # Nothing is merged, so that not even rounding may differ.
+    endpoint = serve("llama", "--merge-below-tokens", "0").endpoint
+    samples = [batches.plain(seed=seed) for seed in range(MICRO_BATCHES)]
+    with split_model(checkpoints("llama"), endpoint, "exact") as model:
+        one_by_one, overlapped = gradients(model, 1, samples), gradients(model, in_flight, samples)
+    assert one_by_one[0] == overlapped[0]
+    assert all(torch.equal(*pair) for pair in zip(one_by_one[1], overlapped[1], strict=True))
+
+
+@pytest.mark.parametrize("mode", ["straight-through", "none"])
+def test_the_other_modes_overlap_too(
+    mode: str, serve: Callable[..., Daemon], checkpoints: Callable[..., Path], recwarn: pytest.WarningsRecorder
+) -> None:
+    endpoint = serve("llama", "--merge-below-tokens", "0").endpoint
+    samples = [*(batches.plain(seed=seed) for seed in range(3)), batches.padded("right")]
+    with split_model(checkpoints("llama"), endpoint, mode) as model:
+        one_by_one, overlapped = gradients(model, 1, samples), gradients(model, 3, samples)
+    for ours, theirs in zip(one_by_one[1], overlapped[1], strict=True):
+        assert (ours is None and theirs is None and mode == "none") or torch.equal(ours, theirs)
+    assert mode == "none" or all(gradient is not None for gradient in overlapped[1])
+
+
+def test_requests_of_a_step_are_in_flight_together(
+    serve: Callable[..., Daemon], checkpoints: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    submit, finish = TrunkClient.submit_forward, TrunkClient.finish_forward
+    monkeypatch.setattr(TrunkClient, "submit_forward", lambda *a, **k: (events.append("sent"), submit(*a, **k))[1])
+    monkeypatch.setattr(TrunkClient, "finish_forward", lambda *a, **k: (events.append("back"), finish(*a, **k))[1])
+    with split_model(checkpoints("llama"), serve("llama").endpoint, "exact") as model:
+        gradients(model, 4, [batches.plain(seed=seed) for seed in range(MICRO_BATCHES)])
+    assert events[:4] == ["sent"] * 4
+    assert events.count("back") == MICRO_BATCHES
+
+
+def test_an_error_in_one_micro_batch_ends_the_step_and_leaves_no_thread(
+    serve: Callable[..., Daemon], checkpoints: Callable[..., Path]
+) -> None:
+    samples = [batches.plain(seed=1), {**batches.plain(seed=2), "use_cache": True}, batches.plain(seed=3)]
+    with split_model(checkpoints("llama"), serve("llama").endpoint, "exact") as model:
+        with pytest.raises(zsl.ZslError, match="use_cache"):
+            gradients(model, 3, samples)
+        assert gradients(model, 3, [samples[0]])[0] == gradients(model, 1, [samples[0]])[0]
+
+
+def arguments(directory: Path, **changes: Any) -> TrainingArguments:
+    made = TrainingArguments(
+        output_dir=str(directory),
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=4,
+        max_steps=3,
+        learning_rate=1e-2,
+        logging_steps=1,
+        report_to="none",
+        save_strategy="no",
+        seed=0,
+        use_cpu=True,
+        **changes,
+    )
+    made.dataloader_pin_memory = False
+    return made
+
+
+class OverlappingTrainer(zsl.OverlapMixin, Trainer):
+    pass
+
+
+def test_trainer_with_overlap_has_the_losses_of_trainer_without(
+    tmp_path: Path, serve: Callable[..., Daemon], checkpoints: Callable[..., Path]
+) -> None:
+    rows = batches.tokens(22, 16).tolist()  # the last step of an epoch has fewer micro-batches
+    data = Dataset.from_dict({"input_ids": rows, "labels": rows}).with_format("torch")
+    endpoint = serve("llama", "--merge-below-tokens", "0").endpoint
+    losses = []
+    for make in (Trainer, partial(OverlappingTrainer, overlap=4)):
+        with split_model(checkpoints("llama"), endpoint, "exact") as model:
+            trainer = make(model=model, args=arguments(tmp_path), train_dataset=data)
+            trainer.train()
+            losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+            losses.append([float(p.detach().sum()) for p in model.parameters() if p.requires_grad])
+    assert losses[0] == losses[2] and len(losses[0]) == 3
+    assert losses[1] == losses[3]
+
+
+def test_more_overlap_than_micro_batches_is_refused(tmp_path: Path, checkpoints: Callable[..., Path]) -> None:
+    with pytest.raises(ConfigError, match="gradient_accumulation_steps = 4"):
+        OverlappingTrainer(overlap=5, model=torch.nn.Linear(1, 1), args=arguments(tmp_path))

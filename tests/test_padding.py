@@ -1,0 +1,107 @@
+"""Padding stays at home: only real tokens cross, and what comes back is what the whole model gives them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import zsl
+from support import batches
+from support.compare import differing, numbers_of, within
+from support.daemon import Daemon
+from support.models import local_model, with_lora
+from support.relay import Relay
+from zsl.client.padding import find_real_tokens
+from zsl.errors import PaddingGradientError
+from zsl.wire.frames import decode
+from zsl.wire.messages import TO_DAEMON, Forward
+
+
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=5))
+def test_real_tokens_come_back_to_their_places_and_padding_is_zero(rows: list[int]) -> None:
+    tokens = max(rows) + 1
+    mask = torch.zeros(len(rows), tokens, dtype=torch.long)
+    for row, length in enumerate(rows):
+        mask[row, :length] = 1
+    real = find_real_tokens(mask, None)
+    if not mask.any():
+        assert real is None
+        return
+    assert real is not None
+    batch = torch.randn(len(rows), tokens, 3)
+    crossed = real.gather(batch)
+    assert crossed.shape == (1, int(mask.sum()), 3)
+    assert real.lengths.tolist() == sorted(length for length in rows if length)
+    assert torch.equal(real.scatter(crossed, batch), batch * mask.unsqueeze(-1))
+    columns = torch.arange(tokens).expand(len(rows), -1)
+    assert torch.equal(real.gather(columns.unsqueeze(-1))[..., 0], real.position_ids)
+
+
+def test_a_batch_without_padding_crosses_as_it_is() -> None:
+    assert find_real_tokens(torch.ones(2, 4), None) is None
+
+
+@pytest.mark.parametrize("row", [[1, 0, 1, 1], [0, 0, 1, 1], [0, 1, 1, 0]])
+def test_a_mask_with_holes_or_padding_in_front_crosses_whole(row: list[int]) -> None:
+    assert find_real_tokens(torch.tensor([row]), None) is None
+
+
+def test_no_padding_behind_real_tokens_is_sent(serve: Callable[..., Daemon], checkpoints: Callable[..., Path]) -> None:
+    with Relay(serve("llama").endpoint) as relay:
+        trunk = zsl.RemoteTrunk(relay.endpoint)
+        model = zsl.load_client(str(checkpoints("llama")), trunk)
+        batch = batches.padded("right")
+        with torch.no_grad():
+            model(**batch)
+        trunk.close()
+        frames = relay.from_client
+    sent = [
+        decode(frames[i : i + 5], TO_DAEMON).header for i, frame in enumerate(frames) if frame[:6] == b"ZSLT\x01\x03"
+    ]
+    (header,) = sent
+    assert isinstance(header, Forward)
+    shapes = {descriptor.role: descriptor.shape for descriptor in header.tensors}
+    assert shapes == {"activations": (1, 30, 32), "position_ids": (1, 30), "lengths": (3,)}
+
+
+def test_a_mask_with_holes_gives_what_the_whole_model_gives(
+    serve: Callable[..., Daemon], checkpoints: Callable[..., Path]
+) -> None:
+    path = str(checkpoints("mistral"))
+    batch = batches.padded("right")
+    batch["attention_mask"][0, 4:7] = 0
+    batch["labels"] = batch["labels"].masked_fill(batch["attention_mask"] == 0, -100)
+    trunk = zsl.RemoteTrunk(serve("mistral").endpoint)
+    split, whole = with_lora(zsl.load_client(path, trunk)), with_lora(local_model(path))
+    assert differing(numbers_of(split, batch), numbers_of(whole, batch), within(1e-6)) == []
+    trunk.close()
+
+
+def test_a_mask_of_ones_beside_positions_that_start_again_is_kept(
+    serve: Callable[..., Daemon], checkpoints: Callable[..., Path]
+) -> None:
+    """With a mask transformers does not take such positions for several sequences; nor must the trunk."""
+    path = str(checkpoints("llama"))
+    batch = batches.packed()
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    trunk = zsl.RemoteTrunk(serve("llama").endpoint)
+    split, whole = with_lora(zsl.load_client(path, trunk)), with_lora(local_model(path))
+    assert differing(numbers_of(split, batch), numbers_of(whole, batch), within(1e-6)) == []
+    trunk.close()
+
+
+def test_a_loss_that_depends_on_padding_is_an_error_not_a_wrong_gradient(
+    serve: Callable[..., Daemon], checkpoints: Callable[..., Path]
+) -> None:
+    trunk = zsl.RemoteTrunk(serve("llama").endpoint)
+    model = with_lora(zsl.load_client(str(checkpoints("llama")), trunk))
+    batch = batches.padded("right")
+    batch["labels"] = batch["input_ids"]
+    with pytest.raises(PaddingGradientError, match="-100"):
+        model(**batch).loss.backward()
+    trunk.close()

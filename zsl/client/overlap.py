@@ -1,0 +1,160 @@
+"""Several micro-batches of one step under way at the same time, so that the client computes while others cross the
+network or are in the trunk.
+
+Each micro-batch runs in a thread of its own, but only one of them runs at a time: it hands over where it would wait
+for the trunk. Micro-batches go through the trunk, the top and the bottom in their order, so that gradients are added
+up in the order, and with the bits, of a run without overlap. (Dropout draws from one stream of random numbers,
+in another order.)
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+import torch
+
+from zsl.errors import InternalError
+
+Result = TypeVar("Result")
+
+_local = threading.local()
+
+
+def current_lane() -> Lane[Any] | None:
+    """The micro-batch that this thread runs, if it runs one of several."""
+    return getattr(_local, "lane", None)
+
+
+class _GivenUp(BaseException):
+    """Ends the thread of a micro-batch whose step has failed elsewhere."""
+
+
+@dataclass(frozen=True, slots=True)
+class Deferred:
+    """A way through the trunk that is to be gone back: `output` is a leaf of the top's graph."""
+
+    output: torch.Tensor
+    submit: Callable[[torch.Tensor], Future[Any]]  # of the gradient at the output
+    finish: Callable[[Any], None]  # with the answer: the bottom's backward
+
+
+class Lane(Generic[Result]):
+    """One micro-batch and its thread. `resume` lets it run until it waits for the trunk or has ended."""
+
+    def __init__(self, task: Callable[[], Result]) -> None:
+        self.waits_for: Future[Any] | None = None
+        self.deferred: list[Deferred] = []
+        self.result: Future[Result] = Future()
+        self._task = task
+        self._run = threading.Semaphore(0)
+        self._ran = threading.Semaphore(0)
+        self._given_up = False
+        self._thread = threading.Thread(target=self._main, name="zsl-micro-batch", daemon=True)
+        self._thread.start()
+
+    def resume(self) -> None:
+        """Run it until it waits for `waits_for`, or `result` is there."""
+        self.waits_for = None
+        self._run.release()
+        self._ran.acquire()
+
+    def wait(self, future: Future[Any]) -> None:
+        """From within: let the others run until the future is done."""
+        self.waits_for = future
+        self._ran.release()
+        self._run.acquire()
+        if self._given_up:
+            raise _GivenUp
+
+    def give_up(self) -> None:
+        """End it where it waits."""
+        self._given_up = True
+        self._run.release()
+        self._thread.join()
+
+    def _main(self) -> None:
+        _local.lane = self
+        self._run.acquire()
+        try:
+            if not self._given_up:
+                self.result.set_result(self._task())
+        except _GivenUp:
+            pass
+        except BaseException as error:
+            self.result.set_exception(error)
+        finally:
+            self._ran.release()
+
+
+@dataclass(slots=True)
+class _Returning(Generic[Result]):
+    """A micro-batch whose top is done, on its way back through the trunk."""
+
+    lane: Lane[Result]
+    answers: list[tuple[Deferred, Future[Any]]] = field(default_factory=list)
+
+
+def run_overlapped(tasks: Sequence[Callable[[], Result]], *, in_flight: int, timeout_seconds: float) -> list[Result]:
+    """The results of the tasks, each the forward and backward of one micro-batch, at most `in_flight` begun at a time.
+
+    An error of one task ends all, and is raised. `timeout_seconds` bounds each wait for the trunk, whose requests have
+    deadlines of their own.
+    """
+    waiting: deque[Lane[Result]] = deque()  # for the trunk's forward, in order
+    returning: deque[_Returning[Result]] = deque()  # for its backward, in order
+    results: list[Result] = []
+    upcoming = deque(tasks)
+    try:
+        while upcoming or waiting or returning:
+            if upcoming and len(waiting) + len(returning) < in_flight:
+                waiting.append(_resumed(Lane(upcoming.popleft())))
+            elif returning and all(answer.done() for _, answer in returning[0].answers):
+                _finish(returning[0])
+                results.append(returning.popleft().lane.result.result())
+            elif waiting and (waiting[0].waits_for is None or waiting[0].waits_for.done()):
+                lane = waiting[0]
+                if lane.waits_for is not None:
+                    _resumed(lane)
+                if lane.result.done():
+                    returning.append(_turned_back(lane))
+                    waiting.popleft()
+            else:
+                _wait_for_any(waiting, returning, timeout_seconds)
+    finally:
+        for lane in waiting:
+            lane.give_up()
+    return results
+
+
+def _resumed(lane: Lane[Result]) -> Lane[Result]:
+    lane.resume()
+    return lane
+
+
+def _turned_back(lane: Lane[Result]) -> _Returning[Result]:
+    """Send what its top's backward left at the trunk's output. Raises what the micro-batch raised."""
+    lane.result.result()
+    answers = []
+    for deferred in reversed(lane.deferred):
+        if deferred.output.grad is not None:
+            answers.append((deferred, deferred.submit(deferred.output.grad)))
+    return _Returning(lane, answers)
+
+
+def _finish(returning: _Returning[Any]) -> None:
+    for deferred, answer in returning.answers:
+        deferred.finish(answer.result())
+
+
+def _wait_for_any(waiting: deque[Lane[Any]], returning: deque[_Returning[Any]], timeout_seconds: float) -> None:
+    futures = [lane.waits_for for lane in list(waiting)[:1] if lane.waits_for is not None]
+    if returning:
+        futures += [answer for _, answer in returning[0].answers if not answer.done()]
+    done, _ = wait(futures, timeout_seconds, FIRST_COMPLETED)
+    if not done:
+        raise InternalError(f"the trunk's connection did not end a request within {timeout_seconds:g} s")

@@ -1,0 +1,68 @@
+"""Overlap for Hugging Face `Trainer`: the micro-batches of a step in flight at the same time.
+
+class MyTrainer(OverlapMixin, Trainer): ...
+
+trainer = MyTrainer(overlap=4, model=model, args=TrainingArguments(gradient_accumulation_steps=8, ...), ...)
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from zsl.client.overlap import run_overlapped
+from zsl.client.trunk_client import REQUEST_TIMEOUT_SECONDS
+from zsl.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _Base
+else:
+    _Base = object
+
+
+class OverlapMixin(_Base):
+    """Put in front of `Trainer`. Of the `gradient_accumulation_steps` micro-batches of a step, `overlap` are under way
+    at once; their gradients are those of a run without it.
+
+    Raises `ConfigError` for an overlap that the step has no micro-batches for.
+    """
+
+    def __init__(self, *arguments: Any, overlap: int = 1, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        steps = self.args.gradient_accumulation_steps
+        if overlap > steps:
+            raise ConfigError(
+                f"overlap = {overlap}, but a step has gradient_accumulation_steps = {steps} micro-batches; "
+                "raise that and lower per_device_train_batch_size"
+            )
+        self.overlap = overlap
+        self._samples: list[Any] = []
+        self._micro_losses: deque[torch.Tensor] = deque()
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        self._samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._micro_losses.clear()
+        return self._samples, num_items
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        step = super().training_step
+        if self.overlap == 1:
+            loss: torch.Tensor = step(model, inputs, num_items_in_batch)
+            return loss
+        if not self._micro_losses:
+            # The first micro-batch of a step runs them all; the others find their losses.
+            self._micro_losses.extend(
+                run_overlapped(
+                    [partial(step, model, sample, num_items_in_batch) for sample in self._samples],
+                    in_flight=self.overlap,
+                    timeout_seconds=2 * REQUEST_TIMEOUT_SECONDS,
+                )
+            )
+        return self._micro_losses.popleft()

@@ -1,0 +1,86 @@
+"""What a pass costs as a function of its tokens, and which batch sizes follow from that. Pure.
+
+A pass over frozen weights takes about `fixed + per_token x tokens` seconds: the fixed part is reading the weights and
+starting the operations, and it is what requests share when they are merged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+# A batch is large enough when the fixed part is at most this share of it.
+SATURATED_SHARE = 0.1
+# Two requests are worth merging when that saves at least this share of their time.
+WORTHWHILE_SHARE = 0.1
+MIN_BATCH_TOKENS, MAX_BATCH_TOKENS = 64, 4096
+
+
+@dataclass(frozen=True, slots=True)
+class PassCost:
+    """Seconds of a pass: `fixed_seconds + seconds_per_token * tokens`."""
+
+    fixed_seconds: float
+    seconds_per_token: float
+
+    def seconds(self, tokens: int) -> float:
+        return self.fixed_seconds + self.seconds_per_token * tokens
+
+    def __add__(self, other: PassCost) -> PassCost:
+        return PassCost(self.fixed_seconds + other.fixed_seconds, self.seconds_per_token + other.seconds_per_token)
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """The costs of a trunk: forward, backward with the graph kept, and backward with the linear layers' products
+    kept (`zsl.trunk.products`), which is what a merged backward does."""
+
+    forward: PassCost
+    backward: PassCost
+    backward_from_products: PassCost
+
+
+# Of a trunk that was not measured: only the proportions matter, to fairness.
+UNKNOWN_COSTS = Costs(PassCost(0.01, 1e-3), PassCost(0.01, 1e-3), PassCost(0.01, 1.2e-3))
+
+
+@dataclass(frozen=True, slots=True)
+class BatchLimits:
+    """`max_batch_tokens` bounds a merged pass; requests of more than `merge_below_tokens` run alone (0: all do)."""
+
+    max_batch_tokens: int = 512
+    merge_below_tokens: int = 64
+
+
+def fit_cost(samples: Sequence[tuple[int, float]]) -> PassCost:
+    """The least-squares line through `(tokens, seconds)`, with neither part negative."""
+    mean_x = sum(tokens for tokens, _ in samples) / len(samples)
+    mean_y = sum(seconds for _, seconds in samples) / len(samples)
+    spread = sum((tokens - mean_x) ** 2 for tokens, _ in samples)
+    slope = sum((tokens - mean_x) * (seconds - mean_y) for tokens, seconds in samples) / spread if spread else 0.0
+    slope = max(slope, 1e-9)
+    return PassCost(max(mean_y - slope * mean_x, 0.0), slope)
+
+
+def batch_limits(costs: Costs) -> BatchLimits:
+    """The batch sizes that a trunk of these costs gains by.
+
+    The budget is where a forward's fixed part has become `SATURATED_SHARE` of it. The knee is the size of two
+    equal requests that still save `WORTHWHILE_SHARE` of the time of their steps by sharing both passes: alone a step
+    costs forward + backward, merged it saves one fixed part of two but computes from products what a graph would hold.
+    """
+    saturated = costs.forward.fixed_seconds * (1 - SATURATED_SHARE) / SATURATED_SHARE
+    budget = min(max(round(saturated / costs.forward.seconds_per_token), MIN_BATCH_TOKENS), MAX_BATCH_TOKENS)
+    alone = costs.forward + costs.backward
+    merged = costs.forward + costs.backward_from_products
+    # 2 alone(t) - merged(2t) = WORTHWHILE_SHARE * 2 alone(t), solved for t
+    keep = 1 - WORTHWHILE_SHARE
+    gain = 2 * keep * alone.fixed_seconds - merged.fixed_seconds
+    loss_per_token = 2 * (merged.seconds_per_token - keep * alone.seconds_per_token)
+    if gain <= 0:
+        knee = 0
+    elif loss_per_token <= 0:
+        knee = budget // 2
+    else:
+        knee = min(int(gain / loss_per_token), budget // 2)
+    return BatchLimits(budget, knee)

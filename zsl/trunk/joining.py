@@ -1,0 +1,117 @@
+"""Many requests as one pass, and its result as many answers. Pure torch: no model, no wire.
+
+Packed: all sequences of all requests in one row, one after the other, never padded. Where a family cannot take
+that: rows on rows, for requests of equal row shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+
+from zsl.trunk.attention import Group, grouped
+from zsl.trunk.middle import Pass
+from zsl.trunk.products import Products
+
+Part = TypeVar("Part")
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """A pass for several requests. `order` says which request stands at each place, `filling` how many tokens of
+    nobody end it."""
+
+    inputs: Pass
+    order: tuple[int, ...]
+    shapes: tuple[tuple[int, int], ...]  # rows and tokens of the request at each place
+    filling: int = 0
+
+    @property
+    def sizes(self) -> list[int]:
+        """The tokens at each place."""
+        return [rows * tokens for rows, tokens in self.shapes]
+
+    def join(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The tensors `[rows, tokens, hidden]` of the requests, in the shape of the pass."""
+        flat = torch.cat([tensors[index].flatten(0, 1) for index in self.order])
+        return F.pad(flat, (0, 0, 0, self.filling)).view(self.inputs.activations.shape)
+
+    def split(self, result: torch.Tensor) -> list[torch.Tensor]:
+        """A tensor of the shape of the pass, as one `[rows, tokens, hidden]` a request."""
+        return self._in_order_of_requests(
+            [
+                part.view(*shape, -1)
+                for part, shape in zip(self._without_filling(result.flatten(0, 1)), self.shapes, strict=True)
+            ]
+        )
+
+    def join_products(self, products: Sequence[Products]) -> Products:
+        """The products of the requests as those of the pass."""
+        joined = Products.joined([products[index] for index in self.order])
+        if self.filling:
+            joined = Products(tuple(F.pad(output, (0, 0, 0, self.filling)) for output in joined.outputs))
+        return joined
+
+    def split_products(self, products: Products) -> list[Products]:
+        """The products of the pass as one a request."""
+        parts = products.split([*self.sizes, self.filling] if self.filling else self.sizes)
+        return self._in_order_of_requests(parts[: len(self.order)])
+
+    def _without_filling(self, flat: torch.Tensor) -> list[torch.Tensor]:
+        return list(flat[: sum(self.sizes)].split(self.sizes))
+
+    def _in_order_of_requests(self, parts: Sequence[Part]) -> list[Part]:
+        by_request = dict(zip(self.order, parts, strict=True))
+        return [by_request[index] for index in range(len(parts))]
+
+
+def alone(part: Pass) -> Joined:
+    """A request by itself, in its own shape: what the client's whole model would compute."""
+    return Joined(part, (0,), ((part.rows, part.tokens),))
+
+
+def packed(parts: Sequence[Pass], *, pass_tokens: int = 0) -> Joined:
+    """One row of all sequences; with `pass_tokens`, filled with zeros up to that length."""
+    # Sequences of equal length side by side are attended to at once.
+    order = sorted(range(len(parts)), key=lambda index: _groups(parts[index])[0].length)
+    chosen = [parts[index] for index in order]
+    filling = max(0, pass_tokens - sum(part.rows * part.tokens for part in parts))
+    lengths = [group.length for part in chosen for group in _groups(part) for _ in range(group.count)]
+    activations = F.pad(torch.cat([part.activations.flatten(0, 1) for part in chosen]), (0, 0, 0, filling))
+    positions = [_positions(part) for part in chosen]
+    if filling:
+        lengths.append(filling)
+        positions.append(torch.arange(filling, device=activations.device))
+    inputs = Pass(activations.unsqueeze(0), None, torch.cat(positions).unsqueeze(0), grouped(lengths))
+    return Joined(inputs, tuple(order), tuple((part.rows, part.tokens) for part in chosen), filling)
+
+
+def stacked(parts: Sequence[Pass]) -> Joined:
+    """Rows on rows, for requests with rows of equal length and the same tensors beside them."""
+
+    def rows(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+        present = [t.expand(part.rows, -1) for t, part in zip(tensors, parts, strict=True) if t is not None]
+        return torch.cat(present) if present else None
+
+    inputs = Pass(
+        torch.cat([part.activations for part in parts]),
+        rows([part.attention_mask for part in parts]),
+        rows([part.position_ids for part in parts]),
+    )
+    return Joined(inputs, tuple(range(len(parts))), tuple((part.rows, part.tokens) for part in parts))
+
+
+def _groups(part: Pass) -> tuple[Group, ...]:
+    return part.groups or (Group(part.rows, part.tokens),)
+
+
+def _positions(part: Pass) -> torch.Tensor:
+    """The position of each token `[tokens of all rows]`."""
+    if part.position_ids is not None:
+        return part.position_ids.expand(part.rows, -1).flatten()
+    device = part.activations.device
+    return torch.cat([torch.arange(group.length, device=device).repeat(group.count) for group in _groups(part)])
