@@ -106,19 +106,32 @@ class Report:
         print(f"\nwritten: {_shown(self._path('json'))}")
 
     def plot_lines(
-        self, x: str, y: str, series: str, *, x_label: str, y_label: str, log_x: bool = False, log_y: bool = False
+        self,
+        x: str,
+        y: str,
+        series: str,
+        *,
+        x_label: str,
+        y_label: str,
+        log_x: bool = False,
+        log_y: bool = False,
+        only: tuple[str, str] | None = None,
     ) -> None:
-        """`<out>/<name>.png`: column `y` over column `x`, one line for each value of the column `series`."""
+        """`<out>/<name>.png`: column `y` over column `x`, one line for each value of the column `series`.
+
+        With `only` a column and a value: of the rows that have it, in `<out>/<name>-<value>.png`.
+        """
+        rows = [row for row in self._rows if only is None or row[only[0]] == only[1]]
 
         def draw(axes: Axes) -> None:
-            for name in _distinct(self._rows, series):
-                points = sorted((row[x], row[y]) for row in self._rows if row[series] == name and y in row)
+            for name in _distinct(rows, series):
+                points = sorted((row[x], row[y]) for row in rows if row[series] == name and y in row)
                 axes.plot(*zip(*points, strict=True), marker="o", label=str(name))
             axes.set_xscale("log" if log_x else "linear")
             axes.set_yscale("log" if log_y else "linear")
             axes.grid(alpha=0.3)
 
-        self._plot(draw, series, x_label, y_label)
+        self._plot(draw, series, x_label, y_label, only)
 
     def plot_bars(self, group: str, y: str, series: str, *, x_label: str, y_label: str) -> None:
         """`<out>/<name>.png`: column `y` as bars, one group for each `group`, in it one bar for each `series`."""
@@ -136,17 +149,28 @@ class Report:
 
         self._plot(draw, series, x_label, y_label)
 
-    def _plot(self, draw: Callable[[Axes], None], series: str, x_label: str, y_label: str) -> None:
+    def _plot(
+        self,
+        draw: Callable[[Axes], None],
+        series: str,
+        x_label: str,
+        y_label: str,
+        only: tuple[str, str] | None = None,
+    ) -> None:
+        path = self._path("png")
+        title = self._description
+        if only is not None:
+            path, title = path.with_stem(f"{path.stem}-{only[1]}"), f"{title}; {only[0]} {only[1]}"
         figure, axes = pyplot.subplots(figsize=FIGURE_INCHES, layout="constrained")
         draw(axes)
-        axes.set_title(self._description, fontsize=10, wrap=True)
+        axes.set_title(title, fontsize=10, wrap=True)
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         axes.legend(title=series)
         self._out.mkdir(parents=True, exist_ok=True)
-        figure.savefig(self._path("png"), dpi=DOTS_PER_INCH)
+        figure.savefig(path, dpi=DOTS_PER_INCH)
         pyplot.close(figure)
-        print(f"written: {_shown(self._path('png'))}")
+        print(f"written: {_shown(path)}")
 
     def _path(self, suffix: str) -> Path:
         return self._out / f"{self._name}.{suffix}"

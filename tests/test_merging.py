@@ -26,8 +26,10 @@ from support.models import with_lora
 from zsl.client.trunk_client import Answer, read_answer
 from zsl.split.cut import parse_cut
 from zsl.trunk.assemble import plan_trunk
-from zsl.trunk.compute import TorchCompute, TorchStash
+from zsl.trunk.compute import TorchCompute
+from zsl.trunk.middle import Middle
 from zsl.trunk.products import LinearLayers
+from zsl.trunk.stash import TorchStash
 from zsl.trunk.work import Done, Keep, Kind, Shape, Work
 from zsl.wire.frames import Message
 from zsl.wire.tensors import decode_tensor, encode_tensor
@@ -164,13 +166,14 @@ def test_a_family_that_does_not_pack_merges_rows_of_equal_length(
 @settings(max_examples=25)
 @given(
     mix=st.lists(st.tuples(st.integers(1, 3), st.integers(1, 20)), min_size=1, max_size=6),
+    keep=st.sampled_from([Keep.INPUT, Keep.PRODUCTS, Keep.GRAPH_AND_PRODUCTS]),
     forwards=st.randoms(use_true_random=False),
 )
 def test_random_neighbours_lengths_and_order_move_nothing_by_more_than_rounding(
-    llama: TorchCompute, mix: list[tuple[int, int]], forwards: random.Random
+    llama: TorchCompute, mix: list[tuple[int, int]], keep: Keep, forwards: random.Random
 ) -> None:
     """Forwards share passes with some, backwards with others."""
-    works = [forward_work(seed, *shape) for seed, shape in enumerate(mix)]
+    works = [forward_work(seed, *shape, keep=keep) for seed, shape in enumerate(mix)]
     expected = [alone(llama, work, seed) for seed, work in enumerate(works)]
     done: dict[int, object] = {}
     for batch in split_randomly(len(works), forwards):
@@ -212,6 +215,43 @@ def test_what_is_kept_of_a_step_changes_the_time_of_its_backward_not_a_bit_of_it
         back = compute.run([replace(backward_work(work, done, 9), stash=stash)])
         assert torch.equal(tensors(list(back))[0], expected[1])
         stash = stash.demoted()
+
+
+def test_requests_that_come_back_together_share_their_graph(
+    compute: TorchCompute, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    works = [forward_work(seed, tokens=5 + seed, keep=Keep.GRAPH_AND_PRODUCTS) for seed in range(3)]
+    expected = [alone(compute, work, seed) for seed, work in enumerate(works)]
+    done = compute.run(works)
+    backs = [backward_work(works[seed], done[seed], seed) for seed in (2, 0, 1)]
+    monkeypatch.setattr(Middle, "graph", lambda *_: pytest.fail("the forward was computed again"))
+    for ours, seed in zip(tensors(list(compute.run(backs))), (2, 0, 1), strict=True):
+        assert within(TOLERANCE)(ours, expected[seed][1])
+
+
+def test_who_stays_away_holds_no_more_memory_than_its_own(compute: TorchCompute) -> None:
+    works = [forward_work(seed, tokens=tokens, keep=Keep.GRAPH_AND_PRODUCTS) for seed, tokens in ((0, 2), (1, 60))]
+    expected = alone(compute, works[0], 0)
+    done = compute.run(works)
+    stays = done[0].stash if isinstance(done[0], Done) else None
+    assert isinstance(stays, TorchStash) and stays.shared is not None
+    compute.run([backward_work(works[1], done[1], 1)])
+    assert stays.shared.graph is None
+    products = stays.shared.products_of(0)
+    assert products is not None
+    assert sum(o.untyped_storage().nbytes() for o in products.outputs) == products.nbytes <= stays.nbytes
+    assert within(TOLERANCE)(tensors(compute.run([backward_work(works[0], done[0], 0)]))[0], expected[1])
+
+
+def test_a_step_that_is_dropped_costs_its_neighbours_time_and_nothing_else(compute: TorchCompute) -> None:
+    works = [forward_work(seed, keep=Keep.GRAPH_AND_PRODUCTS) for seed in range(3)]
+    expected = [alone(compute, work, seed) for seed, work in enumerate(works)]
+    done = compute.run(works)
+    assert isinstance(done[1], Done) and done[1].stash is not None
+    done[1].stash.drop()
+    backs = [backward_work(works[seed], done[seed], seed) for seed in (0, 2)]
+    for ours, seed in zip(tensors(list(compute.run(backs))), (0, 2), strict=True):
+        assert within(TOLERANCE)(ours, expected[seed][1])
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -282,8 +322,9 @@ def test_a_graph_that_is_dropped_without_a_backward_is_freed(compute: TorchCompu
     gc.disable()  # so that only reference counts free
     try:
         (done,) = compute.run([forward_work(1, keep=Keep.GRAPH_AND_PRODUCTS)])
-        assert isinstance(done, Done) and isinstance(done.stash, TorchStash) and done.stash.graph is not None
-        output = weakref.ref(done.stash.graph.output)
+        assert isinstance(done, Done) and isinstance(done.stash, TorchStash)
+        assert done.stash.shared is not None and done.stash.shared.graph is not None
+        output = weakref.ref(done.stash.shared.graph.output)
         assert output() is not None
         del done
         assert output() is None

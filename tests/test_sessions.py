@@ -24,6 +24,9 @@ class Kept:
             return None
         return Kept(self.nbytes // 2, Keep.PRODUCTS if self.keep is Keep.GRAPH_AND_PRODUCTS else Keep.INPUT)
 
+    def drop(self) -> None:
+        pass
+
 
 def table(**changes: float) -> Sessions:
     ids = count()

@@ -41,6 +41,9 @@ class EchoStash:
     def demoted(self) -> EchoStash | None:
         return None if self.keep is Keep.INPUT else EchoStash(self.nbytes // 2, Keep.INPUT)
 
+    def drop(self) -> None:
+        pass
+
 
 class EchoCompute:
     """Remembers the batches that it ran. `gate` holds them back while it is cleared. An activation of POISON fails."""

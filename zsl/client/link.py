@@ -1,10 +1,10 @@
-"""The I/O thread's side of a connection: the socket, the session, and the requests that wait for an answer.
+"""The driver's side of a connection: the socket, the session, and the requests that wait for an answer.
 
 Every request has a deadline, and ends with its answer or a typed error. When the connection is lost, or the daemon
 was started anew, a fresh socket is taken, a new session opened, and what was unanswered is sent once more, complete
 in itself: the trunk is a pure function, so the answer is the same. The new session must be with the same trunk.
 
-Belongs to one thread. Knows no torch.
+For one thread at a time. Knows no torch.
 """
 
 from __future__ import annotations
@@ -97,6 +97,7 @@ class Link:
         self._request_timeout_seconds = request_timeout_seconds
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._dealer: Dealer | None = None
+        self._poller: zmq.Poller | None = None
         self._last_event: LinkEvent | None = None
         self._welcome: Welcome | None = None
         self._hello_request: int | None = None  # the HELLO that has no answer yet
@@ -112,8 +113,14 @@ class Link:
             self._dealer.close(linger_ms=0)
             self._dealer = None
         self._dealer = Dealer(self._context, self._endpoint)
+        self._poller = None
         self._last_event = None
         self._begin_hello()
+
+    @property
+    def busy(self) -> bool:
+        """Whether something is to come: an answer, or the session itself."""
+        return self._welcome is None or bool(self._sent) or bool(self._waiting)
 
     def add(self, pending: Pending) -> None:
         """Take a request in charge."""
@@ -127,10 +134,11 @@ class Link:
     def wait(self, wake: int) -> None:
         """Sleep until something arrives, the file descriptor `wake` is readable, or a timer is due."""
         assert self._dealer is not None
-        poller = zmq.Poller()
-        for readable in (self._dealer.socket, self._dealer.monitor, wake):
-            poller.register(readable, zmq.POLLIN)
-        poller.poll(max(0, math.ceil(self._seconds_to_next_timer() * 1000)))
+        if self._poller is None:
+            self._poller = zmq.Poller()
+            for readable in (self._dealer.socket, self._dealer.monitor, wake):
+                self._poller.register(readable, zmq.POLLIN)
+        self._poller.poll(max(0, math.ceil(self._seconds_to_next_timer() * 1000)))
 
     def turn(self) -> None:
         """Handle what has arrived and what is due, and send what can go.

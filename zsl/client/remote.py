@@ -242,21 +242,22 @@ class _Crossing:
             self.real.check_padding_has_no_gradient(gradients)
         return self.sent(gradients)
 
+    @property
+    def _beside(self) -> dict[str, torch.Tensor | None]:
+        """What crosses beside the activations."""
+        return {
+            "attention_mask": self.attention_mask,
+            "position_ids": self.position_ids,
+            "lengths": None if self.real is None else self.real.lengths,
+        }
+
     def submit_forward(
         self, client: TrunkClient, activations: torch.Tensor, *, keep: bool
     ) -> tuple[Step, Future[Message]]:
-        return client.submit_forward(
-            self.sent(activations),
-            attention_mask=self.attention_mask,
-            position_ids=self.position_ids,
-            lengths=None if self.real is None else self.real.lengths,
-            keep=keep,
-        )
+        return client.submit_forward(self.sent(activations), keep=keep, **self._beside)
 
     def forward(self, client: TrunkClient, activations: torch.Tensor, *, keep: bool) -> Step:
-        step, future = self.submit_forward(client, activations, keep=keep)
-        client.finish_forward(step, client.wait(future))
-        return step
+        return client.forward(self.sent(activations), keep=keep, **self._beside)
 
 
 class _TrunkFunction(torch.autograd.Function):

@@ -18,7 +18,7 @@ from typing import Self
 import torch
 
 from zsl.client.connection import Connection
-from zsl.client.link import Pending
+from zsl.client.link import Build, Pending
 from zsl.errors import ChangedError, InternalError
 from zsl.wire.frames import Frame, Message
 from zsl.wire.messages import (
@@ -158,10 +158,8 @@ class TrunkClient:
 
         Raises `ZslError`: the request was refused, timed out, or the connection was lost for good.
         """
-        step, future = self.submit_forward(
-            activations, attention_mask=attention_mask, position_ids=position_ids, lengths=lengths, keep=keep
-        )
-        self.finish_forward(step, self.wait(future))
+        step, build, nbytes = self._forward(activations, attention_mask, position_ids, lengths, keep)
+        self.finish_forward(step, self._connection.call(step.request, build, nbytes=nbytes))
         return step
 
     def backward(self, step: Step, gradients: torch.Tensor, *, activations: torch.Tensor | None = None) -> Answer:
@@ -169,7 +167,8 @@ class TrunkClient:
 
         `activations`: those of the forward, if the step was made to forget them.
         """
-        return read_answer(self.wait(self.submit_backward(step, gradients, activations=activations)))
+        request, build = self._backward(step, gradients, activations)
+        return read_answer(self._connection.call(request, build, nbytes=gradients.nbytes))
 
     def status(self) -> Status:
         """What the daemon serves, and how busy it is."""
@@ -188,6 +187,18 @@ class TrunkClient:
         keep: bool = False,
     ) -> tuple[Step, Future[Message]]:
         """`forward` without the wait: the step, and the future whose message `finish_forward` takes."""
+        step, build, nbytes = self._forward(activations, attention_mask, position_ids, lengths, keep)
+        return step, self._connection.submit(step.request, build, nbytes=nbytes)
+
+    def _forward(
+        self,
+        activations: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        lengths: torch.Tensor | None,
+        keep: bool,
+    ) -> tuple[Step, Build, int]:
+        """A step, what makes its FORWARD, and the bytes of that."""
         step = Step(self._connection, activations, attention_mask, position_ids, lengths)
         request = step.request
         encoded = encode_tensors(step.inputs())
@@ -206,8 +217,7 @@ class TrunkClient:
             )
             return header, buffers
 
-        nbytes = sum(len(buffer) for buffer in encoded[1])
-        return step, self._connection.submit(request, build, nbytes=nbytes)
+        return step, build, sum(len(buffer) for buffer in encoded[1])
 
     def wait(self, future: Future[Message]) -> Message:
         """The message that a submitted request's future brings. Raises `ZslError`."""
@@ -221,6 +231,11 @@ class TrunkClient:
         self, step: Step, gradients: torch.Tensor, *, activations: torch.Tensor | None = None
     ) -> Future[Message]:
         """`backward` without the wait. The message's tensor is the gradient."""
+        request, build = self._backward(step, gradients, activations)
+        return self._connection.submit(request, build, nbytes=gradients.nbytes)
+
+    def _backward(self, step: Step, gradients: torch.Tensor, activations: torch.Tensor | None) -> tuple[int, Build]:
+        """The id of a step's backward, and what makes its BACKWARD."""
         request = self._connection.new_request_id()
         # Encoded here, in the caller's thread: on a GPU the copy must follow what computes the gradients.
         inputs, encoded = encode_tensors(step.inputs(activations)), encode_tensors({"gradients": gradients})
@@ -240,7 +255,7 @@ class TrunkClient:
             )
             return header, [buffer for _, buffers in sent for buffer in buffers]
 
-        return self._connection.submit(request, build, nbytes=gradients.nbytes)
+        return request, build
 
     def close(self) -> None:
         """End the session. Calls that wait end with `ClosedError`."""

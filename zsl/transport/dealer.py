@@ -88,17 +88,15 @@ class Dealer:
 
     def receive(self) -> list[Frame] | None:
         """The next message, or None if none is here."""
-        try:
-            return [frame.buffer for frame in self.socket.recv_multipart(zmq.NOBLOCK, copy=False)]
-        except zmq.Again:
+        if not int(self.socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
             return None
+        return [frame.buffer for frame in self.socket.recv_multipart(zmq.NOBLOCK, copy=False)]
 
     def link_event(self) -> LinkEvent | None:
         """The next event of the connection, or None if nothing happened."""
-        try:
-            return _LINK_EVENTS.get(recv_monitor_message(self.monitor, zmq.NOBLOCK)["event"])
-        except zmq.Again:
+        if not int(self.monitor.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
             return None
+        return _LINK_EVENTS.get(recv_monitor_message(self.monitor, zmq.NOBLOCK)["event"])
 
     def close(self, *, linger_ms: int = LINGER_MS) -> None:
         """Close the socket, and the monitor before it: an open one would keep the context from ending."""

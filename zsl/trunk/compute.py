@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
 from zsl.errors import InternalError, OutOfMemoryError, WireError
 from zsl.trunk.attention import grouped
 from zsl.trunk.joining import Joined, alone, packed, stacked
-from zsl.trunk.middle import Graph, Middle, Pass
+from zsl.trunk.middle import Middle, Pass
 from zsl.trunk.products import Products
 from zsl.trunk.settings import TrunkTraits
+from zsl.trunk.stash import Shared, TorchStash, stashes_of
 from zsl.trunk.transfer import Transfer
 from zsl.trunk.work import Buffers, Done, Keep, Kind, Outcome, Work
 from zsl.wire.messages import Role
@@ -27,34 +27,6 @@ logger = logging.getLogger(__name__)
 
 _WITH_PRODUCTS = (Keep.PRODUCTS, Keep.GRAPH_AND_PRODUCTS)
 _WITH_GRAPH = (Keep.GRAPH, Keep.GRAPH_AND_PRODUCTS)
-
-
-@dataclass(frozen=True, slots=True)
-class TorchStash:
-    """The inputs of a step, and what else is kept of its forward."""
-
-    inputs: Pass
-    reply_dtype: torch.dtype
-    products: Products | None = None
-    graph: Graph | None = None
-
-    @property
-    def nbytes(self) -> int:
-        kept = (self.inputs, self.products, self.graph)
-        return sum(part.nbytes for part in kept if part is not None)
-
-    @property
-    def keep(self) -> Keep:
-        if self.graph is not None:
-            return Keep.GRAPH if self.products is None else Keep.GRAPH_AND_PRODUCTS
-        return Keep.INPUT if self.products is None else Keep.PRODUCTS
-
-    def demoted(self) -> TorchStash | None:
-        if self.graph is not None:
-            return TorchStash(self.inputs, self.reply_dtype, self.products)
-        if self.products is not None:
-            return TorchStash(self.inputs, self.reply_dtype)
-        return None
 
 
 class TorchCompute:
@@ -96,69 +68,96 @@ class TorchCompute:
         return self._forward(works) if works[0].kind is Kind.FORWARD else self._backward(works)
 
     def _forward(self, works: Sequence[Work]) -> list[Done]:
-        stashes = [self._input_stash(work) for work in works]
-        joined = self._joined(works, stashes)
-        keeps = {work.keep for work in works}
-        with_products = not keeps.isdisjoint(_WITH_PRODUCTS)
+        parts = [self._inputs(work) for work in works]
+        joined = self._joined(works, parts)
+        keeps = [work.keep for work in works]
+        with_products = not set(keeps).isdisjoint(_WITH_PRODUCTS)
         graph = products = None
-        if len(works) == 1 and works[0].keep in _WITH_GRAPH:
+        if set(keeps) <= set(_WITH_GRAPH):
             graph, products = self._middle.graph_to_keep(joined.inputs, with_products=with_products)
             output = graph.output.detach()
         elif with_products:
             output, products = self._middle.forward_with_products(joined.inputs)
         else:
             output = self._middle.forward(joined.inputs)
-        kept = joined.split_products(products) if products is not None else [None] * len(works)
-        for index, work in enumerate(works):
-            own = kept[index] if work.keep in _WITH_PRODUCTS else None
-            stashes[index] = TorchStash(stashes[index].inputs, stashes[index].reply_dtype, own, graph)
-        replies = self._replies("activations", joined.split(output), stashes)
-        return [
-            Done(reply, stash if work.keep is not Keep.NOTHING else None)
-            for work, reply, stash in zip(works, replies, stashes, strict=True)
-        ]
+        dtypes = [_reply_dtype(work) for work in works]
+        replies = self._replies("activations", joined.split(output), dtypes)
+        stashes = stashes_of(joined, parts, dtypes, keeps, graph, products)
+        return [Done(reply, stash) for reply, stash in zip(replies, stashes, strict=True)]
 
     def _backward(self, works: Sequence[Work]) -> list[Done]:
-        stashes = [self._held_stash(work) for work in works]
-        joined = self._joined(works, stashes)
+        stashes = [self._stash(work) for work in works]
         tensors = self._transfer.to_device([decode_tensor(*work.buffers["gradients"]) for work in works])
-        gradients = joined.join([tensor.to(self._middle.dtype) for tensor in tensors])
-        graph = stashes[0].graph if len(works) == 1 else None
-        if graph is None:
-            products = [stash.products for stash in stashes if stash.products is not None]
-            complete = len(products) == len(stashes)
-            graph = self._middle.graph(joined.inputs, joined.join_products(products) if complete else None)
-        replies = self._replies("gradients", joined.split(graph.gradients(gradients)), stashes)
+        tensors = [tensor.to(self._middle.dtype) for tensor in tensors]
+        results = _through_common_graph(stashes, tensors)
+        if results is None:
+            joined = self._joined(works, [stash.inputs for stash in stashes])
+            products = _products_of(stashes)
+            graph = self._middle.graph(joined.inputs, None if products is None else joined.join_products(products))
+            results = joined.split(graph.gradients(joined.join(tensors)))
+        replies = self._replies("gradients", results, [stash.reply_dtype for stash in stashes])
         return [Done(reply) for reply in replies]
 
-    def _joined(self, works: Sequence[Work], stashes: Sequence[TorchStash]) -> Joined:
-        parts = [stash.inputs for stash in stashes]
+    def _joined(self, works: Sequence[Work], parts: Sequence[Pass]) -> Joined:
         shared = self._pass_tokens and works[0].shape.packable and works[0].shape.total_tokens <= self._pass_tokens
         if shared or (self.traits.packs and len(parts) > 1):
             return packed(parts, pass_tokens=self._pass_tokens)
         return alone(parts[0]) if len(parts) == 1 else stacked(parts)
 
-    def _held_stash(self, work: Work) -> TorchStash:
+    def _stash(self, work: Work) -> TorchStash:
+        """What was kept for a backward, or what it brings along."""
         if work.stash is None:
-            return self._input_stash(work)
+            inputs = self._inputs(work)
+            return TorchStash(inputs, _reply_dtype(work), inputs.nbytes)
         assert isinstance(work.stash, TorchStash)
         return work.stash
 
-    def _input_stash(self, work: Work) -> TorchStash:
+    def _inputs(self, work: Work) -> Pass:
         buffers, shape = work.buffers, work.shape
         roles: list[Role] = [role for role in ("activations", "attention_mask", "position_ids") if role in buffers]
-        tensors = dict(
-            zip(roles, self._transfer.to_device([decode_tensor(*buffers[role]) for role in roles]), strict=True)
-        )
+        moved = self._transfer.to_device([decode_tensor(*buffers[role]) for role in roles])
+        tensors = dict(zip(roles, moved, strict=True))
         positions = tensors.get("position_ids")
-        inputs = Pass(
+        return Pass(
             activations=tensors["activations"].to(self._middle.dtype),
             attention_mask=tensors.get("attention_mask"),
             position_ids=None if positions is None else positions.long(),
             groups=grouped(shape.lengths) if "lengths" in buffers else None,
         )
-        return TorchStash(inputs, TORCH_DTYPES[buffers["activations"][0].dtype])
 
-    def _replies(self, role: Role, tensors: Sequence[torch.Tensor], stashes: Sequence[TorchStash]) -> list[Buffers]:
-        replies = [tensor.to(stash.reply_dtype) for tensor, stash in zip(tensors, stashes, strict=True)]
+    def _replies(self, role: Role, tensors: Sequence[torch.Tensor], dtypes: Sequence[torch.dtype]) -> list[Buffers]:
+        replies = [tensor.to(dtype) for tensor, dtype in zip(tensors, dtypes, strict=True)]
         return [{role: encode_tensor(role, tensor)} for tensor in self._transfer.to_host(replies)]
+
+
+def _reply_dtype(work: Work) -> torch.dtype:
+    return TORCH_DTYPES[work.buffers["activations"][0].dtype]
+
+
+def _through_common_graph(
+    stashes: Sequence[TorchStash], gradients: Sequence[torch.Tensor]
+) -> list[torch.Tensor] | None:
+    """The results by the graph of the forward that these requests, and no others, have shared; None without one."""
+    shared = stashes[0].shared
+    if shared is None or len(stashes) != shared.members or any(stash.shared is not shared for stash in stashes):
+        return None
+    graph, shared.graph = shared.graph, None
+    if graph is None:
+        return None
+    places = [stash.member for stash in stashes]
+    by_member = dict(zip(places, gradients, strict=True))
+    results = shared.joined.split(graph.gradients(shared.joined.join([by_member[m] for m in range(shared.members)])))
+    return [results[member] for member in places]
+
+
+def _products_of(stashes: Sequence[TorchStash]) -> list[Products] | None:
+    """The products of all requests of a backward, or None if one has none. Who stays behind gets its own."""
+    found = [None if stash.shared is None else stash.shared.products_of(stash.member) for stash in stashes]
+    leaving: dict[int, tuple[Shared, list[int]]] = {}
+    for stash in stashes:
+        if stash.shared is not None:
+            leaving.setdefault(id(stash.shared), (stash.shared, []))[1].append(stash.member)
+    for shared, members in leaving.values():
+        shared.part_with(members)
+    products = [one for one in found if one is not None]
+    return products if len(products) == len(stashes) else None

@@ -34,11 +34,13 @@ class Products:
         return sum(output.nbytes for output in self.outputs)
 
     def split(self, sizes: Sequence[int]) -> list[Products]:
-        """The products of each of the requests that shared a pass, in memory of their own."""
-        if len(sizes) == 1:
-            return [self]
+        """The products of each of the requests that shared a pass, in its memory."""
         parts = zip(*(output.split(list(sizes)) for output in self.outputs), strict=True)
-        return [Products(tuple(part.clone() for part in of_one)) for of_one in parts]
+        return [Products(of_one) for of_one in parts]
+
+    def copied(self) -> Products:
+        """The same in memory of their own."""
+        return Products(tuple(output.clone() for output in self.outputs))
 
     @staticmethod
     def joined(parts: Sequence[Products]) -> Products:

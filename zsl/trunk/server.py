@@ -319,22 +319,21 @@ class TrunkServer:
         if not jobs:
             return
         requests = [self._requests[job.key] for job in jobs]  # type: ignore[index]
-        alone = len(requests) == 1
-        self._worker.give(requests, [self._work(request, alone) for request in requests])
+        self._worker.give(requests, [self._work(request) for request in requests])
 
-    def _work(self, request: _Request, alone: bool) -> Work:
+    def _work(self, request: _Request) -> Work:
         stash = request.held.stash if request.held else None
-        return Work(request.kind, request.buffers, request.shape, self._keep(request, alone), stash)
+        return Work(request.kind, request.buffers, request.shape, self._keep(request), stash)
 
-    def _keep(self, request: _Request, alone: bool) -> Keep:
-        """What to keep of a forward. A backward that may share its pass needs products, one that runs alone a graph."""
+    def _keep(self, request: _Request) -> Keep:
+        """What to keep of a forward. A backward in other company than its forward needs products, else a graph."""
         if not request.keep:
             return Keep.NOTHING
         if not self._sessions.has_room:
             return Keep.INPUT
         if request.job.merge_key is None:
             return Keep.GRAPH
-        return Keep.GRAPH_AND_PRODUCTS if alone and not self._traits.deterministic else Keep.PRODUCTS
+        return Keep.PRODUCTS if self._traits.deterministic else Keep.GRAPH_AND_PRODUCTS
 
     def _finish_batch(self, batch: Finished[_Request]) -> None:
         self._scheduler.charge([request.job for request in batch.tickets], batch.ended - batch.started)

@@ -103,7 +103,7 @@ class Sessions:
         session = self._sessions.pop(session_id, None)
         if session is not None:
             for step in list(session.held):
-                self.take(session, step)
+                self._drop(session, step)
             self._inflight_bytes -= session.inflight_bytes
         return session
 
@@ -142,8 +142,9 @@ class Sessions:
         """
         if step in session.abandoned:
             session.abandoned.discard(step)
+            held.stash.drop()
             return
-        self.take(session, step)
+        self._drop(session, step)
         self._put(session, step, held, next(self._arrivals))
         while self._held_bytes > self._stash_memory_bytes:
             costliest = next(keys for keep in _COSTLIEST_FIRST if (keys := self._held_by_keep[keep]))
@@ -166,9 +167,14 @@ class Sessions:
 
     def release(self, session: Session, step: int) -> None:
         """The client will ask no backward for this step, which may still be in flight."""
-        self.take(session, step)
+        self._drop(session, step)
         if step in session.inflight:
             session.abandoned.add(step)
+
+    def _drop(self, session: Session, step: int) -> None:
+        held = self.take(session, step)
+        if held is not None:
+            held.stash.drop()
 
     def _put(self, session: Session, step: int, held: Held, arrival: int) -> None:
         session.held[step] = held

@@ -31,7 +31,7 @@ class Keep(Enum):
     NOTHING = 0
     INPUT = 1  # the backward computes the forward again
     PRODUCTS = 2  # and what the linear layers gave: it computes only what is between them again
-    GRAPH = 3  # autograd's graph instead: the backward goes at once, but can share no pass
+    GRAPH = 3  # autograd's graph instead: the backward goes at once, with those that shared the forward or not at all
     GRAPH_AND_PRODUCTS = 4  # whichever the backward can use
 
 
@@ -65,6 +65,10 @@ class Stash(Protocol):
 
     def demoted(self) -> Stash | None:
         """What is left when the costliest thing in it is given up; None if that was the input."""
+        ...
+
+    def drop(self) -> None:
+        """It will not be used; what it shares with others may be given up."""
         ...
 
 

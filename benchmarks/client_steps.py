@@ -1,0 +1,96 @@
+"""A step of a benchmark's client, for each kind and each place of the model's middle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import cache
+from time import perf_counter
+from typing import Any
+
+import torch
+from trainee import trainee
+from turns import StepSeconds, Turn
+
+import zsl
+from zsl.split.cut import parse_cut
+from zsl.split.loading import load_whole
+from zsl.split.reference import resolve
+from zsl.split.stack import layer_count
+
+Step = Callable[[], StepSeconds]
+
+resolved = cache(resolve)
+
+
+@contextmanager
+def client_step(turn: Turn, seed: int, merged: list[int]) -> Iterator[Step]:
+    """What the client does in each step of a turn. The daemon's answers add to `merged`."""
+    with ExitStack() as stack:
+        yield (_trunk_step if turn.kind == "trunk" else _whole_step)(turn, seed, merged, stack)
+
+
+def _trunk_step(turn: Turn, seed: int, merged: list[int], stack: ExitStack) -> Step:
+    """To the trunk and back, with nothing around it.
+
+    The tensors are normal: what dense layers cost does not depend on the values.
+    """
+    shape = (turn.rows, turn.tokens, resolved(turn.model).config.get_text_config().hidden_size)
+    random = torch.Generator().manual_seed(seed)
+    activations, gradients = torch.randn(shape, generator=random), torch.randn(shape, generator=random)
+    forward: Callable[[torch.Tensor], Any]
+    backward: Callable[[Any, torch.Tensor], Any]
+    if turn.through == "grpc":
+        from baselines.grpc_trunk import GrpcTrunk  # here, or it would count in the memory of all others
+
+        grpc = stack.enter_context(GrpcTrunk(str(turn.endpoint)))
+        forward, backward = (lambda tensor: grpc.forward(tensor)[0]), grpc.backward
+    else:
+        trunk = stack.enter_context(zsl.TrunkClient(str(turn.endpoint)))
+        trunk.connect(cut=parse_cut(turn.cut))
+        _note_merged(trunk, merged)
+        forward, backward = (lambda tensor: trunk.forward(tensor, keep=True)), trunk.backward
+
+    def step() -> StepSeconds:
+        began = perf_counter()
+        kept = forward(activations)
+        forwarded = perf_counter()
+        backward(kept, gradients)
+        ended = perf_counter()
+        return StepSeconds(forwarded - began, ended - forwarded, ended - began)
+
+    return step
+
+
+def _whole_step(turn: Turn, seed: int, merged: list[int], stack: ExitStack) -> Step:
+    """Training on random tokens, with LoRA on the layers outside the cut."""
+    reference, cut = resolved(turn.model), parse_cut(turn.cut)
+    if turn.through == "local":
+        model = load_whole(reference)
+    else:
+        trunk = zsl.RemoteTrunk(str(turn.endpoint))
+        stack.callback(trunk.close)
+        model = zsl.load_client(reference, trunk, cut=cut)
+        _note_merged(trunk.client, merged)
+    layers = [layer for layer in range(layer_count(reference.config)) if not cut.start <= layer < cut.stop]
+    trains = trainee(model, layers, seed)
+    random = torch.Generator().manual_seed(seed)
+    ids = torch.randint(reference.config.get_text_config().vocab_size, (turn.rows, turn.tokens), generator=random)
+    return lambda: trains.step(ids)[1]
+
+
+def _note_merged(trunk: zsl.TrunkClient, merged: list[int]) -> None:
+    """Have every answer add to `merged` how many requests shared its pass; a model would throw that away."""
+    forward, backward = trunk.forward, trunk.backward
+
+    def forward_and_note(*arguments: Any, **options: Any) -> Any:
+        step = forward(*arguments, **options)
+        merged.append(step.answer.merged)
+        return step
+
+    def backward_and_note(*arguments: Any, **options: Any) -> Any:
+        answer = backward(*arguments, **options)
+        merged.append(answer.merged)
+        return answer
+
+    trunk.forward, trunk.backward = forward_and_note, backward_and_note  # type: ignore[method-assign]

@@ -1,0 +1,59 @@
+"""What a benchmark and its client processes tell each other: lines of JSON over the client's stdin and stdout.
+
+    client   {}                     torch, transformers and peft are imported, and nothing else
+    parent   a `Turn`               take part in this measurement
+    client   {"step_seconds": …}    built, and warm; how long a step took
+    parent   {"seconds": …}         begin, for so long
+    client   a `Window`             what was done; then the next turn, or the end of stdin
+
+Imports no torch: the parent does not need it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["trunk", "whole"]
+Through = Literal["zsl", "grpc", "local"]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What to do in each step.
+
+    `kind`: `trunk` sends tensors to a trunk and back, `whole` trains a model. `through`: where the model's middle is,
+    at `endpoint` behind one of the two protocols, or here.
+    """
+
+    kind: Kind
+    through: Through
+    endpoint: str | None
+    model: str
+    cut: str
+    rows: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class StepSeconds:
+    """How long a step took. The rest of `total` is the optimizer's."""
+
+    forward: float
+    backward: float
+    total: float
+
+
+@dataclass(frozen=True)
+class Window:
+    """What one client did in its seconds.
+
+    `steps`: how many; the one that the end cuts counts for the part of it that lay before. The lists have an entry for
+    each step that was begun. `merged`: for each answer, how many requests shared its pass.
+    """
+
+    steps: float
+    forward_seconds: list[float]
+    backward_seconds: list[float]
+    step_seconds: list[float]
+    merged: list[int]
