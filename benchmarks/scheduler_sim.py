@@ -332,7 +332,7 @@ def mixed(policy: str, costs: Costs, clients: int) -> dict[str, float]:
     """A tenth floods, the others mice."""
     floods = max(clients // 10, 1)
     simulation = Simulation(make_policy(policy, costs), costs, [FLOOD] * floods + [MOUSE] * (clients - floods))
-    outcome = simulation.run(batches=max(2_000, clients))
+    outcome = simulation.run(batches=max(5_000, clients))
     jobs = len(outcome.answered)
     return {
         "steps_per_s": sum(one.kind is Kind.BACKWARD for one in outcome.answered) / outcome.elapsed_seconds,

@@ -1,7 +1,7 @@
 """Training through a long line: steps with 1, 2 and 4 micro-batches in flight, over what the line's bandwidth allows.
 
     python benchmarks/wan.py                    100 Mbit/s each way, round trips of 20 and 100 ms; about two minutes
-    python benchmarks/wan.py --steps 3
+    python benchmarks/wan.py --steps 3          the median of three steps each; about five minutes
 
 Client → `shaped_link.py` → `zsl-trunkd`, each in a process of its own. The limit is the time that the line needs for
 the bytes that did pass in the busier direction, and nothing else: no delay, no computing. The model is wide and does
@@ -56,8 +56,9 @@ CONFIG = LlamaConfig(
 # computing. A full direction does a micro-batch each 2 S / B, so four in flight fill it if
 #     4 x 2 S / B >= 4 S / B + 2 R + c,   that is   S / B >= R / 2 + c / 4.
 # With B = 12.5 MB/s, R = 100 ms and c = 100 ms that is S >= 0.94 MB. The default, 2 x 256 tokens of 1024 numbers, is
-# 1.05 MB in bfloat16. A step of n micro-batches then takes about (2 n + 2) S / B + 2 R + c, the line's part of it
-# 2 n S / B: with n = 16 at most 0.85 of the limit can be reached.
+# 1.05 MB in bfloat16. Even then a step of n micro-batches takes more than the 2 n S / B of the limit: its last tensor
+# has still to come back, (2 n + 1) S / B + R, and nothing crosses while its first bottom and its last are computed.
+# With n = 16 and 50 ms for those, 0.92 of the limit can be reached.
 ROWS, TOKENS = 2, 256
 
 Counts = dict[str, int]
@@ -72,7 +73,7 @@ class Measured:
     down_bytes: float
 
 
-def main_loop_step(trained: Trainee, samples: list[torch.Tensor], overlap: int) -> None:
+def optimizer_step(trained: Trainee, samples: list[torch.Tensor], overlap: int) -> None:
     """One optimizer step over all samples, as `OverlapMixin` takes it."""
 
     def micro_batch(ids: torch.Tensor) -> None:
@@ -113,7 +114,7 @@ def client_at(endpoint: str, checkpoint: Path, wire_dtype: torch.dtype, sample: 
     """A warm client with LoRA on its layers."""
     trunk = zsl.RemoteTrunk(endpoint, wire_dtype=wire_dtype)
     trained = trainee(zsl.load_client(str(checkpoint), trunk), OUTER_LAYERS)
-    main_loop_step(trained, [sample], overlap=1)
+    optimizer_step(trained, [sample], overlap=1)
     yield trained
     trunk.close()
 
@@ -151,7 +152,7 @@ def main(micro_batches: int, tokens: int, steps: int, out: Path) -> None:
         compute_seconds = {}
         for name, dtype in WIRE_DTYPES.items():
             with client_at(endpoint, checkpoint, dtype, samples[0]) as trained:
-                step = partial(main_loop_step, trained, samples, overlap=1)
+                step = partial(optimizer_step, trained, samples, overlap=1)
                 compute_seconds[name] = measure(step, steps, lambda: {"up": 0, "down": 0}).seconds
         for round_trip_ms in ROUND_TRIPS_MS:
             link_arguments = ("--round-trip-ms", str(round_trip_ms), "--mbit-per-second", str(MBIT_PER_SECOND))
@@ -160,7 +161,7 @@ def main(micro_batches: int, tokens: int, steps: int, out: Path) -> None:
                 for name, dtype in WIRE_DTYPES.items():
                     with client_at(f"127.0.0.1:{link['port']}", checkpoint, dtype, samples[0]) as trained:
                         for overlap in OVERLAPS:
-                            step = partial(main_loop_step, trained, samples, overlap=overlap)
+                            step = partial(optimizer_step, trained, samples, overlap=overlap)
                             measured = measure(step, steps, partial(counts_at, link["counts_port"]))
                             line_seconds = max(measured.up_bytes, measured.down_bytes) * 8 / 1e6 / MBIT_PER_SECOND
                             setting = {"round_trip_ms": round_trip_ms, "wire_dtype": name, "overlap": overlap}
@@ -178,7 +179,7 @@ def main(micro_batches: int, tokens: int, steps: int, out: Path) -> None:
                             if setting == AIM:
                                 note_aim(report, line_seconds / measured.seconds)
     report.note("compute_step_s: a step with one micro-batch in flight, directly at the daemon.")
-    report.note("share_of_limit: also a step that is never late fills and drains the line; see ROWS, TOKENS.")
+    report.note("share_of_limit: a step fills and drains the line, so that 1 is out of reach; see the comment at ROWS.")
     report.publish()
     report.plot_bars(
         "line",

@@ -22,8 +22,8 @@ from transformers.masking_utils import AttentionMaskInterface, causal_mask_funct
 
 IMPLEMENTATION = "zsl_segments"
 
-# Up to this length the whole matrix of scores is cheaper than the flash kernel, in float32 backward and in bfloat16
-# altogether: at 8 x 16 tokens and 9 heads the CPU's flash kernel takes 5.4 ms for a bfloat16 backward, this 0.8 ms.
+# Up to this length the whole matrix of scores is cheaper than the CPU's flash kernel in half precision: for 8 x 16
+# tokens and 9 heads that takes 5.4 ms for a bfloat16 backward, the scores 0.8 ms.
 MAX_SCORES_LENGTH = 512
 
 
@@ -48,9 +48,10 @@ class GroupMasks:
 
     groups: tuple[Group, ...]
     masks: tuple[torch.Tensor | None, ...]
+    flash: bool  # whether a flash kernel may be used
 
 
-_groups: ContextVar[tuple[Group, ...] | None] = ContextVar("groups", default=None)
+_packing: ContextVar[tuple[tuple[Group, ...], bool] | None] = ContextVar("packing", default=None)
 
 
 def grouped(lengths: Sequence[int]) -> tuple[Group, ...]:
@@ -65,20 +66,23 @@ def grouped(lengths: Sequence[int]) -> tuple[Group, ...]:
 
 
 @contextmanager
-def segments_attention(config: Any, groups: tuple[Group, ...] | None) -> Iterator[None]:
-    """Within it, the model of `config` uses the attention of this file, for a row packed from `groups`."""
+def segments_attention(config: Any, groups: tuple[Group, ...] | None, *, flash: bool = True) -> Iterator[None]:
+    """Within it, the model of `config` uses the attention of this file, for a row packed from `groups`.
+
+    Not `flash`: with no kernel whose rounding depends on how many sequences it is given.
+    """
     before = config._attn_implementation
-    token = _groups.set(groups)
+    token = _packing.set(None if groups is None else (groups, flash))
     config._attn_implementation = IMPLEMENTATION
     try:
         yield
     finally:
         config._attn_implementation = before
-        _groups.reset(token)
+        _packing.reset(token)
 
 
 def flash_is_slow(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether even requests that run alone should not use the flash kernel of `sdpa`."""
+    """Whether the flash kernel of `sdpa` is the slower one, so that even requests that run alone should not use it."""
     return device.type == "cpu" and dtype != torch.float32
 
 
@@ -86,14 +90,16 @@ def _mask(
     batch_size: int, q_length: int, kv_length: int, mask_function: Any = causal_mask_function, **arguments: Any
 ) -> torch.Tensor | GroupMasks | None:
     """A mask as transformers asks for it, or one for each group of a packed row."""
-    groups = _groups.get()
-    if groups is None:
+    packing = _packing.get()
+    if packing is None:
         return _whole_mask(batch_size, q_length, kv_length, mask_function=mask_function, **arguments)
+    groups, flash = packing
     for irrelevant in ("attention_mask", "q_offset", "kv_offset"):
         arguments.pop(irrelevant, None)
     return GroupMasks(
         groups,
         tuple(_whole_mask(1, group.length, group.length, mask_function=mask_function, **arguments) for group in groups),
+        flash,
     )
 
 
@@ -117,14 +123,14 @@ def _attention(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if not isinstance(attention_mask, GroupMasks):
-        return _attend(query, key, value, attention_mask, scale, causal, softcap).transpose(1, 2), None
+        return _attend(query, key, value, attention_mask, scale, causal, softcap, flash=True).transpose(1, 2), None
     outputs, start = [], 0
     for group, mask in zip(attention_mask.groups, attention_mask.masks, strict=True):
         q, k, v = (_rows_of(tensor, start, group) for tensor in (query, key, value))
-        outputs.append(_attend(q, k, v, mask, scale, causal, softcap).transpose(1, 2).flatten(0, 1))
+        attended = _attend(q, k, v, mask, scale, causal, softcap, flash=attention_mask.flash)
+        outputs.append(attended.transpose(1, 2).flatten(0, 1))
         start += group.tokens
-    attended = torch.cat(outputs)
-    return attended.unsqueeze(0), None  # [1, tokens, heads, dim]
+    return torch.cat(outputs).unsqueeze(0), None  # [1, tokens, heads, dim]
 
 
 def _rows_of(packed: torch.Tensor, start: int, group: Group) -> torch.Tensor:
@@ -142,10 +148,13 @@ def _attend(
     scale: float,
     causal: bool,
     softcap: float | None,
+    *,
+    flash: bool,
 ) -> torch.Tensor:
     """`[rows, heads, length, dim]`; key and value may have fewer heads."""
     length = query.shape[2]
-    if softcap is None and (query.dtype == torch.float32 or query.is_cuda or length > MAX_SCORES_LENGTH):
+    slow = flash_is_slow(query.dtype, query.device) and length <= MAX_SCORES_LENGTH
+    if flash and softcap is None and not slow:
         attended: torch.Tensor = F.scaled_dot_product_attention(
             query,
             key,

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 # A batch is large enough when the fixed part is at most this share of it.
 SATURATED_SHARE = 0.1
-# Two requests are worth merging when that saves at least this share of their time.
+# So many requests are worth merging when that saves at least this share of their time.
+MERGED_REQUESTS = 4
 WORTHWHILE_SHARE = 0.1
 MIN_BATCH_TOKENS, MAX_BATCH_TOKENS = 64, 4096
 
@@ -65,22 +66,18 @@ def fit_cost(samples: Sequence[tuple[int, float]]) -> PassCost:
 def batch_limits(costs: Costs) -> BatchLimits:
     """The batch sizes that a trunk of these costs gains by.
 
-    The budget is where a forward's fixed part has become `SATURATED_SHARE` of it. The knee is the size of two
-    equal requests that still save `WORTHWHILE_SHARE` of the time of their steps by sharing both passes: alone a step
-    costs forward + backward, merged it saves one fixed part of two but computes from products what a graph would hold.
+    The budget is where a forward's fixed part has become `SATURATED_SHARE` of it. The knee is the size at which
+    `MERGED_REQUESTS` equal requests still save `WORTHWHILE_SHARE` of the time of their steps by sharing both passes:
+    alone a step costs forward + backward; merged, all but one fixed part is saved, but the backward computes from
+    products what a graph would hold. A request over a quarter of the budget runs alone in any case.
     """
     saturated = costs.forward.fixed_seconds * (1 - SATURATED_SHARE) / SATURATED_SHARE
     budget = min(max(round(saturated / costs.forward.seconds_per_token), MIN_BATCH_TOKENS), MAX_BATCH_TOKENS)
     alone = costs.forward + costs.backward
     merged = costs.forward + costs.backward_from_products
-    # 2 alone(t) - merged(2t) = WORTHWHILE_SHARE * 2 alone(t), solved for t
-    keep = 1 - WORTHWHILE_SHARE
-    gain = 2 * keep * alone.fixed_seconds - merged.fixed_seconds
-    loss_per_token = 2 * (merged.seconds_per_token - keep * alone.seconds_per_token)
-    if gain <= 0:
-        knee = 0
-    elif loss_per_token <= 0:
-        knee = budget // 2
-    else:
-        knee = min(int(gain / loss_per_token), budget // 2)
-    return BatchLimits(budget, knee)
+    # n alone(t) - merged(n t) = WORTHWHILE_SHARE * n alone(t), solved for t
+    keep = MERGED_REQUESTS * (1 - WORTHWHILE_SHARE)
+    gain = keep * alone.fixed_seconds - merged.fixed_seconds
+    loss_per_token = MERGED_REQUESTS * merged.seconds_per_token - keep * alone.seconds_per_token
+    knee = budget if loss_per_token <= 0 else max(int(gain / loss_per_token), 0)
+    return BatchLimits(budget, min(knee, budget // MERGED_REQUESTS))

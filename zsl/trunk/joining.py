@@ -86,7 +86,7 @@ def packed(parts: Sequence[Pass], *, pass_tokens: int = 0) -> Joined:
     if filling:
         lengths.append(filling)
         positions.append(torch.arange(filling, device=activations.device))
-    inputs = Pass(activations.unsqueeze(0), None, torch.cat(positions).unsqueeze(0), grouped(lengths))
+    inputs = Pass(activations.unsqueeze(0), None, torch.cat(positions).unsqueeze(0), grouped(lengths), pass_tokens > 0)
     return Joined(inputs, tuple(order), tuple((part.rows, part.tokens) for part in chosen), filling)
 
 

@@ -38,6 +38,7 @@ class Pass:
     attention_mask: torch.Tensor | None = None  # [rows, tokens]
     position_ids: torch.Tensor | None = None  # [rows or 1, tokens]
     groups: tuple[Group, ...] | None = None
+    invariant: bool = False  # no kernel may round otherwise for other company
 
     @property
     def rows(self) -> int:
@@ -172,7 +173,7 @@ class Middle:
             # Given, so that transformers does not look for sequences in the positions; it is not used.
             mask = torch.ones(activations.shape[:2], dtype=torch.bool, device=self.device)
         if inputs.groups is not None or self._own_attention:
-            attention = segments_attention(self._model.config, inputs.groups)
+            attention = segments_attention(self._model.config, inputs.groups, flash=not inputs.invariant)
         placeholder = torch.zeros((), dtype=self.dtype, device=self.device).expand(activations.shape)
         self._entering = activations
         try:

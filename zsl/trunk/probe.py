@@ -16,7 +16,9 @@ from zsl.trunk.joining import alone, packed
 from zsl.trunk.middle import Middle, Pass
 
 COST_TOKENS = (8, 96)
-COST_REPEATS = 4
+# Of repeated measurements the shortest counts; so many, or until so much time is spent.
+COST_REPEATS = 20
+COST_SECONDS = 0.5
 # Sequences of several requests: equal and different lengths, one of a single token.
 PACKING_LENGTHS = ((5,), (3, 3), (1,), (5,))
 COMPOSITIONS = 12
@@ -85,7 +87,10 @@ def measure_costs(middle: Middle, clock: Callable[[], float] = time.perf_counter
         gradient = torch.ones_like(part.activations)
         _, products = middle.forward_with_products(part)  # and warm up
         best = {name: float("inf") for name in samples}
+        begun = clock()
         for _ in range(COST_REPEATS):
+            if clock() - begun > COST_SECONDS:
+                break
             graph, forward_seconds = _timed(lambda: middle.graph(part), middle.device, clock)  # noqa: B023
             _, backward_seconds = _timed(lambda: graph.gradients(gradient), middle.device, clock)  # noqa: B023
             _, products_seconds = _timed(
