@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zsl.trunk.scheduler import Job, Scheduler
+from zsl.trunk.scheduler import AGED_BATCH_EVERY, Job, Scheduler
 from zsl.trunk.work import Kind
 
 BUDGET = 100
@@ -183,17 +183,43 @@ def test_a_tenant_that_comes_back_cannot_spend_what_it_did_not_use() -> None:
     assert 8 <= served.count("busy") <= 12
 
 
-def test_a_job_that_has_waited_too_long_goes_next_whatever_the_counters_say() -> None:
+def test_a_tenant_that_has_waited_too_long_is_served_whatever_the_counters_say() -> None:
     scheduler = Scheduler(max_batch_tokens=BUDGET, max_wait_seconds=10)
     scheduler.add(job("used a lot", merge_key=None), 0.0)
     scheduler.charge(scheduler.take_batch(0.0), 1000.0)
     scheduler.add(job("new", merge_key=None), 0.0)
     old = job("used a lot", merge_key=None)
     scheduler.add(old, 0.0)
+    scheduler._tenants["used a lot"].counter = 1000.0  # as if the others had been there when it was served
     for now in range(1, 10):
         scheduler.add(job(f"new {now}", merge_key=None), float(now))
         assert old not in scheduler.take_batch(float(now))
-    assert scheduler.take_batch(10.0) == [old]
+    served = []
+    for now in range(10, 10 + AGED_BATCH_EVERY):
+        scheduler.add(job(f"new {now}", merge_key=None), float(now))
+        served += scheduler.take_batch(float(now))
+    assert old in served
+
+
+def test_under_overload_when_everybody_waits_long_fairness_still_rules() -> None:
+    """A flood must not earn priority by ageing behind itself."""
+    scheduler = Scheduler(max_batch_tokens=BUDGET, max_wait_seconds=1)
+    for _ in range(200):
+        scheduler.add(job("flood", merge_key=None), 0.0)
+    now, waited = 100.0, []
+    for turn in range(20):
+        single = job("mouse", merge_key=None)
+        scheduler.add(single, now)
+        batches = 0
+        while True:
+            now, batches = now + 5.0, batches + 1
+            batch = scheduler.take_batch(now)
+            scheduler.charge(batch, 5.0)
+            if single in batch:
+                break
+        waited.append(batches)
+        assert batches <= 3, f"turn {turn}: {waited}"
+    assert sum(waited) <= 2.2 * len(waited)
 
 
 def test_a_tenant_that_is_forgotten_leaves_nothing_behind() -> None:

@@ -3,11 +3,13 @@
 - Work-conserving: whenever the device is free, what is queued goes. There is no waiting window.
 - Fair: every tenant has a counter of the device time that it has used, divided by its weight; the lowest goes first
   (the virtual token counter of Sheng et al., "Fairness in Serving Large Language Models", 2024, over measured cost
-  instead of tokens). A tenant that comes back from idling is lifted to the lowest counter of those that wait, so
-  that it cannot spend what it saved up.
+  instead of tokens). A tenant that comes back from idling is lifted to the counter that was last the lowest, so that
+  it cannot spend what it saved up.
 - A tenant's backwards go before its forwards: they end a step and free memory.
 - Small jobs of one kind share a pass up to a budget of tokens, gathered in the order of fairness.
-- Aging: a job that has waited for `max_wait_seconds` goes next, whatever the counters say.
+- Aging: of tenants that have had nothing for `max_wait_seconds`, the one that waits longest is served by one batch
+  in `AGED_BATCH_EVERY`, whatever the counters say. So a stream of newcomers cannot hold anyone back for ever, and under
+  overload, when everybody waits long, fairness still rules.
 """
 
 from __future__ import annotations
@@ -15,13 +17,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from heapq import heapify, heappop, heappush
+from heapq import heapify, heappop, heappush, heapreplace
 from itertools import count
 
 from zsl.trunk.work import Kind
 
-# So many tenants whose next job does not fit are passed over while one batch is gathered.
-MAX_PASSED_OVER = 64
+# So many tenants whose next job is too large for what is left of a batch are passed over while it is gathered.
+MAX_PASSED_OVER = 4
+AGED_BATCH_EVERY = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +48,64 @@ class Job:
 class _Tenant:
     weight: float
     counter: float = 0.0
-    jobs: dict[Kind, deque[Job]] = field(default_factory=lambda: {kind: deque() for kind in Kind})
+    waits_since: float = 0.0  # its last batch, or the end of its idling
+    forwards: deque[Job] = field(default_factory=deque)
+    backwards: deque[Job] = field(default_factory=deque)
+    place: dict[_Order, int] = field(default_factory=dict)  # its valid entry in each order that it is in
 
     @property
     def backlogged(self) -> bool:
-        return any(self.jobs.values())
+        return bool(self.backwards or self.forwards)
+
+    def queue(self, kind: Kind) -> deque[Job]:
+        return self.backwards if kind is Kind.BACKWARD else self.forwards
+
+
+class _Order:
+    """The tenants whose next job of a kind has a merge key, lowest counter first.
+
+    A tenant has one valid entry. If its counter has grown since, the entry is put right when it comes up.
+    """
+
+    __slots__ = ("_heap", "_kind", "_merge_key", "_ties")
+
+    def __init__(self, kind: Kind, merge_key: Hashable | None) -> None:
+        self._kind = kind
+        self._merge_key = merge_key
+        self._heap: list[tuple[float, int, _Tenant]] = []
+        self._ties = count()
+
+    def put(self, tenant: _Tenant) -> None:
+        """Put a tenant in; again, if its counter has become smaller."""
+        tie = tenant.place[self] = next(self._ties)
+        heappush(self._heap, (tenant.counter, tie, tenant))
+
+    def lowest(self) -> _Tenant | None:
+        """The first tenant; it stays in."""
+        heap = self._heap
+        while heap:
+            counter, tie, tenant = heap[0]
+            if tenant.place.get(self) != tie:
+                heappop(heap)
+                continue
+            queue = tenant.queue(self._kind)
+            if not queue or queue[0].merge_key != self._merge_key:
+                heappop(heap)
+                del tenant.place[self]
+            elif counter < tenant.counter:
+                tie = tenant.place[self] = next(self._ties)
+                heapreplace(heap, (tenant.counter, tie, tenant))
+            else:
+                return tenant
+        return None
+
+    def pop_lowest(self) -> _Tenant | None:
+        """The first tenant, taken out."""
+        tenant = self.lowest()
+        if tenant is not None:
+            heappop(self._heap)
+            del tenant.place[self]
+        return tenant
 
 
 class Scheduler:
@@ -61,12 +117,12 @@ class Scheduler:
         self._tenants: dict[Hashable, _Tenant] = {}
         self._queued: dict[Hashable, Job] = {}
         self._backlog_seconds = 0.0
-        # Tenants with a job of a kind, lowest counter first. Entries whose counter has changed since are stale.
-        self._order: dict[Kind, list[tuple[float, int, _Tenant]]] = {kind: [] for kind in Kind}
-        self._ages: deque[tuple[float, Job]] = deque()  # by arrival; entries of jobs that are gone are stale
+        self._orders: tuple[dict[Hashable, _Order], dict[Hashable, _Order]] = ({}, {})  # of backwards, of forwards
+        self._waits: deque[tuple[float, _Tenant]] = deque()  # by `waits_since`; stale where that has changed
         self._deadlines: list[tuple[float, int, Job]] = []
         self._ties = count()
-        self._floor = 0.0  # the counter of the tenant that was served last
+        self._batches = 0
+        self._floor = 0.0  # what the lowest counter was when it was last served
 
     def __len__(self) -> int:
         return len(self._queued)
@@ -80,17 +136,19 @@ class Scheduler:
         """Queue a job of a tenant of this weight. A key that is queued already keeps its place."""
         if job.key in self._queued:
             return
-        tenant = self._tenants.setdefault(job.tenant, _Tenant(weight))
+        tenant = self._tenants.get(job.tenant)
+        if tenant is None:
+            tenant = self._tenants[job.tenant] = _Tenant(weight)
         tenant.weight = weight
         if not tenant.backlogged:
-            tenant.counter = max(tenant.counter, self._lowest_counter())
-        queue = tenant.jobs[job.kind]
+            tenant.counter = max(tenant.counter, self._floor)
+            self._begin_wait(tenant, now)
+        queue = tenant.queue(job.kind)
         queue.append(job)
         if len(queue) == 1:
-            self._push(job.kind, tenant)
+            self._put(job.kind, tenant)
         self._queued[job.key] = job
         self._backlog_seconds += job.cost_seconds
-        self._ages.append((now, job))
         self._note_deadline(job)
 
     def discard(self, key: Hashable) -> bool:
@@ -98,8 +156,12 @@ class Scheduler:
         job = self._queued.get(key)
         if job is None:
             return False
-        queue = self._tenants[job.tenant].jobs[job.kind]
+        tenant = self._tenants[job.tenant]
+        queue = tenant.queue(job.kind)
+        was_next = queue[0] is job
         queue.remove(job)
+        if was_next and queue:
+            self._put(job.kind, tenant)
         self._forget(job)
         return True
 
@@ -124,23 +186,25 @@ class Scheduler:
         first = self._first(now)
         if first is None:
             return []
+        self._batches += 1
         batch, tokens = [first], first.tokens
-        self._take(first)
+        self._take(first, now)
         if first.merge_key is None or tokens >= self._max_batch_tokens:
             return batch
+        order = self._order(first.kind, first.merge_key)
         passed_over: list[_Tenant] = []
-        while len(passed_over) < MAX_PASSED_OVER and (tenant := self._pop_lowest(first.kind)) is not None:
-            job = tenant.jobs[first.kind][0]
-            if job.merge_key != first.merge_key or tokens + job.tokens > self._max_batch_tokens:
+        while len(passed_over) < MAX_PASSED_OVER and (tenant := order.pop_lowest()) is not None:
+            job = tenant.queue(first.kind)[0]
+            if tokens + job.tokens > self._max_batch_tokens:
                 passed_over.append(tenant)
                 continue
             batch.append(job)
             tokens += job.tokens
-            self._take(job)
+            self._take(job, now)
             if tokens == self._max_batch_tokens:
                 break
         for tenant in passed_over:
-            self._push(first.kind, tenant)
+            order.put(tenant)
         return batch
 
     def charge(self, batch: list[Job], seconds: float) -> None:
@@ -162,30 +226,45 @@ class Scheduler:
             heapify(self._deadlines)
 
     def _first(self, now: float) -> Job | None:
-        """The job that is due: one that has waited too long, else of the lowest tenant, its backward before."""
-        while self._ages:
-            arrived, oldest = self._ages[0]
-            if self._queued.get(oldest.key) is not oldest:
-                self._ages.popleft()
-                continue
-            if now - arrived < self._max_wait_seconds:
-                break
-            # Not before jobs of its own queue that came earlier: a tenant's order is kept.
-            return self._tenants[oldest.tenant].jobs[oldest.kind][0]
-        backward, forward = self._lowest(Kind.BACKWARD), self._lowest(Kind.FORWARD)
-        if backward is None and forward is None:
+        """The job that is due: of the tenant with the lowest counter, its backward before; or of one that has waited
+        too long."""
+        if self._batches % AGED_BATCH_EVERY == 0 and (aged := self._aged(now)) is not None:
+            return (aged.backwards or aged.forwards)[0]
+        lowest: _Tenant | None = None
+        kind = Kind.BACKWARD
+        for order_kind, orders in zip((Kind.BACKWARD, Kind.FORWARD), self._orders, strict=True):
+            for key, order in list(orders.items()):
+                tenant = order.lowest()
+                if tenant is None:
+                    del orders[key]
+                elif lowest is None or tenant.counter < lowest.counter:
+                    lowest, kind = tenant, order_kind
+        if lowest is None:
             return None
-        if forward is None or (backward is not None and backward.counter <= forward.counter):
-            assert backward is not None
-            return backward.jobs[Kind.BACKWARD][0]
-        return forward.jobs[Kind.FORWARD][0]
+        self._floor = max(self._floor, lowest.counter)
+        return lowest.queue(kind)[0]
 
-    def _take(self, job: Job) -> None:
+    def _aged(self, now: float) -> _Tenant | None:
+        """The tenant that has waited longest, if that is too long."""
+        while self._waits:
+            since, tenant = self._waits[0]
+            if since != tenant.waits_since or not tenant.backlogged:
+                self._waits.popleft()
+                continue
+            return tenant if now - since >= self._max_wait_seconds else None
+        return None
+
+    def _begin_wait(self, tenant: _Tenant, now: float) -> None:
+        tenant.waits_since = now
+        self._waits.append((now, tenant))
+
+    def _take(self, job: Job, now: float) -> None:
         """A job leaves its queue for a batch, and its tenant is charged what it is expected to take."""
         tenant = self._tenants[job.tenant]
-        assert tenant.jobs[job.kind].popleft() is job
+        assert tenant.queue(job.kind).popleft() is job
         self._forget(job)
-        self._floor = tenant.counter
+        if tenant.backlogged and tenant.waits_since != now:
+            self._begin_wait(tenant, now)
         self._add_to_counter(tenant, job.cost_seconds / tenant.weight)
 
     def _forget(self, job: Job) -> None:
@@ -194,29 +273,20 @@ class Scheduler:
 
     def _add_to_counter(self, tenant: _Tenant, amount: float) -> None:
         tenant.counter += amount
-        for kind in Kind:
-            if tenant.jobs[kind]:
-                self._push(kind, tenant)
+        for kind in (Kind.BACKWARD, Kind.FORWARD):
+            self._put(kind, tenant, again=amount < 0)
 
-    def _push(self, kind: Kind, tenant: _Tenant) -> None:
-        heappush(self._order[kind], (tenant.counter, next(self._ties), tenant))
+    def _put(self, kind: Kind, tenant: _Tenant, *, again: bool = False) -> None:
+        """See to it that a tenant stands in the order of its next job."""
+        queue = tenant.queue(kind)
+        if queue:
+            order = self._order(kind, queue[0].merge_key)
+            if again or order not in tenant.place:
+                order.put(tenant)
 
-    def _lowest(self, kind: Kind) -> _Tenant | None:
-        """The tenant with a job of this kind and the lowest counter; it stays in the order."""
-        order = self._order[kind]
-        while order:
-            counter, _, tenant = order[0]
-            if counter == tenant.counter and tenant.jobs[kind]:
-                return tenant
-            heappop(order)
-        return None
-
-    def _pop_lowest(self, kind: Kind) -> _Tenant | None:
-        tenant = self._lowest(kind)
-        if tenant is not None:
-            heappop(self._order[kind])
-        return tenant
-
-    def _lowest_counter(self) -> float:
-        lowest = [tenant.counter for kind in Kind if (tenant := self._lowest(kind)) is not None]
-        return min(lowest, default=self._floor)
+    def _order(self, kind: Kind, merge_key: Hashable | None) -> _Order:
+        orders = self._orders[0 if kind is Kind.BACKWARD else 1]
+        order = orders.get(merge_key)
+        if order is None:
+            order = orders[merge_key] = _Order(kind, merge_key)
+        return order
