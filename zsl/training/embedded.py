@@ -10,6 +10,7 @@ from typing import Self
 
 from zsl.trunk.assemble import TrunkPlan
 from zsl.trunk.costs import BatchLimits
+from zsl.trunk.memory import keep_freed_memory
 from zsl.trunk.server import TrunkServer
 
 START_SECONDS = 600.0
@@ -31,6 +32,7 @@ class EmbeddedTrunk:
         return self._started.result(0)[0]
 
     def __enter__(self) -> Self:
+        keep_freed_memory()
         self._thread.start()
         self._started.result(START_SECONDS)
         return self
