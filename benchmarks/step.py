@@ -1,5 +1,5 @@
 """Time of one training step (forward, backward, optimizer) of a split client and of the whole local model, in float32
-and in bfloat16. All have the same threads, and take turns: a ratio within a round is free of what the machine did beside.
+and in bfloat16. All have the same threads, and take turns: a ratio within a round is free of what else went on.
 
     python benchmarks/step.py                        SmolLM2-135M-Instruct, 2 x 128 tokens
     python benchmarks/step.py --model random:gpt2 --rounds 10

@@ -82,6 +82,22 @@ def test_every_option_comes_from_the_environment_too(checkpoints: Callable[..., 
     )
 
 
+@pytest.mark.parametrize("size", ["much", "4 parsecs", "-1GiB"])
+def test_a_malformed_size_is_exit_2_with_an_example(size: str) -> None:
+    finished = run("--stash-memory", size)
+    assert finished.returncode == 2
+    assert "4GiB" in finished.stderr and "Traceback" not in finished.stderr
+
+
+def test_batch_sizes_are_measured_or_given_and_shown(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
+    arguments = ["--model", str(checkpoints("llama")), "--cut", CUT]
+    with Daemon(*arguments, log=tmp_path / "log") as daemon:
+        assert 256 <= daemon.ready["max_batch_tokens"] <= 4096 and daemon.ready["packs"]
+    given = ["--max-batch-tokens", "99", "--merge-below-tokens", "0", "--stash-memory", "1.5MiB"]
+    with Daemon(*arguments, *given, log=tmp_path / "log") as daemon:
+        assert (daemon.ready["max_batch_tokens"], daemon.ready["merge_below_tokens"]) == (99, 0)
+
+
 def test_a_bfloat16_trunk_computes_in_bfloat16(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
     arguments = ["--model", str(checkpoints("llama")), "--cut", CUT, "--dtype", "bfloat16"]
     with Daemon(*arguments, log=tmp_path / "log") as daemon, zsl.TrunkClient(daemon.endpoint) as client:

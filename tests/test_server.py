@@ -161,10 +161,12 @@ def test_what_is_held_stays_within_the_memory_and_what_went_is_asked_for_again()
 
 def test_a_new_hello_ends_the_connections_earlier_session_and_its_queued_work(server: EchoServer, peer: Peer) -> None:
     server.compute.gate.clear()
-    for _ in range(3):
+    for opened in range(3):
         welcome = peer.hello()
         for request in range(1, 9):
             peer.send(*forward(welcome, request, tokens=request))
+            if opened == 0 and request == 1:
+                assert server.compute.begun.acquire(timeout=20)
     assert status(peer).sessions == 1
     assert status(peer).queued_requests == 8
     server.compute.gate.set()

@@ -185,6 +185,26 @@ def test_any_key_can_be_set_and_the_mode_shows(config: Path, tmp_path: Path) -> 
     assert len(losses_in(tmp_path / "out")) == 2
 
 
+def test_overlap_and_a_deterministic_trunk_change_no_loss(config: Path, tmp_path: Path) -> None:
+    common = ["train.max_steps=2", "train.per_device_train_batch_size=1", "train.gradient_accumulation_steps=4"]
+    runs = {
+        "one by one": [],
+        "overlap": ["train.overlap=4"],
+        "deterministic": ["trunk.deterministic=packed"],
+        "deterministic overlap": ["trunk.deterministic=packed", "train.overlap=4"],
+    }
+    losses = {}
+    for name, settings in runs.items():
+        options = [option for setting in (*common, *settings) for option in ("--set", setting)]
+        directory = tmp_path / name.replace(" ", "_")
+        finished = train(config, *options, "--save-dir", directory, cwd=tmp_path)
+        assert finished.returncode == 0, finished.stderr
+        losses[name] = losses_in(directory)
+    # One by one nothing is merged; overlapped, micro-batches share passes, and only then rounding may differ.
+    assert losses["overlap"] == pytest.approx(losses["one by one"], rel=1e-5)
+    assert losses["deterministic overlap"] == losses["deterministic"]
+
+
 def assert_one_line(finished: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
     assert finished.returncode == code, finished.stderr
     assert "Traceback" not in finished.stderr
@@ -206,6 +226,9 @@ def assert_one_line(finished: subprocess.CompletedProcess[str], code: int, *word
         (["data.name=wikipedia"], 2, ["wikipedia", "synthetic, python-docs"]),
         (["trunk.mode=fast"], 2, ["small.toml", "trunk.mode", "straight-through"]),
         (["trunk.cut=4:2"], 2, ["4:2", "2:10"]),
+        (["trunk.wire_dtype=int8"], 2, ["small.toml", "trunk.wire_dtype", "bfloat16"]),
+        (["train.overlap=0"], 2, ["train.overlap = 0"]),
+        (["train.overlap=2"], 2, ["overlap = 2", "gradient_accumulation_steps = 1"]),
         (["lora.target_modules=nothing"], 2, ["small.toml", "[lora]", "nothing"]),
         (["nonsense"], 2, ["nonsense", "table.key=value"]),
         (["model.name=random:nothing"], 3, ["nothing"]),

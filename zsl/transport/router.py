@@ -33,7 +33,8 @@ Receiver = Callable[[bytes, list[Frame]], None]
 
 
 class Router:
-    """A bound ROUTER. `receive(peer, frames)` is called on the loop for each message that comes in."""
+    """A bound ROUTER. On the loop `receive(peer, frames)` is called for each message that comes in, and `received()`
+    when those that had arrived together are through."""
 
     def __init__(self, *, max_message_bytes: int, send_hwm_messages: int) -> None:
         self._context = zmq.Context()
@@ -53,6 +54,7 @@ class Router:
             self._socket.setsockopt(option, value)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._receive: Receiver | None = None
+        self._received: Callable[[], None] | None = None
         self._turn: asyncio.Handle | None = None
         self._watchdog: asyncio.Handle | None = None
 
@@ -71,30 +73,38 @@ class Router:
         real_port = self._socket.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2]
         return f"tcp://{shown_host}:{real_port}"
 
-    def start(self, receive: Receiver) -> None:
+    def start(self, receive: Receiver, received: Callable[[], None]) -> None:
         """Begin to receive, on the running loop."""
         self._loop = asyncio.get_running_loop()
         self._receive = receive
+        self._received = received
         self._loop.add_reader(self._socket.fileno(), self.drain)
         self._watch()
 
     def drain(self) -> None:
         """Receive what has arrived, without waiting."""
-        assert self._loop is not None and self._receive is not None
+        assert self._loop is not None and self._received is not None
         if self._turn is not None:
             self._turn.cancel()
             self._turn = None
+        if self._take_turn():
+            self._look_again()
+        self._received()
+
+    def _take_turn(self) -> bool:
+        """Hand on what has arrived; whether there may be more."""
+        assert self._receive is not None
         for _ in range(MESSAGES_PER_TURN):
             # Asked first: to be told by an exception that nothing is there costs more.
             if not int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
-                return
+                return False
             peer, *frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
             try:
                 self._receive(peer.bytes, [frame.buffer for frame in frames])
             except Exception:
                 # Nothing that a peer sends may stop the reader; the receiver answers errors that it expects.
                 logger.exception("a message could not be handled")
-        self._look_again()
+        return True
 
     def send(self, peer: bytes, frames: Sequence[Frame]) -> bool:
         """Send without waiting. False if the peer is gone or does not read: nothing was sent then.

@@ -14,7 +14,10 @@ SATURATED_SHARE = 0.1
 # So many requests are worth merging when that saves at least this share of their time.
 MERGED_REQUESTS = 4
 WORTHWHILE_SHARE = 0.1
-MIN_BATCH_TOKENS, MAX_BATCH_TOKENS = 64, 4096
+# What is measured on a busy machine can be far off. Within these bounds no choice is a bad one: a larger batch than
+# needed loses nothing, and requests of a few tokens gain by company on every device.
+MIN_BATCH_TOKENS, MAX_BATCH_TOKENS = 256, 4096
+MIN_MERGE_TOKENS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,4 +83,4 @@ def batch_limits(costs: Costs) -> BatchLimits:
     gain = keep * alone.fixed_seconds - merged.fixed_seconds
     loss_per_token = MERGED_REQUESTS * merged.seconds_per_token - keep * alone.seconds_per_token
     knee = budget if loss_per_token <= 0 else max(int(gain / loss_per_token), 0)
-    return BatchLimits(budget, min(knee, budget // MERGED_REQUESTS))
+    return BatchLimits(budget, max(min(knee, budget // MERGED_REQUESTS), MIN_MERGE_TOKENS))

@@ -16,8 +16,8 @@ from zsl.trunk.joining import alone, packed
 from zsl.trunk.middle import Middle, Pass
 
 COST_TOKENS = (8, 96)
-# Of repeated measurements the shortest counts; so many, or until so much time is spent.
-COST_REPEATS = 20
+# Of repeated measurements the shortest counts: at least so many, and more while they are short.
+COST_REPEATS = 3
 COST_SECONDS = 0.5
 # Sequences of several requests: equal and different lengths, one of a single token.
 PACKING_LENGTHS = ((5,), (3, 3), (1,), (5,))
@@ -88,9 +88,9 @@ def measure_costs(middle: Middle, clock: Callable[[], float] = time.perf_counter
         _, products = middle.forward_with_products(part)  # and warm up
         best = {name: float("inf") for name in samples}
         begun = clock()
-        for _ in range(COST_REPEATS):
-            if clock() - begun > COST_SECONDS:
-                break
+        repeats = 0
+        while repeats < COST_REPEATS or clock() - begun < COST_SECONDS:
+            repeats += 1
             graph, forward_seconds = _timed(lambda: middle.graph(part), middle.device, clock)  # noqa: B023
             _, backward_seconds = _timed(lambda: graph.gradients(gradient), middle.device, clock)  # noqa: B023
             _, products_seconds = _timed(

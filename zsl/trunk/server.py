@@ -141,7 +141,7 @@ class TrunkServer:
             max_wait_seconds=self._settings.max_wait_seconds,
         )
         self._worker = Worker(compute, self._finish_batch, clock=self._clock)
-        self._router.start(self._receive)
+        self._router.start(self._receive, self._dispatch)
         try:
             while not self._stopped.is_set():
                 self._keep_house()
@@ -178,7 +178,6 @@ class TrunkServer:
             self._handlers[type(header)](peer, header, message.buffers)
         except WireError as error:
             self._answer_error(peer, getattr(header, "request", None), error)
-        self._dispatch()
 
     def _on_hello(self, peer: bytes, header: Header, _: Sequence[Frame]) -> None:
         assert isinstance(header, Hello)
@@ -310,7 +309,7 @@ class TrunkServer:
     # --- to the compute thread and back ------------------------------------------------------------------------
 
     def _dispatch(self) -> None:
-        """If the device is free, give it what is queued."""
+        """If the device is free, give it what is queued: after all that has arrived, so that it can share a pass."""
         if self._worker.busy_since is not None:
             return
         now = self._clock()
@@ -337,8 +336,7 @@ class TrunkServer:
 
     def _finish_batch(self, batch: Finished[_Request]) -> None:
         self._scheduler.charge([request.job for request in batch.tickets], batch.ended - batch.started)
-        self._router.drain()  # what arrived meanwhile can share the next pass
-        self._dispatch()
+        self._router.drain()  # what arrived meanwhile can share the next pass, which begins here
         for request, outcome in zip(batch.tickets, batch.outcomes, strict=True):
             self._finish(request, outcome, merged=len(batch.tickets), started=batch.started, ended=batch.ended)
 
