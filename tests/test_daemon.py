@@ -82,6 +82,24 @@ def test_every_option_comes_from_the_environment_too(checkpoints: Callable[..., 
     )
 
 
+def test_what_is_kept_stays_within_the_stash_memory_and_costs_no_result(
+    checkpoints: Callable[..., Path], tmp_path: Path
+) -> None:
+    limit = 1 << 20
+    arguments = ["--model", str(checkpoints("llama")), "--cut", CUT, "--stash-memory", str(limit)]
+    torch.manual_seed(0)
+    gradients = torch.randn(2, 16, 32)
+    with Daemon(*arguments, log=tmp_path / "log") as daemon, zsl.TrunkClient(daemon.endpoint) as client:
+        client.connect()
+        activations = [torch.randn(2, 16, 32) for _ in range(300)]
+        expected = client.backward(client.forward(activations[0], keep=True), gradients).tensor
+        steps = [client.forward(one, keep=True) for one in activations]
+        held = client.status().held_bytes
+        assert 0 < held <= limit < 300 * activations[0].nbytes, "not even the inputs of all steps fit"
+        assert torch.equal(client.backward(steps[0], gradients).tensor, expected), "given up, and sent again"
+        assert client.backward(steps[-1], gradients).tensor.isfinite().all()
+
+
 @pytest.mark.parametrize("size", ["much", "4 parsecs", "-1GiB"])
 def test_a_malformed_size_is_exit_2_with_an_example(size: str) -> None:
     finished = run("--stash-memory", size)
