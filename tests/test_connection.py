@@ -10,12 +10,14 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from support.echo import HIDDEN, IDENTITY, POISON, EchoServer
 from zsl import AsyncTrunkClient, TrunkClient
+from zsl.client.link import Pending
 from zsl.errors import (
     BadShapeError,
     ChangedError,
@@ -163,6 +165,21 @@ def test_a_request_that_is_not_answered_in_time_raises_and_is_taken_back(server:
         server.compute.gate.set()
         assert client.status().queued_requests == 0
         assert torch.equal(client.forward(some()).output, some(1.0))
+
+
+def test_a_request_whose_time_ends_at_the_daemon_is_the_same_error(
+    server: EchoServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with TrunkClient(server.endpoint, request_timeout_seconds=20) as client, ThreadPoolExecutor(1) as pool:
+        client.connect()
+        server.compute.gate.clear()
+        running = pool.submit(client.forward, some())
+        assert server.compute.begun.acquire(timeout=20)
+        monkeypatch.setattr(Pending, "budget_ms", lambda _: 1)
+        with pytest.raises(RequestTimeout):
+            client.forward(some())
+        server.compute.gate.set()
+        assert torch.equal(running.result(20).output, some(1.0))
 
 
 def test_a_backward_goes_on_when_the_daemon_was_restarted_after_its_forward() -> None:

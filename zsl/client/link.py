@@ -23,6 +23,7 @@ import zsl
 from zsl.errors import (
     WIRE_ERRORS,
     ConnectionLost,
+    DeadlineError,
     InternalError,
     RequestTimeout,
     Retry,
@@ -299,6 +300,8 @@ class Link:
                 self._begin_hello()
         elif pending is None:
             logger.warning("%s", error)
+        elif isinstance(error, DeadlineError):
+            _fail(pending, self._timeout())  # the daemon noticed first
         elif header.retry is Retry.REPLAY:
             self._replay(pending, error)
         elif header.retry is Retry.SAME:
