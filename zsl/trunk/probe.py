@@ -18,7 +18,7 @@ from zsl.trunk.middle import Middle, Pass
 COST_TOKENS = (8, 96)
 # Of repeated measurements the shortest counts: at least so many, and more while they are short.
 COST_REPEATS = 3
-COST_SECONDS = 0.5
+COST_SECONDS = 0.2
 # Sequences of several requests: equal and different lengths, one of a single token.
 PACKING_LENGTHS = ((5,), (3, 3), (1,), (5,))
 COMPOSITIONS = 12
