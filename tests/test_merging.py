@@ -236,7 +236,7 @@ def test_who_stays_away_holds_no_more_memory_than_its_own(compute: TorchCompute)
     stays = done[0].stash if isinstance(done[0], Done) else None
     assert isinstance(stays, TorchStash) and stays.shared is not None
     compute.run([backward_work(works[1], done[1], 1)])
-    assert stays.shared.graph is None
+    assert stays.shared.graph is None and stays.shared.joined is None
     products = stays.shared.products_of(0)
     assert products is not None
     assert sum(o.untyped_storage().nbytes() for o in products.outputs) == products.nbytes <= stays.nbytes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -69,30 +70,30 @@ def test_no_padding_behind_real_tokens_is_sent(serve: Callable[..., Daemon], che
     assert shapes == {"activations": (1, 30, 32), "position_ids": (1, 30), "lengths": (3,)}
 
 
+def differing_from_the_whole_model(path: Path, daemon: Daemon, batch: dict[str, Any]) -> list[str]:
+    trunk = zsl.RemoteTrunk(daemon.endpoint)
+    split, whole = with_lora(zsl.load_client(str(path), trunk)), with_lora(local_model(str(path)))
+    found = differing(numbers_of(split, batch), numbers_of(whole, batch), within(1e-6))
+    trunk.close()
+    return found
+
+
 def test_a_mask_with_holes_gives_what_the_whole_model_gives(
     serve: Callable[..., Daemon], checkpoints: Callable[..., Path]
 ) -> None:
-    path = str(checkpoints("mistral"))
     batch = batches.padded("right")
     batch["attention_mask"][0, 4:7] = 0
     batch["labels"] = batch["labels"].masked_fill(batch["attention_mask"] == 0, -100)
-    trunk = zsl.RemoteTrunk(serve("mistral").endpoint)
-    split, whole = with_lora(zsl.load_client(path, trunk)), with_lora(local_model(path))
-    assert differing(numbers_of(split, batch), numbers_of(whole, batch), within(1e-6)) == []
-    trunk.close()
+    assert differing_from_the_whole_model(checkpoints("mistral"), serve("mistral"), batch) == []
 
 
 def test_a_mask_of_ones_beside_positions_that_start_again_is_kept(
     serve: Callable[..., Daemon], checkpoints: Callable[..., Path]
 ) -> None:
     """With a mask transformers does not take such positions for several sequences; nor must the trunk."""
-    path = str(checkpoints("llama"))
     batch = batches.packed()
     batch["attention_mask"] = torch.ones_like(batch["input_ids"])
-    trunk = zsl.RemoteTrunk(serve("llama").endpoint)
-    split, whole = with_lora(zsl.load_client(path, trunk)), with_lora(local_model(path))
-    assert differing(numbers_of(split, batch), numbers_of(whole, batch), within(1e-6)) == []
-    trunk.close()
+    assert differing_from_the_whole_model(checkpoints("llama"), serve("llama"), batch) == []
 
 
 def test_a_loss_that_depends_on_padding_is_an_error_not_a_wrong_gradient(

@@ -1,9 +1,8 @@
 """A connection to a trunk daemon, for any thread: submit and wait on a future, or call.
 
 One thread at a time drives the link (`zsl.client.link`), under a lock: an I/O thread of the connection's own, or a
-caller that would only wait. A caller that drives itself saves two hand-overs between threads, which on a small
-request are a third of its time. Everybody else leaves commands in a queue, and wakes who drives by a pipe. All waits
-are bounded. Knows no torch.
+caller that would only wait, and so saves two hand-overs between threads. Everybody else leaves commands in a queue, and
+wakes who drives by a pipe. All waits are bounded. Knows no torch.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from concurrent.futures import Future
+from dataclasses import asdict
 from types import TracebackType
 from typing import Self
 
@@ -15,7 +16,6 @@ from zsl.trunk.server import TrunkServer
 
 START_SECONDS = 600.0
 STOP_SECONDS = 30.0
-ONE_CLIENT = BatchLimits()
 
 
 class EmbeddedTrunk:
@@ -54,11 +54,8 @@ class EmbeddedTrunk:
 
     async def _serve(self) -> None:
         # One client: there is nobody to merge with, and nothing to measure for.
-        compute = self._plan.load(
-            max_batch_tokens=None if self._deterministic else ONE_CLIENT.max_batch_tokens,
-            merge_below_tokens=None if self._deterministic else ONE_CLIENT.merge_below_tokens,
-            deterministic=self._deterministic,
-        )
+        sizes = {} if self._deterministic else asdict(BatchLimits())
+        compute = self._plan.load(**sizes, deterministic=self._deterministic)
         server = TrunkServer(self._plan.info)
         endpoint = server.bind("127.0.0.1", 0)
         self._started.set_result((endpoint, asyncio.get_running_loop(), server))

@@ -15,9 +15,8 @@ from zsl.errors import InternalError, OutOfMemoryError, WireError
 from zsl.trunk.attention import grouped
 from zsl.trunk.joining import Joined, alone, packed, stacked
 from zsl.trunk.middle import Middle, Pass
-from zsl.trunk.products import Products
 from zsl.trunk.settings import TrunkTraits
-from zsl.trunk.stash import Shared, TorchStash, stashes_of
+from zsl.trunk.stash import TorchStash, gradients_of_common_graph, stashes_of, take_products
 from zsl.trunk.transfer import Transfer
 from zsl.trunk.work import Buffers, Done, Keep, Kind, Outcome, Work
 from zsl.wire.messages import Role
@@ -89,10 +88,10 @@ class TorchCompute:
         stashes = [self._stash(work) for work in works]
         tensors = self._transfer.to_device([decode_tensor(*work.buffers["gradients"]) for work in works])
         tensors = [tensor.to(self._middle.dtype) for tensor in tensors]
-        results = _through_common_graph(stashes, tensors)
+        results = gradients_of_common_graph(stashes, tensors)
         if results is None:
             joined = self._joined(works, [stash.inputs for stash in stashes])
-            products = _products_of(stashes)
+            products = take_products(stashes)
             graph = self._middle.graph(joined.inputs, None if products is None else joined.join_products(products))
             results = joined.split(graph.gradients(joined.join(tensors)))
         replies = self._replies("gradients", results, [stash.reply_dtype for stash in stashes])
@@ -132,32 +131,3 @@ class TorchCompute:
 
 def _reply_dtype(work: Work) -> torch.dtype:
     return TORCH_DTYPES[work.buffers["activations"][0].dtype]
-
-
-def _through_common_graph(
-    stashes: Sequence[TorchStash], gradients: Sequence[torch.Tensor]
-) -> list[torch.Tensor] | None:
-    """The results by the graph of the forward that these requests, and no others, have shared; None without one."""
-    shared = stashes[0].shared
-    if shared is None or len(stashes) != shared.members or any(stash.shared is not shared for stash in stashes):
-        return None
-    graph, shared.graph = shared.graph, None
-    if graph is None:
-        return None
-    places = [stash.member for stash in stashes]
-    by_member = dict(zip(places, gradients, strict=True))
-    results = shared.joined.split(graph.gradients(shared.joined.join([by_member[m] for m in range(shared.members)])))
-    return [results[member] for member in places]
-
-
-def _products_of(stashes: Sequence[TorchStash]) -> list[Products] | None:
-    """The products of all requests of a backward, or None if one has none. Who stays behind gets its own."""
-    found = [None if stash.shared is None else stash.shared.products_of(stash.member) for stash in stashes]
-    leaving: dict[int, tuple[Shared, list[int]]] = {}
-    for stash in stashes:
-        if stash.shared is not None:
-            leaving.setdefault(id(stash.shared), (stash.shared, []))[1].append(stash.member)
-    for shared, members in leaving.values():
-        shared.part_with(members)
-    products = [one for one in found if one is not None]
-    return products if len(products) == len(stashes) else None

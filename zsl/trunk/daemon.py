@@ -73,7 +73,7 @@ async def _serve(plan: TrunkPlan, options: DaemonOptions) -> None:
     try:
         logger.info("loading layers %s of %s", plan.cut, options.model)
         # In a thread that ends: with its OpenMP threads still there beside those of the compute thread, libgomp would
-        # see more threads than processors, and have them sleep at every barrier instead of spin (30 % slower).
+        # see more threads than processors, and have them sleep at every barrier instead of spin.
         with ThreadPoolExecutor(1, "zsl-load") as loading:
             compute = await asyncio.get_running_loop().run_in_executor(
                 loading,

@@ -35,34 +35,30 @@ class Joined:
         """The tokens at each place."""
         return [rows * tokens for rows, tokens in self.shapes]
 
+    @property
+    def _spans(self) -> list[int]:
+        return [*self.sizes, self.filling]
+
     def join(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         """The tensors `[rows, tokens, hidden]` of the requests, in the shape of the pass."""
         flat = torch.cat([tensors[index].flatten(0, 1) for index in self.order])
-        return F.pad(flat, (0, 0, 0, self.filling)).view(self.inputs.activations.shape)
+        return _filled(flat, self.filling).view(self.inputs.activations.shape)
 
     def split(self, result: torch.Tensor) -> list[torch.Tensor]:
         """A tensor of the shape of the pass, as one `[rows, tokens, hidden]` a request."""
+        parts = result.flatten(0, 1).split(self._spans)[: len(self.order)]
         return self._in_order_of_requests(
-            [
-                part.view(*shape, -1)
-                for part, shape in zip(self._without_filling(result.flatten(0, 1)), self.shapes, strict=True)
-            ]
+            [part.view(*shape, -1) for part, shape in zip(parts, self.shapes, strict=True)]
         )
 
     def join_products(self, products: Sequence[Products]) -> Products:
         """The products of the requests as those of the pass."""
         joined = Products.joined([products[index] for index in self.order])
-        if self.filling:
-            joined = Products(tuple(F.pad(output, (0, 0, 0, self.filling)) for output in joined.outputs))
-        return joined
+        return Products(tuple(_filled(output, self.filling) for output in joined.outputs))
 
     def split_products(self, products: Products) -> list[Products]:
         """The products of the pass as one a request."""
-        parts = products.split([*self.sizes, self.filling] if self.filling else self.sizes)
-        return self._in_order_of_requests(parts[: len(self.order)])
-
-    def _without_filling(self, flat: torch.Tensor) -> list[torch.Tensor]:
-        return list(flat[: sum(self.sizes)].split(self.sizes))
+        return self._in_order_of_requests(products.split(self._spans)[: len(self.order)])
 
     def _in_order_of_requests(self, parts: Sequence[Part]) -> list[Part]:
         by_request = dict(zip(self.order, parts, strict=True))
@@ -81,7 +77,7 @@ def packed(parts: Sequence[Pass], *, pass_tokens: int = 0) -> Joined:
     chosen = [parts[index] for index in order]
     filling = max(0, pass_tokens - sum(part.rows * part.tokens for part in parts))
     lengths = [group.length for part in chosen for group in _groups(part) for _ in range(group.count)]
-    activations = F.pad(torch.cat([part.activations.flatten(0, 1) for part in chosen]), (0, 0, 0, filling))
+    activations = _filled(torch.cat([part.activations.flatten(0, 1) for part in chosen]), filling)
     positions = [_positions(part) for part in chosen]
     if filling:
         lengths.append(filling)
@@ -103,6 +99,11 @@ def stacked(parts: Sequence[Pass]) -> Joined:
         rows([part.position_ids for part in parts]),
     )
     return Joined(inputs, tuple(range(len(parts))), tuple((part.rows, part.tokens) for part in parts))
+
+
+def _filled(flat: torch.Tensor, filling: int) -> torch.Tensor:
+    """`[tokens, features]` and so many tokens of zeros behind."""
+    return F.pad(flat, (0, 0, 0, filling)) if filling else flat
 
 
 def _groups(part: Pass) -> tuple[Group, ...]:

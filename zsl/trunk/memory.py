@@ -2,7 +2,7 @@
 
 A pass allocates and frees some hundreds of megabytes in blocks of about one. By default glibc gives such blocks back
 to the system as soon as they are free, from a thread other than the main one above all, and the next pass pays for
-every page again: measured on 26 layers of SmolLM2 at 2 x 128 tokens, 588 ms instead of 420 ms for a forward.
+every page again.
 """
 
 from __future__ import annotations

@@ -261,7 +261,8 @@ class Scheduler:
     def _take(self, job: Job, now: float) -> None:
         """A job leaves its queue for a batch, and its tenant is charged what it is expected to take."""
         tenant = self._tenants[job.tenant]
-        assert tenant.queue(job.kind).popleft() is job
+        taken = tenant.queue(job.kind).popleft()
+        assert taken is job
         self._forget(job)
         if tenant.backlogged and tenant.waits_since != now:
             self._begin_wait(tenant, now)

@@ -8,7 +8,7 @@ can hold more memory than is counted for it.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -23,35 +23,31 @@ from zsl.trunk.work import Keep
 class Shared:
     """What the requests of one forward keep in common. Members are the requests' places in that pass."""
 
-    joined: Joined
+    joined: Joined | None  # None when nothing of the whole pass is kept
     graph: Graph | None
     _products: Products | None  # of the whole pass
     _own: dict[int, Products] = field(default_factory=dict)  # of members that were left behind
 
-    @property
-    def members(self) -> int:
-        return len(self.joined.order)
-
     def products_of(self, member: int) -> Products | None:
         """A member's products, if they are still kept."""
-        if member in self._own:
-            return self._own[member]
-        products = self._products
-        return None if products is None else self.joined.split_products(products)[member]
+        joined, products = self.joined, self._products
+        if joined is None or products is None:
+            return self._own.get(member)
+        return joined.split_products(products)[member]
 
     def part_with(self, leaving: Collection[int]) -> None:
         """Some members have had their backward without the others."""
-        self.graph = None
-        products, self._products = self._products, None
-        if products is not None:
-            parts = self.joined.split_products(products)
-            self._own = {member: parts[member].copied() for member in range(self.members) if member not in leaving}
+        joined, products = self.joined, self._products
+        if joined is not None and products is not None:
+            parts = enumerate(joined.split_products(products))
+            self._own = {member: part.copied() for member, part in parts if member not in leaving}
+        self.joined = self.graph = self._products = None
         for member in leaving:
             self._own.pop(member, None)
 
     def drop(self) -> None:
         """Keep nothing: the backwards compute their forward again."""
-        self.graph = self._products = None
+        self.joined = self.graph = self._products = None
         self._own = {}
 
 
@@ -107,3 +103,32 @@ def stashes_of(
         # Who keeps less takes no part in a common backward.
         shared.part_with([member for member, stash in enumerate(stashes) if stash is None or stash.shared is None])
     return stashes
+
+
+def gradients_of_common_graph(
+    stashes: Sequence[TorchStash], gradients: Sequence[torch.Tensor]
+) -> list[torch.Tensor] | None:
+    """The results by the graph of the forward that these requests, and no others, have shared; None without one."""
+    shared = stashes[0].shared
+    if shared is None or any(stash.shared is not shared for stash in stashes):
+        return None
+    graph, joined = shared.graph, shared.joined
+    if graph is None or joined is None or len(stashes) != len(joined.order):
+        return None
+    shared.graph = None
+    by_member = {stash.member: gradient for stash, gradient in zip(stashes, gradients, strict=True)}
+    results = joined.split(graph.gradients(joined.join([by_member[member] for member in range(len(stashes))])))
+    return [results[stash.member] for stash in stashes]
+
+
+def take_products(stashes: Sequence[TorchStash]) -> list[Products] | None:
+    """The products of all requests of a backward, or None if one has none. Who stays behind gets its own."""
+    found = [None if stash.shared is None else stash.shared.products_of(stash.member) for stash in stashes]
+    leaving: dict[int, tuple[Shared, list[int]]] = {}
+    for stash in stashes:
+        if stash.shared is not None:
+            leaving.setdefault(id(stash.shared), (stash.shared, []))[1].append(stash.member)
+    for shared, members in leaving.values():
+        shared.part_with(members)
+    products = [one for one in found if one is not None]
+    return products if len(products) == len(stashes) else None
