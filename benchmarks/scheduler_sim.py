@@ -22,8 +22,9 @@ import math
 import random
 import time
 from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from heapq import heappop, heappush
 from itertools import count
 from pathlib import Path
@@ -67,16 +68,21 @@ DEVICES = {"cpu": trunk_costs(0.040, 0.0018), "fast": trunk_costs(0.001, 0.00001
 class Policy(Protocol):
     """What the simulation asks of a scheduler."""
 
+    @property
+    def waits_until(self) -> float | None: ...
+
     def add(self, job: Job, now: float) -> None: ...
 
     def take_batch(self, now: float) -> list[Job]: ...
 
-    def charge(self, batch: list[Job], seconds: float) -> None: ...
+    def charge(self, batch: list[Job], seconds: float, now: float) -> None: ...
 
 
 class Fifo:
     """First come, first served. It merges as well as the real one: whatever can share the first job's pass does, in
-    the order of arrival."""
+    the order of arrival. It never waits."""
+
+    waits_until = None
 
     def __init__(self, *, max_batch_tokens: int) -> None:
         self._max_batch_tokens = max_batch_tokens
@@ -98,7 +104,7 @@ class Fifo:
             tokens += batch[-1].tokens
         return batch
 
-    def charge(self, batch: list[Job], seconds: float) -> None:
+    def charge(self, batch: list[Job], seconds: float, now: float) -> None:
         """Nobody's use counts."""
 
 
@@ -108,6 +114,10 @@ class Timed:
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
         self.seconds = 0.0
+
+    @property
+    def waits_until(self) -> float | None:
+        return self._policy.waits_until
 
     def add(self, job: Job, now: float) -> None:
         began = time.perf_counter()
@@ -120,9 +130,9 @@ class Timed:
         self.seconds += time.perf_counter() - began
         return batch
 
-    def charge(self, batch: list[Job], seconds: float) -> None:
+    def charge(self, batch: list[Job], seconds: float, now: float) -> None:
         began = time.perf_counter()
-        self._policy.charge(batch, seconds)
+        self._policy.charge(batch, seconds, now)
         self.seconds += time.perf_counter() - began
 
 
@@ -131,7 +141,11 @@ def make_policy(name: str, costs: Costs) -> Policy:
     max_batch_tokens = batch_limits(costs).max_batch_tokens
     if name == "fifo":
         return Fifo(max_batch_tokens=max_batch_tokens)
-    return Scheduler(max_batch_tokens=max_batch_tokens, max_wait_seconds=ServerSettings().max_wait_seconds)
+    return Scheduler(
+        max_batch_tokens=max_batch_tokens,
+        max_wait_seconds=ServerSettings().max_wait_seconds,
+        costs=costs,
+    )
 
 
 POLICIES = ("fair", "fifo")
@@ -207,7 +221,7 @@ class Simulation:
         self._random = random.Random(SEED)
         self._ties = count()
         self._now = 0.0
-        self._events: list[tuple[float, int, Lane | None]] = []  # a lane sends; None: the pass ends
+        self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._sent: dict[tuple[bytes, int], Lane] = {}
         self._requests, self._tenants = count(), count()
         self._running: list[Job] = []
@@ -241,12 +255,12 @@ class Simulation:
 
     def _run_until(self, batches: int) -> None:
         while self._batches < batches:
-            self._now, _, lane = heappop(self._events)
-            if lane is None:
-                self._end_pass()
-            else:
-                self._send(lane)
-                self._dispatch()
+            self._now, _, event = heappop(self._events)
+            event()
+            self._dispatch()
+
+    def _later(self, at: float, event: Callable[[], None]) -> None:
+        heappush(self._events, (at, next(self._ties), event))
 
     def _new_tenant(self) -> bytes:
         return next(self._tenants).to_bytes(16, "big")  # as long as a session's id
@@ -254,7 +268,7 @@ class Simulation:
     def _send_later(self, lane: Lane) -> None:
         think = lane.behaviour.think_seconds
         at = self._now + (self._random.expovariate(1 / think) if think else 0.0)
-        heappush(self._events, (at, next(self._ties), lane))
+        self._later(at, partial(self._send, lane))
 
     def _send(self, lane: Lane) -> None:
         if lane.behaviour.single:
@@ -287,7 +301,9 @@ class Simulation:
             for job in self._running:
                 self._sent[job.key].taken_after_batches = self._batches  # type: ignore[index]
             self._running_seconds = self._pass_seconds(self._running)
-            heappush(self._events, (self._now + self._running_seconds, next(self._ties), None))
+            self._later(self._now + self._running_seconds, self._end_pass)
+        elif self._policy.waits_until is not None:
+            self._later(self._policy.waits_until, self._dispatch)
 
     def _pass_seconds(self, batch: Sequence[Job]) -> float:
         if batch[0].kind is Kind.FORWARD:
@@ -302,7 +318,7 @@ class Simulation:
         self._running = []
         self._batches += 1
         self._busy_seconds += seconds
-        self._policy.charge(batch, seconds)
+        self._policy.charge(batch, seconds, self._now)
         self._dispatch()
         tokens = sum(job.tokens for job in batch)
         for job in batch:

@@ -27,8 +27,9 @@ from zsl.client.trunk_client import Answer, read_answer
 from zsl.split.cut import parse_cut
 from zsl.trunk.assemble import plan_trunk
 from zsl.trunk.compute import TorchCompute
-from zsl.trunk.middle import Middle
-from zsl.trunk.products import LinearLayers
+from zsl.trunk.costs import Costs, PassCost
+from zsl.trunk.middle import Graph, Middle, Pass
+from zsl.trunk.products import LinearLayers, Products
 from zsl.trunk.stash import TorchStash
 from zsl.trunk.work import Done, Keep, Kind, Shape, Work
 from zsl.wire.frames import Message
@@ -227,6 +228,38 @@ def test_requests_that_come_back_together_share_their_graph(
     monkeypatch.setattr(Middle, "graph", lambda *_: pytest.fail("the forward was computed again"))
     for ours, seed in zip(tensors(list(compute.run(backs))), (2, 0, 1), strict=True):
         assert within(TOLERANCE)(ours, expected[seed][1])
+
+
+@pytest.mark.parametrize(("fixed_seconds", "passes"), [(0.0, [20]), (1.0, [40])])
+def test_those_who_shared_a_forward_go_by_its_graph_beside_others_if_that_is_cheaper(
+    compute: TorchCompute, monkeypatch: pytest.MonkeyPatch, fixed_seconds: float, passes: list[int]
+) -> None:
+    """Two of one forward, one of three of another, and one that was alone."""
+    monkeypatch.setattr(compute, "traits", replace(compute.traits, costs=costs_of(fixed_seconds)))
+    works = [
+        forward_work(seed, tokens=tokens, keep=Keep.GRAPH_AND_PRODUCTS)
+        for seed, tokens in enumerate([8, 8, 20, 5, 5, 4])
+    ]
+    expected = [alone(compute, work, seed) for seed, work in enumerate(works)]
+    done = [*compute.run(works[:2]), *compute.run(works[2:5]), *compute.run(works[5:])]
+    again: list[int] = []
+    graph = Middle.graph
+
+    def note(middle: Middle, inputs: Pass, products: Products | None = None) -> Graph:
+        again.append(inputs.rows * inputs.tokens)
+        return graph(middle, inputs, products)
+
+    monkeypatch.setattr(Middle, "graph", note)
+    coming = (5, 1, 2, 0)
+    backs = [backward_work(works[seed], done[seed], seed) for seed in coming]
+    for ours, seed in zip(tensors(list(compute.run(backs))), coming, strict=True):
+        assert within(TOLERANCE)(ours, expected[seed][1])
+    assert again == passes, "tokens that were computed again"
+
+
+def costs_of(fixed_seconds: float) -> Costs:
+    """Of a trunk that computes twice as long from products, in passes of so much fixed cost."""
+    return Costs(PassCost(fixed_seconds, 1e-3), PassCost(fixed_seconds, 1e-3), PassCost(fixed_seconds, 2e-3))
 
 
 def test_who_stays_away_holds_no_more_memory_than_its_own(compute: TorchCompute) -> None:

@@ -52,7 +52,7 @@ def scheduler_with(queued: Sequence[Job], *, budget: int = BUDGET, max_wait_seco
 def drained(scheduler: Scheduler) -> list[list[Job]]:
     batches = []
     while batch := scheduler.take_batch(now=0.0):
-        scheduler.charge(batch, sum(one.cost_seconds for one in batch))
+        scheduler.charge(batch, sum(one.cost_seconds for one in batch), now=0.0)
         batches.append(batch)
     return batches
 
@@ -124,7 +124,7 @@ def test_a_single_request_beside_a_flood_is_served_within_two_batches() -> None:
     for merge_key in ("x", None):
         scheduler = scheduler_with([job("flood", merge_key=merge_key) for _ in range(1000)])
         for _ in range(20):
-            scheduler.charge(scheduler.take_batch(0.0), 0.1)
+            scheduler.charge(scheduler.take_batch(0.0), 0.1, 0.0)
         single = job("mouse", merge_key=merge_key)
         scheduler.add(single, 0.0)
         two = [scheduler.take_batch(0.0) for _ in range(2)]
@@ -152,7 +152,7 @@ def shares(
         for one in batch:
             used[str(one.tenant)] += seconds * one.tokens / sum(other.tokens for other in batch)
             add(str(one.tenant))
-        scheduler.charge(batch, seconds)
+        scheduler.charge(batch, seconds, 0.0)
     return used
 
 
@@ -176,7 +176,7 @@ def test_a_tenant_that_comes_back_cannot_spend_what_it_did_not_use() -> None:
     scheduler = scheduler_with([job("busy", merge_key=None) for _ in range(300)])
     scheduler.add(job("idle", merge_key=None), 0.0)
     for _ in range(200):
-        scheduler.charge(scheduler.take_batch(0.0), 0.1)
+        scheduler.charge(scheduler.take_batch(0.0), 0.1, 0.0)
     for _ in range(50):
         scheduler.add(job("idle", merge_key=None), 0.0)
     served = [scheduler.take_batch(0.0)[0].tenant for _ in range(20)]
@@ -186,7 +186,7 @@ def test_a_tenant_that_comes_back_cannot_spend_what_it_did_not_use() -> None:
 def test_a_tenant_that_has_waited_too_long_is_served_whatever_the_counters_say() -> None:
     scheduler = Scheduler(max_batch_tokens=BUDGET, max_wait_seconds=10)
     scheduler.add(job("used a lot", merge_key=None), 0.0)
-    scheduler.charge(scheduler.take_batch(0.0), 1000.0)
+    scheduler.charge(scheduler.take_batch(0.0), 1000.0, 0.0)
     scheduler.add(job("new", merge_key=None), 0.0)
     old = job("used a lot", merge_key=None)
     scheduler.add(old, 0.0)
@@ -214,7 +214,7 @@ def test_under_overload_when_everybody_waits_long_fairness_still_rules() -> None
         while True:
             now, batches = now + 5.0, batches + 1
             batch = scheduler.take_batch(now)
-            scheduler.charge(batch, 5.0)
+            scheduler.charge(batch, 5.0, now)
             if single in batch:
                 break
         waited.append(batches)
@@ -226,5 +226,5 @@ def test_a_tenant_that_is_forgotten_leaves_nothing_behind() -> None:
     scheduler = scheduler_with([job("a"), job("b")])
     batches = drained(scheduler)
     scheduler.forget_tenant("a")
-    scheduler.charge(batches[0], 1.0)
+    scheduler.charge(batches[0], 1.0, 0.0)
     assert drained(scheduler) == []

@@ -10,7 +10,7 @@ import pytest
 from support.echo import HIDDEN, IDENTITY, ROW_TOKENS, EchoServer
 from support.peer import Peer, forward
 from test_wire_frames import BAD_FRAMES
-from zsl.trunk.costs import BatchLimits
+from zsl.trunk.costs import BatchLimits, Costs, PassCost
 from zsl.trunk.settings import ServerSettings
 from zsl.trunk.work import Kind
 from zsl.wire.messages import (
@@ -271,7 +271,7 @@ def test_a_forward_only_daemon_says_so_and_refuses_backward() -> None:
         assert code_of(peer.ask(*backward(welcome, 3, step=1, complete=True))) == "FORWARD_ONLY"
 
 
-def test_small_requests_share_a_pass_whatever_their_length_and_the_device_never_waits(
+def test_small_requests_share_a_pass_whatever_their_length_and_a_lone_one_does_not_wait(
     server: EchoServer, peer: Peer
 ) -> None:
     welcome = peer.hello()
@@ -288,6 +288,19 @@ def test_small_requests_share_a_pass_whatever_their_length_and_the_device_never_
     }
     assert answers == {1: 1, 2: 4, 3: 4, 4: 4, 5: 4}
     assert server.compute.batches == [[Kind.FORWARD], [Kind.FORWARD] * 4]
+
+
+def test_a_request_that_waits_for_company_in_vain_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zsl.transport.router.WATCHDOG_SECONDS", 1e3)  # nothing else may look after the queue
+    slow = PassCost(10.0, 1e-3)
+    with EchoServer(costs=Costs(slow, slow, slow)) as server:
+        with Peer(server.endpoint) as one, Peer(server.endpoint) as other:
+            welcomes = {peer: peer.hello() for peer in (one, other)}
+            # In turn: whoever asks could meet the other, who has just been answered and has always come back at once.
+            for request in range(1, 11):
+                for peer in (one, other):
+                    answer = peer.ask(*forward(welcomes[peer], request))
+                    assert isinstance(answer, Result) and answer.merged == 1
 
 
 def test_where_the_family_does_not_pack_requests_of_one_length_share_a_pass() -> None:

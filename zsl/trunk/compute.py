@@ -16,7 +16,7 @@ from zsl.trunk.attention import grouped
 from zsl.trunk.joining import Joined, alone, packed, stacked
 from zsl.trunk.middle import Middle, Pass
 from zsl.trunk.settings import TrunkTraits
-from zsl.trunk.stash import TorchStash, gradients_of_common_graph, stashes_of, take_products
+from zsl.trunk.stash import TorchStash, gradients_of_common_graph, stashes_of, take_products, with_common_graphs
 from zsl.trunk.transfer import Transfer
 from zsl.trunk.work import Buffers, Done, Keep, Kind, Outcome, Work
 from zsl.wire.messages import Role
@@ -88,14 +88,35 @@ class TorchCompute:
         stashes = [self._stash(work) for work in works]
         tensors = self._transfer.to_device([decode_tensor(*work.buffers["gradients"]) for work in works])
         tensors = [tensor.to(self._middle.dtype) for tensor in tensors]
-        results = gradients_of_common_graph(stashes, tensors)
-        if results is None:
-            joined = self._joined(works, [stash.inputs for stash in stashes])
-            products = take_products(stashes)
+        results: dict[int, torch.Tensor] = {}  # by the place of a request
+        for group in self._groups_by_graph(works, stashes):
+            gradients = gradients_of_common_graph([stashes[p] for p in group], [tensors[p] for p in group])
+            results.update(zip(group, gradients, strict=True))
+        rest = [place for place in range(len(works)) if place not in results]
+        if rest:
+            of_rest = [stashes[place] for place in rest]
+            joined = self._joined([works[place] for place in rest], [stash.inputs for stash in of_rest])
+            products = take_products(of_rest)
             graph = self._middle.graph(joined.inputs, None if products is None else joined.join_products(products))
-            results = joined.split(graph.gradients(joined.join(tensors)))
-        replies = self._replies("gradients", results, [stash.reply_dtype for stash in stashes])
-        return [Done(reply) for reply in replies]
+            gradients = joined.split(graph.gradients(joined.join([tensors[place] for place in rest])))
+            results.update(zip(rest, gradients, strict=True))
+        ordered = [results[place] for place in range(len(works))]
+        return [Done(reply) for reply in self._replies("gradients", ordered, [stash.reply_dtype for stash in stashes])]
+
+    def _groups_by_graph(self, works: Sequence[Work], stashes: Sequence[TorchStash]) -> list[list[int]]:
+        """Which of these backwards go by the graphs of their forwards, one pass for each, if that is cheaper than one
+        pass for all from products: that one reads the weights once, but computes more."""
+        groups = with_common_graphs(stashes)
+        tokens = [sum(works[place].shape.total_tokens for place in group) for group in groups]
+        all_tokens = sum(work.shape.total_tokens for work in works)
+        others = all_tokens - sum(tokens)
+        if len(groups) == 1 and not others:
+            return groups
+        by_graph, from_products = self.traits.costs.backward, self.traits.costs.backward_from_products
+        seconds = sum(by_graph.seconds(of_group) for of_group in tokens)
+        if others:
+            seconds += from_products.seconds(others)
+        return groups if seconds <= from_products.seconds(all_tokens) else []
 
     def _joined(self, works: Sequence[Work], parts: Sequence[Pass]) -> Joined:
         shared = self._pass_tokens and works[0].shape.packable and works[0].shape.total_tokens <= self._pass_tokens

@@ -44,8 +44,8 @@ class Costs:
     backward_from_products: PassCost
 
 
-# Of a trunk that was not measured: only the proportions matter, to fairness.
-UNKNOWN_COSTS = Costs(PassCost(0.01, 1e-3), PassCost(0.01, 1e-3), PassCost(0.01, 1.2e-3))
+# Of a trunk that was not measured: only the proportions matter, to fairness, and no pass waits for company.
+UNKNOWN_COSTS = Costs(PassCost(0.0, 1e-3), PassCost(0.0, 1e-3), PassCost(0.0, 1.2e-3))
 
 
 @dataclass(frozen=True, slots=True)

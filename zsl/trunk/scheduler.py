@@ -1,6 +1,7 @@
 """In which order requests are computed, and which of them together. Pure: no sockets, no torch, the clock is given.
 
-- Work-conserving: whenever the device is free, what is queued goes. There is no waiting window.
+- Whenever the device is free, what is queued goes. There is no waiting window; only where jobs that could share the
+  pass are due so soon that they save more than the wait costs is it held back (`zsl.trunk.anticipation`).
 - Fair: every tenant has a counter of the device time that it has used, divided by its weight; the lowest goes first
   (the virtual token counter of Sheng et al., "Fairness in Serving Large Language Models", 2024, over measured cost
   instead of tokens). A tenant that comes back from idling is lifted to the counter that was last the lowest, so that
@@ -14,12 +15,14 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush, heapreplace
 from itertools import count
 
+from zsl.trunk.anticipation import Anticipation
+from zsl.trunk.costs import UNKNOWN_COSTS, Costs
 from zsl.trunk.work import Kind
 
 # So many tenants whose next job is too large for what is left of a batch are passed over while it is gathered.
@@ -109,9 +112,24 @@ class _Order:
 
 
 class Scheduler:
-    """A queue of jobs. `max_batch_tokens` bounds a merged pass; a larger single job still runs, alone."""
+    """A queue of jobs. `max_batch_tokens` bounds a merged pass; a larger single job still runs, alone.
 
-    def __init__(self, *, max_batch_tokens: int, max_wait_seconds: float = 10.0) -> None:
+    `costs`: of the trunk. If they are not known, no pass waits for company.
+    `waits_until`: after `take_batch` has given nothing though something is queued: when to ask again, if nothing
+    comes before.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_batch_tokens: int,
+        max_wait_seconds: float = 10.0,
+        costs: Costs = UNKNOWN_COSTS,
+    ) -> None:
+        self.waits_until: float | None = None
+        self._waits_since: float | None = None
+        self._anticipation = Anticipation(costs)
+        self._queued_tokens: Counter[tuple[Kind, Hashable]] = Counter()
         self._max_batch_tokens = max_batch_tokens
         self._max_wait_seconds = max_wait_seconds
         self._tenants: dict[Hashable, _Tenant] = {}
@@ -149,6 +167,8 @@ class Scheduler:
             self._put(job.kind, tenant)
         self._queued[job.key] = job
         self._backlog_seconds += job.cost_seconds
+        self._queued_tokens[job.kind, job.merge_key] += job.tokens
+        self._anticipation.arrived(job.tenant, job.kind, job.merge_key, job.tokens, now)
         self._note_deadline(job)
 
     def discard(self, key: Hashable) -> bool:
@@ -167,6 +187,7 @@ class Scheduler:
 
     def forget_tenant(self, tenant: Hashable) -> None:
         """The tenant is gone, and with it its counter; its jobs must have been discarded."""
+        self._anticipation.forget(tenant)
         found = self._tenants.get(tenant)
         if found is not None and not found.backlogged:
             del self._tenants[tenant]
@@ -182,10 +203,12 @@ class Scheduler:
         return expired
 
     def take_batch(self, now: float) -> list[Job]:
-        """Take the jobs of the next pass, all of one kind. Empty if nothing is queued."""
+        """Take the jobs of the next pass, all of one kind. Empty if nothing is queued, or while it waits."""
         first = self._first(now)
-        if first is None:
+        self.waits_until = None if first is None else self._company_expected(first, now)
+        if first is None or self.waits_until is not None:
             return []
+        self._waits_since = None
         self._batches += 1
         batch, tokens = [first], first.tokens
         self._take(first, now)
@@ -207,10 +230,9 @@ class Scheduler:
             order.put(tenant)
         return batch
 
-    def charge(self, batch: list[Job], seconds: float) -> None:
-        """A batch has run and took `seconds`: correct what its tenants were charged when it was taken.
-
-        Each job bears the share of its tokens.
+    def charge(self, batch: list[Job], seconds: float, now: float) -> None:
+        """A batch has run, took `seconds`, and is being answered: correct what its tenants were charged when it was
+        taken. Each job bears the share of its tokens.
         """
         all_tokens = sum(job.tokens for job in batch)
         for job in batch:
@@ -218,6 +240,21 @@ class Scheduler:
             if tenant is not None:
                 share = seconds * job.tokens / all_tokens
                 self._add_to_counter(tenant, (share - job.cost_seconds) / tenant.weight)
+                if not tenant.backlogged:
+                    self._anticipation.answered(job.tenant, job.kind, now)
+
+    def _company_expected(self, first: Job, now: float) -> float | None:
+        """Until when to wait for jobs that could share this one's pass, if that is worth it."""
+        if first.merge_key is None:
+            return None
+        room = self._max_batch_tokens - self._queued_tokens[first.kind, first.merge_key]
+        until = self._anticipation.worth_waiting_until(first.kind, first.merge_key, room, now)
+        if until is None:
+            return None
+        if self._waits_since is None:
+            self._waits_since = now
+        until = min(until, self._waits_since + self._anticipation.longest_wait_seconds(first.kind))
+        return until if until > now else None
 
     def _note_deadline(self, job: Job) -> None:
         heappush(self._deadlines, (job.deadline, next(self._ties), job))
@@ -271,6 +308,10 @@ class Scheduler:
     def _forget(self, job: Job) -> None:
         del self._queued[job.key]
         self._backlog_seconds -= job.cost_seconds
+        alike = job.kind, job.merge_key
+        self._queued_tokens[alike] -= job.tokens
+        if not self._queued_tokens[alike]:
+            del self._queued_tokens[alike]
 
     def _add_to_counter(self, tenant: _Tenant, amount: float) -> None:
         tenant.counter += amount

@@ -112,6 +112,7 @@ class TrunkServer:
         self._worker: Worker[_Request]
         self._scheduler: Scheduler
         self._traits: TrunkTraits
+        self._dispatch_later: asyncio.TimerHandle | None = None
         self._draining_until: float | None = None
         self._stopped = asyncio.Event()
         self._handlers: dict[type[Header], Callable[[bytes, Header, Sequence[Frame]], None]] = {
@@ -139,6 +140,7 @@ class TrunkServer:
         self._scheduler = Scheduler(
             max_batch_tokens=self._traits.batch_limits.max_batch_tokens,
             max_wait_seconds=self._settings.max_wait_seconds,
+            costs=self._traits.costs,
         )
         self._worker = Worker(compute, self._finish_batch, clock=self._clock)
         self._router.start(self._receive, self._dispatch)
@@ -147,6 +149,8 @@ class TrunkServer:
                 self._keep_house()
                 await _wait_at_most(self._stopped, HOUSEKEEPING_SECONDS)
         finally:
+            if self._dispatch_later is not None:
+                self._dispatch_later.cancel()
             await self._worker.stop()
             self._router.close()
 
@@ -312,10 +316,16 @@ class TrunkServer:
         """If the device is free, give it what is queued: after all that has arrived, so that it can share a pass."""
         if self._worker.busy_since is not None:
             return
+        if self._dispatch_later is not None:
+            self._dispatch_later.cancel()
+            self._dispatch_later = None
         now = self._clock()
         self._answer_expired(now)
         jobs = self._scheduler.take_batch(now)
         if not jobs:
+            if self._scheduler.waits_until is not None:
+                loop = asyncio.get_running_loop()
+                self._dispatch_later = loop.call_later(self._scheduler.waits_until - now, self._dispatch)
             return
         requests = [self._requests[job.key] for job in jobs]  # type: ignore[index]
         self._worker.give(requests, [self._work(request) for request in requests])
@@ -335,7 +345,8 @@ class TrunkServer:
         return Keep.PRODUCTS if self._traits.deterministic else Keep.GRAPH_AND_PRODUCTS
 
     def _finish_batch(self, batch: Finished[_Request]) -> None:
-        self._scheduler.charge([request.job for request in batch.tickets], batch.ended - batch.started)
+        jobs = [request.job for request in batch.tickets]
+        self._scheduler.charge(jobs, batch.ended - batch.started, self._clock())
         self._router.drain()  # what arrived meanwhile can share the next pass, which begins here
         for request, outcome in zip(batch.tickets, batch.outcomes, strict=True):
             self._finish(request, outcome, merged=len(batch.tickets), started=batch.started, ended=batch.ended)

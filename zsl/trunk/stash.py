@@ -1,9 +1,9 @@
 """What is kept of a forward for its backward.
 
 Requests that shared a forward keep its graph and the products of its linear layers in common. If they all come
-back for one backward, the graph serves them together. If some come without the others, the graph is of no use to
-anyone; they take their products along, and the others get theirs in memory of their own. So nobody who stays away
-can hold more memory than is counted for it.
+back for one backward, the graph can serve them together, whoever else has come. If some come without the others, the
+graph is of no use to anyone; they take their products along, and the others get theirs in memory of their own. So
+nobody who stays away can hold more memory than is counted for it.
 """
 
 from __future__ import annotations
@@ -105,16 +105,26 @@ def stashes_of(
     return stashes
 
 
-def gradients_of_common_graph(
-    stashes: Sequence[TorchStash], gradients: Sequence[torch.Tensor]
-) -> list[torch.Tensor] | None:
-    """The results by the graph of the forward that these requests, and no others, have shared; None without one."""
+def with_common_graphs(stashes: Sequence[TorchStash]) -> list[list[int]]:
+    """Groups of these requests, by their places, that are all those of one forward, of which the graph is kept."""
+    places: dict[int, list[int]] = {}
+    for place, stash in enumerate(stashes):
+        places.setdefault(id(stash.shared), []).append(place)
+    groups = []
+    for group in places.values():
+        shared = stashes[group[0]].shared
+        if shared is None or shared.graph is None or shared.joined is None:
+            continue
+        if len(group) == len(shared.joined.order):
+            groups.append(group)
+    return groups
+
+
+def gradients_of_common_graph(stashes: Sequence[TorchStash], gradients: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The results for the requests of one of those groups. It uses the graph up."""
     shared = stashes[0].shared
-    if shared is None or any(stash.shared is not shared for stash in stashes):
-        return None
+    assert shared is not None and shared.graph is not None and shared.joined is not None
     graph, joined = shared.graph, shared.joined
-    if graph is None or joined is None or len(stashes) != len(joined.order):
-        return None
     shared.graph = None
     by_member = {stash.member: gradient for stash, gradient in zip(stashes, gradients, strict=True)}
     results = joined.split(graph.gradients(joined.join([by_member[member] for member in range(len(stashes))])))
