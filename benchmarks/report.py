@@ -12,6 +12,7 @@ Imports no torch, so that a process that only measures does not pay for it.
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import shlex
@@ -129,6 +130,10 @@ class Report:
                 axes.plot(*zip(*points, strict=True), marker="o", label=str(name))
             axes.set_xscale("log" if log_x else "linear")
             axes.set_yscale("log" if log_y else "linear")
+            if not log_x:
+                axes.set_xticks(sorted({row[x] for row in rows}))
+            if not log_y:
+                axes.set_ylim(bottom=0)
             axes.grid(alpha=0.3)
 
         self._plot(draw, series, x_label, y_label, only)
@@ -139,11 +144,15 @@ class Report:
         def draw(axes: Axes) -> None:
             groups, names = _distinct(self._rows, group), _distinct(self._rows, series)
             width = 0.8 / len(names)
-            for index, name in enumerate(names):
-                heights = {row[group]: row[y] for row in self._rows if row[series] == name and y in row}
-                positions = [groups.index(key) + (index - (len(names) - 1) / 2) * width for key in heights]
-                bars = axes.bar(positions, list(heights.values()), width, label=str(name))
-                axes.bar_label(bars, fmt="{:.3g}", fontsize=8)
+            heights = {(row[group], row[series]): row[y] for row in self._rows if y in row}
+            present = {key: [name for name in names if (key, name) in heights] for key in groups}
+            for name in names:
+                own = [key for key in groups if name in present[key]]
+                # A group that lacks some of the series is still centred on its tick.
+                places = [present[key].index(name) - (len(present[key]) - 1) / 2 for key in own]
+                positions = [groups.index(key) + place * width for key, place in zip(own, places, strict=True)]
+                bars = axes.bar(positions, [heights[key, name] for key in own], width, label=str(name))
+                axes.bar_label(bars, fmt=_in_three_digits, fontsize=8)
             axes.set_xticks(range(len(groups)), [str(key) for key in groups])
             axes.grid(axis="y", alpha=0.3)
 
@@ -225,6 +234,12 @@ def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.3f}" if abs(value) < 100 else f"{value:.0f}"
     return str(value)
+
+
+def _in_three_digits(value: float) -> str:
+    """12.3, 1230: three digits that count, and no power of ten."""
+    digits = max(2 - math.floor(math.log10(abs(value))), 0) if value else 0
+    return f"{value:.{digits}f}"
 
 
 def _distinct(rows: Sequence[Row], column: str) -> list[Any]:

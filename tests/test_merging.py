@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
@@ -285,6 +286,53 @@ def test_a_step_that_is_dropped_costs_its_neighbours_time_and_nothing_else(compu
     backs = [backward_work(works[seed], done[seed], seed) for seed in (0, 2)]
     for ours, seed in zip(tensors(list(compute.run(backs))), (0, 2), strict=True):
         assert within(TOLERANCE)(ours, expected[seed][1])
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_one_kernel_for_sequences_of_any_lengths_does_what_one_call_a_group_does(
+    family: str, checkpoints: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That kernel is CUDA's. Here a stand-in takes its arguments, as torch documents them."""
+    compute = compute_of(checkpoints(family))
+    works = [forward_work(seed, rows, tokens) for seed, (rows, tokens) in enumerate([(1, 7), (2, 3), (1, 3), (1, 12)])]
+
+    def forward_and_backward() -> list[torch.Tensor]:
+        done = compute.run(works)
+        backs = [backward_work(work, one, seed) for seed, (work, one) in enumerate(zip(works, done, strict=True))]
+        return [*tensors(done), *tensors(compute.run(backs))]
+
+    expected = forward_and_backward()
+    calls = []
+
+    def stand_in(
+        query: torch.Tensor,  # [tokens, heads, dim]
+        key: torch.Tensor,
+        value: torch.Tensor,
+        query_starts: torch.Tensor,
+        key_starts: torch.Tensor,
+        longest_query: int,
+        longest_key: int,
+        *,
+        scale: float,
+        window_size: tuple[int, int],
+        enable_gqa: bool,
+    ) -> torch.Tensor:
+        assert torch.equal(query_starts, key_starts) and query_starts.dtype == torch.int32
+        assert longest_query == longest_key == 12 and window_size == (-1, 0)
+        calls.append(query_starts.tolist())
+        lengths = query_starts.diff().tolist()
+        rows = zip(*(tensor.transpose(0, 1).split(lengths, 1) for tensor in (query, key, value)), strict=True)
+        each = [
+            F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=enable_gqa)
+            for q, k, v in rows
+        ]
+        return torch.cat(each, 1).transpose(0, 1)
+
+    monkeypatch.setattr("zsl.trunk.attention._varlen_takes", lambda query, value: True)
+    monkeypatch.setattr("zsl.trunk.attention.varlen_attn", stand_in)
+    for ours, theirs in zip(forward_and_backward(), expected, strict=True):
+        assert within(TOLERANCE)(ours, theirs)
+    assert calls == [[0, 3, 6, 9, 16, 28]] * 4, "two layers, forward and backward"
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

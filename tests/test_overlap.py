@@ -41,10 +41,7 @@ def gradients(model: PeftModel, in_flight: int, samples: list[dict[str, Any]]) -
         return float(loss.detach())
 
     tasks = [partial(micro_batch, sample) for sample in samples]
-    if in_flight == 1:
-        losses = [task() for task in tasks]
-    else:
-        losses = run_overlapped(tasks, in_flight=in_flight, timeout_seconds=60)
+    losses = [task() for task in tasks] if in_flight == 1 else run_overlapped(tasks, in_flight=in_flight)
     return losses, [p.grad for p in model.parameters() if p.requires_grad]
 
 

@@ -124,6 +124,11 @@ class Connection:
         if os.getpid() == self._pid:
             self._command(lambda link: link.release(step, session))
 
+    @property
+    def longest_wait_seconds(self) -> float:
+        """After which a request has ended, whatever happened."""
+        return self._request_timeout_seconds + WAIT_GRACE_SECONDS
+
     def wait(self, future: Future[Message]) -> Message:
         """The future's result; the wait is bounded even if the I/O thread were gone."""
         return self._result(future, self._request_timeout_seconds)

@@ -48,6 +48,7 @@ class Lane(Generic[Result]):
 
     def __init__(self, task: Callable[[], Result]) -> None:
         self.waits_for: Future[Any] | None = None
+        self.longest_wait_seconds = 0.0  # for the trunk, each way
         self.deferred: list[Deferred] = []
         self.result: Future[Result] = Future()
         self._task = task
@@ -63,9 +64,10 @@ class Lane(Generic[Result]):
         self._run.release()
         self._ran.acquire()
 
-    def wait(self, future: Future[Any]) -> None:
+    def wait(self, future: Future[Any], longest_wait_seconds: float) -> None:
         """From within: let the others run until the future is done."""
         self.waits_for = future
+        self.longest_wait_seconds = longest_wait_seconds
         self._ran.release()
         self._run.acquire()
         if self._given_up:
@@ -99,11 +101,10 @@ class _Returning(Generic[Result]):
     answers: list[tuple[Deferred, Future[Any]]] = field(default_factory=list)
 
 
-def run_overlapped(tasks: Sequence[Callable[[], Result]], *, in_flight: int, timeout_seconds: float) -> list[Result]:
+def run_overlapped(tasks: Sequence[Callable[[], Result]], *, in_flight: int) -> list[Result]:
     """The results of the tasks, each the forward and backward of one micro-batch, at most `in_flight` begun at a time.
 
-    An error of one task ends all, and is raised. `timeout_seconds` bounds each wait for the trunk, whose requests have
-    deadlines of their own.
+    An error of one task ends all, and is raised.
     """
     waiting: deque[Lane[Result]] = deque()  # for the trunk's forward, in order
     returning: deque[_Returning[Result]] = deque()  # for its backward, in order
@@ -124,7 +125,7 @@ def run_overlapped(tasks: Sequence[Callable[[], Result]], *, in_flight: int, tim
                     returning.append(_turned_back(lane))
                     waiting.popleft()
             else:
-                _wait_for_any(waiting, returning, timeout_seconds)
+                _wait_for_any(waiting, returning)
     finally:
         for lane in waiting:
             lane.give_up()
@@ -151,10 +152,13 @@ def _finish(returning: _Returning[Any]) -> None:
         deferred.finish(answer.result())
 
 
-def _wait_for_any(waiting: deque[Lane[Any]], returning: deque[_Returning[Any]], timeout_seconds: float) -> None:
+def _wait_for_any(waiting: deque[Lane[Any]], returning: deque[_Returning[Any]]) -> None:
+    """Wait for the next answer that lets somebody go on. Bounded, even if the connection should have forgotten it."""
+    lanes = [*list(waiting)[:1], *(one.lane for one in list(returning)[:1])]
     futures = [lane.waits_for for lane in list(waiting)[:1] if lane.waits_for is not None]
     if returning:
         futures += [answer for _, answer in returning[0].answers if not answer.done()]
-    done, _ = wait(futures, timeout_seconds, FIRST_COMPLETED)
+    longest_wait_seconds = max(lane.longest_wait_seconds for lane in lanes)
+    done, _ = wait(futures, longest_wait_seconds, FIRST_COMPLETED)
     if not done:
-        raise InternalError(f"the trunk's connection did not end a request within {timeout_seconds:g} s")
+        raise InternalError(f"the trunk's connection did not end a request within {longest_wait_seconds:g} s")

@@ -294,7 +294,7 @@ def _through_lane(
     """The way through the trunk of one of several micro-batches: a leaf, whose gradient is brought back later."""
     exact, client = remote.mode == "exact", remote.client
     step, future = crossing.submit_forward(client, hidden_states.detach(), keep=exact)
-    lane.wait(future)
+    lane.wait(future, client.longest_wait_seconds)
     client.finish_forward(step, client.wait(future))
     output = crossing.received(step.output, hidden_states).requires_grad_()
 

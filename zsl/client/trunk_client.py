@@ -219,6 +219,11 @@ class TrunkClient:
 
         return step, build, sum(len(buffer) for buffer in encoded[1])
 
+    @property
+    def longest_wait_seconds(self) -> float:
+        """After which a future of `submit_forward` or `submit_backward` is done, whatever happened."""
+        return self._connection.longest_wait_seconds
+
     def wait(self, future: Future[Message]) -> Message:
         """The message that a submitted request's future brings. Raises `ZslError`."""
         return self._connection.wait(future)

@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 from zsl.client.overlap import run_overlapped
-from zsl.client.trunk_client import REQUEST_TIMEOUT_SECONDS
 from zsl.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -62,7 +61,6 @@ class OverlapMixin(_Base):
                 run_overlapped(
                     [partial(step, model, sample, num_items_in_batch) for sample in self._samples],
                     in_flight=self.overlap,
-                    timeout_seconds=2 * REQUEST_TIMEOUT_SECONDS,
                 )
             )
         return self._micro_losses.popleft()

@@ -1,8 +1,9 @@
 """Attention of a packed pass: many sequences in one row, each attending to itself only.
 
 Registered with transformers' `AttentionInterface`, so every family's own layer code calls it. The mask function
-makes one mask per length instead of one for the whole row, which would grow with its square. While no pass is packed
-the functions do what `sdpa` does, except that they avoid the CPU's flash kernel where its backward is slow.
+makes one mask per length instead of one for the whole row, which would grow with its square. On CUDA, in half precision,
+one call of the flash kernel for sequences of any lengths takes the whole row. While no pass is packed the functions do
+what `sdpa` does, except that they avoid the CPU's flash kernel where its backward is slow.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 
@@ -25,6 +28,8 @@ IMPLEMENTATION = "zsl_segments"
 # Up to this length the whole matrix of scores is cheaper than the CPU's flash kernel in half precision, whose backward
 # is several times slower for short sequences.
 MAX_SCORES_LENGTH = 512
+# What the CUDA flash kernel takes: Ampere or later, half precision, heads of at most so many features.
+VARLEN_CAPABILITY, MAX_VARLEN_DIM = (8, 0), 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +129,9 @@ def _attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if not isinstance(attention_mask, GroupMasks):
         return _attend(query, key, value, attention_mask, scale, causal, softcap, flash=True).transpose(1, 2), None
+    plain = softcap is None and causal and all(mask is None for mask in attention_mask.masks)
+    if plain and attention_mask.flash and _varlen_takes(query, value):
+        return _attend_at_once(query, key, value, attention_mask.groups, scale), None
     outputs, start = [], 0
     for group, mask in zip(attention_mask.groups, attention_mask.masks, strict=True):
         q, k, v = (_rows_of(tensor, start, group) for tensor in (query, key, value))
@@ -138,6 +146,48 @@ def _rows_of(packed: torch.Tensor, start: int, group: Group) -> torch.Tensor:
     part = packed[0, :, start : start + group.tokens]
     rows: torch.Tensor = part.unflatten(1, (group.count, group.length)).transpose(0, 1)
     return rows
+
+
+def _varlen_takes(query: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether the flash kernel for sequences of any lengths does."""
+    dim = query.shape[-1]
+    return (
+        query.is_cuda
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and dim == value.shape[-1] <= MAX_VARLEN_DIM
+        and dim % 8 == 0
+        and torch.cuda.get_device_capability(query.device) >= VARLEN_CAPABILITY
+    )
+
+
+def _attend_at_once(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, groups: tuple[Group, ...], scale: float
+) -> torch.Tensor:
+    """Causal attention of all sequences by one kernel: `[1, heads, tokens, dim]` to `[1, tokens, heads, dim]`."""
+    starts = _starts(groups, query.device)
+    longest = max(group.length for group in groups)
+    packed_query, packed_key, packed_value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    attended = varlen_attn(
+        packed_query,  # [tokens, heads, dim]
+        packed_key,
+        packed_value,
+        starts,
+        starts,
+        longest,
+        longest,
+        scale=scale,
+        window_size=(-1, 0),  # causal
+        enable_gqa=key.shape[1] != query.shape[1],
+    )
+    assert isinstance(attended, torch.Tensor)
+    return attended.unsqueeze(0)
+
+
+@lru_cache(maxsize=64)
+def _starts(groups: tuple[Group, ...], device: torch.device) -> torch.Tensor:
+    """Where each sequence begins, and where the last one ends: `[sequences + 1]`. All layers of a pass share it."""
+    lengths = [group.length for group in groups for _ in range(group.count)]
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
 
 
 def _attend(
