@@ -1,9 +1,9 @@
 """Attention of a packed pass: many sequences in one row, each attending to itself only.
 
 Registered with transformers' `AttentionInterface`, so every family's own layer code calls it. The mask function
-makes one mask per length instead of one for the whole row, which would grow with its square. On CUDA, in half precision,
-one call of the flash kernel for sequences of any lengths takes the whole row. While no pass is packed the functions do
-what `sdpa` does, except that they avoid the CPU's flash kernel where its backward is slow.
+makes one mask per length instead of one for the whole row, which would grow with its square. On CUDA, in half
+precision, one call of the flash kernel for sequences of any lengths takes the whole row. While no pass is packed the
+functions do what `sdpa` does, except that they avoid the CPU's flash kernel where its backward is slow.
 """
 
 from __future__ import annotations

@@ -206,9 +206,11 @@ class Scheduler:
         """Take the jobs of the next pass, all of one kind. Empty if nothing is queued, or while it waits."""
         first = self._first(now)
         self.waits_until = None if first is None else self._company_expected(first, now)
-        if first is None or self.waits_until is not None:
+        if self.waits_until is not None:
             return []
         self._waits_since = None
+        if first is None:
+            return []
         self._batches += 1
         batch, tokens = [first], first.tokens
         self._take(first, now)
