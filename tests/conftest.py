@@ -1,54 +1,45 @@
-"""Fixtures: checkpoints of tiny models, and daemons that serve them."""
+"""What holds for all tests. Without torch, only those that need none are collected (`bin/test-without-torch`)."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from importlib.util import find_spec
 from pathlib import Path
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
 import hypothesis
-import pytest
-import torch
-from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-from support.daemon import Daemon
-from support.models import CUT, write_checkpoint
+HERE = Path(__file__).parent
+# tests/test_without_torch.py holds that these need none.
+WITHOUT_TORCH = [
+    "test_access.py",
+    "test_anticipation.py",
+    "test_checkpoints.py",
+    "test_costs.py",
+    "test_curve.py",
+    "test_docs.py",
+    "test_endpoints.py",
+    "test_faults_without_torch.py",
+    "test_faulty_link.py",
+    "test_history.py",
+    "test_imports.py",
+    "test_keygen.py",
+    "test_leaks.py",
+    "test_mutations.py",
+    "test_no_pickle.py",
+    "test_router.py",
+    "test_scheduler.py",
+    "test_server.py",
+    "test_sessions.py",
+    "test_tenants.py",
+    "test_wire_frames.py",
+    "test_without_torch.py",
+]
 
-# Two cores are shared with the daemons: more threads only wait for each other.
-torch.set_num_threads(2)
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 hypothesis.settings.register_profile("zsl", deadline=None)  # time is for benchmarks
 hypothesis.settings.load_profile("zsl")
-disable_progress_bar()
-set_verbosity_error()
 
-
-@pytest.fixture(scope="session")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """`checkpoints("llama", seed=1)` is the directory of a tiny checkpoint of that family."""
-    directory = tmp_path_factory.mktemp("checkpoints")
-    return lambda family, **how: write_checkpoint(directory, family, **how)
-
-
-@pytest.fixture(scope="session")
-def serve(
-    checkpoints: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Callable[..., Daemon]]:
-    """`serve("llama")` is a daemon in another process that serves the family's checkpoint; started once."""
-    directory = tmp_path_factory.mktemp("daemons")
-    running: dict[tuple[str, ...], Daemon] = {}
-    with ExitStack() as stack:
-
-        def served(family: str, *options: str) -> Daemon:
-            key = (family, *options)
-            if key not in running:
-                log = directory / f"{len(running)}.log"
-                # Batch sizes by hand: what a probe of so small a model finds is chance.
-                batches = ["--max-batch-tokens", "512", "--merge-below-tokens", "64"]
-                arguments = ["--model", str(checkpoints(family)), "--cut", CUT, "--threads", "2", *batches, *options]
-                running[key] = stack.enter_context(Daemon(*arguments, log=log))
-            return running[key]
-
-        yield served
+if find_spec("torch"):
+    pytest_plugins = ["support.served"]
+else:
+    collect_ignore = [str(file) for file in HERE.glob("test_*.py") if file.name not in WITHOUT_TORCH]

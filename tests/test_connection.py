@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import zmq
 
 from support.echo import HIDDEN, IDENTITY, POISON, EchoServer
 from zsl import AsyncTrunkClient, TrunkClient
@@ -25,12 +26,14 @@ from zsl.errors import (
     ConfigError,
     ConnectionLost,
     InternalError,
+    ProtocolVersionError,
     RequestTimeout,
     TooLargeError,
     TrunkUnreachable,
     WrongModelError,
 )
 from zsl.trunk.settings import ServerSettings
+from zsl.wire.frames import MAJOR
 from zsl.wire.messages import Cut
 
 
@@ -134,6 +137,18 @@ def test_localhost_reaches_a_daemon_on_127_0_0_1(server: EchoServer) -> None:
 def test_another_model_is_refused_before_anything_is_sent(server: EchoServer) -> None:
     with TrunkClient(server.endpoint) as client, pytest.raises(WrongModelError, match="weights"):
         client.connect(IDENTITY.model_copy(update={"weights_digest": "0" * 64}))
+
+
+def test_a_daemon_of_another_version_is_named_with_both_versions() -> None:
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as router:
+        router.linger = 0
+        port = router.bind_to_random_port("tcp://127.0.0.1")
+        with TrunkClient(f"127.0.0.1:{port}", connect_timeout_seconds=20) as client, ThreadPoolExecutor(1) as pool:
+            connecting = pool.submit(client.connect)
+            peer, preamble, *_ = router.recv_multipart()
+            router.send_multipart([peer, preamble[:4] + b"\x07" + preamble[5:], b""])
+            with pytest.raises(ProtocolVersionError, match=rf"version {MAJOR} .* of 7"):
+                connecting.result(20)
 
 
 def test_a_refused_request_raises_its_own_error_and_the_next_one_works(client: TrunkClient) -> None:

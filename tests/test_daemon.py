@@ -17,6 +17,8 @@ import torch
 import zsl
 from support.daemon import COMMAND, Daemon
 from support.models import CUT
+from zsl.errors import ForbiddenError, TrunkAuthError
+from zsl.transport.curve import read_public_key, write_key_pair
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -161,7 +163,71 @@ def test_a_port_in_use_is_exit_3_with_the_port() -> None:
 
 
 def test_an_address_outside_loopback_is_refused_unless_insecure() -> None:
-    assert_one_line(run("--host", "0.0.0.0", "--port", "0"), 3, "0.0.0.0", "--insecure")
+    assert_one_line(run("--host", "0.0.0.0", "--port", "0"), 3, "0.0.0.0", "zsl keygen", "--insecure")
+
+
+def test_with_keys_it_serves_who_is_on_the_list_at_any_address_and_reads_the_list_again_on_sighup(
+    checkpoints: Callable[..., Path], tmp_path: Path
+) -> None:
+    for name in ("server", "alice", "bob"):
+        write_key_pair(tmp_path, name)
+    tenants, log = tmp_path / "tenants.toml", tmp_path / "log"
+
+    def write_list(*names: str) -> None:
+        keys = {name: read_public_key(str(tmp_path / f"{name}.key")).decode() for name in names}
+        tenants.write_text("".join(f"[tenants.{name}]\npublic_key = '{key}'\n" for name, key in keys.items()))
+
+    def client(name: str) -> zsl.TrunkClient:
+        return zsl.TrunkClient(
+            f"127.0.0.1:{daemon.port}",
+            server_key=str(tmp_path / "server.key"),
+            client_key=tmp_path / f"{name}.key_secret",
+            request_timeout_seconds=20,
+        )
+
+    write_list("alice")
+    arguments = ["--model", str(checkpoints("llama")), "--cut", CUT, "--host", "0.0.0.0"]
+    options = ["--keys", str(tmp_path), "--tenants", str(tenants)]
+    with Daemon(*arguments, *options, log=log) as daemon, client("alice") as alice, client("bob") as bob:
+        assert daemon.ready["encrypted"]
+        alice.connect()
+        assert alice.forward(torch.zeros(1, 2, 32)).output.isfinite().all()
+        with pytest.raises(TrunkAuthError, match=r"tenants\.toml"):
+            bob.connect()
+        write_list("bob")
+        daemon.signal(signal.SIGHUP)
+        while "read the list of tenants again" not in log.read_text():
+            assert daemon.process.poll() is None
+        with pytest.raises((ForbiddenError, TrunkAuthError)):
+            alice.forward(torch.zeros(1, 2, 32))
+        with client("bob") as bob_again:
+            bob_again.connect()
+        tenants.write_text("[tenants.bob]\n")
+        daemon.signal(signal.SIGHUP)
+        with client("bob") as bob_again:
+            while "stays as it was" not in log.read_text():
+                assert daemon.process.poll() is None
+            bob_again.connect()
+    written = log.read_text()
+    assert "public_key is missing" in written
+    assert read_public_key(str(tmp_path / "bob.key")).decode() not in written
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--keys", "."], ["--keys without --tenants"]),
+        (["--tenants", "tenants.toml"], ["--tenants without --keys"]),
+        (["--keys", "/nowhere", "--tenants", "tenants.toml"], ["server.key_secret", "zsl keygen"]),
+    ],
+    ids=["keys", "tenants", "no-key-file"],
+)
+def test_half_of_what_encryption_takes_is_exit_2_with_the_other_half(options: list[str], words: list[str]) -> None:
+    assert_one_line(run("--port", "0", *options), 2, *words)
+
+
+def test_a_malformed_failpoint_is_exit_2_with_an_example() -> None:
+    assert_one_line(run("--port", "0", ZSL_FAILPOINT="sometimes:kill"), 2, "sometimes:kill", "before-backward:kill")
 
 
 @pytest.mark.parametrize("cut", ["10:2", "2", "2:2", "a:b", "-1:3"])

@@ -34,6 +34,7 @@ from zsl.trunk.products import LinearLayers, Products
 from zsl.trunk.stash import TorchStash
 from zsl.trunk.work import Done, Keep, Kind, Shape, Work
 from zsl.wire.frames import Message
+from zsl.wire.messages import Role
 from zsl.wire.tensors import decode_tensor, encode_tensor
 
 TOLERANCE = 1e-5
@@ -65,8 +66,8 @@ def test_clients_that_train_at_once_get_the_losses_that_they_get_alone(
     alone = [train(client_model(path, endpoint, seed), seed) for seed in seeds]
     merged = []
 
-    def note(message: Message) -> Answer:
-        answer = read_answer(message)
+    def note(message: Message, role: Role) -> Answer:
+        answer = read_answer(message, role)
         merged.append(answer.merged)
         return answer
 

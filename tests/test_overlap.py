@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ import zsl
 from support import batches
 from support.daemon import Daemon
 from support.models import with_lora
-from zsl.client.overlap import run_overlapped
+from zsl.client.overlap import current_lane, run_overlapped
 from zsl.client.trunk_client import TrunkClient
 from zsl.errors import ConfigError
 
@@ -131,6 +132,39 @@ def test_trainer_with_overlap_has_the_losses_of_trainer_without(
             losses.append([float(p.detach().sum()) for p in model.parameters() if p.requires_grad])
     assert losses[0] == losses[2] and len(losses[0]) == 3
     assert losses[1] == losses[3]
+
+
+def drawing(answers: list[Future[None]], place: int) -> tuple[float, float]:
+    """A micro-batch that draws a number on each side of its wait for the trunk."""
+    first = float(torch.rand(()))
+    lane = current_lane()
+    assert lane is not None
+    lane.wait(answers[place], 20)
+    return first, float(torch.rand(()))
+
+
+def test_what_a_micro_batch_draws_does_not_depend_on_which_answer_comes_first() -> None:
+    drawn = []
+    for order in ([0, 1, 2], [2, 0, 1]):
+        torch.manual_seed(0)
+        steps = []
+        for _ in range(2):
+            answers: list[Future[None]] = [Future() for _ in range(3)]
+            with ThreadPoolExecutor(1) as pool:
+                for place in order:
+                    pool.submit(answers[place].set_result, None)
+                steps.append(run_overlapped([partial(drawing, answers, n) for n in range(3)], in_flight=2))
+        drawn.append(steps)
+    assert drawn[0] == drawn[1]
+    numbers = [number for step in drawn[0] for pair in step for number in pair]
+    assert len(set(numbers)) == len(numbers), "each draws its own, and another step others"
+
+
+def test_a_step_that_draws_nothing_leaves_the_random_numbers_as_they_were() -> None:
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    run_overlapped([lambda: None] * 3, in_flight=2)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_more_overlap_than_micro_batches_is_refused(tmp_path: Path, checkpoints: Callable[..., Path]) -> None:

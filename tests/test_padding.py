@@ -19,8 +19,8 @@ from support.models import local_model, with_lora
 from support.relay import Relay
 from zsl.client.padding import find_real_tokens
 from zsl.errors import PaddingGradientError
-from zsl.wire.frames import decode
-from zsl.wire.messages import TO_DAEMON, Forward
+from zsl.wire.frames import KIND, MAGIC, MAJOR, decode
+from zsl.wire.messages import TO_DAEMON, Forward, MessageType
 
 
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=5))
@@ -61,8 +61,9 @@ def test_no_padding_behind_real_tokens_is_sent(serve: Callable[..., Daemon], che
             model(**batch)
         trunk.close()
         frames = relay.from_client
+    forward = KIND.pack(MAGIC, MAJOR, MessageType.FORWARD, 0)
     sent = [
-        decode(frames[i : i + 5], TO_DAEMON).header for i, frame in enumerate(frames) if frame[:6] == b"ZSLT\x01\x03"
+        decode(frames[i : i + 5], TO_DAEMON).header for i, frame in enumerate(frames) if frame[: KIND.size] == forward
     ]
     (header,) = sent
     assert isinstance(header, Forward)

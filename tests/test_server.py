@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import random
+import socket
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 
+import numpy as np
 import pytest
 
 from support.echo import HIDDEN, IDENTITY, ROW_TOKENS, EchoServer
+from support.faulty_link import FaultyLink
 from support.peer import Peer, forward
 from test_wire_frames import BAD_FRAMES
 from zsl.trunk.costs import BatchLimits, Costs, PassCost
@@ -89,13 +94,15 @@ def test_welcome_states_model_cut_and_all_limits(peer: Peer) -> None:
     ],
 )
 def test_another_model_is_refused_with_what_differs(peer: Peer, changes: dict[str, object], word: str) -> None:
-    answer = peer.ask(Hello(request=1, software="t", dtype="f32", model=IDENTITY.model_copy(update=changes), cut=None))
+    answer = peer.ask(
+        Hello(request=1, software="t", dtype="f32", model=IDENTITY.model_copy(update=changes), cut=None, resume=None)
+    )
     assert code_of(answer) == "WRONG_MODEL"
     assert isinstance(answer, Error) and word in answer.text
 
 
 def test_another_cut_is_refused(peer: Peer) -> None:
-    answer = peer.ask(Hello(request=1, software="t", dtype="f32", model=None, cut=Cut(start=1, stop=4)))
+    answer = peer.ask(Hello(request=1, software="t", dtype="f32", model=None, cut=Cut(start=1, stop=4), resume=None))
     assert code_of(answer) == "WRONG_MODEL"
     assert isinstance(answer, Error) and "2:4" in answer.text and "1:4" in answer.text
 
@@ -176,14 +183,15 @@ def test_a_new_hello_ends_the_connections_earlier_session_and_its_queued_work(se
 
 
 def test_an_expired_lease_frees_what_was_held() -> None:
-    with EchoServer(settings=ServerSettings(lease_seconds=0.3)) as server, Peer(server.endpoint) as peer:
-        welcome = peer.hello()
-        peer.ask(*forward(welcome, 1, keep=True))
-        give_up = time.monotonic() + 20
-        while status(peer).sessions and time.monotonic() < give_up:
-            pass
-        assert status(peer).held_bytes == 0
-        assert code_of(peer.ask(*forward(welcome, 2))) == "UNKNOWN_SESSION"
+    with EchoServer(settings=ServerSettings(lease_seconds=0.3)) as server:
+        with Peer(server.endpoint) as peer, Peer(server.endpoint) as observer:
+            welcome = peer.hello()
+            peer.ask(*forward(welcome, 1, keep=True))
+            give_up = time.monotonic() + 20
+            while status(observer).sessions and time.monotonic() < give_up:
+                pass
+            assert status(observer).held_bytes == 0
+            assert code_of(observer.ask(*forward(welcome, 2))) == "UNKNOWN_SESSION"
 
 
 def status(peer: Peer) -> Status:
@@ -201,7 +209,7 @@ def test_bad_frames_disturb_nobody(server: EchoServer, peer: Peer, name: str) ->
         peer.send_frames(frames or [b""])
         answered = peer.ask(StatusRequest(request=5))
         if isinstance(answered, Error):
-            assert answered.code in ("MALFORMED", "TOO_LARGE", "PROTO_VERSION")
+            assert answered.code in ("MALFORMED", "TOO_LARGE", "PROTO_VERSION", "CORRUPT")
             answered = peer.hear()
         assert isinstance(answered, Status)
         assert isinstance(healthy.ask(*forward(welcome, 1)), Result)
@@ -262,6 +270,136 @@ def test_another_connections_session_is_refused(server: EchoServer, peer: Peer) 
         assert code_of(thief.ask(*forward(welcome, 1))) == "UNKNOWN_SESSION"
 
 
+def test_a_request_that_is_delivered_twice_is_computed_once_and_has_one_answer_each_time_it_is_asked(
+    server: EchoServer, peer: Peer
+) -> None:
+    welcome = peer.hello()
+    server.compute.gate.clear()
+    peer.send(*forward(welcome, 1, keep=True))
+    peer.send(*forward(welcome, 1, keep=True))
+    server.compute.gate.set()
+    assert isinstance(peer.hear(), Result)
+    again = peer.ask(*forward(welcome, 1, keep=True, attempt=1))  # its answer may have been lost
+    assert isinstance(again, Result) and again.request == 1
+    first = peer.ask(*backward(welcome, 2, step=1))
+    assert peer.ask(*backward(welcome, 2, step=1, complete=True)) == first
+    peer.send(*forward(welcome, 1, keep=True))  # an echo, of a step that is over: nothing is held for it again
+    assert status(peer).held_bytes == 0
+    assert server.compute.batches == [[Kind.FORWARD], [Kind.BACKWARD]]
+
+
+def test_an_answer_that_is_not_kept_any_more_is_computed_again() -> None:
+    with EchoServer(settings=ServerSettings(reply_memory_bytes=0)) as server, Peer(server.endpoint) as peer:
+        welcome = peer.hello()
+        peer.ask(*forward(welcome, 1, keep=True))
+        assert isinstance(peer.ask(*forward(welcome, 1, keep=True, attempt=1)), Result)
+        peer.ask(*backward(welcome, 2, step=1))
+        header, buffers = backward(welcome, 2, step=1)
+        assert code_of(peer.ask(header.model_copy(update={"attempt": 1}), buffers)) == "UNKNOWN_STEP"
+
+
+@pytest.mark.parametrize("answered", [False, True])
+def test_a_request_id_that_comes_again_with_something_else_is_refused(
+    server: EchoServer, peer: Peer, answered: bool
+) -> None:
+    welcome = peer.hello()
+    if answered:
+        peer.ask(*forward(welcome, 1))
+        wrong = [forward(welcome, 1, tokens=3), forward(welcome, 1, keep=True), backward(welcome, 1, step=1)]
+    else:
+        server.compute.gate.clear()
+        peer.send(*forward(welcome, 1))
+        header, buffers = forward(welcome, 1)
+        wrong = [forward(welcome, 1, tokens=3), (header, [b"\1" + bytes(buffers[0][1:])])]
+    for frames in wrong:
+        assert code_of(peer.ask(*frames)) == "MALFORMED"
+    server.compute.gate.set()
+
+
+def test_a_hello_that_is_delivered_twice_opens_one_session(server: EchoServer, peer: Peer) -> None:
+    hello = Hello(request=1, software="t", dtype="f32", model=None, cut=None, resume=None)
+    first, second = peer.ask(hello), peer.ask(hello)
+    assert first == second
+    assert status(peer).sessions == 1
+
+
+def test_a_session_goes_on_over_a_new_connection_with_all_that_was_held_and_asked(server: EchoServer) -> None:
+    with Peer(server.endpoint) as lost:
+        welcome = lost.hello()
+        lost.ask(*forward(welcome, 1, keep=True))
+        server.compute.gate.clear()
+        lost.send(*forward(welcome, 2))
+        assert server.compute.begun.acquire(timeout=20) and server.compute.begun.acquire(timeout=20)
+    with Peer(server.endpoint) as peer:
+        resumed = peer.hello(resume=welcome.session)
+        assert resumed.session == welcome.session
+        peer.send(*forward(resumed, 2, attempt=1))
+        server.compute.gate.set()
+        answer = peer.hear()
+        assert isinstance(answer, Result) and answer.request == 2
+        assert isinstance(peer.ask(*backward(resumed, 3, step=1)), Result)
+        assert server.compute.batches == [[Kind.FORWARD], [Kind.FORWARD], [Kind.BACKWARD]]
+        assert status(peer).sessions == 1
+
+
+def test_a_session_that_is_not_there_any_more_is_opened_anew(peer: Peer) -> None:
+    assert peer.hello(resume=b"?" * 16).session != b"?" * 16
+
+
+def test_a_session_can_be_resumed_while_the_daemon_drains_but_no_new_one_opened(server: EchoServer) -> None:
+    with Peer(server.endpoint) as lost:
+        welcome = lost.hello()
+        lost.ask(*forward(welcome, 1, keep=True))
+        server.drain()
+        assert isinstance(lost.hear(), GoAway)
+    with Peer(server.endpoint) as peer:
+        hello = Hello(request=5, software="t", dtype="f32", model=None, cut=None, resume=None)
+        assert code_of(peer.ask(hello)) == "DRAINING"
+        resumed = peer.hello(resume=welcome.session)
+        assert isinstance(peer.ask(*backward(resumed, 3, step=1)), Result)
+
+
+def test_signs_of_life_may_come_on_a_connection_of_their_own(server: EchoServer, peer: Peer) -> None:
+    welcome = peer.hello()
+    with Peer(server.endpoint) as pulse:
+        assert isinstance(pulse.ask(Ping(session=welcome.session, epoch=welcome.epoch, request=1)), Pong)
+        unknown = Ping(session=b"?" * 16, epoch=welcome.epoch, request=2)
+        assert code_of(pulse.ask(unknown)) == "UNKNOWN_SESSION"
+
+
+def test_no_more_sessions_are_opened_than_the_daemon_takes() -> None:
+    with EchoServer(settings=ServerSettings(max_sessions=2)) as server, ExitStack() as stack:
+        peers = [stack.enter_context(Peer(server.endpoint)) for _ in range(3)]
+        welcomes = [peer.hello() for peer in peers[:2]]
+        hello = Hello(request=5, software="t", dtype="f32", model=None, cut=None, resume=None)
+        assert code_of(peers[2].ask(hello)) == "QUOTA"
+        peers[0].send(Bye(session=welcomes[0].session, epoch=welcomes[0].epoch))
+        assert status(peers[0]).sessions == 1
+        assert isinstance(peers[2].ask(hello), Welcome)
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_activations_that_are_not_finite_are_refused_with_their_place(peer: Peer, dtype: str, value: float) -> None:
+    welcome = peer.hello()
+    values = np.zeros((2, 3, HIDDEN), dtype=np.float32)
+    values[1, 2, 3] = value
+    if dtype == "bf16":
+        buffer = (values.view(np.uint32) >> 16).astype(np.uint16).tobytes()
+    else:
+        buffer = values.astype(np.float32 if dtype == "f32" else np.float16).tobytes()
+    tensors = [describe("activations", values.shape, dtype, 4 if dtype == "f32" else 2)]
+    answer = peer.ask(forward(welcome, 1, tensors=tensors)[0], [buffer])
+    assert code_of(answer) == "NONFINITE"
+    assert isinstance(answer, Error) and "row 1, token 2" in answer.text
+    largest = np.full((2, 3, HIDDEN), np.finfo(np.float16).max if dtype == "f16" else 3e38, dtype=np.float32)
+    if dtype == "bf16":
+        buffer = (largest.view(np.uint32) >> 16).astype(np.uint16).tobytes()
+    else:
+        buffer = largest.astype(np.float32 if dtype == "f32" else np.float16).tobytes()
+    assert isinstance(peer.ask(forward(welcome, 2, tensors=tensors)[0], [buffer]), Result)
+
+
 def test_a_forward_only_daemon_says_so_and_refuses_backward() -> None:
     with EchoServer(forward_only=True) as server, Peer(server.endpoint) as peer:
         welcome = peer.hello()
@@ -291,7 +429,7 @@ def test_small_requests_share_a_pass_whatever_their_length_and_a_lone_one_does_n
 
 
 def test_a_request_that_waits_for_company_in_vain_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("zsl.transport.router.WATCHDOG_SECONDS", 1e3)  # nothing else may look after the queue
+    monkeypatch.setattr("zsl.transport.reading.WATCHDOG_SECONDS", 1e3)  # nothing else may look after the queue
     slow = PassCost(10.0, 1e-3)
     with EchoServer(costs=Costs(slow, slow, slow)) as server:
         with Peer(server.endpoint) as one, Peer(server.endpoint) as other:
@@ -409,3 +547,63 @@ def test_a_drain_does_not_wait_for_ever_for_a_backward_that_never_comes() -> Non
         peer.ask(*forward(peer.hello(), 1, keep=True))
         server.drain()
         server.join()
+
+
+def test_a_backward_after_its_step_was_released_asks_for_everything(peer: Peer) -> None:
+    welcome = peer.hello()
+    peer.ask(*forward(welcome, 1, keep=True))
+    peer.send(Release(session=welcome.session, epoch=welcome.epoch, step=1))
+    assert code_of(peer.ask(*backward(welcome, 2, step=1))) == "UNKNOWN_STEP"
+
+
+def test_cancel_and_release_of_what_never_was_change_nothing(peer: Peer) -> None:
+    welcome = peer.hello()
+    peer.send(Cancel(session=welcome.session, epoch=welcome.epoch, request=77))
+    peer.send(Release(session=welcome.session, epoch=welcome.epoch, step=77))
+    assert isinstance(peer.ask(*forward(welcome, 1)), Result)
+
+
+FOREIGN_BYTES = {
+    "TLS": bytes.fromhex("16030100a5010000a10303") + bytes(160),
+    "HTTP": b"POST / HTTP/1.1\r\nHost: trunk\r\nContent-Length: 9\r\n\r\n" + b"x" * 200,
+    "SSH": b"SSH-2.0-OpenSSH_9.6\r\n" + bytes(200),
+    "ZMTP 1.0": b"\x01\x00" + b"\x06\x00hello" * 40,
+    "random": random.Random(0).randbytes(4096),
+    "nothing": b"",
+    "half a greeting": b"\xff" + bytes(8) + b"\x7f\x03",
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN_BYTES)
+def test_what_is_not_zeromq_disturbs_nobody(server: EchoServer, peer: Peer, name: str) -> None:
+    welcome = peer.hello()
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as stranger:
+        stranger.sendall(FOREIGN_BYTES[name])
+        for request in range(1, 6):
+            assert isinstance(peer.ask(*forward(welcome, request)), Result)
+    assert status(peer).sessions == 1
+
+
+def test_a_sender_that_stalls_in_the_middle_of_a_message_disturbs_nobody(server: EchoServer, peer: Peer) -> None:
+    welcome = peer.hello()
+    with FaultyLink(server.port) as link, Peer(link.endpoint) as slow:
+        theirs = slow.hello()
+        link.throttle("up", 1.0)
+        slow.send(*forward(theirs, 1, tokens=60))
+        for request in range(1, 6):
+            assert isinstance(peer.ask(*forward(welcome, request)), Result)
+        link.heal()
+        assert isinstance(slow.hear(), Result)
+
+
+def test_the_connections_of_a_client_whose_host_vanished_end_with_its_lease() -> None:
+    with EchoServer(settings=ServerSettings(lease_seconds=0.5)) as server, FaultyLink(server.port) as link:
+        with Peer(link.endpoint) as vanishing, Peer(link.endpoint) as its_pulse, Peer(server.endpoint) as peer:
+            welcome = vanishing.hello()
+            its_pulse.ask(Ping(session=welcome.session, epoch=welcome.epoch, request=1))
+            assert status(peer).sessions == 1
+            link.blackhole("both")
+            give_up = time.monotonic() + 20
+            while server.connections > 1 and time.monotonic() < give_up:
+                status(peer)
+            assert (server.connections, status(peer).sessions) == (1, 0)

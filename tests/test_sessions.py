@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zsl.errors import OverloadedError, UnknownSessionError
+from zsl.errors import OverloadedError, QuotaError, UnknownSessionError
 from zsl.trunk.sessions import Sessions
+from zsl.trunk.tenants import Tenant
 from zsl.trunk.work import Held, Keep, Shape
 
 
@@ -32,6 +33,7 @@ def table(**changes: float) -> Sessions:
     ids = count()
     settings = {
         "lease_seconds": 60,
+        "max_sessions": 10,
         "max_inflight_requests": 2,
         "max_inflight_bytes": 100,
         "max_total_inflight_bytes": 150,
@@ -144,3 +146,86 @@ def test_finishing_in_a_closed_session_is_nothing() -> None:
     session = sessions.open(b"peer", now=0.0)
     sessions.close(session.id)
     assert sessions.finish(session.id, 1) is None
+
+
+def tenant(name: str = "alice", **changes: object) -> Tenant:
+    fields = {"name": name, "public_key": name.ljust(40, "0"), "weight": 1.0, "max_sessions": 2}
+    fields |= {"max_inflight_bytes": 100, "max_stash_bytes": None}
+    return Tenant(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+def test_nobody_reaches_another_tenants_session() -> None:
+    sessions = table()
+    session = sessions.open(b"peer", now=0.0, tenant=tenant("alice"))
+    for other in (tenant("bob"), None):
+        with pytest.raises(UnknownSessionError):
+            sessions.get(session.id, b"peer", now=1.0, tenant=other)
+        with pytest.raises(UnknownSessionError):
+            sessions.renew(session.id, now=1.0, tenant=other)
+        with pytest.raises(UnknownSessionError):
+            sessions.resume(session.id, b"new", now=1.0, hello=1, tenant=other)
+    assert sessions.get(session.id, b"peer", now=1.0, tenant=tenant("alice")) is session
+
+
+def test_a_session_that_is_resumed_keeps_what_it_held_and_leaves_its_old_connection() -> None:
+    sessions = table()
+    session = sessions.open(b"old", now=0.0)
+    sessions.hold(session, 1, kept(10))
+    assert sessions.resume(session.id, b"new", now=59.0, hello=7, tenant=None) is session
+    assert (sessions.of_peer(b"old"), sessions.of_peer(b"new")) == (None, session)
+    assert 1 in session.held and sessions.expired(now=100.0) == []
+    with pytest.raises(UnknownSessionError):
+        sessions.get(session.id, b"old", now=60.0)
+
+
+def test_a_tenant_with_all_its_sessions_gets_another_only_in_place_of_a_quiet_one() -> None:
+    sessions = table()
+    alice = tenant(max_sessions=2)
+    first, second = (sessions.open(peer, now=0.0, tenant=alice) for peer in (b"1", b"2"))
+    assert sessions.in_the_way(tenant("bob"), now=1.0) is None, "bob has his own"
+    with pytest.raises(QuotaError, match="tenant alice has 2 open sessions"):
+        sessions.in_the_way(alice, now=5.0)
+    sessions.get(first.id, b"1", now=15.0, tenant=alice)
+    assert sessions.in_the_way(alice, now=15.0) is second
+    sessions.close(second.id)
+    assert sessions.in_the_way(alice, now=15.0) is None
+
+
+def test_all_sessions_together_are_bounded_and_a_tenant_cannot_push_out_another_ones() -> None:
+    sessions = table(max_sessions=2)
+    for number in range(2):
+        sessions.open(b"%d" % number, now=0.0, tenant=tenant("alice"))
+    with pytest.raises(QuotaError, match="this daemon has 2"):
+        sessions.in_the_way(tenant("bob"), now=50.0)
+    assert sessions.in_the_way(tenant("alice"), now=50.0) is not None
+
+
+def test_bytes_over_what_a_tenant_may_have_in_flight_in_all_its_sessions_are_refused() -> None:
+    sessions = table()
+    alice = tenant(max_inflight_bytes=100)
+    one, two = (sessions.open(peer, now=0.0, tenant=alice) for peer in (b"1", b"2"))
+    sessions.admit(one, 1, nbytes=80)
+    with pytest.raises(OverloadedError, match="tenant alice"):
+        sessions.admit(two, 1, nbytes=30)
+    sessions.admit(sessions.open(b"3", now=0.0, tenant=tenant("bob")), 1, nbytes=30)
+
+
+def test_answers_that_are_not_read_count_as_in_flight() -> None:
+    sessions = table()
+    session = sessions.open(b"peer", now=0.0)
+    with pytest.raises(OverloadedError, match="unread"):
+        sessions.admit(session, 1, nbytes=10, unsent_bytes=95)
+    sessions.admit(session, 1, nbytes=10, unsent_bytes=80)
+
+
+def test_what_is_kept_for_a_tenant_stays_within_its_own_memory_and_takes_nothing_from_others() -> None:
+    sessions = table()
+    alice = tenant(max_stash_bytes=100)
+    bobs = sessions.open(b"0", now=0.0, tenant=tenant("bob"))
+    one, two = (sessions.open(peer, now=0.0, tenant=alice) for peer in (b"1", b"2"))
+    sessions.hold(bobs, 1, kept(500, Keep.GRAPH))
+    sessions.hold(one, 1, kept(60, Keep.GRAPH))
+    sessions.hold(two, 1, kept(60))
+    assert (bobs.held[1].stash, one.held[1].stash) == (Kept(500, Keep.GRAPH), Kept(30))
+    sessions.hold(two, 2, kept(90))
+    assert (set(one.held), set(two.held)) == (set(), {2})

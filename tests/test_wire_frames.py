@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import random
+import sys
+import tracemalloc
 from typing import Any
 
 import msgpack
@@ -9,8 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zsl.errors import MalformedError, ProtocolVersionError, TooLargeError, WireError
-from zsl.wire.frames import MAGIC, MAJOR, MAX_HEADER_BYTES, PREAMBLE, decode, encode
+from support.mutations import mutated
+from zsl.errors import CorruptError, MalformedError, ProtocolVersionError, TooLargeError, WireError
+from zsl.wire.frames import KIND, MAGIC, MAJOR, MAX_HEADER_BYTES, Frame, decode, encode, seal
 from zsl.wire.messages import (
     DTYPE_BYTES,
     MAX_DIMS,
@@ -54,7 +59,7 @@ CUT = Cut(start=2, stop=10)
 ACTIVATIONS = TensorDescriptor(role="activations", dtype="f32", shape=(1, 2, 4), nbytes=32)
 
 HEADERS: list[Header] = [
-    Hello(request=1, software="0", dtype="f32", model=IDENTITY, cut=None),
+    Hello(request=1, software="0", dtype="f32", model=IDENTITY, cut=None, resume=None),
     Forward(session=SESSION, epoch=EPOCH, request=1, attempt=0, budget_ms=9, keep=True, tensors=[ACTIVATIONS]),
     Backward(session=SESSION, epoch=EPOCH, request=1, attempt=0, budget_ms=9, step=1, tensors=[ACTIVATIONS]),
     Release(session=SESSION, epoch=EPOCH, step=1),
@@ -78,7 +83,7 @@ HEADERS: list[Header] = [
     ),
     Result(request=1, epoch=EPOCH, merged=1, queue_us=0, compute_us=0, tensors=[ACTIVATIONS]),
     Error(request=None, epoch=EPOCH, code="MALFORMED", retry="never", retry_after_ms=0, text="no"),
-    Pong(request=1, epoch=EPOCH, progress_age_ms=0),
+    Pong(request=1, epoch=EPOCH, progress_age_ms=0, inflight_requests=0),
     GoAway(epoch=EPOCH, drain_ms=0),
     Status(
         request=1,
@@ -98,6 +103,11 @@ HEADERS: list[Header] = [
 
 def schemas_for(header: Header) -> dict[int, type[Header]]:
     return TO_DAEMON if type(header) in TO_DAEMON.values() else TO_CLIENT
+
+
+def resealed(preamble: Frame, *rest: Frame) -> list[Frame]:
+    """Changed frames, with the checksum that makes them whole."""
+    return seal([preamble[: KIND.size], *rest])
 
 
 def buffers_of(header: Header) -> list[bytes]:
@@ -123,9 +133,9 @@ def test_every_field_is_needed_and_no_other_is_taken(header: Header) -> None:
     for name in fields:
         fewer = msgpack.packb({key: value for key, value in fields.items() if key != name})
         with pytest.raises(MalformedError):
-            decode([preamble, fewer, *buffers], schemas_for(header))
+            decode(resealed(preamble, fewer, *buffers), schemas_for(header))
     with pytest.raises(MalformedError, match="extra"):
-        decode([preamble, msgpack.packb({**fields, "extra": 1}), *buffers], schemas_for(header))
+        decode(resealed(preamble, msgpack.packb({**fields, "extra": 1}), *buffers), schemas_for(header))
 
 
 WRONG_VALUES = [None, True, -1, 2**64 - 1, 1.5, float("nan"), "x", "x" * 1000, b"", b"x" * 15, [], {}, [[]], {"a": 1}]
@@ -139,7 +149,7 @@ def test_a_value_of_a_wrong_type_or_size_is_refused(header: Header) -> None:
     refused = 0
     for name in fields:
         for value in WRONG_VALUES:
-            frames = [preamble, msgpack.packb({**fields, name: value}), *buffers]
+            frames = resealed(preamble, msgpack.packb({**fields, name: value}), *buffers)
             try:
                 taken = getattr(decode(frames, schemas_for(header)).header, name)
             except WireError:
@@ -157,10 +167,15 @@ def test_a_message_for_the_other_end_is_refused() -> None:
         decode(encode(welcome), TO_DAEMON)
 
 
-def forward_frames(**changes: Any) -> list[bytes]:
-    """The frames of a good FORWARD, with fields of its header replaced."""
+def kind(major: int = MAJOR, message_type: int = MessageType.FORWARD, flags: int = 0) -> bytes:
+    """The first half of a preamble."""
+    return KIND.pack(MAGIC, major, message_type, flags)
+
+
+def forward_frames(*buffers: bytes, **changes: Any) -> list[Frame]:
+    """The frames of a good FORWARD, with fields of its header, or its buffers, replaced."""
     header = HEADERS[1].model_dump() | changes
-    return [PREAMBLE.pack(MAGIC, MAJOR, MessageType.FORWARD, 0), msgpack.packb(header), bytes(32)]
+    return seal([kind(), msgpack.packb(header), *(buffers or [bytes(32)])])
 
 
 def descriptor(**changes: Any) -> dict[str, Any]:
@@ -168,41 +183,42 @@ def descriptor(**changes: Any) -> dict[str, Any]:
 
 
 GOOD = forward_frames()
-BAD_FRAMES: dict[str, tuple[list[bytes], type[WireError]]] = {
+BAD_FRAMES: dict[str, tuple[list[Frame], type[WireError]]] = {
     "no frame": ([], MalformedError),
     "one frame": (GOOD[:1], MalformedError),
     "empty frames": ([b"", b"", b""], MalformedError),
-    "17 buffers": ([*GOOD[:2], *[b""] * 17], MalformedError),
-    "10,000 frames": ([*GOOD[:2], *[b""] * 10_000], MalformedError),
+    "17 buffers": (resealed(*GOOD[:2], *[b""] * 17), MalformedError),
+    "10,000 frames": (resealed(*GOOD[:2], *[b""] * 10_000), MalformedError),
     "wrong magic": ([b"HTTP/1.1", *GOOD[1:]], MalformedError),
     "short preamble": ([GOOD[0][:7], *GOOD[1:]], MalformedError),
+    "half a preamble": ([GOOD[0][:8], *GOOD[1:]], MalformedError),
     "long preamble": ([GOOD[0] + b"\0", *GOOD[1:]], MalformedError),
-    "major 0": ([PREAMBLE.pack(MAGIC, 0, 3, 0), *GOOD[1:]], ProtocolVersionError),
-    "major 255": ([PREAMBLE.pack(MAGIC, 255, 3, 0), *GOOD[1:]], ProtocolVersionError),
-    "type 0": ([PREAMBLE.pack(MAGIC, MAJOR, 0, 0), *GOOD[1:]], MalformedError),
-    "type 255": ([PREAMBLE.pack(MAGIC, MAJOR, 255, 0), *GOOD[1:]], MalformedError),
-    "unknown flags": ([PREAMBLE.pack(MAGIC, MAJOR, 3, 1), *GOOD[1:]], MalformedError),
-    "large header": ([GOOD[0], bytes(MAX_HEADER_BYTES + 1), GOOD[2]], TooLargeError),
-    "truncated header": ([GOOD[0], GOOD[1][:-1], GOOD[2]], MalformedError),
-    "trailing byte": ([GOOD[0], GOOD[1] + b"\0", GOOD[2]], MalformedError),
-    "reserved byte": ([GOOD[0], b"\xc1", GOOD[2]], MalformedError),
-    "array of 4 G": ([GOOD[0], b"\xdd\xff\xff\xff\xff", GOOD[2]], MalformedError),
-    "map of 4 G": ([GOOD[0], b"\xdf\xff\xff\xff\xff", GOOD[2]], MalformedError),
-    "bytes of 4 G": ([GOOD[0], b"\xc6\xff\xff\xff\xff", GOOD[2]], MalformedError),
-    "500 deep": ([GOOD[0], b"\x91" * 500 + b"\x90", GOOD[2]], MalformedError),
-    "10,000 deep": ([GOOD[0], b"\x91" * 10_000 + b"\x90", GOOD[2]], MalformedError),
-    "a list": ([GOOD[0], msgpack.packb([1]), GOOD[2]], MalformedError),
-    "integer keys": ([GOOD[0], msgpack.packb({1: 1}), GOOD[2]], MalformedError),
-    "a key twice": ([GOOD[0], b"\x82" + msgpack.packb("request") * 2 + b"\x01\x01", GOOD[2]], MalformedError),
-    "an ext type": ([GOOD[0], msgpack.packb(msgpack.ExtType(5, b"x")), GOOD[2]], MalformedError),
+    "major 0": (resealed(kind(major=0), *GOOD[1:]), ProtocolVersionError),
+    "major 255": (resealed(kind(major=255), *GOOD[1:]), ProtocolVersionError),
+    "type 0": (resealed(kind(message_type=0), *GOOD[1:]), MalformedError),
+    "type 255": (resealed(kind(message_type=255), *GOOD[1:]), MalformedError),
+    "unknown flags": (resealed(kind(flags=1), *GOOD[1:]), MalformedError),
+    "large header": (resealed(GOOD[0], bytes(MAX_HEADER_BYTES + 1), GOOD[2]), TooLargeError),
+    "truncated header": (resealed(GOOD[0], GOOD[1][:-1], GOOD[2]), MalformedError),
+    "trailing byte": (resealed(GOOD[0], GOOD[1] + b"\0", GOOD[2]), MalformedError),
+    "reserved byte": (resealed(GOOD[0], b"\xc1", GOOD[2]), MalformedError),
+    "array of 4 G": (resealed(GOOD[0], b"\xdd\xff\xff\xff\xff", GOOD[2]), MalformedError),
+    "map of 4 G": (resealed(GOOD[0], b"\xdf\xff\xff\xff\xff", GOOD[2]), MalformedError),
+    "bytes of 4 G": (resealed(GOOD[0], b"\xc6\xff\xff\xff\xff", GOOD[2]), MalformedError),
+    "500 deep": (resealed(GOOD[0], b"\x91" * 500 + b"\x90", GOOD[2]), MalformedError),
+    "10,000 deep": (resealed(GOOD[0], b"\x91" * 10_000 + b"\x90", GOOD[2]), MalformedError),
+    "a list": (resealed(GOOD[0], msgpack.packb([1]), GOOD[2]), MalformedError),
+    "integer keys": (resealed(GOOD[0], msgpack.packb({1: 1}), GOOD[2]), MalformedError),
+    "a key twice": (resealed(GOOD[0], b"\x82" + msgpack.packb("request") * 2 + b"\x01\x01", GOOD[2]), MalformedError),
+    "an ext type": (resealed(GOOD[0], msgpack.packb(msgpack.ExtType(5, b"x")), GOOD[2]), MalformedError),
     "a timestamp": (forward_frames(request=msgpack.Timestamp(1)), MalformedError),
-    "a pickle": ([GOOD[0], b"\x80\x04cos\nsystem\n", GOOD[2]], MalformedError),
-    "bad UTF-8": ([GOOD[0], b"\x81\xa2\xff\xfe\x01", GOOD[2]], MalformedError),
+    "a pickle": (resealed(GOOD[0], b"\x80\x04cos\nsystem\n", GOOD[2]), MalformedError),
+    "bad UTF-8": (resealed(GOOD[0], b"\x81\xa2\xff\xfe\x01", GOOD[2]), MalformedError),
     "no tensors": (forward_frames(tensors=[]), MalformedError),
     "17 tensors": (forward_frames(tensors=[descriptor()] * 17), MalformedError),
     "more described than sent": (forward_frames(tensors=[descriptor(), descriptor()]), MalformedError),
-    "more sent than described": ([*GOOD, b""], MalformedError),
-    "a role twice": ([*forward_frames(tensors=[descriptor(), descriptor()]), bytes(32)], MalformedError),
+    "more sent than described": (resealed(*GOOD, b""), MalformedError),
+    "a role twice": (forward_frames(bytes(32), bytes(32), tensors=[descriptor(), descriptor()]), MalformedError),
     "unknown role": (forward_frames(tensors=[descriptor(role="labels")]), MalformedError),
     "unknown dtype": (forward_frames(tensors=[descriptor(dtype="f64")]), MalformedError),
     "dtype __class__": (forward_frames(tensors=[descriptor(dtype="__class__")]), MalformedError),
@@ -213,11 +229,16 @@ BAD_FRAMES: dict[str, tuple[list[bytes], type[WireError]]] = {
     "huge dims": (forward_frames(tensors=[descriptor(shape=[2**31, 2**31])]), MalformedError),
     "product over 2^64": (forward_frames(tensors=[descriptor(shape=[2**31 - 1] * 4)]), MalformedError),
     "nbytes is not the shape's": (forward_frames(tensors=[descriptor(nbytes=31)]), MalformedError),
-    "the frame is not nbytes": ([*GOOD[:2], bytes(31)], MalformedError),
+    "the frame is not nbytes": (forward_frames(bytes(31)), MalformedError),
     "odd bytes of bf16": (
-        [*forward_frames(tensors=[descriptor(dtype="bf16", shape=[1], nbytes=1)])[:2], bytes(1)],
+        forward_frames(bytes(1), tensors=[descriptor(dtype="bf16", shape=[1], nbytes=1)]),
         MalformedError,
     ),
+    "a flipped bit of the header": ([GOOD[0], bytes([GOOD[1][0] ^ 1]) + GOOD[1][1:], GOOD[2]], CorruptError),
+    "a flipped bit of a tensor": ([*GOOD[:2], b"\1" + bytes(31)], CorruptError),
+    "a flipped bit of the checksum": ([GOOD[0][:-1] + bytes([GOOD[0][-1] ^ 1]), *GOOD[1:]], CorruptError),
+    "another type": ([kind(message_type=MessageType.BACKWARD) + GOOD[0][8:], *GOOD[1:]], CorruptError),
+    "a byte that moved to the next frame": ([GOOD[0], GOOD[1][:-1], GOOD[1][-1:] + bytes(32)], CorruptError),
 }
 
 
@@ -260,7 +281,7 @@ values = scalars | st.lists(scalars, max_size=3) | st.dictionaries(st.text(max_s
 
 @given(st.sampled_from(sorted(TO_DAEMON)), st.dictionaries(st.sampled_from([*Forward.model_fields, "model"]), values))
 def test_arbitrary_headers_raise_nothing_but_wire_errors(message_type: int, fields: dict[str, Any]) -> None:
-    frames = [PREAMBLE.pack(MAGIC, MAJOR, message_type, 0), msgpack.packb(fields)]
+    frames = seal([kind(message_type=message_type), msgpack.packb(fields)])
     try:
         decode(frames, TO_DAEMON)
     except WireError:
@@ -268,17 +289,76 @@ def test_arbitrary_headers_raise_nothing_but_wire_errors(message_type: int, fiel
 
 
 @given(st.integers(0, len(b"".join(GOOD)) - 1), st.integers(1, 255))
-def test_a_flipped_byte_gives_a_message_or_a_wire_error(position: int, flip: int) -> None:
+def test_a_changed_byte_is_noticed_wherever_it_is(position: int, flip: int) -> None:
     frames = [bytearray(frame) for frame in GOOD]
     for frame in frames:
         if position < len(frame):
             frame[position] ^= flip
             break
         position -= len(frame)
-    try:
+    with pytest.raises(WireError):
         decode([bytes(frame) for frame in frames], TO_DAEMON)
+
+
+@given(st.integers(0, len(GOOD[1]) - 1), st.integers(1, 255))
+def test_a_changed_byte_of_a_header_that_was_sealed_so_gives_a_message_or_a_wire_error(
+    position: int, flip: int
+) -> None:
+    header = bytearray(GOOD[1])
+    header[position] ^= flip
+    try:
+        decode(resealed(GOOD[0], bytes(header), *GOOD[2:]), TO_DAEMON)
     except WireError:
         pass
+
+
+MOST_CALLS = 100_000  # in Python and out of it: a header can hold 16,000 empty maps, and each is looked at
+MOST_BYTES = 16 << 20  # 1,300 unknown keys are 9 MB of complaints, for a moment
+LONGEST_HEADERS = [
+    b"\xdc\x3f\x00" + b"\x80" * 0x3F00,  # an array of empty maps
+    b"\xde\x1f\x00" + b"".join(b"\xcd%c%c\x80" % divmod(n, 256) for n in range(0x0FE0)),
+    b"\x91" * 500 + b"\x90",
+    b"\x81" * (MAX_HEADER_BYTES - 1),
+    msgpack.packb({f"{n:04}": [{}] * 3 for n in range(1_300)}),
+]
+
+
+def work_of(frames: list[Frame]) -> tuple[int, int]:
+    """What it takes to look at a message: calls, and bytes at the most. (Seconds would be chance.)"""
+    calls = 0
+
+    def count_call(frame: object, event: str, argument: object) -> None:
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    tracemalloc.start()
+    sys.setprofile(count_call)
+    try:
+        decode(frames, TO_DAEMON)
+    except WireError:
+        pass
+    finally:
+        sys.setprofile(None)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    return calls, peak
+
+
+def assert_bounded(frames: list[Frame]) -> None:
+    calls, peak = work_of(frames)
+    assert calls <= MOST_CALLS and peak <= MOST_BYTES, (calls, peak)
+
+
+@pytest.mark.parametrize("number", range(len(LONGEST_HEADERS)))
+def test_the_work_for_the_longest_headers_is_bounded(number: int) -> None:
+    for message_type in TO_DAEMON:
+        assert_bounded(seal([kind(message_type=message_type), LONGEST_HEADERS[number], bytes(32)]))
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_the_work_for_damaged_messages_is_bounded(seed: int) -> None:
+    for frames in itertools.islice(mutated([[bytes(frame) for frame in GOOD]], random.Random(seed)), 5):
+        assert_bounded(list(frames))
 
 
 @given(
@@ -291,7 +371,6 @@ def test_a_descriptor_takes_exactly_its_own_number_of_bytes(dtype: str, shape: l
         elements *= dim
     nbytes = elements * DTYPE_BYTES[dtype]
     good = descriptor(dtype=dtype, shape=shape, nbytes=nbytes)
-    frames = forward_frames(tensors=[good])[:2]
-    assert decode([*frames, bytes(nbytes)], TO_DAEMON).buffers == (bytes(nbytes),)
+    assert decode(forward_frames(bytes(nbytes), tensors=[good]), TO_DAEMON).buffers == (bytes(nbytes),)
     with pytest.raises(MalformedError):
-        decode([*frames, bytes(nbytes + 1)], TO_DAEMON)
+        decode(forward_frames(bytes(nbytes + 1), tensors=[good]), TO_DAEMON)

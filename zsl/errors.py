@@ -81,7 +81,13 @@ class TrunkUnreachable(ZslError, ConnectionError):
 
 
 class ConnectionLost(ZslError, ConnectionError):
-    """The connection broke, and the one automatic replay did not bring an answer."""
+    """The connection broke, and replays did not bring an answer."""
+
+
+class TrunkAuthError(ZslError, PermissionError):
+    """The two ends do not accept each other's keys."""
+
+    exit_code = EXIT_STARTUP_FAILED
 
 
 class RequestTimeout(ZslError, TimeoutError):
@@ -121,6 +127,13 @@ class MalformedError(WireError, ValueError):
     code = "MALFORMED"
 
 
+class CorruptError(WireError, ValueError):
+    """A message was damaged on its way: its checksum is not that of what came."""
+
+    code = "CORRUPT"
+    retry = Retry.SAME
+
+
 class TooLargeError(WireError, ValueError):
     """A message is over one of the limits that WELCOME states."""
 
@@ -137,6 +150,27 @@ class BadDtypeError(WireError, ValueError):
     """A tensor does not have a dtype that this trunk takes."""
 
     code = "BAD_DTYPE"
+
+
+class NonFiniteError(WireError, ValueError):
+    """Activations have values that are not finite."""
+
+    code = "NONFINITE"
+
+
+class ForbiddenError(WireError, PermissionError):
+    """The key is not on the daemon's list of tenants."""
+
+    code = "FORBIDDEN"
+    exit_code = EXIT_STARTUP_FAILED
+
+
+class QuotaError(WireError):
+    """The tenant, or all together, have as many sessions as they may."""
+
+    code = "QUOTA"
+    retry = Retry.SAME
+    exit_code = EXIT_STARTUP_FAILED
 
 
 class WrongModelError(WireError):
@@ -211,9 +245,13 @@ WIRE_ERRORS: dict[str, type[WireError]] = {
         InternalError,
         ProtocolVersionError,
         MalformedError,
+        CorruptError,
         TooLargeError,
         BadShapeError,
         BadDtypeError,
+        NonFiniteError,
+        ForbiddenError,
+        QuotaError,
         WrongModelError,
         ForwardOnlyError,
         UnknownSessionError,

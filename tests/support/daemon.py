@@ -8,7 +8,7 @@ import selectors
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -22,8 +22,16 @@ COMMAND = [sys.executable, "-c", "from zsl.cli.trunkd import trunkd; trunkd(prog
 class Daemon:
     """Started by `with`, stopped at its end. `ready` is the ready line's content."""
 
-    def __init__(self, *arguments: str, log: Path, port: int = 0, environment: Mapping[str, str] | None = None) -> None:
-        self._arguments = [*COMMAND, "--port", str(port), "--log-format", "json", *arguments]
+    def __init__(
+        self,
+        *arguments: str,
+        log: Path,
+        port: int = 0,
+        environment: Mapping[str, str] | None = None,
+        command: Sequence[str] | None = None,
+    ) -> None:
+        """`command`: a whole one, in place of `zsl-trunkd` with `arguments`."""
+        self._arguments = command or [*COMMAND, "--port", str(port), "--log-format", "json", *arguments]
         self._environment = {**os.environ, **(environment or {})}
         self.log = log
 

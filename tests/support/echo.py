@@ -14,10 +14,12 @@ from typing import Any, Self
 import numpy as np
 
 from zsl.errors import InternalError
+from zsl.transport.curve import KeyPair
 from zsl.trunk.costs import UNKNOWN_COSTS, BatchLimits
 from zsl.trunk.server import TrunkServer
 from zsl.trunk.settings import ServerSettings, TrunkInfo, TrunkTraits
-from zsl.trunk.work import Done, Keep, Kind, Outcome, Work
+from zsl.trunk.tenants import Allowlist
+from zsl.trunk.work import Compute, Done, Keep, Kind, Outcome, Work
 from zsl.wire.messages import Cut, FloatDtypeName, ModelIdentity
 
 HIDDEN = 4
@@ -84,11 +86,18 @@ class EchoServer:
         model: ModelIdentity = IDENTITY,
         cut: Cut = CUT,
         dtype: FloatDtypeName = "f32",
+        row_tokens: int = ROW_TOKENS,
+        compute: Compute | None = None,
+        keys: KeyPair | None = None,
+        allowlist: Allowlist | None = None,
         **traits: Any,
     ) -> None:
+        self._keys = keys
+        self._allowlist = allowlist
         self.compute = EchoCompute(replace(TRAITS, **traits))
+        self._runs = compute or self.compute
         self._port = port
-        self._info = TrunkInfo(model, cut, dtype, forward_only, ROW_TOKENS)
+        self._info = TrunkInfo(model, cut, dtype, forward_only, row_tokens)
         self._settings = settings
         self._started: Future[str] = Future()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -100,6 +109,33 @@ class EchoServer:
     @property
     def port(self) -> int:
         return int(self.endpoint.rpartition(":")[2])
+
+    @property
+    def sessions(self) -> int:
+        """How many are open."""
+        return len(self.server._sessions)
+
+    @property
+    def connections(self) -> int:
+        """How many are accepted and not gone."""
+        return self.server._router.connections
+
+    @property
+    def held_bytes(self) -> int:
+        return self.server._sessions.held_bytes
+
+    def reload_tenants(self) -> None:
+        """As SIGHUP does. Raises what it raises."""
+        done: Future[None] = Future()
+
+        def reload() -> None:
+            try:
+                done.set_result(self.server.reload_tenants())
+            except Exception as error:
+                done.set_exception(error)
+
+        self.loop.call_soon_threadsafe(reload)
+        done.result(WAIT_SECONDS)
 
     def drain(self) -> None:
         self.loop.call_soon_threadsafe(self.server.drain)
@@ -134,7 +170,7 @@ class EchoServer:
 
     async def _serve(self) -> None:
         self.loop = asyncio.get_running_loop()
-        self.server = TrunkServer(self._info, self._settings)
+        self.server = TrunkServer(self._info, self._settings, keys=self._keys, allowlist=self._allowlist)
         endpoint = self.server.bind("127.0.0.1", self._port)
         self._started.set_result(endpoint)
-        await self.server.run(self.compute)
+        await self.server.run(self._runs)

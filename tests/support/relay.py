@@ -17,9 +17,8 @@ class Relay:
         self._front = self._context.socket(zmq.ROUTER)
         self._front.linger = 0
         self.endpoint = f"tcp://127.0.0.1:{self._front.bind_to_random_port('tcp://127.0.0.1')}"
-        self._back = self._context.socket(zmq.DEALER)
-        self._back.linger = 0
-        self._back.connect(endpoint)
+        self._daemon = endpoint
+        self._backs: dict[bytes, zmq.Socket[bytes]] = {}  # to the daemon, by client
         self._stop = self._context.socket(zmq.PAIR)
         self._stop.bind("inproc://stop")
         self.from_client: list[bytes] = []
@@ -29,9 +28,8 @@ class Relay:
         poller = zmq.Poller()
         stop = self._context.socket(zmq.PAIR)
         stop.connect("inproc://stop")
-        for readable in (self._front, self._back, stop):
+        for readable in (self._front, stop):
             poller.register(readable, zmq.POLLIN)
-        client = b""
         while True:
             ready = dict(poller.poll())
             if stop in ready:
@@ -40,9 +38,15 @@ class Relay:
             if self._front in ready:
                 client, *frames = self._front.recv_multipart()
                 self.from_client += frames
-                self._back.send_multipart(frames)
-            if self._back in ready:
-                self._front.send_multipart([client, *self._back.recv_multipart()])
+                if client not in self._backs:
+                    back = self._backs[client] = self._context.socket(zmq.DEALER)
+                    back.linger = 0
+                    back.connect(self._daemon)
+                    poller.register(back, zmq.POLLIN)
+                self._backs[client].send_multipart(frames)
+            for client, back in self._backs.items():
+                if back in ready:
+                    self._front.send_multipart([client, *back.recv_multipart()])
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -53,6 +57,6 @@ class Relay:
     ) -> None:
         self._stop.send(b"")
         self._thread.join(20)
-        for opened in (self._front, self._back, self._stop):
+        for opened in (self._front, *self._backs.values(), self._stop):
             opened.close(0)
         self._context.term()

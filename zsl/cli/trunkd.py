@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import re
+import os
+from pathlib import Path
 
 import click
 
 import zsl
 from zsl.cli.errors import one_line_errors
+from zsl.errors import ConfigError
 
 DTYPES = ("float32", "bfloat16", "float16")
-MEMORY_UNITS = {"": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
 
 class MemorySize(click.ParamType[int]):
@@ -19,10 +20,12 @@ class MemorySize(click.ParamType[int]):
     name = "SIZE"
 
     def convert(self, value: str | int, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)", str(value).strip())
-        if match is None or match[2].lower() not in MEMORY_UNITS:
-            self.fail(f"{value!r} is not a size; write for example 4GiB or 500MB", param, ctx)
-        return int(float(match[1]) * MEMORY_UNITS[match[2].lower()])
+        from zsl.trunk.sizes import parse_size
+
+        try:
+            return parse_size(str(value))
+        except ConfigError as error:
+            self.fail(str(error), param, ctx)
 
 
 @click.command(context_settings={"auto_envvar_prefix": "ZSL_TRUNKD", "help_option_names": ["-h", "--help"]})
@@ -81,6 +84,20 @@ class MemorySize(click.ParamType[int]):
     help="Give every shared pass one length, so that an answer is the same bit for bit whoever shares it.",
 )
 @click.option(
+    "--keys",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="DIR",
+    show_envvar=True,
+    help="Encrypt, with the key pair DIR/server.key_secret that `zsl keygen server` made.",
+)
+@click.option(
+    "--tenants",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    show_envvar=True,
+    help="Who gets in: a TOML file of public keys. SIGHUP reads it again.",
+)
+@click.option(
     "--insecure", is_flag=True, show_envvar=True, help="Allow an address outside loopback: no encryption, no keys."
 )
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True, show_envvar=True)
@@ -99,6 +116,8 @@ def trunkd(
     max_batch_tokens: int | None,
     merge_below_tokens: int | None,
     deterministic: str | None,
+    keys: Path | None,
+    tenants: Path | None,
     insecure: bool,
     log_format: str,
     debug: bool,
@@ -109,10 +128,15 @@ def trunkd(
     """
     with one_line_errors("zsl-trunkd", debug=debug):
         from zsl.split.cut import parse_cut
+        from zsl.trunk.access import check_address, read_access
+        from zsl.trunk.failpoints import failpoint_from
         from zsl.trunk.logs import set_up_logging
 
-        parsed_cut = parse_cut(cut) if cut else None
         set_up_logging(log_format, debug=debug)  # type: ignore[arg-type]
+        parsed_cut = parse_cut(cut) if cut else None
+        access = read_access(keys, tenants)
+        check_address(host, encrypted=access is not None, insecure=insecure)
+        failpoint = failpoint_from(os.environ)
 
         import torch
         from transformers.utils.logging import disable_progress_bar
@@ -133,7 +157,8 @@ def trunkd(
             max_batch_tokens=max_batch_tokens,
             merge_below_tokens=merge_below_tokens,
             deterministic=deterministic == "packed",
-            insecure=insecure,
+            access=access,
+            failpoint=failpoint,
             log_format=log_format,  # type: ignore[arg-type]
         )
         run_daemon(options)

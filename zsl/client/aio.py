@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Self
 
 import torch
@@ -30,11 +31,15 @@ class AsyncTrunkClient:
         self,
         endpoint: str,
         *,
+        server_key: str | None = None,
+        client_key: str | Path | None = None,
         connect_timeout_seconds: float = CONNECT_TIMEOUT_SECONDS,
         request_timeout_seconds: float = REQUEST_TIMEOUT_SECONDS,
     ) -> None:
         self._client = TrunkClient(
             endpoint,
+            server_key=server_key,
+            client_key=client_key,
             connect_timeout_seconds=connect_timeout_seconds,
             request_timeout_seconds=request_timeout_seconds,
         )
@@ -63,7 +68,7 @@ class AsyncTrunkClient:
 
     async def backward(self, step: Step, gradients: torch.Tensor) -> Answer:
         """The gradient at the trunk's input."""
-        return read_answer(await asyncio.wrap_future(self._client.submit_backward(step, gradients)))
+        return read_answer(await asyncio.wrap_future(self._client.submit_backward(step, gradients)), "gradients")
 
     async def status(self) -> Status:
         """What the daemon serves, and how busy it is."""

@@ -17,9 +17,11 @@ from concurrent.futures import Future
 from itertools import count
 from typing import TypeVar
 
-from zsl.client.link import Build, Link, Pending
+from zsl.client.endpoints import parse_endpoints
+from zsl.client.link import Link
+from zsl.client.requests import Build, Pending
 from zsl.errors import ClosedError, InternalError, RequestTimeout, ZslError
-from zsl.transport.dealer import normalized_endpoint
+from zsl.transport.curve import ClientKeys
 from zsl.wire.frames import Message
 from zsl.wire.messages import Cut, FloatDtypeName, Hello, ModelIdentity, StatusRequest, Welcome
 
@@ -32,10 +34,20 @@ Result = TypeVar("Result")
 
 
 class Connection:
-    """A session with the daemon at `endpoint`, kept alive until `close`."""
+    """A session with the daemon at `endpoint`, or the first that answers of several with commas between them, kept
+    alive until `close`."""
 
-    def __init__(self, endpoint: str, *, connect_timeout_seconds: float, request_timeout_seconds: float) -> None:
-        self.endpoint = normalized_endpoint(endpoint)
+    def __init__(
+        self,
+        endpoint: str,
+        *,
+        keys: ClientKeys | None = None,
+        connect_timeout_seconds: float,
+        request_timeout_seconds: float,
+    ) -> None:
+        self._endpoints = parse_endpoints(endpoint)
+        self.endpoint = ",".join(self._endpoints)
+        self._keys = keys
         self._connect_timeout_seconds = connect_timeout_seconds
         self._request_timeout_seconds = request_timeout_seconds
         self._pid = os.getpid()
@@ -61,7 +73,7 @@ class Connection:
         """
         self._check_usable()
         if self._thread is None:
-            hello = Hello(request=0, software="", dtype=dtype, model=model, cut=cut)
+            hello = Hello(request=0, software="", dtype=dtype, model=model, cut=cut, resume=None)
             self._thread = threading.Thread(target=self._run, args=(hello,), name="zsl-io", daemon=True)
             self._thread.start()
         return self._result(self._opened, self._connect_timeout_seconds)
@@ -72,6 +84,11 @@ class Connection:
         if not self._opened.done():
             raise ClosedError(f"the connection to {self.endpoint} is not open; call connect() first")
         return self._opened.result()
+
+    @property
+    def replays(self) -> int:
+        """How many requests had to be sent again so far."""
+        return 0 if self._link is None else self._link.replays
 
     def new_request_id(self) -> int:
         """An id that this connection has not used, larger than all before it."""
@@ -210,8 +227,9 @@ class Connection:
     def _run(self, hello: Hello) -> None:
         """The I/O thread: drives whenever it is wanted, and looks after an idle link."""
         link = self._link = Link(
-            self.endpoint,
+            self._endpoints,
             hello,
+            keys=self._keys,
             opened=self._opened,
             new_request_id=self.new_request_id,
             connect_timeout_seconds=self._connect_timeout_seconds,

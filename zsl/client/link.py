@@ -1,8 +1,8 @@
-"""The driver's side of a connection: the socket, the session, and the requests that wait for an answer.
+"""The driver's side of a connection: the socket, the session, and what becomes of requests when either is lost.
 
-Every request has a deadline, and ends with its answer or a typed error. When the connection is lost, or the daemon
-was started anew, a fresh socket is taken, a new session opened, and what was unanswered is sent once more, complete
-in itself: the trunk is a pure function, so the answer is the same. The new session must be with the same trunk.
+When the connection is lost, the daemon is silent, or it was started anew, a fresh socket is taken, to the same daemon
+or the next of the list; the session goes on if it is still there, or a new one is opened; and what was unanswered is
+sent again, complete in itself. The new session must be with the same trunk.
 
 For one thread at a time. Knows no torch.
 """
@@ -12,19 +12,24 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 
 import zmq
 
 import zsl
+from zsl.client.carrying import Carrying
+from zsl.client.endpoints import LONGEST_PAUSE_SECONDS, Endpoints
+from zsl.client.pulse import Pulse
+from zsl.client.requests import Pending, Requests
 from zsl.errors import (
     WIRE_ERRORS,
     ConnectionLost,
+    CorruptError,
     DeadlineError,
+    ForbiddenError,
     InternalError,
+    ProtocolVersionError,
     RequestTimeout,
     Retry,
     TooLargeError,
@@ -33,8 +38,9 @@ from zsl.errors import (
     WrongModelError,
     ZslError,
 )
+from zsl.transport.curve import ClientKeys
 from zsl.transport.dealer import Dealer, LinkEvent
-from zsl.wire.frames import Frame, Message, decode, encode
+from zsl.wire.frames import Frame, decode, encode
 from zsl.wire.messages import (
     TO_CLIENT,
     Bye,
@@ -43,7 +49,6 @@ from zsl.wire.messages import (
     GoAway,
     Header,
     Hello,
-    Ping,
     Pong,
     Release,
     Welcome,
@@ -51,30 +56,12 @@ from zsl.wire.messages import (
 
 logger = logging.getLogger(__name__)
 
-MAX_ATTEMPTS = 2  # a request is sent, and replayed once
-# A daemon that is silent for so long is taken for dead. A sign of life queues behind large messages on a slow line.
-SILENT_SECONDS = 120.0
+# An endpoint that does not open a session in this time is given up: for the next, or for another try.
+ATTEMPT_SECONDS = 5.0
+HELLO_AGAIN_SECONDS = 1.0  # a HELLO that has no answer is said again; the daemon knows it by its id
 DRAINING_RETRY_SECONDS = 0.5
 HELLO_RETRY_SECONDS = 0.05
-
-Build = Callable[["Welcome", "Pending"], tuple[Header, Sequence[Frame]]]
-
-
-@dataclass(slots=True)
-class Pending:
-    """A request without an answer. `build` makes its message for the session that is open when it is sent."""
-
-    request: int
-    build: Build
-    deadline: float
-    nbytes: int
-    future: Future[Message] = field(default_factory=Future)
-    attempt: int = 0
-    complete: bool = False  # send along everything that the request needs
-    not_before: float = 0.0
-
-    def budget_ms(self) -> int:
-        return max(1, round((self.deadline - time.monotonic()) * 1000))
+LONGEST_QUOTA_RETRY_SECONDS = 1.0
 
 
 class Link:
@@ -82,50 +69,62 @@ class Link:
 
     def __init__(
         self,
-        endpoint: str,
+        endpoints: tuple[str, ...],
         hello: Hello,
         *,
+        keys: ClientKeys | None,
         opened: Future[Welcome],
         new_request_id: Callable[[], int],
         connect_timeout_seconds: float,
         request_timeout_seconds: float,
     ) -> None:
-        self._endpoint = endpoint
+        # Several tries within the time of the shortest request.
+        pause_seconds = min(LONGEST_PAUSE_SECONDS, request_timeout_seconds / 4)
+        self._endpoints = Endpoints(endpoints, longest_pause_seconds=pause_seconds)
         self._hello = hello
+        self._keys = keys
         self._opened = opened
         self._new_request_id = new_request_id
         self._connect_timeout_seconds = connect_timeout_seconds
         self._request_timeout_seconds = request_timeout_seconds
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._dealer: Dealer | None = None
+        self._requests = Requests()
+        self._open_by = time.monotonic() + connect_timeout_seconds
+        self._quota: ZslError | None = None
         self._poller: zmq.Poller | None = None
-        self._last_event: LinkEvent | None = None
-        self._welcome: Welcome | None = None
+        # An attempt: a socket, which is None between two of them.
+        self._dealer: Dealer | None = None
+        self._attempt_until = 0.0
         self._hello_request: int | None = None  # the HELLO that has no answer yet
         self._hello_not_before = 0.0
-        self._hello_deadline = time.monotonic() + connect_timeout_seconds
-        self._waiting: deque[Pending] = deque()
-        self._sent: dict[int, Pending] = {}
-        self._last_heard = self._last_ping = 0.0
+        # The session that is open, and the last one that was, with its endpoint.
+        self._welcome: Welcome | None = None
+        self._pulse: Pulse | None = None
+        self._carrying: Carrying | None = None
+        self._last_session: tuple[str, bytes] | None = None
+        self._leaves = False  # the daemon takes no forwards any more, and there are others
 
     def connect(self) -> None:
         """Take a fresh socket: nothing that is queued on an old one can arrive twice."""
-        if self._dealer is not None:
-            self._dealer.close(linger_ms=0)
-            self._dealer = None
-        self._dealer = Dealer(self._context, self._endpoint)
-        self._poller = None
-        self._last_event = None
-        self._begin_hello()
+        self._drop_sockets()
+        self._dealer = Dealer(self._context, self._endpoints.current, self._keys)
+        self._attempt_until = time.monotonic() + ATTEMPT_SECONDS
+        self._hello_request = None
+        self._hello_not_before = 0.0
+
+    @property
+    def replays(self) -> int:
+        """How many requests were sent again."""
+        return self._requests.replays
 
     @property
     def busy(self) -> bool:
         """Whether something is to come: an answer, or the session itself."""
-        return self._welcome is None or bool(self._sent) or bool(self._waiting)
+        return self._welcome is None or len(self._requests) > 0
 
     def add(self, pending: Pending) -> None:
         """Take a request in charge."""
-        self._waiting.append(pending)
+        self._requests.add(pending)
 
     def release(self, step: int, session: bytes) -> None:
         """Say RELEASE, if the session that holds the step is still the open one."""
@@ -134,10 +133,11 @@ class Link:
 
     def wait(self, wake: int) -> None:
         """Sleep until something arrives, the file descriptor `wake` is readable, or a timer is due."""
-        assert self._dealer is not None
         if self._poller is None:
             self._poller = zmq.Poller()
-            for readable in (self._dealer.socket, self._dealer.monitor, wake):
+            self._poller.register(wake, zmq.POLLIN)
+            readables = () if self._dealer is None else (self._dealer.socket, self._dealer.monitor)
+            for readable in (*readables, *(() if self._pulse is None else self._pulse.sockets)):
                 self._poller.register(readable, zmq.POLLIN)
         self._poller.poll(max(0, math.ceil(self._seconds_to_next_timer() * 1000)))
 
@@ -147,86 +147,164 @@ class Link:
         Raises `ZslError` when the connection cannot go on.
         """
         dealer = self._dealer
-        assert dealer is not None
-        while self._dealer is dealer and (frames := dealer.receive()) is not None:
-            self._on_frames(frames)
-        while self._dealer is dealer and (event := dealer.link_event()) is not None:
-            self._on_link_event(event)
-        self._check_deadlines()
-        self._check_connection()
-        if self._welcome is None:
-            self._say_hello()
+        if dealer is not None:
+            while self._dealer is dealer and (frames := dealer.receive()) is not None:
+                self._on_frames(frames)
+            while self._dealer is dealer and (event := dealer.link_event()) is not None:
+                self._on_link_event(event)
+        now = time.monotonic()
+        self._check_deadlines(now)
+        if self._welcome is not None:
+            self._check_session(now)
         else:
-            self._send_waiting()
+            self._check_attempt(now)
+        if self._welcome is not None:
+            self._send_waiting(now, self._welcome)
+        elif self._dealer is not None:
+            self._say_hello(now)
 
     def close(self, error: ZslError) -> None:
-        """Say BYE, fail with `error` what has no answer, and free the socket."""
+        """Say BYE, fail with `error` what has no answer, and free the sockets."""
         if not self._opened.done():
             self._opened.set_exception(error)
-        for pending in (*self._sent.values(), *self._waiting):
-            _fail(pending, error)
+        self._requests.fail_all(error)
+        self._leave_session()
         if self._dealer is not None:
-            if self._welcome is not None:
-                self._say(Bye(session=self._welcome.session, epoch=self._welcome.epoch))
             self._dealer.close()
+            self._dealer = None
+        self._drop_sockets()
         self._context.term()
 
-    # --- what goes out -----------------------------------------------------------------------------------------
+    # --- the connection ----------------------------------------------------------------------------------------
 
-    def _begin_hello(self) -> None:
-        """No session is open; what was sent in the last one is to be sent again."""
-        if self._welcome is not None:
-            self._hello_deadline = time.monotonic() + self._connect_timeout_seconds
+    def _drop_sockets(self) -> None:
+        if self._dealer is not None:
+            self._dealer.close(linger_ms=0)
+        if self._pulse is not None:
+            self._pulse.close()
+        self._dealer = self._pulse = self._carrying = self._poller = None
+
+    def _lost(self, why: str) -> None:
+        """The open session's connection is of no use any more: connect again, and send again what was unanswered."""
+        logger.warning(
+            "%s: %s; connecting again (a request waits for up to %.0f s)",
+            self._endpoints.current,
+            why,
+            self._request_timeout_seconds,
+        )
+        self._end_session()
+        self.connect()
+
+    def _end_session(self) -> None:
         self._welcome = None
-        self._hello_request = None
-        lost = ConnectionLost(f"the connection to {self._endpoint} was lost twice in one request")
-        in_order = sorted(self._sent.values(), key=lambda pending: pending.request)
-        self._sent.clear()
-        for pending in reversed(in_order):
-            self._replay(pending, lost)
+        self._leaves = False
+        self._requests.all_again()
 
-    def _say_hello(self) -> None:
-        if self._hello_request is not None or time.monotonic() < self._hello_not_before:
+    def _leave_session(self) -> None:
+        if self._welcome is not None:
+            self._say(Bye(session=self._welcome.session, epoch=self._welcome.epoch))
+
+    def _attempt_failed(self) -> None:
+        """The present attempt came to nothing; another one follows, after a pause."""
+        self._drop_sockets()
+        self._endpoints.failed(time.monotonic())
+
+    def _never_again(self, error: ZslError) -> None:
+        """This endpoint will not do. Raises the error if there is no other."""
+        endpoint = self._endpoints.current
+        self._endpoints.strike_out(error)
+        logger.warning("%s is left out from now on: %s", endpoint, error)
+        if self._welcome is not None:
+            self._end_session()
+        self.connect()
+
+    def _on_link_event(self, event: LinkEvent) -> None:
+        if event is LinkEvent.LOST and self._welcome is not None:
+            self._lost("the connection was lost")
             return
-        request = self._new_request_id()
-        if self._say(self._hello.model_copy(update={"request": request, "software": zsl.__version__})):
+        error = self._endpoints.saw(event)
+        if error is not None:
+            self._never_again(error)
+        elif event not in (LinkEvent.UP, LinkEvent.MUTE):
+            self._attempt_failed()
+
+    def _check_attempt(self, now: float) -> None:
+        """Keep trying to get a session; once there was one, only requests' deadlines end that."""
+        if not self._opened.done() and now >= self._open_by:
+            raise self._quota or self._endpoints.unreachable(self._connect_timeout_seconds)
+        if self._dealer is None:
+            if now >= self._endpoints.not_before:
+                self.connect()
+        elif now >= self._attempt_until:
+            self._attempt_failed()
+
+    # --- the session -------------------------------------------------------------------------------------------
+
+    def _say_hello(self, now: float) -> None:
+        if now < self._hello_not_before:
+            return
+        request = self._hello_request or self._new_request_id()
+        endpoint, session = self._last_session or ("", b"")
+        resume = session if endpoint == self._endpoints.current else None
+        changes = {"request": request, "software": zsl.__version__, "resume": resume}
+        if self._say(self._hello.model_copy(update=changes)):
             self._hello_request = request
+            self._hello_not_before = now + HELLO_AGAIN_SECONDS
+
+    def _on_welcome(self, welcome: Welcome) -> None:
+        endpoint, now = self._endpoints.current, time.monotonic()
+        self._hello_request = None
+        if self._opened.done():
+            try:
+                check_same_trunk(self._opened.result(), welcome, endpoint)
+            except WrongModelError as error:
+                self._never_again(error)
+                return
+            logger.warning("the trunk at %s answers", endpoint)
+        else:
+            self._opened.set_result(welcome)
+        self._endpoints.answered()
+        self._welcome = welcome
+        self._last_session = endpoint, welcome.session
+        self._carrying = Carrying(welcome, now)
+        self._pulse = Pulse(self._context, endpoint, self._keys, welcome, new_request_id=self._new_request_id, now=now)
+        self._poller = None
+
+    def _check_session(self, now: float) -> None:
+        """See to it that the daemon lives and the connection carries; both show by pings."""
+        assert self._pulse is not None and self._carrying is not None
+        self._pulse.turn(now)
+        under_way = self._requests.under_way
+        if not under_way:
+            self._carrying.heard()
+        if self._pulse.silent:
+            self._lost(f"silent for {self._pulse.silent_seconds:.0f} s")
+        elif self._pulse.session_is_gone:
+            self._lost("the session is not known there any more")
+        elif self._carrying.is_broken(self._requests.under_way_bytes):
+            self._lost("the connection carries nothing")
+        elif under_way and now >= self._carrying.next_ping:
+            self._say(self._carrying.ping(self._new_request_id(), under_way, now))
+        elif self._leaves and not under_way:
+            self._go_elsewhere(now)
+
+    def _go_elsewhere(self, now: float) -> None:
+        """The daemon is shutting down, and what was asked of it is answered."""
+        self._leave_session()
+        self._end_session()
+        self._endpoints.leave(now)
+        logger.warning("going on with the trunk at %s", self._endpoints.current)
+        self.connect()
+
+    # --- requests ----------------------------------------------------------------------------------------------
 
     def _say(self, header: Header) -> bool:
         return self._dealer is not None and self._dealer.send(encode(header))
 
-    def _replay(self, pending: Pending, error: ZslError) -> None:
-        """Put a request in front of the queue again, complete; or fail it if it was replayed before."""
-        pending.attempt += 1
-        pending.complete = True
-        if pending.attempt >= MAX_ATTEMPTS:
-            _fail(pending, error)
-        else:
-            self._waiting.appendleft(pending)
-
-    def _later(self, pending: Pending, seconds: float) -> None:
-        """Send a request again after a while."""
-        pending.not_before = time.monotonic() + seconds
-        self._waiting.append(pending)
-
-    def _send_waiting(self) -> None:
-        """Send what may go: within the credit that the daemon has granted, and not before its time."""
-        assert self._welcome is not None
-        limits = self._welcome.limits
-        now = time.monotonic()
-        inflight_bytes = sum(pending.nbytes for pending in self._sent.values())
-        for pending in list(self._waiting):
-            if len(self._sent) >= limits.max_inflight_requests:
-                return
-            if pending.not_before > now or (self._sent and inflight_bytes + pending.nbytes > limits.max_inflight_bytes):
-                continue
-            self._waiting.remove(pending)
-            if not pending.future.running() and not pending.future.set_running_or_notify_cancel():
-                continue
-            self._sent[pending.request] = pending
-            inflight_bytes += pending.nbytes
-            if not self._send(pending, self._welcome):
-                self.connect()  # the connection has just gone; this request and the others are replayed
+    def _send_waiting(self, now: float, welcome: Welcome) -> None:
+        while (pending := self._requests.take_next(welcome.limits, welcome.epoch, now)) is not None:
+            if not self._send(pending, welcome):
+                self._lost("the connection was lost")  # this request and the others are sent again
                 return
 
     def _send(self, pending: Pending, welcome: Welcome) -> bool:
@@ -238,28 +316,24 @@ class Link:
             if largest > welcome.limits.max_message_bytes:
                 raise TooLargeError(
                     f"a tensor of {largest} bytes is over the {welcome.limits.max_message_bytes} that "
-                    f"{self._endpoint} takes; use a smaller batch"
+                    f"{self._endpoints.current} takes; use a smaller batch"
                 )
             frames = encode(header, buffers)
         except Exception as error:
-            del self._sent[pending.request]
-            _fail(pending, error)
+            self._requests.ended(pending.request)
+            pending.fail(error)
             return True
         return self._dealer.send(frames)
 
-    # --- what comes in -----------------------------------------------------------------------------------------
-
     def _on_frames(self, frames: list[Frame]) -> None:
-        self._last_heard = time.monotonic()
         try:
             message = decode(frames, TO_CLIENT)
         except WireError as error:
-            if not self._opened.done():
-                raise TrunkUnreachable(
-                    f"no trunk daemon at {self._endpoint}: what listens there does not speak its protocol ({error})"
-                ) from error
-            logger.warning("%s sent a message that is not of the protocol: %s", self._endpoint, error)
+            self._on_unreadable(error)
             return
+        if self._pulse is not None and self._carrying is not None:
+            self._pulse.heard()
+            self._carrying.heard()
         header = message.header
         if isinstance(header, Welcome):
             if header.request == self._hello_request:
@@ -267,140 +341,133 @@ class Link:
         elif isinstance(header, Error):
             self._on_error(header)
         elif isinstance(header, GoAway):
-            logger.warning("the trunk at %s is shutting down; waiting for it to come back", self._endpoint)
-        elif not isinstance(header, Pong):
-            pending = self._sent.pop(getattr(header, "request", -1), None)
+            logger.warning("the trunk at %s is shutting down; open steps end there", self._endpoints.current)
+        elif isinstance(header, Pong):
+            self._on_pong(header)
+        elif self._welcome is not None:
+            if getattr(header, "epoch", None) != self._welcome.epoch:
+                return  # an echo from an earlier life
+            pending = self._requests.ended(getattr(header, "request", None))
             if pending is not None:  # otherwise a late answer to something given up
                 pending.future.set_result(message)
 
-    def _on_welcome(self, welcome: Welcome) -> None:
-        if self._opened.done():
-            check_same_trunk(self._opened.result(), welcome, self._endpoint)
+    def _on_pong(self, header: Pong) -> None:
+        """Whether the daemon has all that this end waits for an answer to."""
+        if self._carrying is not None and self._carrying.has_lost(header, self._requests.under_way):
+            self._lost("a message was lost on its way")
+
+    def _on_unreadable(self, error: WireError) -> None:
+        """An answer that cannot be read: which one it was is not known, so all are asked again."""
+        if self._welcome is not None:
+            self._lost(f"sent something that is not of the protocol ({error})")
+        elif isinstance(error, CorruptError):
+            self._attempt_failed()
+        elif isinstance(error, ProtocolVersionError):
+            self._never_again(ProtocolVersionError(f"the trunk at {self._endpoints.current}: {error}"))
         else:
-            self._opened.set_result(welcome)
-        self._welcome = welcome
-        self._hello_request = None
-        self._last_ping = self._last_heard
+            self._never_again(
+                TrunkUnreachable(
+                    f"no trunk daemon at {self._endpoints.current}: what listens there does not speak its protocol "
+                    f"({error})"
+                )
+            )
 
     def _on_error(self, header: Error) -> None:
         error = WIRE_ERRORS.get(header.code, InternalError)(
-            f"{header.text} [trunk {self._endpoint}]", retry_after_ms=header.retry_after_ms
+            f"{header.text} [trunk {self._endpoints.current}]", retry_after_ms=header.retry_after_ms
         )
         if header.request is not None and header.request == self._hello_request:
-            if header.retry is not Retry.ELSEWHERE:
-                raise error
-            self._hello_request = None
-            self._hello_not_before = time.monotonic() + DRAINING_RETRY_SECONDS
+            self._on_hello_refused(error, header.retry)
             return
-        pending = self._sent.pop(header.request, None) if header.request is not None else None
-        if header.retry is Retry.REHELLO:
-            if pending is not None:
-                self._replay(pending, error)
-            if self._welcome is not None:
-                self._begin_hello()
+        pending = self._requests.ended(header.request)
+        now = time.monotonic()
+        if isinstance(error, ForbiddenError):
+            self._never_again(error)
+        elif isinstance(error, CorruptError):
+            self._on_damaged_request(pending, error)
         elif pending is None:
-            logger.warning("%s", error)
+            logger.debug("%s", error)  # an echo of something given up
+        elif header.retry is Retry.REHELLO:
+            self._requests.refused(pending, error)
+            if self._welcome is not None:
+                self._lost("the session is not known there any more")
         elif isinstance(error, DeadlineError):
-            _fail(pending, self._timeout())  # the daemon noticed first
+            pending.fail(self._timeout())  # the daemon noticed first
         elif header.retry is Retry.REPLAY:
-            self._replay(pending, error)
+            self._requests.refused(pending, error)
         elif header.retry is Retry.SAME:
-            self._later(pending, header.retry_after_ms / 1000)
+            self._requests.later(pending, now + header.retry_after_ms / 1000)
         elif header.retry is Retry.ELSEWHERE:
-            self._later(pending, DRAINING_RETRY_SECONDS)
+            self._requests.later(pending, now + (0.0 if self._endpoints.others else DRAINING_RETRY_SECONDS))
+            self._leaves = self._endpoints.others
         else:
-            _fail(pending, error)
+            pending.fail(error)
 
-    def _on_link_event(self, event: LinkEvent) -> None:
-        self._last_event = event
-        if event is LinkEvent.LOST and (self._welcome is not None or self._hello_request is not None):
-            logger.warning(
-                "the connection to %s was lost; connecting again (a request waits for up to %.0f s)",
-                self._endpoint,
-                self._request_timeout_seconds,
-            )
-            self.connect()
+    def _on_damaged_request(self, pending: Pending | None, error: CorruptError) -> None:
+        """Something that this end sent was damaged on its way; which it was is not known."""
+        if pending is not None:
+            self._requests.refused(pending, error)
+        if self._welcome is not None:
+            self._lost("a message was damaged on its way")
+        elif self._dealer is not None:
+            self._attempt_failed()
+
+    def _on_hello_refused(self, error: WireError, retry: Retry) -> None:
+        self._hello_request = None
+        now = time.monotonic()
+        if retry is Retry.ELSEWHERE and self._endpoints.others:
+            self._attempt_failed()
+        elif retry is Retry.ELSEWHERE:
+            self._hello_not_before = now + DRAINING_RETRY_SECONDS
+        elif retry is Retry.SAME:
+            self._quota = error
+            self._hello_not_before = now + min(error.retry_after_ms / 1000, LONGEST_QUOTA_RETRY_SECONDS)
+        else:
+            self._never_again(error)
 
     # --- time --------------------------------------------------------------------------------------------------
 
     def _seconds_to_next_timer(self) -> float:
         now = time.monotonic()
-        times = [pending.deadline for pending in (*self._sent.values(), *self._waiting)]
-        times += [pending.not_before for pending in self._waiting if pending.not_before > now]
-        if self._welcome is not None:
-            times.append(self._last_ping + self._welcome.limits.ping_ms / 1000)
+        times = self._requests.times(now)
+        if self._pulse is not None and self._carrying is not None:
+            times.append(self._pulse.next_ping)
+            if self._requests.under_way:
+                times.append(self._carrying.next_ping)
+        elif self._dealer is None:
+            times.append(self._endpoints.not_before)
         else:
-            times.append(self._hello_deadline)
-            if self._hello_request is None and self._last_event is LinkEvent.UP:
+            times.append(self._attempt_until)
+            if self._endpoints.is_up:
                 times.append(max(self._hello_not_before, now + HELLO_RETRY_SECONDS))
+        if not self._opened.done():
+            times.append(self._open_by)
         return min(times) - now
 
-    def _check_deadlines(self) -> None:
-        now = time.monotonic()
-        for pending in [pending for pending in self._sent.values() if pending.deadline <= now]:
-            del self._sent[pending.request]
-            if self._welcome is not None:
+    def _check_deadlines(self, now: float) -> None:
+        for pending, sent in self._requests.expired(now):
+            if sent and self._welcome is not None:
                 session, epoch = self._welcome.session, self._welcome.epoch
                 self._say(Cancel(session=session, epoch=epoch, request=pending.request))
-            _fail(pending, self._timeout())
-        for pending in [pending for pending in self._waiting if pending.deadline <= now]:
-            self._waiting.remove(pending)
-            _fail(pending, self._timeout())
-
-    def _check_connection(self) -> None:
-        """Keep the session alive, or keep trying to get one; once there was one, only requests' deadlines end that."""
-        now = time.monotonic()
-        if self._welcome is None:
-            if now < self._hello_deadline:
-                return
-            if not self._opened.done():
-                raise self._unreachable()
-            self._hello_deadline = now + self._connect_timeout_seconds
-            self.connect()
-        elif now - self._last_heard > SILENT_SECONDS:
-            logger.warning("%s has been silent for %.0f s; connecting again", self._endpoint, now - self._last_heard)
-            self.connect()
-        elif now - self._last_ping >= self._welcome.limits.ping_ms / 1000:
-            self._last_ping = now
-            session, epoch = self._welcome.session, self._welcome.epoch
-            self._say(Ping(session=session, epoch=epoch, request=self._new_request_id()))
+            pending.fail(self._timeout())
 
     def _timeout(self) -> ZslError:
-        seconds = f"{self._request_timeout_seconds:g} s"
+        endpoint, seconds = self._endpoints.current, f"{self._request_timeout_seconds:g} s"
         if self._welcome is None:
-            return ConnectionLost(f"the connection to {self._endpoint} was lost and did not come back in {seconds}")
+            return ConnectionLost(f"the connection to {endpoint} was lost and did not come back in {seconds}")
+        busy = "" if self._pulse is None else f" (it has been at one pass for {self._pulse.pass_seconds:.0f} s)"
         return RequestTimeout(
-            f"{self._endpoint} did not answer within {seconds}; "
+            f"{endpoint} did not answer within {seconds}{busy}; "
             "is the daemon overloaded or shutting down, or the request too large for it?"
-        )
-
-    def _unreachable(self) -> TrunkUnreachable:
-        reasons = {
-            None: "it cannot be reached",
-            LinkEvent.REFUSED: "nothing listens there",
-            LinkEvent.MUTE: "something listens there that does not answer as a trunk daemon",
-            LinkEvent.UP: "something listens there that does not answer as a trunk daemon, or is still loading",
-            LinkEvent.LOST: "the connection broke",
-        }
-        return TrunkUnreachable(
-            f"no trunk daemon at {self._endpoint}: {reasons[self._last_event]} "
-            f"(tried for {self._connect_timeout_seconds:g} s); start one with zsl-trunkd, or check host and port"
         )
 
 
 def check_same_trunk(first: Welcome, now: Welcome, endpoint: str) -> None:
-    """Raises `WrongModelError` if a daemon that came back serves another trunk than the run began with."""
-    for name in ("model", "cut", "dtype", "forward_only"):
+    """Raises `WrongModelError` if a daemon serves another trunk than the run began with."""
+    for name in ("model", "cut", "dtype", "forward_only", "packs", "deterministic"):
         before, after = getattr(first, name), getattr(now, name)
-        if before != after:
+        if before != after and (name != "deterministic" or before):
             raise WrongModelError(
                 f"the trunk at {endpoint} came back with another {name} than this run began with"
                 + (f" ({after}, before {before})" if name != "model" else "")
             )
-
-
-def _fail(pending: Pending, error: BaseException) -> None:
-    if not pending.future.running() and not pending.future.set_running_or_notify_cancel():
-        return
-    if not pending.future.done():
-        pending.future.set_exception(error)

@@ -3,17 +3,21 @@ network or are in the trunk.
 
 Each micro-batch runs in a thread of its own, but only one of them runs at a time: it hands over where it would wait
 for the trunk. Micro-batches go through the trunk, the top and the bottom in their order, so that gradients are added
-up in the order, and with the bits, of a run without overlap. (Dropout draws from one stream of random numbers,
-in another order.)
+up in the order, and with the bits, of a run without overlap.
+
+Each has random numbers of its own, so that what dropout draws does not depend on which answer came first. They are
+others than without overlap.
 """
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -44,9 +48,15 @@ class Deferred:
 
 
 class Lane(Generic[Result]):
-    """One micro-batch and its thread. `resume` lets it run until it waits for the trunk or has ended."""
+    """One micro-batch and its thread. `resume` lets it run until it waits for the trunk or has ended.
 
-    def __init__(self, task: Callable[[], Result]) -> None:
+    `seed`: of its random numbers. `drew`: whether it has used some.
+    """
+
+    def __init__(self, task: Callable[[], Result], seed: int) -> None:
+        self.drew = False
+        self._seed = seed
+        self._random_states: list[torch.Tensor] | None = None
         self.waits_for: Future[Any] | None = None
         self.longest_wait_seconds = 0.0  # for the trunk, each way
         self.deferred: list[Deferred] = []
@@ -61,8 +71,17 @@ class Lane(Generic[Result]):
     def resume(self) -> None:
         """Run it until it waits for `waits_for`, or `result` is there."""
         self.waits_for = None
+        others = _random_states()
+        if self._random_states is None:
+            torch.manual_seed(self._seed)
+        else:
+            _set_random_states(self._random_states)
+        before = _random_states()
         self._run.release()
         self._ran.acquire()
+        self._random_states = _random_states()
+        self.drew |= not all(map(torch.equal, before, self._random_states))
+        _set_random_states(others)
 
     def wait(self, future: Future[Any], longest_wait_seconds: float) -> None:
         """From within: let the others run until the future is done."""
@@ -109,14 +128,17 @@ def run_overlapped(tasks: Sequence[Callable[[], Result]], *, in_flight: int) -> 
     waiting: deque[Lane[Result]] = deque()  # for the trunk's forward, in order
     returning: deque[_Returning[Result]] = deque()  # for its backward, in order
     results: list[Result] = []
-    upcoming = deque(tasks)
+    upcoming = deque(zip(tasks, _seeds(), strict=False))
+    drew = False
     try:
         while upcoming or waiting or returning:
             if upcoming and len(waiting) + len(returning) < in_flight:
-                waiting.append(_resumed(Lane(upcoming.popleft())))
+                waiting.append(_resumed(Lane(*upcoming.popleft())))
             elif returning and all(answer.done() for _, answer in returning[0].answers):
                 _finish(returning[0])
-                results.append(returning.popleft().lane.result.result())
+                ended = returning.popleft().lane
+                drew |= ended.drew
+                results.append(ended.result.result())
             elif waiting and (waiting[0].waits_for is None or waiting[0].waits_for.done()):
                 lane = waiting[0]
                 if lane.waits_for is not None:
@@ -129,7 +151,29 @@ def run_overlapped(tasks: Sequence[Callable[[], Result]], *, in_flight: int) -> 
     finally:
         for lane in waiting:
             lane.give_up()
+    if drew:
+        torch.rand(())  # so that the next step draws others
     return results
+
+
+def _seeds() -> Iterator[int]:
+    """A seed for each micro-batch of a step, from the state of the random numbers, which stays as it is: a step that
+    draws none leaves it as it would without overlap."""
+    state = torch.get_rng_state().numpy().tobytes()
+    for number in count():
+        digest = hashlib.sha256(state + number.to_bytes(8, "little")).digest()
+        yield int.from_bytes(digest[:8], "little", signed=True)
+
+
+def _random_states() -> list[torch.Tensor]:
+    """Of the CPU, and of the GPUs that are in use."""
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else ())]
+
+
+def _set_random_states(states: list[torch.Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    if len(states) > 1:
+        torch.cuda.set_rng_state_all(states[1:])
 
 
 def _resumed(lane: Lane[Result]) -> Lane[Result]:

@@ -15,6 +15,8 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from zsl.client.endpoints import parse_endpoints
+from zsl.client.keys import read_client_keys
 from zsl.client.overlap import Deferred, Lane, current_lane
 from zsl.client.padding import RealTokens, find_real_tokens
 from zsl.client.trunk_client import (
@@ -24,8 +26,7 @@ from zsl.client.trunk_client import (
     TrunkClient,
     read_answer,
 )
-from zsl.errors import ConfigError, ModelError, WrongModelError
-from zsl.transport.dealer import normalized_endpoint
+from zsl.errors import ConfigError, InternalError, ModelError, WrongModelError
 from zsl.wire.frames import Message
 from zsl.wire.messages import Cut, ModelIdentity, Welcome
 from zsl.wire.tensors import TORCH_DTYPES, float_wire_name
@@ -35,6 +36,10 @@ GradientMode = Literal["exact", "straight-through", "none"]
 
 class RemoteTrunk(nn.Module):
     """The layers `[start, stop)` of a model, computed by the daemon at `endpoint`.
+
+    `endpoint` may be several, with commas between them, of daemons that serve the same trunk: when one is gone, the
+    next is taken. For daemons that encrypt: `server_key` is the daemon's `.key` file or the key itself, `client_key`
+    one's own `.key_secret` file.
 
     `mode` says what gradient the layers in front of the trunk get:
 
@@ -54,6 +59,8 @@ class RemoteTrunk(nn.Module):
         self,
         endpoint: str,
         *,
+        server_key: str | None = None,
+        client_key: str | None = None,
         mode: GradientMode = "exact",
         wire_dtype: torch.dtype | None = None,
         deterministic: Literal["packed"] | None = None,
@@ -63,16 +70,19 @@ class RemoteTrunk(nn.Module):
         super().__init__()
         if mode not in get_args(GradientMode):
             raise ConfigError(f"mode {mode!r}: one of {', '.join(get_args(GradientMode))}")
-        self.endpoint = normalized_endpoint(endpoint)
+        self.endpoint = ",".join(parse_endpoints(endpoint))
         self.mode: GradientMode = mode
         self.wire_dtype = wire_dtype
         if wire_dtype is not None:
             float_wire_name(wire_dtype)  # raises for one that does not travel
         self.deterministic = deterministic
-        self._timeouts = {
+        self._how: dict[str, Any] = {
+            "server_key": server_key,
+            "client_key": client_key,  # the path, not what is in it
             "connect_timeout_seconds": connect_timeout_seconds,
             "request_timeout_seconds": request_timeout_seconds,
         }
+        read_client_keys(server_key, client_key)  # raises for what is missing
         self._wanted: tuple[ModelIdentity | None, Cut | None, torch.dtype] = (None, None, torch.float32)
         self.in_model = False  # set where the model brings mask and positions by `observe_inputs`
         self._client: TrunkClient | None = None
@@ -87,7 +97,7 @@ class RemoteTrunk(nn.Module):
         """Open the session, for this model, cut and dtype of activations; `load_client` does it.
 
         A forward-only daemon turns the mode to `none`, with a warning.
-        Raises `TrunkUnreachable`, `WrongModelError` or another `WireError`.
+        Raises `TrunkUnreachable`, `TrunkAuthError`, `WrongModelError` or another `WireError`.
         """
         if self._client is None:
             self._wanted = (model, cut, dtype)
@@ -129,7 +139,7 @@ class RemoteTrunk(nn.Module):
         """The connection; opened if it is not."""
         with self._connecting:
             if self._client is None:
-                client = TrunkClient(self.endpoint, **self._timeouts)
+                client = TrunkClient(self.endpoint, **self._how)
                 model, cut, dtype = self._wanted
                 try:
                     client.connect(model, cut=cut, dtype=float_wire_name(self.wire_dtype or dtype))
@@ -231,7 +241,11 @@ class _Crossing:
         return (batch if self.real is None else self.real.gather(batch)).to(self.wire_dtype)
 
     def received(self, tensor: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
-        """What came back, with shape, dtype and device of `batch`."""
+        """What came back, with shape, dtype and device of `batch`. Raises `InternalError` for another shape."""
+        rows, tokens, hidden = batch.shape
+        expected = (rows, tokens, hidden) if self.real is None else (1, len(self.real.index), hidden)
+        if tuple(tensor.shape) != expected:
+            raise InternalError(f"the trunk answered with a tensor of {tuple(tensor.shape)}, {expected} is due")
         if self.real is None:
             return tensor.to(batch.device, batch.dtype)
         return self.real.scatter(tensor, batch)
@@ -306,7 +320,7 @@ def _through_lane(
         return passed
 
     def finish(answer: Any) -> None:
-        gradients = crossing.received(read_answer(answer).tensor, hidden_states) if exact else answer
+        gradients = crossing.received(read_answer(answer, "gradients").tensor, hidden_states) if exact else answer
         hidden_states.backward(gradients)
 
     lane.deferred.append(Deferred(output, submit, finish))

@@ -13,12 +13,14 @@ import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Self
 
 import torch
 
 from zsl.client.connection import Connection
-from zsl.client.link import Build, Pending
+from zsl.client.keys import read_client_keys
+from zsl.client.requests import Build, Pending
 from zsl.errors import ChangedError, InternalError
 from zsl.wire.frames import Frame, Message
 from zsl.wire.messages import (
@@ -107,6 +109,10 @@ class Step:
 class TrunkClient:
     """A trunk daemon as seen by one client. Calls may come from any thread and may overlap.
 
+    `endpoint`: `HOST:PORT`, or several with commas between them, of daemons that serve the same trunk: when one is
+    gone, the next is taken. `server_key` (the daemon's `.key` file or the key itself) and `client_key` (one's own
+    `.key_secret` file): for daemons that encrypt.
+
     Tensors that are passed in are sent without a copy: do not write them before the call (or its future) is done.
     """
 
@@ -114,11 +120,14 @@ class TrunkClient:
         self,
         endpoint: str,
         *,
+        server_key: str | None = None,
+        client_key: str | Path | None = None,
         connect_timeout_seconds: float = CONNECT_TIMEOUT_SECONDS,
         request_timeout_seconds: float = REQUEST_TIMEOUT_SECONDS,
     ) -> None:
         self._connection = Connection(
             endpoint,
+            keys=read_client_keys(server_key, client_key),
             connect_timeout_seconds=connect_timeout_seconds,
             request_timeout_seconds=request_timeout_seconds,
         )
@@ -133,12 +142,17 @@ class TrunkClient:
         """What the daemon said of itself; after `connect`."""
         return self._connection.welcome
 
+    @property
+    def replays(self) -> int:
+        """How many requests had to be sent again so far, because a connection or a daemon was lost."""
+        return self._connection.replays
+
     def connect(
         self, model: ModelIdentity | None = None, *, cut: Cut | None = None, dtype: FloatDtypeName = "f32"
     ) -> Welcome:
         """Open a session. With `model` or `cut` the daemon refuses unless it serves just that.
 
-        Raises `TrunkUnreachable`, `WrongModelError` or another `WireError`.
+        Raises `TrunkUnreachable`, `TrunkAuthError`, `WrongModelError` or another `WireError`.
         """
         return self._connection.open(model, cut, dtype)
 
@@ -168,7 +182,7 @@ class TrunkClient:
         `activations`: those of the forward, if the step was made to forget them.
         """
         request, build = self._backward(step, gradients, activations)
-        return read_answer(self._connection.call(request, build, nbytes=gradients.nbytes))
+        return read_answer(self._connection.call(request, build, nbytes=gradients.nbytes), "gradients")
 
     def status(self) -> Status:
         """What the daemon serves, and how busy it is."""
@@ -229,8 +243,8 @@ class TrunkClient:
         return self._connection.wait(future)
 
     def finish_forward(self, step: Step, message: Message) -> None:
-        """Give a step the answer to its forward."""
-        step.answer = read_answer(message)
+        """Give a step the answer to its forward. Raises `InternalError` for one that does not fit."""
+        step.answer = read_answer(message, "activations")
 
     def submit_backward(
         self, step: Step, gradients: torch.Tensor, *, activations: torch.Tensor | None = None
@@ -276,11 +290,11 @@ class TrunkClient:
         return f"{type(self).__name__}({self.endpoint!r})"
 
 
-def read_answer(message: Message) -> Answer:
+def read_answer(message: Message, role: Role) -> Answer:
     """The tensor of a RESULT. It may share the memory of the received message. Raises `InternalError`."""
     header = message.header
-    if not isinstance(header, Result) or len(header.tensors) != 1:
-        raise InternalError(f"the trunk answered with {type(header).__name__} where a RESULT with one tensor is due")
+    if not isinstance(header, Result) or [descriptor.role for descriptor in header.tensors] != [role]:
+        raise InternalError(f"the trunk answered with {type(header).__name__} where a RESULT with {role} is due")
     return Answer(
         tensor=decode_tensor(header.tensors[0], message.buffers[0]),
         merged=header.merged,

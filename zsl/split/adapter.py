@@ -9,17 +9,18 @@ from __future__ import annotations
 import copy
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from zsl.errors import ModelError
+from zsl.errors import ModelError, RunFailed
+from zsl.split.durable import aside, sync, sync_tree
+from zsl.split.reference import first_line
 from zsl.split.sides import Side, Sides
 from zsl.split.stack import Stack, find_stack
 
@@ -37,9 +38,32 @@ def save_adapter(
     """Write the adapter of a split model as a PEFT adapter of the whole one.
 
     `base_model` is the hub id that the file shall name. With `sides` and `only`, just the part of that side.
-    The files are written aside and renamed: older ones are there until the new ones are whole.
-    Raises `ModelError` if nothing is there to save.
+    The files are written aside, brought to the disk and renamed: older ones are there until the new ones are whole.
+    Raises `ModelError` if nothing is there to save, `RunFailed` if it cannot be written.
     """
+    target = Path(directory)
+    try:
+        with aside(target.parent) as written:
+            write_adapter(model, written, base_model=base_model, sides=sides, only=only)
+            sync_tree(written)
+            target.mkdir(exist_ok=True)
+            for file in sorted(written.iterdir()):
+                os.replace(file, target / file.name)
+        sync(target)
+        sync(target.parent)
+    except (OSError, SafetensorError) as error:
+        raise RunFailed(f"the adapter could not be written to {target}: {first_line(error)}") from error
+
+
+def write_adapter(
+    model: PeftModel,
+    directory: Path,
+    *,
+    base_model: str | None = None,
+    sides: Sides | None = None,
+    only: Side | None = None,
+) -> None:
+    """Write the two files of an adapter into an empty directory, in place. Raises `ModelError` if it has no weights."""
     state = get_peft_model_state_dict(model, adapter_name=model.active_adapter, save_embedding_layers=False)
     if sides is not None and only is not None:
         state = {key: t for key, t in state.items() if sides.side_of(key.removeprefix(PEFT_PREFIX)) == only}
@@ -47,19 +71,11 @@ def save_adapter(
         raise ModelError(f"the adapter has no weights on the {only} side" if only else "the adapter has no weights")
     config = _whole_model_config(model, state.keys())
     config.base_model_name_or_path = base_model
-    target = Path(directory)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        config.save_pretrained(str(aside))
-        tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
-        save_file(tensors, aside / "adapter_model.safetensors", metadata={"format": "pt"})
-        target.mkdir(exist_ok=True)
-        for file in sorted(aside.iterdir()):
-            file.chmod(0o644)
-            os.replace(file, target / file.name)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    config.save_pretrained(str(directory))
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
+    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    for file in directory.iterdir():
+        file.chmod(0o644)
 
 
 def _whole_model_config(model: PeftModel, keys: Collection[str]) -> PeftConfig:

@@ -1,65 +1,61 @@
-"""Hugging Face `Trainer`, with each step's own loss kept and shown."""
+"""Hugging Face `Trainer`, with each step's own loss kept and shown, and checkpoints that are whole or not there."""
 
 from __future__ import annotations
 
-import json
+import logging
 import math
+import time
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerControl, TrainerState, TrainingArguments
 
+from zsl.split.adapter import write_adapter
+from zsl.split.durable import aside
+from zsl.split.reference import first_line
+from zsl.training.checkpoints import prune, put_in_place
+from zsl.training.losses import StepLosses
 from zsl.training.overlap import OverlapMixin
 from zsl.training.report import epoch_summary
+from zsl.training.resume import RunDirectory
 
-
-class StepLosses:
-    """The loss of every optimizer step, in full precision: in memory, and a line each in a file."""
-
-    def __init__(self, file: Path) -> None:
-        """The file begins anew with the first step, so a run that takes none leaves it as it is."""
-        self._file = file
-        self._lines: TextIO | None = None
-        self._micro_batches: list[torch.Tensor] = []
-        self.all: list[float] = []
-        self.epoch: list[float] = []
-
-    def add_micro_batch(self, loss: torch.Tensor) -> None:
-        self._micro_batches.append(loss)
-
-    def end_step(self, step: int, **more: float | None) -> None:
-        loss = float(sum(self._micro_batches))
-        self._micro_batches.clear()
-        self.all.append(loss)
-        self.epoch.append(loss)
-        if self._lines is None:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            self._lines = self._file.open("w" if step == 1 else "a", encoding="utf-8")
-        self._lines.write(json.dumps({"step": step, "loss": loss, **more}) + "\n")
-        self._lines.flush()
-
-    def end_epoch(self) -> list[float]:
-        losses, self.epoch = self.epoch, []
-        return losses
-
-    def close(self) -> None:
-        if self._lines is not None:
-            self._lines.close()
+logger = logging.getLogger(__name__)
 
 
 class SplitTrainer(OverlapMixin, Trainer):
-    """`Trainer` that tells `losses` of each micro-batch's share of its step's loss."""
+    """`Trainer` that tells `losses` of each micro-batch's share of its step's loss, and `directory` of its checkpoints.
 
-    def __init__(self, *, losses: StepLosses, **arguments: Any) -> None:
+    `seconds_before` are those that the run has trained in processes before this one.
+    """
+
+    def __init__(
+        self,
+        *,
+        losses: StepLosses,
+        directory: RunDirectory,
+        base_model: str | None = None,
+        seconds_before: float = 0.0,
+        **arguments: Any,
+    ) -> None:
         super().__init__(**arguments)
         self._losses = losses
+        self._directory = directory
+        self._base_model = base_model
+        self._began = time.monotonic() - seconds_before
+        self._aside: Path | None = None
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
-        self._show = _Show(losses)
+        self._show = _Show(losses, directory)
         self.add_callback(self._show)
+
+    @property
+    def seconds(self) -> float:
+        """Of training, in all processes that the run had."""
+        return time.monotonic() - self._began
 
     def close_progress_bar(self) -> None:
         """End the bar's line, so that what is printed next stands on its own; needed after a failure."""
@@ -71,24 +67,83 @@ class SplitTrainer(OverlapMixin, Trainer):
         self._losses.add_micro_batch(loss.detach())
         return loss
 
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._aside or super()._get_output_dir(trial))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As Trainer does it, but aside, and then in one move to its place. One that cannot be written ends nothing."""
+        step = self.state.global_step
+        place = self._directory.path / f"checkpoint-{step}"
+        try:
+            self._directory.begin()
+            with aside(place.parent) as self._aside:
+                super()._save_checkpoint(model, trial)
+                written = self._aside / place.name
+                self._correct_best_checkpoint(written)
+                self._directory.add_to(written, metrics=self._losses.text, seconds=self.seconds)
+                put_in_place(written, place)
+        except (OSError, SafetensorError, RuntimeError) as error:  # torch's writer of files raises RuntimeError
+            logger.warning("%s could not be written: %s; the training goes on", place, _reason(error))
+            return
+        finally:
+            self._aside = None
+        self._directory.made(place)
+        try:
+            prune(place.parent, step, limit=self.args.save_total_limit, keep=[self.state.best_global_step])
+        except OSError as error:
+            logger.warning("older checkpoints than %s could not be removed: %s", place, _reason(error))
+
+    def _correct_best_checkpoint(self, written: Path) -> None:
+        """Trainer looked for the best checkpoint aside; say where it will be."""
+        if self.state.best_global_step:
+            best = self._directory.path / f"checkpoint-{self.state.best_global_step}"
+            if best.is_dir() or best.name == written.name:
+                self.state.best_model_checkpoint = str(best)
+                self.state.save_to_json(str(written / "trainer_state.json"))
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """The adapter as the run's end saves it. Trainer would ask the hub for the base model, at every checkpoint."""
+        model: Any = self.model
+        directory = Path(str(output_dir))
+        directory.mkdir(parents=True, exist_ok=True)
+        write_adapter(model, directory, base_model=self._base_model)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError):
+        return error.strerror or first_line(error)
+    if isinstance(error, SafetensorError):
+        return first_line(error)
+    return f"torch could not write a file, as on a full disk ({first_line(error)})"
+
 
 class _Show(ProgressCallback):
     """The progress bar of transformers, with a line per logging step and per epoch."""
 
-    def __init__(self, losses: StepLosses) -> None:
+    def __init__(self, losses: StepLosses, directory: RunDirectory) -> None:
         super().__init__()
         self._losses = losses
+        self._directory = directory
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._losses.end_step(state.global_step, epoch=state.epoch)
+        try:
+            self._directory.begin()
+        except OSError as error:
+            logger.warning("%s cannot be written: %s; the training goes on", self._directory.path, _reason(error))
+        self._losses.end_step(state.global_step, epoch=float(state.epoch or 0))
         if not args.disable_tqdm:
             super().on_step_end(args, state, control, **kwargs)  # type: ignore[no-untyped-call]
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        # A state that comes from a checkpoint has the intervals of that time.
+        state.compute_steps(args, state.max_steps)
         if not args.disable_tqdm:
             super().on_train_begin(args, state, control, **kwargs)  # type: ignore[no-untyped-call]
+            bar: Any = self.training_bar
+            bar.initial = bar.n = self.current_step = state.global_step
+            bar.refresh()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -1,5 +1,5 @@
-"""Whether a request's tensors are what this trunk takes. Pure: looks at descriptors, and at the values of masks and
-positions, before anything becomes a torch tensor.
+"""Whether a request's tensors are what this trunk takes. Pure: looks at descriptors and values before anything becomes
+a torch tensor.
 """
 
 from __future__ import annotations
@@ -8,10 +8,19 @@ from typing import Any
 
 import numpy as np
 
-from zsl.errors import BadDtypeError, BadShapeError, MalformedError, TooLargeError, UnknownStepError
+from zsl.errors import (
+    BadDtypeError,
+    BadShapeError,
+    MalformedError,
+    NonFiniteError,
+    TooLargeError,
+    UnknownStepError,
+)
 from zsl.trunk.work import Buffers, Shape
 from zsl.wire.messages import FLOAT_DTYPES, Limits, Role, TensorDescriptor
 
+# What the exponent of an infinity or NaN looks like.
+_EXPONENTS = {"f32": (np.uint32, 0x7F80_0000), "f16": (np.uint16, 0x7C00), "bf16": (np.uint16, 0x7F80)}
 _NUMPY_DTYPES = {"i64": np.int64, "i32": np.int32, "i16": np.int16, "i8": np.int8, "u8": np.uint8, "bool": np.uint8}
 
 
@@ -23,14 +32,18 @@ def check_forward(buffers: Buffers, hidden_size: int, limits: Limits) -> Shape:
 
     Optional beside them: `attention_mask` `[rows, tokens]` of 0 and 1, `position_ids` `[rows or 1, tokens]`, and
     for one row `lengths` `[sequences]`, which add up to its tokens.
-    Raises `MalformedError`, `BadShapeError`, `BadDtypeError` or `TooLargeError`.
+    Raises `MalformedError`, `BadShapeError`, `BadDtypeError`, `TooLargeError` or `NonFiniteError`.
     """
     _check_roles(buffers, needed={"activations"}, optional=_OPTIONAL)
     return _check_inputs(buffers, hidden_size, limits)
 
 
 def check_backward(buffers: Buffers, held: Shape | None, hidden_size: int, limits: Limits) -> Shape:
-    """The shape of a backward's gradients, which is that of its forward: `held`, or the activations beside them."""
+    """The shape of a backward's gradients, which is that of its forward: `held`, or the activations beside them.
+
+    Gradients may be infinite: a loss that is scaled for half precision overflows now and then, and its owner's
+    `GradScaler` counts on seeing it.
+    """
     if "activations" in buffers:
         _check_roles(buffers, needed={"activations", "gradients"}, optional=_OPTIONAL)
         shape = _check_inputs(buffers, hidden_size, limits)
@@ -90,6 +103,7 @@ def _check_inputs(buffers: Buffers, hidden_size: int, limits: Limits) -> Shape:
         positions = _integers(buffers, "position_ids", shapes, lowest=0, highest=limits.max_row_tokens - 1)
         # Positions that start again tell sequences apart within a row: transformers masks between them.
         consecutive = bool((np.diff(positions.reshape(-1, tokens).astype(np.int64)) == 1).all())
+    _check_finite(buffers)
     if "lengths" in buffers:
         return Shape(rows, tokens, lengths)
     return Shape(rows, tokens, lengths, packable=consecutive and "attention_mask" not in buffers)
@@ -114,6 +128,27 @@ def _check_float(descriptor: TensorDescriptor) -> None:
     if descriptor.dtype not in FLOAT_DTYPES:
         raise BadDtypeError(
             f"{descriptor.role} of {descriptor.dtype}: one of {', '.join(sorted(FLOAT_DTYPES))} is needed"
+        )
+
+
+def _check_finite(buffers: Buffers) -> None:
+    """Raises `NonFiniteError`, which says where the first one is."""
+    descriptor, buffer = buffers["activations"]
+    integer, exponent = _EXPONENTS[descriptor.dtype]
+    if descriptor.dtype == "f32":
+        # Two passes without memory of their own; a NaN is neither the smallest nor the largest, but comes out of both.
+        floats = np.frombuffer(buffer, dtype=np.float32)
+        with np.errstate(invalid="ignore"):
+            if np.isfinite(floats.min()) and np.isfinite(floats.max()):
+                return
+    bits = np.frombuffer(buffer, dtype=integer) & integer(exponent)
+    wrong = np.flatnonzero(bits == exponent)
+    if len(wrong):
+        rows, tokens, hidden = descriptor.shape
+        row, token, _ = np.unravel_index(wrong[0], (rows, tokens, hidden))
+        raise NonFiniteError(
+            f"{len(wrong)} of the activations are not finite, the first in row {row}, token {token}: look for a loss "
+            "that has run away, or an overflow of half precision"
         )
 
 

@@ -9,13 +9,16 @@ import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from ipaddress import ip_address
 
 import torch
 
 import zsl
-from zsl.errors import StartupError
+from zsl.errors import ConfigError, StartupError
+from zsl.transport.curve import refuses_unknown_keys
+from zsl.transport.router import raise_file_limit
+from zsl.trunk.access import Access
 from zsl.trunk.assemble import TrunkPlan, plan_trunk
+from zsl.trunk.failpoints import Failpoint
 from zsl.trunk.logs import LogFormat
 from zsl.trunk.memory import keep_freed_memory
 from zsl.trunk.server import TrunkServer
@@ -41,36 +44,38 @@ class DaemonOptions:
     max_batch_tokens: int | None
     merge_below_tokens: int | None
     deterministic: bool
-    insecure: bool
+    access: Access | None
+    failpoint: Failpoint
     log_format: LogFormat
 
 
 def run_daemon(options: DaemonOptions) -> None:
-    """Serve until SIGTERM or SIGINT. Raises `ModelError` or `StartupError` if it cannot start."""
-    if not options.insecure and not _is_loopback(options.host):
-        raise StartupError(
-            f"--host {options.host}: anyone who reaches this address could use the trunk and read what clients send; "
-            "listen on 127.0.0.1, or add --insecure if the network is yours alone"
-        )
+    """Serve until SIGTERM or SIGINT.
+
+    Raises `ModelError` or `StartupError` if it cannot start, `RunFailed` if it cannot go on.
+    """
     keep_freed_memory()
+    raise_file_limit()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     plan = plan_trunk(options.model, options.cut, options.dtype, options.device, forward_only=options.forward_only)
     asyncio.run(_serve(plan, options))
 
 
-def _is_loopback(host: str) -> bool:
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
 async def _serve(plan: TrunkPlan, options: DaemonOptions) -> None:
-    server = TrunkServer(plan.info, ServerSettings(stash_memory_bytes=options.stash_memory_bytes))
+    access = options.access
+    server = TrunkServer(
+        plan.info,
+        ServerSettings(stash_memory_bytes=options.stash_memory_bytes),
+        keys=None if access is None else access.keys,
+        allowlist=None if access is None else access.allowlist,
+        failpoint=options.failpoint,
+    )
     endpoint = server.bind(options.host, options.port)  # before the weights: a port in use shows at once
-    _obey_signals(server)
+    _obey_signals(server, reloads=access is not None)
     try:
+        if access is not None and not await refuses_unknown_keys(endpoint, access.keys.public):
+            raise StartupError("the self-test failed: a key that is on no list was let in; not serving")
         logger.info("loading layers %s of %s", plan.cut, options.model)
         # In a thread that ends: with its OpenMP threads still there beside those of the compute thread, libgomp would
         # see more threads than processors, and have them sleep at every barrier instead of spin.
@@ -93,8 +98,8 @@ async def _serve(plan: TrunkPlan, options: DaemonOptions) -> None:
     logger.info("stopped")
 
 
-def _obey_signals(server: TrunkServer) -> None:
-    """First signal: drain. Second: end at once."""
+def _obey_signals(server: TrunkServer, *, reloads: bool) -> None:
+    """SIGTERM, SIGINT: drain; again: end at once. SIGHUP: read the list of tenants again."""
     loop = asyncio.get_running_loop()
     signals: list[signal.Signals] = []
 
@@ -106,6 +111,16 @@ def _obey_signals(server: TrunkServer) -> None:
         else:
             os._exit(128 + received)  # the compute thread may be in the middle of a pass; nothing is lost by it
 
+    def on_hangup() -> None:
+        try:
+            server.reload_tenants()
+        except ConfigError as error:
+            logger.error("the list of tenants stays as it was: %s", error)
+        else:
+            logger.info("SIGHUP: read the list of tenants again")
+
+    if reloads:
+        loop.add_signal_handler(signal.SIGHUP, on_hangup)
     for wanted in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(wanted, on_signal, wanted)
 
@@ -125,6 +140,7 @@ def _say_ready(endpoint: str, plan: TrunkPlan, traits: TrunkTraits, options: Dae
         "max_batch_tokens": traits.batch_limits.max_batch_tokens,
         "merge_below_tokens": traits.batch_limits.merge_below_tokens if traits.merges else 0,
         "deterministic": traits.deterministic,
+        "encrypted": options.access is not None,
         "version": zsl.__version__,
     }
     if options.log_format == "json":
@@ -137,8 +153,9 @@ def _say_ready(endpoint: str, plan: TrunkPlan, traits: TrunkTraits, options: Dae
             f"requests of up to {facts['merge_below_tokens']} tokens share passes of {facts['max_batch_tokens']}"
             + (", deterministic" if traits.deterministic else "")
         )
+    secured = "encrypted" if options.access is not None else "not encrypted, open to whoever reaches it"
     print(
         f"zsl-trunkd {zsl.__version__} ready on {endpoint}: {options.model}, layers {plan.cut}, "
-        f"{traits.parameters:,} parameters, {facts['dtype']} on {plan.device}, {what}, {merging}",
+        f"{traits.parameters:,} parameters, {facts['dtype']} on {plan.device}, {what}, {merging}, {secured}",
         flush=True,
     )

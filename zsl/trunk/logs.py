@@ -1,4 +1,7 @@
-"""The daemon's log: lines to read, or one JSON object a line. Never tensors, keys or text of a client."""
+"""The daemon's log: lines to read, or one JSON object a line. Never tensors, keys or text of a client.
+
+A line that comes again and again (say, for each of a million bad messages) is written a few times, then counted.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,41 @@ import json
 import logging
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 LogFormat = Literal["text", "json"]
+
+ALIKE_LINES = 10
+ALIKE_SECONDS = 10.0
+
+
+@dataclass(slots=True)
+class _Alike:
+    since: float
+    written: int = 0
+    left_out: int = 0
+
+
+class FewAlike(logging.Filter):
+    """Lets at most `ALIKE_LINES` lines of one form pass in `ALIKE_SECONDS`; the next one then says how many did not."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__()
+        self._clock = clock
+        self._forms: dict[str, _Alike] = {}  # as many as there are calls in the code
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        now = self._clock()
+        form = self._forms.setdefault(str(record.msg), _Alike(now))
+        if now - form.since >= ALIKE_SECONDS:
+            if form.left_out:
+                record.msg, record.args = f"{record.getMessage()} ({form.left_out} more like this before)", ()
+            form.since, form.written, form.left_out = now, 0, 0
+        form.written += 1
+        form.left_out += form.written > ALIKE_LINES
+        return form.written <= ALIKE_LINES
 
 
 class JsonFormatter(logging.Formatter):
@@ -33,5 +68,7 @@ def set_up_logging(log_format: LogFormat, *, debug: bool) -> None:
         handler.setFormatter(JsonFormatter())
     else:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S"))
+    if not debug:
+        handler.addFilter(FewAlike())
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("zsl").setLevel(logging.DEBUG if debug else logging.INFO)

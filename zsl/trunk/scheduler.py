@@ -35,7 +35,8 @@ class Job:
     """A queued request, as far as ordering needs to know it.
 
     `merge_key`: jobs of one kind with equal keys can share a pass; None runs alone. `cost_seconds`: what it is
-    expected to take; `Scheduler.charge` corrects that. `deadline`: seconds on the clock of `now`.
+    expected to take; `Scheduler.charge` corrects that. `deadline`: seconds on the clock of `now`. `client`: which of
+    its tenant's, if that has several.
     """
 
     key: Hashable
@@ -45,6 +46,11 @@ class Job:
     merge_key: Hashable | None
     cost_seconds: float
     deadline: float
+    client: Hashable = None
+
+    @property
+    def comes_from(self) -> Hashable:
+        return self.tenant if self.client is None else self.client
 
 
 @dataclass(slots=True, eq=False)
@@ -134,6 +140,7 @@ class Scheduler:
         self._max_wait_seconds = max_wait_seconds
         self._tenants: dict[Hashable, _Tenant] = {}
         self._queued: dict[Hashable, Job] = {}
+        self._queued_of: Counter[Hashable] = Counter()  # by client
         self._backlog_seconds = 0.0
         self._orders: tuple[dict[Hashable, _Order], dict[Hashable, _Order]] = ({}, {})  # of backwards, of forwards
         self._waits: deque[tuple[float, _Tenant]] = deque()  # by `waits_since`; stale where that has changed
@@ -168,7 +175,8 @@ class Scheduler:
         self._queued[job.key] = job
         self._backlog_seconds += job.cost_seconds
         self._queued_tokens[job.kind, job.merge_key] += job.tokens
-        self._anticipation.arrived(job.tenant, job.kind, job.merge_key, job.tokens, now)
+        self._queued_of[job.comes_from] += 1
+        self._anticipation.arrived(job.comes_from, job.kind, job.merge_key, job.tokens, now)
         self._note_deadline(job)
 
     def discard(self, key: Hashable) -> bool:
@@ -184,6 +192,10 @@ class Scheduler:
             self._put(job.kind, tenant)
         self._forget(job)
         return True
+
+    def forget_client(self, client: Hashable) -> None:
+        """The client is gone."""
+        self._anticipation.forget(client)
 
     def forget_tenant(self, tenant: Hashable) -> None:
         """The tenant is gone, and with it its counter; its jobs must have been discarded."""
@@ -242,8 +254,8 @@ class Scheduler:
             if tenant is not None:
                 share = seconds * job.tokens / all_tokens
                 self._add_to_counter(tenant, (share - job.cost_seconds) / tenant.weight)
-                if not tenant.backlogged:
-                    self._anticipation.answered(job.tenant, job.kind, now)
+                if not self._queued_of[job.comes_from]:
+                    self._anticipation.answered(job.comes_from, job.kind, now)
 
     def _company_expected(self, first: Job, now: float) -> float | None:
         """Until when to wait for jobs that could share this one's pass, if that is worth it."""
@@ -309,6 +321,9 @@ class Scheduler:
 
     def _forget(self, job: Job) -> None:
         del self._queued[job.key]
+        self._queued_of[job.comes_from] -= 1
+        if not self._queued_of[job.comes_from]:
+            del self._queued_of[job.comes_from]
         self._backlog_seconds -= job.cost_seconds
         alike = job.kind, job.merge_key
         self._queued_tokens[alike] -= job.tokens

@@ -1,6 +1,6 @@
 """The trunk server: from a message on the ROUTER to the answer, on one asyncio loop and one compute thread.
 
-    receive → decode → session → admission → scheduler → compute thread → answer
+    receive → decode → tenant → session → admission → scheduler → compute thread → answer
 
 The loop owns the socket, the sessions and the scheduler; the thread owns the model. They meet in a queue and in
 `call_soon_threadsafe`. No model work runs on the loop, so it answers pings while the device is busy. Knows no torch.
@@ -15,21 +15,27 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import zsl
 from zsl.errors import (
     CancelledByClientError,
     DeadlineError,
     DrainingError,
-    ForwardOnlyError,
+    ForbiddenError,
+    RunFailed,
     StaleEpochError,
+    UnknownSessionError,
     WireError,
 )
+from zsl.transport.curve import KeyPair
 from zsl.transport.router import Router
-from zsl.trunk.admission import check_backward, check_forward, merge_key
-from zsl.trunk.scheduler import Job, Scheduler
+from zsl.trunk.failpoints import Failpoint
+from zsl.trunk.greetings import status_for, welcome_to
+from zsl.trunk.intake import Intake, Request
+from zsl.trunk.replies import Replies
+from zsl.trunk.scheduler import Scheduler
 from zsl.trunk.sessions import Session, Sessions
 from zsl.trunk.settings import ServerSettings, TrunkInfo, TrunkTraits, check_wanted
-from zsl.trunk.work import Buffers, Compute, Done, Held, Keep, Kind, Outcome, Shape, Work
+from zsl.trunk.tenants import Allowlist, Tenant
+from zsl.trunk.work import Compute, Done, Held, Keep, Outcome, Work
 from zsl.trunk.worker import Finished, Worker
 from zsl.wire.frames import MAGIC, Frame, decode, encode
 from zsl.wire.messages import (
@@ -43,13 +49,12 @@ from zsl.wire.messages import (
     GoAway,
     Header,
     Hello,
+    InSession,
     Ping,
     Pong,
     Release,
     Result,
-    Status,
     StatusRequest,
-    Welcome,
     WorkHeader,
 )
 
@@ -62,60 +67,65 @@ CONTROL_MESSAGES = 64
 
 
 @dataclass(frozen=True, slots=True)
-class _Request:
-    """An admitted request on its way: what to compute, and whom to answer."""
+class _Sender:
+    """Who sent a message: its connection, and its tenant where there are keys."""
 
-    session: Session
-    request: int
-    kind: Kind
-    buffers: Buffers
-    shape: Shape
-    keep: bool
-    held: Held | None
-    arrived: float
-    job: Job
-
-
-_Key = tuple[bytes, int]
+    peer: bytes
+    tenant: Tenant | None
 
 
 class TrunkServer:
-    """Serves one trunk. `clock` gives seconds, `new_id` 16 fresh bytes."""
+    """Serves one trunk. `clock` gives seconds, `new_id` 16 fresh bytes.
+
+    With `keys` everything is encrypted, and only who is on the `allowlist` gets in.
+    """
 
     def __init__(
         self,
         info: TrunkInfo,
         settings: ServerSettings | None = None,
         *,
+        keys: KeyPair | None = None,
+        allowlist: Allowlist | None = None,
+        failpoint: Failpoint | None = None,
         clock: Callable[[], float] = time.monotonic,
         new_id: Callable[[], bytes] = lambda: secrets.token_bytes(16),
     ) -> None:
         self.info = info
         self._settings = settings or ServerSettings()
+        self._allowlist = allowlist
+        self._failpoint = failpoint
         self._clock = clock
         self._epoch = new_id()
         self._limits = self._settings.limits(info)
         self._sessions = Sessions(
             lease_seconds=self._settings.lease_seconds,
+            max_sessions=self._settings.max_sessions,
             max_inflight_requests=self._settings.max_inflight_requests,
             max_inflight_bytes=self._settings.max_inflight_bytes,
             max_total_inflight_bytes=self._settings.max_total_inflight_bytes,
             stash_memory_bytes=self._settings.stash_memory_bytes,
             new_id=new_id,
         )
-        self._requests: dict[_Key, _Request] = {}
+        self._replies = Replies(self._settings.reply_memory_bytes)
+        self._forbidden: set[bytes] = set()  # connections that were told so once
         self._router = Router(
             max_message_bytes=self._limits.max_message_bytes,
             send_hwm_messages=self._settings.max_inflight_requests + CONTROL_MESSAGES,
+            max_connections=self._settings.max_connections,
+            keys=keys,
+            allowed=None if allowlist is None else allowlist.allows,
+            clock=clock,
         )
         # Set by `run`, before anything is received.
-        self._worker: Worker[_Request]
+        self._worker: Worker[Request]
+        self._intake: Intake
         self._scheduler: Scheduler
         self._traits: TrunkTraits
         self._dispatch_later: asyncio.TimerHandle | None = None
         self._draining_until: float | None = None
         self._stopped = asyncio.Event()
-        self._handlers: dict[type[Header], Callable[[bytes, Header, Sequence[Frame]], None]] = {
+        self._handlers: dict[type[Header], Callable[[_Sender, Header, Sequence[Frame]], None]] = {
             Hello: self._on_hello,
             Forward: self._on_work,
             Backward: self._on_work,
@@ -135,14 +145,15 @@ class TrunkServer:
         self._router.close()
 
     async def run(self, compute: Compute) -> None:
-        """Serve until `stop`, or until a `drain` has ended."""
+        """Serve until `stop`, or until a `drain` has ended. Raises `RunFailed` if the compute thread hangs."""
         self._traits = compute.traits
+        self._intake = Intake(self.info, self._limits, self._traits, self._sessions, self._replies)
         self._scheduler = Scheduler(
             max_batch_tokens=self._traits.batch_limits.max_batch_tokens,
             max_wait_seconds=self._settings.max_wait_seconds,
             costs=self._traits.costs,
         )
-        self._worker = Worker(compute, self._finish_batch, clock=self._clock)
+        self._worker = Worker(compute, self._finish_batch, clock=self._clock, failpoint=self._failpoint)
         self._router.start(self._receive, self._dispatch)
         try:
             while not self._stopped.is_set():
@@ -151,8 +162,18 @@ class TrunkServer:
         finally:
             if self._dispatch_later is not None:
                 self._dispatch_later.cancel()
-            await self._worker.stop()
+            if not self._stuck:
+                await self._worker.stop()
             self._router.close()
+        if self._stuck:
+            raise RunFailed(
+                f"a pass has not ended in {self._settings.stuck_seconds:g} s; the device or its driver may hang. "
+                "Start the daemon again: its clients wait for it, and lose nothing"
+            )
+
+    @property
+    def _stuck(self) -> bool:
+        return self._worker.busy_seconds(self._clock()) > self._settings.stuck_seconds
 
     def stop(self) -> None:
         """End as soon as the pass that runs has ended. To be called on the loop."""
@@ -167,9 +188,24 @@ class TrunkServer:
         for session in self._sessions:
             self._send(session.peer, goaway)
 
+    def reload_tenants(self) -> None:
+        """Read the list of tenants again; who is not on it any more loses its sessions. To be called on the loop.
+
+        Raises `ConfigError`; the list that was there stays then.
+        """
+        assert self._allowlist is not None
+        self._allowlist.reload()
+        for session in list(self._sessions):
+            if session.tenant is not None and self._allowlist.by_key(session.tenant.public_key) is None:
+                self._close_session(session.id, f"the key of {session.tenant.name} was taken off the list")
+
     # --- from the socket ---------------------------------------------------------------------------------------
 
-    def _receive(self, peer: bytes, frames: list[Frame]) -> None:
+    def _receive(self, peer: bytes, tenant_key: str, frames: list[Frame]) -> None:
+        tenant = None if self._allowlist is None else self._allowlist.by_key(tenant_key)
+        if self._allowlist is not None and tenant is None:
+            self._refuse(peer)
+            return
         try:
             message = decode(frames, TO_DAEMON)
         except WireError as error:
@@ -179,136 +215,131 @@ class TrunkServer:
             return
         header = message.header
         try:
-            self._handlers[type(header)](peer, header, message.buffers)
+            self._handlers[type(header)](_Sender(peer, tenant), header, message.buffers)
         except WireError as error:
             self._answer_error(peer, getattr(header, "request", None), error)
 
-    def _on_hello(self, peer: bytes, header: Header, _: Sequence[Frame]) -> None:
+    def _refuse(self, peer: bytes) -> None:
+        """Nothing is taken from a key that has been taken off the list: it is told once, then cut off."""
+        if peer in self._forbidden:
+            self._forbidden.discard(peer)
+            self._router.cut(peer)
+            return
+        self._forbidden.add(peer)
+        self._answer_error(peer, None, ForbiddenError())
+
+    def _on_hello(self, sender: _Sender, header: Header, _: Sequence[Frame]) -> None:
         assert isinstance(header, Hello)
+        now = self._clock()
+        session = self._sessions.of_peer(sender.peer)
+        if session is None or session.hello != header.request:  # otherwise it was delivered twice
+            check_wanted(self.info, header)
+            session = self._resumed(sender, header, now) or self._opened(sender, header, now)
+        welcome = welcome_to(header, session.id, self._epoch, self.info, self._traits, self._limits)
+        self._send(sender.peer, welcome)
+
+    def _resumed(self, sender: _Sender, header: Hello, now: float) -> Session | None:
+        if header.resume is None:
+            return None
+        try:
+            session = self._sessions.resume(header.resume, sender.peer, now, hello=header.request, tenant=sender.tenant)
+        except UnknownSessionError:
+            return None
+        logger.info("session %s has a new connection", session.id.hex()[:8])
+        return session
+
+    def _opened(self, sender: _Sender, header: Hello, now: float) -> Session:
         if self._draining_until is not None:
             raise DrainingError()
-        check_wanted(self.info, header)
-        for earlier in self._sessions.of_peer(peer):
+        earlier = self._sessions.of_peer(sender.peer)
+        if earlier is not None:
             self._close_session(earlier.id, "its client opened another")
-        session = self._sessions.open(peer, self._clock())
-        logger.info("session %s opened (zsl %s, %s)", session.id.hex()[:8], header.software, header.dtype)
-        welcome = Welcome(
-            request=header.request,
-            software=zsl.__version__,
-            epoch=self._epoch,
-            session=session.id,
-            model=self.info.model,
-            cut=self.info.cut,
-            dtype=self.info.dtype,
-            forward_only=self.info.forward_only,
-            packs=self._traits.packs,
-            deterministic=self._traits.deterministic,
-            trunk_parameters=self._traits.parameters,
-            limits=self._limits,
-        )
-        self._send(peer, welcome)
+        in_the_way = self._sessions.in_the_way(sender.tenant, now)
+        if in_the_way is not None:
+            self._close_session(in_the_way.id, "quiet, and another one needs its place")
+        session = self._sessions.open(sender.peer, now, hello=header.request, tenant=sender.tenant)
+        whose = "" if sender.tenant is None else f" for {sender.tenant.name}"
+        logger.info("session %s opened%s (zsl %s, %s)", session.id.hex()[:8], whose, header.software, header.dtype)
+        return session
 
-    def _on_work(self, peer: bytes, header: Header, frames: Sequence[Frame]) -> None:
+    def _on_work(self, sender: _Sender, header: Header, frames: Sequence[Frame]) -> None:
         assert isinstance(header, WorkHeader)
         now = self._clock()
-        session = self._session(header, peer, now)
-        key = (session.id, header.request)
-        if key in self._requests:
-            return  # sent twice: the one answer will serve
-        buffers: Buffers = {d.role: (d, frame) for d, frame in zip(header.tensors, frames, strict=True)}
-        hidden_size = self.info.model.hidden_size
-        held = None
-        if isinstance(header, Forward):
-            if self._draining_until is not None:
-                raise DrainingError()
-            if header.keep and self.info.forward_only:
-                raise ForwardOnlyError()
-            kind, keep = Kind.FORWARD, header.keep
-            shape = check_forward(buffers, hidden_size, self._limits)
-            cost = self._traits.costs.forward
-        else:
-            assert isinstance(header, Backward)
-            if self.info.forward_only:
-                raise ForwardOnlyError()
-            kind, keep = Kind.BACKWARD, False
-            complete = "activations" in buffers
-            held = None if complete else session.held.get(header.step)
-            shape = check_backward(buffers, held.shape if held else None, hidden_size, self._limits)
-            cost = self._traits.costs.backward
-        nbytes = sum(descriptor.nbytes for descriptor in header.tensors)
-        self._sessions.admit(session, header.request, nbytes, retry_after_ms=self._retry_after_ms())
-        if isinstance(header, Backward):
-            self._sessions.take(session, header.step)
-        job = Job(
-            key,
-            tenant=session.id,
-            kind=kind,
-            tokens=shape.total_tokens,
-            merge_key=held.merge_key if held else self._merge_key(buffers, shape),
-            cost_seconds=cost.seconds(shape.total_tokens),
-            deadline=now + header.budget_ms / 1000,
+        session = self._session(header, sender, now)
+        if self._intake.came_before(session, header, frames):
+            answer = self._replies.frames(session.id, header.request)
+            if answer is not None:
+                self._router.send(session.peer, answer)
+            return
+        request = self._intake.admit(
+            session,
+            header,
+            frames,
+            now,
+            draining=self._draining_until is not None,
+            unsent_bytes=self._router.unsent_bytes(sender.peer),
+            retry_after_ms=self._retry_after_ms(),
         )
-        self._requests[key] = _Request(session, header.request, kind, buffers, shape, keep, held, now, job)
-        self._scheduler.add(job, now)
-
-    def _merge_key(self, buffers: Buffers, shape: Shape) -> tuple[object, ...] | None:
-        """With whom a request can share a pass; None if it is large enough to gain nothing."""
-        traits = self._traits
-        if not traits.merges or shape.total_tokens > traits.batch_limits.merge_below_tokens:
-            return None
-        return merge_key(buffers, shape, packs=traits.packs)
+        weight = 1.0 if session.tenant is None else session.tenant.weight
+        self._scheduler.add(request.job, now, weight=weight)
 
     def _retry_after_ms(self) -> int:
         """When a client that is over its credit may come again: when what is queued should be done."""
         return min(max(round(self._scheduler.backlog_seconds * 1000), MIN_RETRY_MS), MAX_RETRY_MS)
 
-    def _on_release(self, peer: bytes, header: Header, _: Sequence[Frame]) -> None:
+    def _on_release(self, sender: _Sender, header: Header, _: Sequence[Frame]) -> None:
         assert isinstance(header, Release)
-        self._sessions.release(self._session(header, peer, self._clock()), header.step)
+        self._sessions.release(self._session(header, sender, self._clock()), header.step)
 
-    def _on_cancel(self, peer: bytes, header: Header, _: Sequence[Frame]) -> None:
+    def _on_cancel(self, sender: _Sender, header: Header, _: Sequence[Frame]) -> None:
         assert isinstance(header, Cancel)
-        session = self._session(header, peer, self._clock())
+        session = self._session(header, sender, self._clock())
         key = (session.id, header.request)
         if self._scheduler.discard(key):
-            self._finish(self._requests[key], CancelledByClientError())
+            self._finish(self._intake.under_way[key], CancelledByClientError())
         else:
             self._sessions.release(session, header.request)
 
-    def _on_ping(self, peer: bytes, header: Header, _: Sequence[Frame]) -> None:
+    def _on_ping(self, sender: _Sender, header: Header, _: Sequence[Frame]) -> None:
         assert isinstance(header, Ping)
         now = self._clock()
-        self._session(header, peer, now)
-        busy_since = self._worker.busy_since
-        age = 0.0 if busy_since is None else now - busy_since
-        self._send(peer, Pong(request=header.request, epoch=self._epoch, progress_age_ms=round(age * 1000)))
+        self._check_epoch(header)
+        session = self._sessions.renew(header.session, now, tenant=sender.tenant)
+        if sender.peer != session.peer:
+            session.pulse = sender.peer
+        pong = Pong(
+            request=header.request,
+            epoch=self._epoch,
+            progress_age_ms=round(self._worker.busy_seconds(now) * 1000),
+            inflight_requests=len(session.inflight),
+        )
+        self._send(sender.peer, pong)
 
-    def _on_bye(self, peer: bytes, header: Header, _: Sequence[Frame]) -> None:
+    def _on_bye(self, sender: _Sender, header: Header, _: Sequence[Frame]) -> None:
         assert isinstance(header, Bye)
-        session = self._session(header, peer, self._clock())
+        session = self._session(header, sender, self._clock())
         self._close_session(session.id, "closed by its client")
 
-    def _on_status(self, peer: bytes, header: Header, _: Sequence[Frame]) -> None:
+    def _on_status(self, sender: _Sender, header: Header, _: Sequence[Frame]) -> None:
         assert isinstance(header, StatusRequest)
-        status = Status(
-            request=header.request,
-            software=zsl.__version__,
-            epoch=self._epoch,
-            model=self.info.model,
-            cut=self.info.cut,
-            dtype=self.info.dtype,
-            forward_only=self.info.forward_only,
-            trunk_parameters=self._traits.parameters,
+        status = status_for(
+            header,
+            self._epoch,
+            self.info,
+            self._traits,
             sessions=len(self._sessions),
             queued_requests=len(self._scheduler),
             held_bytes=self._sessions.held_bytes,
         )
-        self._send(peer, status)
+        self._send(sender.peer, status)
 
-    def _session(self, header: Header, peer: bytes, now: float) -> Session:
-        if getattr(header, "epoch", None) != self._epoch:
+    def _session(self, header: InSession, sender: _Sender, now: float) -> Session:
+        self._check_epoch(header)
+        return self._sessions.get(header.session, sender.peer, now, tenant=sender.tenant)
+
+    def _check_epoch(self, header: InSession) -> None:
+        if header.epoch != self._epoch:
             raise StaleEpochError()
-        return self._sessions.get(getattr(header, "session", b""), peer, now)
 
     # --- to the compute thread and back ------------------------------------------------------------------------
 
@@ -327,14 +358,14 @@ class TrunkServer:
                 loop = asyncio.get_running_loop()
                 self._dispatch_later = loop.call_later(self._scheduler.waits_until - now, self._dispatch)
             return
-        requests = [self._requests[job.key] for job in jobs]  # type: ignore[index]
+        requests = [self._intake.under_way[job.key] for job in jobs]  # type: ignore[index]
         self._worker.give(requests, [self._work(request) for request in requests])
 
-    def _work(self, request: _Request) -> Work:
+    def _work(self, request: Request) -> Work:
         stash = request.held.stash if request.held else None
         return Work(request.kind, request.buffers, request.shape, self._keep(request), stash)
 
-    def _keep(self, request: _Request) -> Keep:
+    def _keep(self, request: Request) -> Keep:
         """What to keep of a forward. A backward in other company than its forward needs products, else a graph."""
         if not request.keep:
             return Keep.NOTHING
@@ -344,7 +375,7 @@ class TrunkServer:
             return Keep.GRAPH
         return Keep.PRODUCTS if self._traits.deterministic else Keep.GRAPH_AND_PRODUCTS
 
-    def _finish_batch(self, batch: Finished[_Request]) -> None:
+    def _finish_batch(self, batch: Finished[Request]) -> None:
         jobs = [request.job for request in batch.tickets]
         self._scheduler.charge(jobs, batch.ended - batch.started, self._clock())
         self._router.drain()  # what arrived meanwhile can share the next pass, which begins here
@@ -352,35 +383,39 @@ class TrunkServer:
             self._finish(request, outcome, merged=len(batch.tickets), started=batch.started, ended=batch.ended)
 
     def _finish(
-        self, request: _Request, outcome: Outcome, *, merged: int = 1, started: float = 0.0, ended: float = 0.0
+        self, request: Request, outcome: Outcome, *, merged: int = 1, started: float = 0.0, ended: float = 0.0
     ) -> None:
         """Answer a request, and keep what its backward will need."""
-        del self._requests[request.session.id, request.request]
-        session = self._sessions.finish(request.session.id, request.request)
+        request_id = request.header.request
+        del self._intake.under_way[request.session.id, request_id]
+        session = self._sessions.finish(request.session.id, request_id)
         if session is None:
             return  # closed meanwhile: nobody waits
         if isinstance(outcome, WireError):
-            self._answer_error(session.peer, request.request, outcome)
+            self._answer_error(session.peer, request_id, outcome)
             return
         assert isinstance(outcome, Done)
         if outcome.stash is not None:
             held = Held(outcome.stash, request.shape, request.job.merge_key)
-            self._sessions.hold(session, request.request, held)
+            self._sessions.hold(session, request_id, held)
         descriptors = [descriptor for descriptor, _ in outcome.buffers.values()]
         result = Result(
-            request=request.request,
+            request=request_id,
             epoch=self._epoch,
             merged=merged,
             queue_us=round((started - request.arrived) * 1e6),
             compute_us=round((ended - started) * 1e6),
             tensors=descriptors,
         )
-        if not self._send(session.peer, result, [buffer for _, buffer in outcome.buffers.values()]):
-            self._close_session(session.id, "its client is gone or does not read")
+        frames = encode(result, [buffer for _, buffer in outcome.buffers.values()])
+        self._replies.put(session.id, request.header, frames)
+        if not self._router.send(session.peer, frames):
+            # Gone, or it does not read. Its session is there while its lease lasts, and it can ask again.
+            self._router.cut(session.peer)
 
     def _answer_expired(self, now: float) -> None:
         for job in self._scheduler.take_expired(now):
-            self._finish(self._requests[job.key], DeadlineError())  # type: ignore[index]
+            self._finish(self._intake.under_way[job.key], DeadlineError())  # type: ignore[index]
 
     # --- housekeeping and answers ------------------------------------------------------------------------------
 
@@ -389,6 +424,16 @@ class TrunkServer:
         self._answer_expired(now)
         for session in self._sessions.expired(now):
             self._close_session(session.id, "nothing was heard of it for its lease")
+            for peer in (session.peer, session.pulse):
+                if peer is not None:
+                    self._router.cut(peer)  # its host may be gone without a word, and the connections still be there
+        for peer in self._router.slow_peers(now):
+            slow = self._sessions.of_peer(peer)
+            if slow is not None:
+                self._close_session(slow.id, "its client does not read its answers")
+            self._router.cut(peer)
+        if self._stuck:
+            self.stop()
         if self._draining_until is not None:
             open_steps = any(session.held or session.inflight for session in self._sessions)
             if not open_steps or now >= self._draining_until:
@@ -397,10 +442,14 @@ class TrunkServer:
     def _close_session(self, session_id: bytes, why: str) -> None:
         """Forget a session, what is held for it, and what of it is queued."""
         session = self._sessions.close(session_id)
-        for request in session.inflight if session else ():
+        assert session is not None
+        for request in session.inflight:
             if self._scheduler.discard((session_id, request)):
-                del self._requests[session_id, request]
-        self._scheduler.forget_tenant(session_id)
+                del self._intake.under_way[session_id, request]
+        self._replies.close(session_id)
+        self._scheduler.forget_client(session_id)
+        if session.tenant is None:  # a tenant with a key must not lose what it has used by coming anew
+            self._scheduler.forget_tenant(session_id)
         logger.info("session %s ended: %s", session_id.hex()[:8], why)
 
     def _answer_error(self, peer: bytes, request: int | None, error: WireError) -> None:

@@ -2,25 +2,36 @@
 
 A session is a lease: a client that is not heard of for `lease_seconds` is forgotten, with everything kept for it.
 Losing a stash costs its client time, never a result, so it may go at any moment.
+
+With keys, sessions belong to tenants, who have quotas; nobody reaches a session of another tenant. Without keys every
+session stands for itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import count
 
-from zsl.errors import OverloadedError, UnknownSessionError
+from zsl.errors import OverloadedError, QuotaError, UnknownSessionError
+from zsl.trunk.tenants import Tenant
 from zsl.trunk.work import Held, Keep
+
+# A client says something every few seconds. One that has not for so long may have died, and makes room for another.
+QUIET_SECONDS = 10.0
 
 
 @dataclass(slots=True)
 class Session:
-    """One client's run. `peer` is the routing id that it was opened from: where its answers go."""
+    """One client's run. `peer` is the routing id of its connection, where its answers go; `pulse` that of the
+    connection on which it pings. `hello`: the request that opened it."""
 
     id: bytes
     peer: bytes
-    expires: float
+    hello: int
+    tenant: Tenant | None
+    last_heard: float
+    pulse: bytes | None = None
     held: dict[int, Held] = field(default_factory=dict)  # step -> what its backward needs
     inflight: dict[int, int] = field(default_factory=dict)  # request -> bytes
     abandoned: set[int] = field(default_factory=set)  # requests in flight whose step the client no longer wants
@@ -28,6 +39,11 @@ class Session:
     @property
     def inflight_bytes(self) -> int:
         return sum(self.inflight.values())
+
+    @property
+    def owner(self) -> Hashable:
+        """Who shares the device fairly: the tenant, or the session itself."""
+        return self.id if self.tenant is None else self.tenant.name
 
 
 # What is given up first when memory runs short.
@@ -38,13 +54,14 @@ class Sessions:
     """The table of open sessions.
 
     `max_inflight_requests` and `max_inflight_bytes` are the credit of one session, `max_total_inflight_bytes` that
-    of all together; `stash_memory_bytes` bounds what is kept for pending backwards.
+    of all together; `max_sessions` bounds their number, `stash_memory_bytes` what is kept for pending backwards.
     """
 
     def __init__(
         self,
         *,
         lease_seconds: float,
+        max_sessions: int,
         max_inflight_requests: int,
         max_inflight_bytes: int,
         max_total_inflight_bytes: int,
@@ -52,12 +69,15 @@ class Sessions:
         new_id: Callable[[], bytes],
     ) -> None:
         self._lease_seconds = lease_seconds
+        self._max_sessions = max_sessions
         self._max_inflight_requests = max_inflight_requests
         self._max_inflight_bytes = max_inflight_bytes
         self._max_total_inflight_bytes = max_total_inflight_bytes
         self._stash_memory_bytes = stash_memory_bytes
         self._new_id = new_id
         self._sessions: dict[bytes, Session] = {}
+        self._by_peer: dict[bytes, Session] = {}
+        self._by_owner: dict[Hashable, dict[bytes, Session]] = {}
         self._inflight_bytes = 0
         self._held_bytes = 0
         # What is kept, by session and step, with the number of its arrival.
@@ -80,23 +100,64 @@ class Sessions:
         """Whether there is memory left for a stash."""
         return self._held_bytes < self._stash_memory_bytes
 
-    def open(self, peer: bytes, now: float) -> Session:
-        """A new session."""
-        session = Session(self._new_id(), peer, now + self._lease_seconds)
-        self._sessions[session.id] = session
+    def open(self, peer: bytes, now: float, *, hello: int = 0, tenant: Tenant | None = None) -> Session:
+        """A new session. Ask `in_the_way` first."""
+        session = Session(self._new_id(), peer, hello, tenant, now)
+        self._sessions[session.id] = self._by_peer[peer] = session
+        self._by_owner.setdefault(session.owner, {})[session.id] = session
         return session
 
-    def get(self, session_id: bytes, peer: bytes, now: float) -> Session:
+    def in_the_way(self, tenant: Tenant | None, now: float) -> Session | None:
+        """The session that is to be closed before this tenant can open another: one of its own, or without keys of
+        anyone, that has been quiet. Raises `QuotaError` if all are at work.
+        """
+        most, sessions, whose = self._max_sessions, self._sessions, "this daemon"
+        if tenant is not None and len(self._of(tenant)) >= tenant.max_sessions:
+            most, sessions, whose = tenant.max_sessions, self._of(tenant), f"tenant {tenant.name}"
+        if len(sessions) < most:
+            return None
+        candidates = sessions if tenant is None else self._of(tenant)
+        quietest = min(candidates.values(), key=lambda session: session.last_heard, default=None)
+        if quietest is None or now - quietest.last_heard < QUIET_SECONDS:
+            raise QuotaError(
+                f"{whose} has {len(sessions)} open sessions, which is the most; close one, or ask whoever runs it",
+                retry_after_ms=round(QUIET_SECONDS * 1000),
+            )
+        return quietest
+
+    def get(self, session_id: bytes, peer: bytes, now: float, *, tenant: Tenant | None = None) -> Session:
         """The session, its lease renewed. Raises `UnknownSessionError`, also for another connection's session."""
         session = self._sessions.get(session_id)
         if session is None or session.peer != peer:
             raise UnknownSessionError("this session is not open here; its lease may have ended")
-        session.expires = now + self._lease_seconds
+        return self.renew(session_id, now, tenant=tenant)
+
+    def renew(self, session_id: bytes, now: float, *, tenant: Tenant | None = None) -> Session:
+        """The session, its lease renewed, from whatever connection. Raises `UnknownSessionError`, also for one of
+        another tenant."""
+        session = self._sessions.get(session_id)
+        if session is None or not _same(session.tenant, tenant):
+            raise UnknownSessionError("this session is not open here; its lease may have ended")
+        session.tenant = tenant  # its quotas may have been changed
+        session.last_heard = now
         return session
 
-    def of_peer(self, peer: bytes) -> list[Session]:
-        """The sessions that were opened from a connection."""
-        return [session for session in self._sessions.values() if session.peer == peer]
+    def resume(self, session_id: bytes, peer: bytes, now: float, *, hello: int, tenant: Tenant | None) -> Session:
+        """A session whose client has a new connection. Raises `UnknownSessionError`."""
+        session = self.renew(session_id, now, tenant=tenant)
+        if self._by_peer.get(session.peer) is session:
+            del self._by_peer[session.peer]
+        session.peer, session.hello = peer, hello
+        self._by_peer[peer] = session
+        return session
+
+    def of_peer(self, peer: bytes) -> Session | None:
+        """The session of a connection."""
+        return self._by_peer.get(peer)
+
+    def of_owner(self, owner: Hashable) -> list[Session]:
+        """The sessions of a tenant, by its name."""
+        return list(self._by_owner.get(owner, {}).values())
 
     def close(self, session_id: bytes) -> Session | None:
         """Forget a session and what is kept for it."""
@@ -105,21 +166,42 @@ class Sessions:
             for step in list(session.held):
                 self._drop(session, step)
             self._inflight_bytes -= session.inflight_bytes
+            if self._by_peer.get(session.peer) is session:
+                del self._by_peer[session.peer]
+            of_owner = self._by_owner[session.owner]
+            del of_owner[session_id]
+            if not of_owner:
+                del self._by_owner[session.owner]
         return session
 
     def expired(self, now: float) -> list[Session]:
         """The sessions whose lease has ended."""
-        return [session for session in self._sessions.values() if session.expires <= now]
+        return [session for session in self if now - session.last_heard >= self._lease_seconds]
 
-    def admit(self, session: Session, request: int, nbytes: int, *, retry_after_ms: int = 50) -> None:
-        """Count a request as in flight. Raises `OverloadedError` over the session's credit, or over that of all."""
-        over_bytes = session.inflight and session.inflight_bytes + nbytes > self._max_inflight_bytes
-        if len(session.inflight) >= self._max_inflight_requests or over_bytes:
+    def admit(
+        self, session: Session, request: int, nbytes: int, *, unsent_bytes: int = 0, retry_after_ms: int = 50
+    ) -> None:
+        """Count a request as in flight. Raises `OverloadedError` over the session's credit, its tenant's, or that of
+        all.
+
+        `unsent_bytes`: of answers that the client has not read. They count as if they were in flight.
+        """
+        over_requests = len(session.inflight) >= self._max_inflight_requests
+        inflight = session.inflight_bytes + unsent_bytes
+        if over_requests or (inflight and inflight + nbytes > self._max_inflight_bytes):
             raise OverloadedError(
-                f"the session has {len(session.inflight)} requests and {session.inflight_bytes} bytes in flight; "
+                f"the session has {len(session.inflight)} requests and {inflight} bytes in flight or unread; "
                 f"{self._max_inflight_requests} and {self._max_inflight_bytes} are granted",
                 retry_after_ms=retry_after_ms,
             )
+        if session.tenant is not None:
+            inflight = sum(one.inflight_bytes for one in self._of(session.tenant).values())
+            if inflight and inflight + nbytes > session.tenant.max_inflight_bytes:
+                raise OverloadedError(
+                    f"tenant {session.tenant.name} has {inflight} bytes in flight; "
+                    f"{session.tenant.max_inflight_bytes} are granted",
+                    retry_after_ms=retry_after_ms,
+                )
         if self._inflight_bytes and self._inflight_bytes + nbytes > self._max_total_inflight_bytes:
             raise OverloadedError(
                 f"all sessions together have {self._inflight_bytes} bytes in flight", retry_after_ms=retry_after_ms
@@ -137,8 +219,9 @@ class Sessions:
     def hold(self, session: Session, step: int, held: Held) -> None:
         """Keep what the step's backward needs, unless the client has let go of it; then stay within the memory.
 
-        Over `stash_memory_bytes` the oldest graphs are given up first (their backward computes the forward again),
-        then the oldest products of linear layers, then the oldest inputs (their client sends them again).
+        Over `stash_memory_bytes`, or over what its tenant may have kept, the oldest graphs are given up first (their
+        backward computes the forward again), then the oldest products of linear layers, then the oldest inputs (their
+        client sends them again).
         """
         if step in session.abandoned:
             session.abandoned.discard(step)
@@ -146,16 +229,31 @@ class Sessions:
             return
         self._drop(session, step)
         self._put(session, step, held, next(self._arrivals))
+        most = None if session.tenant is None else session.tenant.max_stash_bytes
+        if session.tenant is not None and most is not None:
+            own = self._of(session.tenant)
+            while sum(held.stash.nbytes for one in own.values() for held in one.held.values()) > most:
+                self._demote_costliest(own.keys())
         while self._held_bytes > self._stash_memory_bytes:
-            costliest = next(keys for keep in _COSTLIEST_FIRST if (keys := self._held_by_keep[keep]))
-            session_id, oldest = min(costliest, key=costliest.__getitem__)
-            arrival = costliest[session_id, oldest]
-            other = self._sessions[session_id]
-            given_up = self.take(other, oldest)
+            self._demote_costliest(self._sessions.keys())
+
+    def _demote_costliest(self, sessions: Collection[bytes]) -> None:
+        """Give up the costliest thing, and of these the oldest, that is kept for one of these sessions."""
+        for keep in _COSTLIEST_FIRST:
+            costliest = self._held_by_keep[keep]
+            keys = costliest if len(sessions) == len(self) else [key for key in costliest if key[0] in sessions]
+            if not keys:
+                continue
+            session_id, step = min(keys, key=costliest.__getitem__)
+            arrival = costliest[session_id, step]
+            session = self._sessions[session_id]
+            given_up = self.take(session, step)
             assert given_up is not None
             left = given_up.stash.demoted()
             if left is not None:
-                self._put(other, oldest, replace(given_up, stash=left), arrival)
+                self._put(session, step, replace(given_up, stash=left), arrival)
+            return
+        raise AssertionError("more is held than is there")
 
     def take(self, session: Session, step: int) -> Held | None:
         """What was kept for a step, which is kept no more."""
@@ -180,3 +278,10 @@ class Sessions:
         session.held[step] = held
         self._held_bytes += held.stash.nbytes
         self._held_by_keep[held.stash.keep][session.id, step] = arrival
+
+    def _of(self, tenant: Tenant) -> dict[bytes, Session]:
+        return self._by_owner.get(tenant.name, {})
+
+
+def _same(one: Tenant | None, other: Tenant | None) -> bool:
+    return (one and one.name) == (other and other.name)

@@ -44,18 +44,24 @@ class ServerSettings:
     """The limits and policies of a server.
 
     `stash_memory_bytes`: what is kept for pending backwards; over it, graphs and then inputs are given up.
-    `lease_seconds` is long because a sign of life queues behind whatever large message its client is sending.
+    `reply_memory_bytes`: for answers that a client may ask for again.
     `max_wait_seconds`: after so long a request goes next, whatever fairness says.
+    `stuck_seconds`: a pass that takes longer will never end; the daemon ends itself, so that another can take over.
+    A session takes two connections: one for requests, one for signs of life.
     """
 
-    lease_seconds: float = 300.0
+    lease_seconds: float = 60.0
     ping_seconds: float = 2.0
     max_request_tokens: int = 32_768
+    max_sessions: int = 2048
+    max_connections: int = 2 * 2048 + 64
     max_inflight_requests: int = 32
     max_inflight_bytes: int = 2 << 30
     max_total_inflight_bytes: int = 8 << 30
     max_wait_seconds: float = 10.0
     stash_memory_bytes: int = 4 << 30
+    reply_memory_bytes: int = 64 << 20
+    stuck_seconds: float = 1800.0
     drain_seconds: float = 10.0
 
     def limits(self, info: TrunkInfo) -> Limits:

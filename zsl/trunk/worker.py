@@ -12,6 +12,7 @@ from queue import SimpleQueue
 from typing import Generic, TypeVar
 
 from zsl.errors import InternalError
+from zsl.trunk.failpoints import Failpoint
 from zsl.trunk.work import Compute, Outcome, Work
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,9 @@ class Worker(Generic[Ticket]):
         finished: Callable[[Finished[Ticket]], None],
         *,
         clock: Callable[[], float] = time.monotonic,
+        failpoint: Failpoint | None = None,
     ) -> None:
+        self._failpoint = failpoint or Failpoint()
         self._compute = compute
         self._finished = finished
         self._clock = clock
@@ -53,6 +56,10 @@ class Worker(Generic[Ticket]):
         self.busy_since = self._clock()
         self._batches.put((tickets, works))
 
+    def busy_seconds(self, now: float) -> float:
+        """For how long the pass that runs has been running; 0 while idle."""
+        return 0.0 if self.busy_since is None else now - self.busy_since
+
     async def stop(self) -> None:
         """Wait for the pass that runs, and end the thread."""
         self._batches.put(None)
@@ -62,6 +69,8 @@ class Worker(Generic[Ticket]):
         while (batch := self._batches.get()) is not None:
             tickets, works = batch
             del batch  # or a batch's memory would stay until the next one comes
+            kind = works[0].kind.value
+            self._failpoint.visit(f"before-{kind}")
             started = self._clock()
             try:
                 outcomes: Sequence[Outcome] = self._compute.run(works)
@@ -69,6 +78,7 @@ class Worker(Generic[Ticket]):
                 logger.exception("the compute thread failed")
                 outcomes = [InternalError()] * len(tickets)
             del works
+            self._failpoint.visit(f"after-{kind}")
             finished = Finished(tickets, outcomes, started, self._clock())
             self._loop.call_soon_threadsafe(self._finish, finished)
             del tickets, outcomes, finished

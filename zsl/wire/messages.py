@@ -129,7 +129,11 @@ class Limits(_Strict):
 
 
 class Hello(Header):
-    """Open a session. A client without a model (`model=None`) takes the trunk as it is."""
+    """Open a session. A client without a model (`model=None`) takes the trunk as it is.
+
+    `resume`: the session that was open before the connection was lost. If it still is, it goes on from here, with all
+    that is kept for it; if not, a new one is opened.
+    """
 
     TYPE = MessageType.HELLO
     request: Count
@@ -137,10 +141,11 @@ class Hello(Header):
     dtype: FloatDtypeName  # of the activations that this client will send
     model: ModelIdentity | None
     cut: Cut | None  # None: the client takes the daemon's
+    resume: Id16 | None
 
 
 class Welcome(Header):
-    """The session is open. `epoch` names this life of the daemon."""
+    """The session is open, or goes on. `epoch` names this life of the daemon."""
 
     TYPE = MessageType.WELCOME
     request: Count
@@ -157,12 +162,14 @@ class Welcome(Header):
     limits: Limits
 
 
-class _InSession(Header):
+class InSession(Header):
+    """What messages within a session have in common."""
+
     session: Id16
     epoch: Id16
 
 
-class WorkHeader(_InSession):
+class WorkHeader(InSession):
     """What FORWARD and BACKWARD have in common."""
 
     request: Count
@@ -213,34 +220,40 @@ class Error(Header):
     text: Text
 
 
-class Release(_InSession):
+class Release(InSession):
     """The client will not ask a backward for this step. Not answered."""
 
     TYPE = MessageType.RELEASE
     step: Count
 
 
-class Cancel(_InSession):
+class Cancel(InSession):
     """Take a queued request back. The request itself is answered (with CANCELLED if it had not started)."""
 
     TYPE = MessageType.CANCEL
     request: Count
 
 
-class Ping(_InSession):
-    """Renew the lease and ask for a sign of life."""
+class Ping(InSession):
+    """Renew the lease and ask for a sign of life. It may come on another connection than the session's requests, so
+    that it need not queue behind them."""
 
     TYPE = MessageType.PING
     request: Count
 
 
 class Pong(Header):
-    """The daemon lives; `progress_age_ms` is the time since its compute thread last finished something or was idle."""
+    """The daemon lives; `progress_age_ms` is the time since its compute thread last finished something or was idle.
+
+    `inflight_requests`: those of the session that have no answer yet. Messages of one connection keep their order, so
+    if the ping came on that of the requests and this is less than what its client still waits for, something was lost.
+    """
 
     TYPE = MessageType.PONG
     request: Count
     epoch: Id16
     progress_age_ms: Milliseconds
+    inflight_requests: Count
 
 
 class GoAway(Header):
@@ -251,7 +264,7 @@ class GoAway(Header):
     drain_ms: Milliseconds
 
 
-class Bye(_InSession):
+class Bye(InSession):
     """The client ends its session. Not answered."""
 
     TYPE = MessageType.BYE

@@ -1,0 +1,48 @@
+"""Fixtures: checkpoints of tiny models, and daemons that serve them. Loaded where there is torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import torch
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+from .daemon import Daemon
+from .models import CUT, write_checkpoint
+
+# Two cores are shared with the daemons: more threads only wait for each other.
+torch.set_num_threads(2)
+disable_progress_bar()
+set_verbosity_error()
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`checkpoints("llama", seed=1)` is the directory of a tiny checkpoint of that family."""
+    directory = tmp_path_factory.mktemp("checkpoints")
+    return lambda family, **how: write_checkpoint(directory, family, **how)
+
+
+@pytest.fixture(scope="session")
+def serve(
+    checkpoints: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., Daemon]]:
+    """`serve("llama")` is a daemon in another process that serves the family's checkpoint; started once."""
+    directory = tmp_path_factory.mktemp("daemons")
+    running: dict[tuple[str, ...], Daemon] = {}
+    with ExitStack() as stack:
+
+        def served(family: str, *options: str) -> Daemon:
+            key = (family, *options)
+            if key not in running:
+                log = directory / f"{len(running)}.log"
+                # Batch sizes by hand: what a probe of so small a model finds is chance.
+                batches = ["--max-batch-tokens", "512", "--merge-below-tokens", "64"]
+                arguments = ["--model", str(checkpoints(family)), "--cut", CUT, "--threads", "2", *batches, *options]
+                running[key] = stack.enter_context(Daemon(*arguments, log=log))
+            return running[key]
+
+        yield served

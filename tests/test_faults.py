@@ -1,0 +1,179 @@
+"""Faults with a real model: a daemon killed at any point, a line that breaks, a storm of bad messages. Every optimizer
+step uses one gradient, and it is that of the fault-free run, bit for bit."""
+
+from __future__ import annotations
+
+import random
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+
+import zsl
+from support import batches
+from support.daemon import Daemon
+from support.faulty_link import FaultyLink
+from support.history import History, check, digest
+from support.models import CUT, local_model, with_lora
+from support.mutations import mutated
+from support.peer import Peer, forward
+from zsl.wire.frames import encode
+from zsl.wire.messages import (
+    Backward,
+    Bye,
+    Cancel,
+    Header,
+    Hello,
+    Ping,
+    Release,
+    StatusRequest,
+    TensorDescriptor,
+    Welcome,
+)
+
+STEPS = 5
+LEARNING_RATE = 1e-2
+HIDDEN = 32
+BAD_MESSAGES = 100_000
+BURST = 500
+
+
+def train(model: PeftModel, history: History, *, steps: int = STEPS) -> None:
+    """Adam on as many batches, each gradient noted when it is used."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(trainable, lr=LEARNING_RATE)
+    for step in range(steps):
+        history.begin("client", step)
+        optimizer.zero_grad()
+        model(**batches.plain(seed=step)).loss.backward()
+        gradients = [b"" if parameter.grad is None else parameter.grad.numpy().data for parameter in trainable]
+        history.gradient("client", step, digest(gradients))
+        optimizer.step()
+
+
+@pytest.fixture(scope="module")
+def path(checkpoints: Callable[..., Path]) -> str:
+    return str(checkpoints("llama"))
+
+
+@pytest.fixture(scope="module")
+def oracle(path: str) -> History:
+    """The whole model on this machine, where nothing can fail."""
+    history = History()
+    train(with_lora(local_model(path)), history)
+    return history
+
+
+@contextmanager
+def split_model(path: str, endpoint: str) -> Iterator[PeftModel]:
+    trunk = zsl.RemoteTrunk(endpoint, connect_timeout_seconds=60, request_timeout_seconds=60)
+    try:
+        yield with_lora(zsl.load_client(path, trunk))
+    finally:
+        trunk.close()
+
+
+def violations(path: str, endpoint: str, oracle: History) -> list[str]:
+    """What is wrong with a training through a trunk."""
+    history = History()
+    with split_model(path, endpoint) as model:
+        train(model, history)
+    return check(history, oracle)
+
+
+@pytest.mark.parametrize("place", ["before-forward", "after-forward", "before-backward", "after-backward"])
+def test_a_daemon_killed_anywhere_in_a_step_leaves_every_gradient_as_it_was(
+    path: str, oracle: History, serve: Callable[..., Daemon], tmp_path: Path, place: str
+) -> None:
+    """In the third step; another daemon is on the list."""
+    options = ["--model", path, "--cut", CUT, "--max-batch-tokens", "512", "--merge-below-tokens", "64"]
+    fails = {"ZSL_FAILPOINT": f"{place}:kill:3"}
+    with Daemon(*options, log=tmp_path / "log", environment=fails) as first:
+        assert violations(path, f"{first.endpoint},{serve('llama').endpoint}", oracle) == []
+        assert first.wait() == -signal.SIGKILL
+
+
+def test_a_line_that_breaks_and_flips_bits_leaves_every_gradient_as_it_was(
+    path: str, oracle: History, serve: Callable[..., Daemon]
+) -> None:
+    with FaultyLink(serve("llama").port) as link:
+        over = threading.Event()
+
+        def break_line() -> None:
+            chance = random.Random(0)
+            while not over.wait(0.3):
+                way = chance.choice(["up", "down"])
+                if chance.random() < 0.5:
+                    link.flip_bits(way, after_bytes=chance.randrange(8_000))  # type: ignore[arg-type]
+                else:
+                    link.reset(way, after_bytes=chance.randrange(8_000))  # type: ignore[arg-type]
+
+        breaker = threading.Thread(target=break_line)
+        breaker.start()
+        try:
+            assert violations(path, link.endpoint, oracle) == []
+        finally:
+            over.set()
+            breaker.join(20)
+        assert link.happened["flip_bits"] and link.happened["reset"], link.happened
+
+
+@pytest.mark.timeout(300)
+def test_a_hundred_thousand_bad_messages_change_no_bit_of_a_client_that_trains_beside(
+    path: str, oracle: History, serve: Callable[..., Daemon]
+) -> None:
+    daemon = serve("llama")
+    with ThreadPoolExecutor(1) as pool:
+        storm = pool.submit(send_bad_messages, daemon.endpoint, BAD_MESSAGES, random.Random(0))
+        trained = 0
+        while not storm.done():
+            assert violations(path, daemon.endpoint, oracle) == []
+            trained += 1
+        sent, answered = storm.result()
+    assert sent == BAD_MESSAGES and answered > BAD_MESSAGES / 10
+    assert trained > 1
+    with zsl.TrunkClient(daemon.endpoint) as client:
+        client.connect()
+        assert client.status().queued_requests == 0
+        assert daemon.process.poll() is None
+
+
+def send_bad_messages(endpoint: str, count: int, chance: random.Random) -> tuple[int, int]:
+    """From a session of its own each time: how many were sent, and how many of them were answered."""
+    sent = answered = 0
+    while sent < count:
+        with Peer(endpoint) as peer:
+            good = [[bytes(frame) for frame in encode(*message)] for message in good_messages(peer.hello())]
+            stream = mutated(good, chance)
+            for _ in range(BURST):
+                peer.send_frames(next(stream) or [b""])
+            sent += BURST
+            answered += peer.answers_until_quiet()
+            peer.leave_nothing()
+    return sent, answered
+
+
+def good_messages(welcome: Welcome) -> list[tuple[Header, list[bytes]]]:
+    """One of each type."""
+    named = {"session": welcome.session, "epoch": welcome.epoch}
+    gradients = TensorDescriptor(role="gradients", dtype="f32", shape=(1, 2, HIDDEN), nbytes=8 * HIDDEN)
+    activations = gradients.model_copy(update={"role": "activations"})
+    work = {**named, "attempt": 0, "budget_ms": 20_000, "step": 1}
+    return [
+        (Hello(request=9, software="t", dtype="f32", model=welcome.model, cut=welcome.cut, resume=None), []),
+        forward(welcome, 1, hidden=HIDDEN, keep=True),
+        forward(welcome, 2, rows=2, tokens=3, hidden=HIDDEN),
+        (Backward(**work, request=3, tensors=[gradients]), [bytes(gradients.nbytes)]),
+        (Backward(**work, request=4, tensors=[activations, gradients]), [bytes(gradients.nbytes)] * 2),
+        (Release(**named, step=1), []),
+        (Cancel(**named, request=1), []),
+        (Ping(**named, request=5), []),
+        (StatusRequest(request=6), []),
+        (Bye(**named), []),
+    ]

@@ -1,0 +1,81 @@
+"""`zsl keygen` as the person who types it sees it."""
+
+from __future__ import annotations
+
+import re
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from zsl.cli.zsl import zsl
+from zsl.errors import EXIT_USAGE
+from zsl.transport.curve import read_key_pair
+from zsl.trunk.tenants import read_tenants
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(zsl, arguments)
+
+
+def test_a_clients_lines_are_those_of_tenants_toml(tmp_path: Path) -> None:
+    finished = run("keygen", "alice", "--out", str(tmp_path))
+    assert finished.exit_code == 0, finished.output
+    pair = read_key_pair(tmp_path / "alice.key_secret")
+    for name in ("alice.key", "alice.key_secret"):
+        assert str(tmp_path / name) in finished.output
+    assert pair.secret.decode() not in finished.output
+    lines = re.search(r"\[tenants\.alice\]\npublic_key = .*\n", finished.output)
+    assert lines is not None, finished.output
+    tenants = tmp_path / "tenants.toml"
+    tenants.write_text(lines[0])
+    alice = read_tenants(tenants).by_key(pair.public.decode())
+    assert alice is not None and alice.name == "alice"
+
+
+def test_a_servers_pair_comes_with_the_command_that_takes_it(tmp_path: Path) -> None:
+    finished = run("keygen", "server", "--out", str(tmp_path))
+    assert finished.exit_code == 0, finished.output
+    assert f"zsl-trunkd --host 0.0.0.0 --keys {tmp_path} --tenants tenants.toml" in finished.output
+    assert "[tenants." not in finished.output
+    assert read_key_pair(tmp_path / "server.key_secret").public.decode() in finished.output
+
+
+def test_without_out_the_files_go_to_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run("keygen", "alice").exit_code == 0
+    assert stat.S_IMODE((tmp_path / "keys").stat().st_mode) == 0o700
+    assert read_key_pair(tmp_path / "keys" / "alice.key_secret")
+
+
+def test_a_second_pair_of_a_name_is_refused_in_one_line(tmp_path: Path) -> None:
+    assert run("keygen", "alice", "--out", str(tmp_path)).exit_code == 0
+    before = (tmp_path / "alice.key_secret").read_bytes()
+    finished = run("keygen", "alice", "--out", str(tmp_path))
+    assert finished.exit_code == EXIT_USAGE
+    assert finished.output.startswith("zsl keygen: ") and finished.output.count("\n") == 1
+    assert "there already" in finished.output
+    assert (tmp_path / "alice.key_secret").read_bytes() == before
+
+
+def test_a_name_that_is_none_is_refused_in_one_line(tmp_path: Path) -> None:
+    finished = run("keygen", "../alice", "--out", str(tmp_path))
+    assert finished.exit_code == EXIT_USAGE
+    assert finished.output.startswith("zsl keygen: '../alice' cannot name a key pair")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["keygen", "--help"]])
+def test_help_and_version_load_neither_torch_nor_zmq(arguments: list[str]) -> None:
+    script = (
+        "import sys\n"
+        "from zsl.cli.zsl import zsl\n"
+        f"try:\n    zsl({arguments})\n"
+        "except SystemExit as end:\n    assert end.code == 0\n"
+        "print(sorted({'torch', 'transformers', 'zmq', 'pydantic'} & sys.modules.keys()))"
+    )
+    finished = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.splitlines()[-1] == "[]"

@@ -1,0 +1,128 @@
+"""`tenants.toml`: what it may say, what is said of a mistake in it, and that a broken one changes nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import zmq
+
+from zsl.errors import ConfigError
+from zsl.trunk.sizes import parse_size
+from zsl.trunk.tenants import Allowlist, Tenant, read_tenants
+
+ALICE_KEY, BOB_KEY = (zmq.curve_keypair()[0].decode() for _ in range(2))
+ALICE = f'[tenants.alice]\npublic_key = "{ALICE_KEY}"\n'
+BOB = f'[tenants.bob]\npublic_key = "{BOB_KEY}"\n'
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "tenants.toml"
+
+
+def test_a_key_is_enough_and_the_rest_has_defaults(file: Path) -> None:
+    file.write_text(ALICE + BOB)
+    tenants = read_tenants(file)
+    assert len(tenants) == 2
+    assert tenants.by_key(ALICE_KEY) == Tenant("alice", ALICE_KEY, 1.0, 64, 2 << 30, None)
+    assert tenants.by_key(BOB_KEY) == Tenant("bob", BOB_KEY, 1.0, 64, 2 << 30, None)
+    assert tenants.by_key("") is None
+
+
+def test_quotas_are_numbers_or_sizes(file: Path) -> None:
+    file.write_text(
+        ALICE
+        + 'weight = 2\nmax_sessions = 1\nmax_inflight_bytes = "1.5GiB"\nmax_stash_bytes = 0\n'
+        + BOB
+        + 'weight = 0.5\nmax_inflight_bytes = 1000\nmax_stash_bytes = "500 MB"\n'
+    )
+    tenants = read_tenants(file)
+    assert tenants.by_key(ALICE_KEY) == Tenant("alice", ALICE_KEY, 2.0, 1, 3 << 29, 0)
+    assert tenants.by_key(BOB_KEY) == Tenant("bob", BOB_KEY, 0.5, 64, 1000, 500_000_000)
+
+
+MISTAKES = {
+    "": "no tenants",
+    "# nothing yet\n": "no tenants",
+    "[tenants]\n": "no tenants",
+    "[tenant.alice]\n": "unknown key tenant; did you mean tenants?",
+    "tenants = 3\n": "tenants is a table: write [tenants.NAME]",
+    "[tenants]\nalice = 3\n": "tenants.alice is a table: write [tenants.NAME]",
+    "[tenants.alice]\nweight = 1\n": "tenants.alice.public_key is missing",
+    "[tenants.alice]\npublic_key = 3\n": "tenants.alice.public_key: ",
+    '[tenants.alice]\npublic_key = "alice.key"\n': "tenants.alice.public_key: is no public key",
+    ALICE.replace("alice", '"a b"'): "a name has up to 64 letters",
+    ALICE + BOB.replace(BOB_KEY, ALICE_KEY): "tenants.bob.public_key is that of tenants.alice, too",
+    ALICE + ALICE: "not valid TOML",
+    ALICE[:-10]: "not valid TOML",
+    ALICE + "weigth = 1\n": "unknown key tenants.alice.weigth; did you mean tenants.alice.weight?",
+    ALICE + "zzz = 1\n": "unknown key tenants.alice.zzz",
+    ALICE + "weight = 0\n": "tenants.alice.weight: ",
+    ALICE + "weight = -1\n": "tenants.alice.weight: ",
+    ALICE + "weight = nan\n": "tenants.alice.weight: ",
+    ALICE + "weight = inf\n": "tenants.alice.weight: ",
+    ALICE + "weight = true\n": "tenants.alice.weight: ",
+    ALICE + 'weight = "2"\n': "tenants.alice.weight: ",
+    ALICE + "max_sessions = 0\n": "tenants.alice.max_sessions: ",
+    ALICE + "max_sessions = true\n": "tenants.alice.max_sessions: ",
+    ALICE + "max_inflight_bytes = 0\n": "tenants.alice.max_inflight_bytes: ",
+    ALICE + "max_inflight_bytes = 1.5\n": "tenants.alice.max_inflight_bytes: ",
+    ALICE + 'max_inflight_bytes = "2 pounds"\n': "tenants.alice.max_inflight_bytes: '2 pounds' is not a size",
+    ALICE + "max_stash_bytes = -1\n": "tenants.alice.max_stash_bytes: ",
+    ALICE + "max_stash_bytes = [1]\n": "tenants.alice.max_stash_bytes: ",
+}
+
+
+@pytest.mark.parametrize(("text", "words"), MISTAKES.items(), ids=range(len(MISTAKES)))
+def test_a_mistake_is_told_with_file_table_and_key(file: Path, text: str, words: str) -> None:
+    file.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        read_tenants(file)
+    assert str(caught.value).startswith(f"{file}: ")
+    assert words in str(caught.value)
+
+
+def test_a_file_that_cannot_be_read_is_told(file: Path) -> None:
+    with pytest.raises(ConfigError, match="No such file"):
+        Allowlist(file)
+    file.write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="not valid TOML"):
+        Allowlist(file)
+
+
+def test_the_list_changes_only_when_the_new_file_is_whole(file: Path) -> None:
+    file.write_text(ALICE)
+    allowlist = Allowlist(file)
+    assert allowlist.allows(ALICE_KEY) and not allowlist.allows(BOB_KEY)
+    for broken in ("", ALICE + BOB[:-10], ALICE + BOB + "weigth = 1\n", "[tenants]\n"):
+        file.write_text(broken)
+        with pytest.raises(ConfigError):
+            allowlist.reload()
+        assert allowlist.allows(ALICE_KEY) and not allowlist.allows(BOB_KEY)
+    file.unlink()
+    with pytest.raises(ConfigError):
+        allowlist.reload()
+    assert allowlist.allows(ALICE_KEY)
+    file.write_text(BOB + "weight = 2\n")
+    allowlist.reload()
+    assert not allowlist.allows(ALICE_KEY) and allowlist.allows(BOB_KEY)
+    bob = allowlist.by_key(BOB_KEY)
+    assert bob is not None and bob.weight == 2.0
+    assert allowlist.by_key(ALICE_KEY) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"),
+    [("0", 0), ("1024", 1024), ("4GiB", 4 << 30), (" 500 mb ", 500_000_000), ("1.5KiB", 1536), ("64MiB", 64 << 20)],
+)
+def test_sizes_have_units(text: str, nbytes: int) -> None:
+    assert parse_size(text) == nbytes
+
+
+@pytest.mark.parametrize(
+    "text", ["", "GiB", "-1", "1e9", "4 parsecs", "1.2.3", "4GiB x", "٤", "inf", "9" * 30, "9" * 19 + "GiB", "1\n2"]
+)
+def test_what_is_no_size_is_an_error(text: str) -> None:
+    with pytest.raises(ConfigError):
+        parse_size(text)

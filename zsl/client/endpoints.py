@@ -1,0 +1,121 @@
+"""Which daemon to try next, how soon, and why none has answered. Pure: clock and randomness come from outside.
+
+The one that answers is kept. When it is lost, the list is tried in turn, beginning with it, with pauses that grow and
+are drawn at random ("full jitter", Brooker, "Exponential Backoff and Jitter", 2015), so that the clients of a daemon
+that was restarted do not all come back in the same instant.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+from zsl.errors import ConfigError, TrunkAuthError, TrunkUnreachable, ZslError
+from zsl.transport.dealer import LinkEvent, normalized_endpoint
+
+FIRST_PAUSE_SECONDS = 0.1
+LONGEST_PAUSE_SECONDS = 2.0
+# A handshake can also fail because the connection broke in the middle of it.
+REFUSED_HANDSHAKES = 3
+
+_KEY_ERRORS: dict[LinkEvent | None, str] = {
+    LinkEvent.UNKNOWN_KEY: "the daemon does not know this client's key: have its public key added to tenants.toml",
+    LinkEvent.WRONG_SERVER_KEY: "the daemon has another key than server_key says: ask its owner for its .key file",
+    LinkEvent.OTHER_MECHANISM: "one end encrypts and the other does not: give server_key and client_key just where "
+    "the daemon runs with --keys",
+}
+_UNREACHABLE: dict[LinkEvent | None, str] = {
+    None: "it cannot be reached",
+    LinkEvent.REFUSED: "nothing listens there",
+    LinkEvent.MUTE: "something listens there that does not answer as a trunk daemon",
+    LinkEvent.UP: "something listens there that does not answer as a trunk daemon, or is still loading",
+    LinkEvent.LOST: "the connection broke",
+    **_KEY_ERRORS,
+}
+
+
+def parse_endpoints(text: str) -> tuple[str, ...]:
+    """`HOST:PORT`, or several, with commas between them. Raises `ConfigError`."""
+    endpoints = tuple(normalized_endpoint(part.strip()) for part in text.split(","))
+    if len(set(endpoints)) < len(endpoints):
+        raise ConfigError(f"endpoint {text!r}: one of them stands twice")
+    return endpoints
+
+
+class Endpoints:
+    """A list of daemons that serve the same trunk. `draw` gives a number from 0 to 1."""
+
+    def __init__(
+        self,
+        endpoints: tuple[str, ...],
+        *,
+        longest_pause_seconds: float = LONGEST_PAUSE_SECONDS,
+        draw: Callable[[], float] = random.random,
+    ) -> None:
+        self._left = list(endpoints)
+        self._longest_pause_seconds = longest_pause_seconds
+        self._draw = draw
+        self._place = 0
+        self._failures = 0  # since one answered
+        self._refused_handshakes = 0
+        self._last_seen: dict[str, LinkEvent | None] = dict.fromkeys(endpoints)
+        self.not_before = 0.0  # when to try `current`
+
+    @property
+    def current(self) -> str:
+        return self._left[self._place]
+
+    @property
+    def others(self) -> bool:
+        """Whether there are more than one."""
+        return len(self._left) > 1
+
+    @property
+    def is_up(self) -> bool:
+        """Whether the current one has a connection, as far as was seen."""
+        return self._last_seen[self.current] is LinkEvent.UP
+
+    def saw(self, event: LinkEvent) -> TrunkAuthError | None:
+        """What the connection to the current one is like; an error if that will never do."""
+        if event is not LinkEvent.LOST or self.is_up:  # else what came before says why it was lost
+            self._last_seen[self.current] = event
+        if event is LinkEvent.UP:
+            self._refused_handshakes = 0
+        if event not in _KEY_ERRORS:
+            return None
+        self._refused_handshakes += 1
+        if event is not LinkEvent.UNKNOWN_KEY and self._refused_handshakes < REFUSED_HANDSHAKES:
+            return None
+        return TrunkAuthError(f"{self.current}: {_KEY_ERRORS[event]}")
+
+    def unreachable(self, seconds: float) -> TrunkUnreachable:
+        """That none has answered in this time, and why."""
+        tried = "; ".join(f"no trunk daemon at {one}: {_UNREACHABLE[why]}" for one, why in self._last_seen.items())
+        return TrunkUnreachable(f"{tried} (tried for {seconds:g} s); start one with zsl-trunkd, or check host and port")
+
+    def answered(self) -> None:
+        """The current one has opened a session."""
+        self._failures = 0
+
+    def failed(self, now: float) -> None:
+        """The current one did not answer: the next, after a pause."""
+        self._place = (self._place + 1) % len(self._left)
+        rounds = self._failures // len(self._left)  # one that has not been tried yet is tried at once
+        self._failures += 1
+        if rounds or len(self._left) == 1:
+            pause = min(self._longest_pause_seconds, FIRST_PAUSE_SECONDS * 2 ** min(rounds, 10))
+            self.not_before = now + self._draw() * pause
+
+    def leave(self, now: float) -> None:
+        """The current one is going away: the next at once."""
+        self._place = (self._place + 1) % len(self._left)
+        self.not_before = now
+
+    def strike_out(self, error: ZslError) -> None:
+        """The current one will never do, for this reason. Raises it if none is left."""
+        if len(self._left) == 1:
+            raise error
+        del self._left[self._place]
+        self._place %= len(self._left)
+        self._failures = self._refused_handshakes = 0
+        self.not_before = 0.0

@@ -1,0 +1,103 @@
+"""The pulse of a daemon: pings on a connection of their own, so that they do not queue behind tensors.
+
+A daemon that is stopped, hung or cut off is noticed after a few missed pings, however large a request is under way.
+What counts is pings without an answer, not time: a client that was itself stopped for a minute has missed nothing.
+For one thread at a time. Knows no torch.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import zmq
+
+from zsl.errors import Retry, WireError
+from zsl.transport.curve import ClientKeys
+from zsl.transport.dealer import Dealer
+from zsl.wire.frames import decode, encode
+from zsl.wire.messages import TO_CLIENT, Error, Ping, Pong, Welcome
+
+logger = logging.getLogger(__name__)
+
+MISSED_PINGS = 5
+# Of one pass. Large ones take long; this is said once, so that somebody may look.
+LONG_PASS_SECONDS = 60.0
+
+
+class Pulse:
+    """Pings for a session. `sockets` are to be polled; `turn` says whether it is to be gone on with."""
+
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        endpoint: str,
+        keys: ClientKeys | None,
+        welcome: Welcome,
+        *,
+        new_request_id: Callable[[], int],
+        now: float,
+    ) -> None:
+        self._dealer = Dealer(context, endpoint, keys)
+        self._endpoint = endpoint
+        self._welcome = welcome
+        self._new_request_id = new_request_id
+        self._interval_seconds = welcome.limits.ping_ms / 1000
+        self._next_ping = now
+        self._unanswered = 0
+        self._pings: set[int] = set()
+        self.pass_seconds = 0.0  # for how long the daemon's present pass has been running
+        self.session_is_gone = False
+        self._said = False
+
+    @property
+    def sockets(self) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
+        return self._dealer.socket, self._dealer.monitor
+
+    @property
+    def next_ping(self) -> float:
+        """When the next is due."""
+        return self._next_ping
+
+    @property
+    def silent(self) -> bool:
+        """Whether the daemon is to be taken for dead."""
+        return self._unanswered > MISSED_PINGS
+
+    @property
+    def silent_seconds(self) -> float:
+        return self._unanswered * self._interval_seconds
+
+    def heard(self) -> None:
+        """Something came on the other connection: it lives."""
+        self._unanswered = 0
+
+    def turn(self, now: float) -> None:
+        """Take in what has arrived, and send what is due."""
+        while self._dealer.link_event() is not None:
+            pass  # it reconnects by itself, and a ping that could not go is a missed one
+        while (frames := self._dealer.receive()) is not None:
+            try:
+                self._on_header(decode(frames, TO_CLIENT).header)
+            except WireError as error:
+                logger.debug("%s sent a damaged pong: %s", self._endpoint, error)
+        if now >= self._next_ping:
+            self._next_ping = now + self._interval_seconds
+            self._unanswered += 1
+            request = self._new_request_id()
+            self._pings = {request, *sorted(self._pings)[-MISSED_PINGS:]}
+            session, epoch = self._welcome.session, self._welcome.epoch
+            self._dealer.send(encode(Ping(session=session, epoch=epoch, request=request)))
+
+    def close(self) -> None:
+        self._dealer.close(linger_ms=0)
+
+    def _on_header(self, header: object) -> None:
+        if isinstance(header, Pong) and header.request in self._pings:
+            self._unanswered = 0
+            self.pass_seconds = header.progress_age_ms / 1000
+            if self.pass_seconds > LONG_PASS_SECONDS and not self._said:
+                logger.warning("the trunk at %s has been at one pass for %.0f s", self._endpoint, self.pass_seconds)
+            self._said = self.pass_seconds > LONG_PASS_SECONDS
+        elif isinstance(header, Error) and header.request in self._pings and header.retry is Retry.REHELLO:
+            self.session_is_gone = True

@@ -1,0 +1,149 @@
+"""The requests of a connection that have no answer yet: those that wait to be sent, and those that were.
+
+Each ends with its answer, or with a typed error when its deadline comes, or when too many daemons were lost over it.
+The trunk is a pure function, so sending again is safe: the answer is the same. Knows no socket; the clock is given.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence, Set
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+from zsl.errors import ConnectionLost
+from zsl.wire.frames import Frame, Message
+from zsl.wire.messages import Header, Limits, Welcome
+
+# Lives of daemons. Bounded, so that a request that kills whoever computes it does not kill them all. (A line that
+# breaks is no fault of the request: its deadline ends that.)
+MAX_LIVES = 5
+MAX_REFUSALS = 5  # of a request that was sent complete, by daemons that want it sent so
+LARGEST_ATTEMPT = 255
+
+Build = Callable[[Welcome, "Pending"], tuple[Header, Sequence[Frame]]]
+
+
+@dataclass(slots=True)
+class Pending:
+    """A request without an answer. `build` makes its message for the session that is open when it is sent."""
+
+    request: int
+    build: Build
+    deadline: float
+    nbytes: int
+    future: Future[Message] = field(default_factory=Future)
+    attempt: int = 0
+    complete: bool = False  # send along everything that the request needs
+    not_before: float = 0.0
+    refusals: int = 0
+    sent_to: set[bytes] = field(default_factory=set)  # epochs: which lives of daemons
+
+    def budget_ms(self) -> int:
+        return max(1, round((self.deadline - time.monotonic()) * 1000))
+
+    def fail(self, error: BaseException) -> None:
+        """End it with an error, unless whoever waits has gone."""
+        if not self.future.running() and not self.future.set_running_or_notify_cancel():
+            return
+        if not self.future.done():
+            self.future.set_exception(error)
+
+
+class Requests:
+    """In order of their ids where nothing else is said."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[Pending] = deque()
+        self._sent: dict[int, Pending] = {}
+        self.replays = 0  # requests that were sent again
+
+    def __len__(self) -> int:
+        return len(self._waiting) + len(self._sent)
+
+    @property
+    def under_way(self) -> Set[int]:
+        """Those that were sent and have no answer."""
+        return self._sent.keys()
+
+    @property
+    def under_way_bytes(self) -> int:
+        return sum(pending.nbytes for pending in self._sent.values())
+
+    def add(self, pending: Pending) -> None:
+        """Take a request in charge."""
+        self._waiting.append(pending)
+
+    def take_next(self, limits: Limits, epoch: bytes, now: float) -> Pending | None:
+        """The next that may be sent to this life of a daemon: within the credit that was granted, and not before its
+        time."""
+        under_way_bytes = self.under_way_bytes
+        for pending in list(self._waiting):
+            if len(self._sent) >= limits.max_inflight_requests:
+                return None
+            if pending.not_before > now:
+                continue
+            if self._sent and under_way_bytes + pending.nbytes > limits.max_inflight_bytes:
+                continue
+            self._waiting.remove(pending)
+            if not pending.future.running() and not pending.future.set_running_or_notify_cancel():
+                continue
+            pending.sent_to.add(epoch)
+            if len(pending.sent_to) > MAX_LIVES:
+                pending.fail(ConnectionLost(f"{MAX_LIVES} daemons were lost while they had this request"))
+                continue
+            self._sent[pending.request] = pending
+            return pending
+        return None
+
+    def ended(self, request: int | None) -> Pending | None:
+        """A request that was sent, which is no longer under way."""
+        return None if request is None else self._sent.pop(request, None)
+
+    def refused(self, pending: Pending, error: Exception) -> None:
+        """Send a request again, complete, as the daemon's answer wants it; or fail it, if it wants that too often."""
+        pending.refusals += 1
+        if pending.refusals > MAX_REFUSALS:
+            pending.fail(error)
+        else:
+            self._again(pending)
+
+    def all_again(self) -> None:
+        """What was sent is to be sent again."""
+        in_order = sorted(self._sent.values(), key=lambda pending: pending.request)
+        self._sent.clear()
+        for pending in reversed(in_order):
+            self._again(pending)
+
+    def _again(self, pending: Pending) -> None:
+        """In front of the others."""
+        pending.attempt = min(pending.attempt + 1, LARGEST_ATTEMPT)
+        pending.complete = True
+        self.replays += 1
+        self._waiting.appendleft(pending)
+
+    def later(self, pending: Pending, not_before: float) -> None:
+        """Send a request again after a while. That was no attempt."""
+        pending.not_before = not_before
+        self._waiting.append(pending)
+
+    def expired(self, now: float) -> list[tuple[Pending, bool]]:
+        """Those whose deadline has come, and whether they were sent; they are not here any more."""
+        expired = [(pending, True) for pending in self._sent.values() if pending.deadline <= now]
+        expired += [(pending, False) for pending in self._waiting if pending.deadline <= now]
+        for pending, sent in expired:
+            if sent:
+                del self._sent[pending.request]
+            else:
+                self._waiting.remove(pending)
+        return expired
+
+    def times(self, now: float) -> list[float]:
+        """When something is to be done for one of them."""
+        times = [pending.deadline for pending in (*self._sent.values(), *self._waiting)]
+        return times + [pending.not_before for pending in self._waiting if pending.not_before > now]
+
+    def fail_all(self, error: Exception) -> None:
+        for pending in (*self._sent.values(), *self._waiting):
+            pending.fail(error)

@@ -1,0 +1,53 @@
+"""What the daemon says of itself: the answers to HELLO and STATUS."""
+
+from __future__ import annotations
+
+import zsl
+from zsl.trunk.settings import TrunkInfo, TrunkTraits
+from zsl.wire.messages import Hello, Limits, Status, StatusRequest, Welcome
+
+
+def welcome_to(
+    hello: Hello, session: bytes, epoch: bytes, info: TrunkInfo, traits: TrunkTraits, limits: Limits
+) -> Welcome:
+    """The session is open."""
+    return Welcome(
+        request=hello.request,
+        software=zsl.__version__,
+        epoch=epoch,
+        session=session,
+        model=info.model,
+        cut=info.cut,
+        dtype=info.dtype,
+        forward_only=info.forward_only,
+        packs=traits.packs,
+        deterministic=traits.deterministic,
+        trunk_parameters=traits.parameters,
+        limits=limits,
+    )
+
+
+def status_for(
+    asked: StatusRequest,
+    epoch: bytes,
+    info: TrunkInfo,
+    traits: TrunkTraits,
+    *,
+    sessions: int,
+    queued_requests: int,
+    held_bytes: int,
+) -> Status:
+    """What is served, and how busy it is."""
+    return Status(
+        request=asked.request,
+        software=zsl.__version__,
+        epoch=epoch,
+        model=info.model,
+        cut=info.cut,
+        dtype=info.dtype,
+        forward_only=info.forward_only,
+        trunk_parameters=traits.parameters,
+        sessions=sessions,
+        queued_requests=queued_requests,
+        held_bytes=held_bytes,
+    )
