@@ -45,6 +45,7 @@ FAMILY = "llama"
 TRAJECTORIES = 5
 REQUEST_TIMEOUT_SECONDS = 60.0
 HANG_SECONDS = 90.0  # without a word of a client whose requests end in 60 s
+START_SECONDS = 300.0
 WARM_UP_SECONDS = 30.0  # before memory is first looked at
 THROTTLED_EVERY = 5  # so many lines are slow all the time
 # Mean seconds from one to the next.
@@ -232,6 +233,10 @@ def main(minutes: float, number: int, seed: int, out: Path) -> None:
             clients.append(
                 Client(Task(f"client{n}", n % TRAJECTORIES, model, endpoint, directory, REQUEST_TIMEOUT_SECONDS))
             )
+        until = time.monotonic() + START_SECONDS
+        while not all(any(directory.glob(f"{client.task.name}-*.steps")) for client in clients):
+            assert time.monotonic() < until, "the clients did not start"
+            time.sleep(0.5)
         faults, hangs, errors = Faults(chance), 0, 0
 
         def break_line() -> None:

@@ -28,6 +28,9 @@ from zsl.errors import ZslError
 STEPS = 20  # of one round; the next begins where the first began
 LEARNING_RATE = 1e-2
 REST_AFTER_ERROR_SECONDS = 0.5
+# Between steps. Without it, 50 clients of so small a model take all of the machine, and a daemon that was killed needs
+# minutes to import torch.
+REST_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class Task:
 
 def train_rounds(task: Task) -> None:
     """The process."""
+    os.nice(19)
     torch.set_num_threads(1)
     disable_progress_bar()
     set_verbosity_error()
@@ -92,6 +96,7 @@ def _round(
         history.gradient(client, step, digest(_bytes(parameter.grad) for _, parameter in trainable))
         optimizer.step()
         yield json.dumps({"seconds": time.monotonic() - began, "replays": trunk.client.replays - replays})
+        time.sleep(REST_SECONDS)
 
 
 def _trainable(model: PeftModel) -> list[tuple[str, torch.nn.Parameter]]:

@@ -6,7 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zsl.client.endpoints import FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS, Endpoints, parse_endpoints
+from zsl.client.endpoints import (
+    FIRST_PAUSE_SECONDS,
+    LONGEST_PAUSE_SECONDS,
+    REFUSED_HANDSHAKES,
+    Endpoints,
+    parse_endpoints,
+)
 from zsl.errors import ConfigError, WrongModelError
 from zsl.transport.dealer import LinkEvent
 
@@ -89,8 +95,17 @@ def test_what_was_seen_of_each_is_told_and_that_it_was_lost_hides_no_reason() ->
 def test_an_unknown_key_is_told_at_once_and_other_refusals_when_they_are_no_accident() -> None:
     tried = endpoints("a")
     assert "does not know this client's key" in str(tried.saw(LinkEvent.UNKNOWN_KEY))
+    for between, told in ((LinkEvent.UP, False), (LinkEvent.LOST, False), (LinkEvent.MUTE, True)):
+        tried = endpoints("a")
+        for _ in range(REFUSED_HANDSHAKES - 1):
+            assert tried.saw(LinkEvent.WRONG_SERVER_KEY) is None
+        tried.saw(between)
+        error = tried.saw(LinkEvent.WRONG_SERVER_KEY)
+        assert ("another key than server_key" in str(error)) is told
+
+
+def test_keys_that_were_right_before_are_not_wrong_because_a_handshake_fails() -> None:
     tried = endpoints("a")
-    assert [tried.saw(LinkEvent.WRONG_SERVER_KEY) for _ in range(2)] == [None, None]
-    tried.saw(LinkEvent.UP)
-    assert [tried.saw(LinkEvent.WRONG_SERVER_KEY) for _ in range(2)] == [None, None]
-    assert "another key than server_key" in str(tried.saw(LinkEvent.WRONG_SERVER_KEY))
+    tried.answered()
+    assert [tried.saw(LinkEvent.WRONG_SERVER_KEY) for _ in range(20)] == [None] * 20
+    assert tried.saw(LinkEvent.UNKNOWN_KEY) is not None, "it was taken off the list"

@@ -117,11 +117,14 @@ def test_a_line_that_breaks_and_flips_bits_leaves_every_gradient_as_it_was(
         breaker = threading.Thread(target=break_line)
         breaker.start()
         try:
-            assert violations(path, link.endpoint, oracle) == []
+            for _ in range(50):
+                assert violations(path, link.endpoint, oracle) == []
+                if link.happened["flip_bits"] > 1 and link.happened["reset"] > 1:
+                    break
         finally:
             over.set()
             breaker.join(20)
-        assert link.happened["flip_bits"] and link.happened["reset"], link.happened
+        assert link.happened["flip_bits"] > 1 and link.happened["reset"] > 1, link.happened
 
 
 @pytest.mark.timeout(300)

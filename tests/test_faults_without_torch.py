@@ -18,7 +18,7 @@ from support.faulty_link import FaultyLink
 from support.faulty_messages import FaultyMessages
 from support.peer import Peer, forward
 from support.square import SquareClient, SquareDaemon, SquareServer, gradient, some, squared
-from zsl.errors import ConnectionLost, RequestTimeout, TrunkUnreachable, WrongModelError
+from zsl.errors import ConnectionLost, RequestTimeout, TrunkUnreachable, WrongModelError, ZslError
 from zsl.trunk.settings import ServerSettings
 from zsl.wire.messages import Cut, MessageType
 
@@ -247,6 +247,19 @@ def test_a_trunk_that_takes_over_with_other_weights_is_never_used() -> None:
                 client.forward(some(0))
 
 
+@pytest.mark.parametrize("way", ["up", "down"])
+def test_a_flipped_bit_anywhere_in_a_handshake_or_hello_ends_no_training(
+    link: FaultyMessages, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zsl.client.link.ATTEMPT_SECONDS", 0.5)
+    with SquareClient(link.endpoint) as client:
+        for byte in range(64, 240, 11):  # behind the greeting, which is libzmq's own business
+            link.cut()
+            link.flip_bits(way, after_bytes=byte)  # type: ignore[arg-type]
+            assert steps_are_right(client, 1)
+        link.wait_for("flip_bits", 5)
+
+
 def test_with_no_daemon_at_any_endpoint_each_is_named_in_time() -> None:
     with FaultyLink(1) as one, FaultyLink(1) as other:
         one.refuse()
@@ -266,6 +279,19 @@ def test_of_several_endpoints_one_that_drains_is_left_without_losing_a_step() ->
             assert np.array_equal(client.backward(step, x, gradients), gradient(x, gradients))
             assert steps_are_right(client)
             first.join()
+
+
+def test_a_daemon_that_is_told_to_end_while_a_pass_hangs_ends(tmp_path: Path) -> None:
+    hangs = {"ZSL_FAILPOINT": "before-backward:hang", "ZSL_TEST_LAST_PASS_SECONDS": "0.2"}
+    with SquareDaemon(log=tmp_path / "log", environment=hangs, drain_seconds=0.1) as daemon:
+        with SquareClient(daemon.endpoint, request_timeout_seconds=20) as client, ThreadPoolExecutor(1) as pool:
+            hung = pool.submit(client.step, some(0), some(1))
+            wait_until(lambda: client.waits, "the step did not begin")
+            daemon.signal(signal.SIGTERM)
+            assert daemon.wait() == 0
+            client.connection.close()
+            with pytest.raises(ZslError):
+                hung.result(20)
 
 
 def test_a_client_that_reads_no_answers_is_dropped_and_the_others_do_not_notice(

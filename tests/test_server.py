@@ -607,3 +607,55 @@ def test_the_connections_of_a_client_whose_host_vanished_end_with_its_lease() ->
             while server.connections > 1 and time.monotonic() < give_up:
                 status(peer)
             assert (server.connections, status(peer).sessions) == (1, 0)
+
+
+def test_a_resumed_session_leaves_its_old_connections(server: EchoServer) -> None:
+    with Peer(server.endpoint) as old, Peer(server.endpoint) as old_pulse, Peer(server.endpoint) as new:
+        welcome = old.hello()
+        old_pulse.ask(Ping(session=welcome.session, epoch=welcome.epoch, request=1))
+        assert new.hello(resume=welcome.session).session == welcome.session
+        give_up = time.monotonic() + 20
+        while server.connections_of_peers > 1 and time.monotonic() < give_up:
+            pass
+        assert server.connections_of_peers == 1
+
+
+def test_a_backward_that_brings_everything_gives_up_what_was_kept_for_its_step(server: EchoServer, peer: Peer) -> None:
+    welcome = peer.hello()
+    peer.ask(*forward(welcome, 1, keep=True))
+    assert isinstance(peer.ask(*backward(welcome, 2, step=1, complete=True)), Result)
+    assert server.compute.dropped == 1 and status(peer).held_bytes == 0
+
+
+@pytest.mark.parametrize("ended_by", ["cancel", "bye"])
+def test_a_queued_backward_that_is_not_computed_gives_up_what_was_kept_for_it(
+    server: EchoServer, peer: Peer, ended_by: str
+) -> None:
+    welcome = peer.hello()
+    peer.ask(*forward(welcome, 1, keep=True))
+    server.compute.begun.acquire()
+    server.compute.gate.clear()
+    with Peer(server.endpoint) as other:
+        other.send(*forward(other.hello(), 1))
+        assert server.compute.begun.acquire(timeout=20)
+        peer.send(*backward(welcome, 2, step=1))
+        if ended_by == "cancel":
+            assert code_of(peer.ask(Cancel(session=welcome.session, epoch=welcome.epoch, request=2))) == "CANCELLED"
+        else:
+            peer.send(Bye(session=welcome.session, epoch=welcome.epoch))
+            assert status(peer).sessions == 1
+        assert server.compute.dropped == 1
+        server.compute.gate.set()
+        assert isinstance(other.hear(), Result)
+
+
+def test_a_forward_whose_session_was_closed_meanwhile_is_not_kept(server: EchoServer, peer: Peer) -> None:
+    welcome = peer.hello()
+    server.compute.gate.clear()
+    peer.send(*forward(welcome, 1, keep=True))
+    assert server.compute.begun.acquire(timeout=20)
+    peer.send(Bye(session=welcome.session, epoch=welcome.epoch))
+    assert status(peer).sessions == 0
+    server.compute.gate.set()
+    assert isinstance(peer.ask(*forward(peer.hello(), 2)), Result)
+    assert server.compute.dropped == 1

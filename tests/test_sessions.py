@@ -171,7 +171,8 @@ def test_a_session_that_is_resumed_keeps_what_it_held_and_leaves_its_old_connect
     sessions = table()
     session = sessions.open(b"old", now=0.0)
     sessions.hold(session, 1, kept(10))
-    assert sessions.resume(session.id, b"new", now=59.0, hello=7, tenant=None) is session
+    session.pulse = b"pulse"
+    assert sessions.resume(session.id, b"new", now=59.0, hello=7, tenant=None) == (session, [b"old", b"pulse"])
     assert (sessions.of_peer(b"old"), sessions.of_peer(b"new")) == (None, session)
     assert 1 in session.held and sessions.expired(now=100.0) == []
     with pytest.raises(UnknownSessionError):
@@ -214,8 +215,8 @@ def test_answers_that_are_not_read_count_as_in_flight() -> None:
     sessions = table()
     session = sessions.open(b"peer", now=0.0)
     with pytest.raises(OverloadedError, match="unread"):
-        sessions.admit(session, 1, nbytes=10, unsent_bytes=95)
-    sessions.admit(session, 1, nbytes=10, unsent_bytes=80)
+        sessions.admit(session, 1, nbytes=10, unsent=lambda _: 95)
+    sessions.admit(session, 1, nbytes=10, unsent=lambda _: 80)
 
 
 def test_what_is_kept_for_a_tenant_stays_within_its_own_memory_and_takes_nothing_from_others() -> None:

@@ -39,12 +39,13 @@ WAIT_SECONDS = 30
 class EchoStash:
     nbytes: int
     keep: Keep
+    trunk: EchoCompute
 
     def demoted(self) -> EchoStash | None:
-        return None if self.keep is Keep.INPUT else EchoStash(self.nbytes // 2, Keep.INPUT)
+        return None if self.keep is Keep.INPUT else EchoStash(self.nbytes // 2, Keep.INPUT, self.trunk)
 
     def drop(self) -> None:
-        pass
+        self.trunk.dropped += 1
 
 
 class EchoCompute:
@@ -52,6 +53,7 @@ class EchoCompute:
 
     def __init__(self, traits: TrunkTraits) -> None:
         self.batches: list[list[Kind]] = []
+        self.dropped = 0  # stashes
         self.gate = threading.Event()
         self.gate.set()
         self.begun = threading.Semaphore(0)
@@ -69,7 +71,7 @@ class EchoCompute:
         values = np.frombuffer(buffer, dtype=np.float32)
         if values.size and values[0] == POISON:
             return InternalError("poisoned")
-        stash = None if work.keep is Keep.NOTHING else EchoStash(len(buffer), work.keep)
+        stash = None if work.keep is Keep.NOTHING else EchoStash(len(buffer), work.keep, self)
         answer = (values + 1 if work.kind is Kind.FORWARD else values).astype(np.float32)
         return Done({role: (descriptor, answer.data.cast("B"))}, stash)
 
@@ -119,6 +121,11 @@ class EchoServer:
     def connections(self) -> int:
         """How many are accepted and not gone."""
         return self.server._router.connections
+
+    @property
+    def connections_of_peers(self) -> int:
+        """How many connections have said something and are there."""
+        return len(self.server._router._connections._of_peer)
 
     @property
     def held_bytes(self) -> int:

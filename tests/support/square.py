@@ -19,6 +19,7 @@ from typing import Any, Self
 
 import numpy as np
 
+import zsl.trunk.server
 from zsl.client.connection import Connection
 from zsl.client.keys import read_client_keys
 from zsl.client.requests import Pending
@@ -140,6 +141,12 @@ class SquareClient:
         return np.array_equal(output, squared(x)) and np.array_equal(at_input, gradient(x, gradients))
 
     @property
+    def waits(self) -> bool:
+        """Whether a backward of it is under way."""
+        link = self.connection._link
+        return link is not None and any(request > 1 for request in link._requests.under_way)
+
+    @property
     def is_open(self) -> bool:
         """Whether it has a session at this moment."""
         link = self.connection._link
@@ -204,6 +211,8 @@ class SquareDaemon(Daemon):
 
 
 async def _serve(port: int, settings: dict[str, Any]) -> None:
+    if "ZSL_TEST_LAST_PASS_SECONDS" in os.environ:
+        zsl.trunk.server.LAST_PASS_SECONDS = float(os.environ["ZSL_TEST_LAST_PASS_SECONDS"])
     server = TrunkServer(
         TrunkInfo(IDENTITY, CUT, "f32", False, ROW_TOKENS),
         ServerSettings(**settings),

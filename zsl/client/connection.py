@@ -14,7 +14,9 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from copy import copy
 from itertools import count
+from queue import Empty, SimpleQueue
 from typing import TypeVar
 
 from zsl.client.endpoints import parse_endpoints
@@ -60,7 +62,8 @@ class Connection:
         self._link: Link | None = None
         self._driving = threading.Lock()
         self._driver: int | None = None  # the thread that holds it
-        self._wanted = threading.Event()  # the I/O thread is to drive
+        # A word in it: the I/O thread is to drive. Its `put` is reentrant, as finalizers need it.
+        self._wanted: SimpleQueue[None] = SimpleQueue()
         self._opened: Future[Welcome] = Future()
         self._closing = False
         self._failure: ZslError | None = None  # why the link cannot go on
@@ -124,11 +127,14 @@ class Connection:
                 self._turn(link)
         except Exception as error:
             self._fail(error)
+        except BaseException:
+            pending.future.cancel()  # Ctrl-C: nobody waits for it any more
+            raise
         finally:
             self._driver = None
             self._driving.release()
             if self._closing or self._commands or link.busy:
-                self._wanted.set()
+                self._wanted.put(None)
         return self.wait(pending.future)
 
     def submit_status(self) -> Future[Message]:
@@ -181,7 +187,7 @@ class Connection:
                 "make a new RemoteTrunk in the child, or start workers with the 'spawn' method"
             )
         if self._ended_by is not None:
-            raise self._ended_by
+            raise copy(self._ended_by)  # a fresh one, which collects the frames of this call only
         if self._closing:
             raise self._closed()
 
@@ -198,7 +204,7 @@ class Connection:
                 os.write(self._wake_write, b"\0")
             except BlockingIOError:
                 pass  # the pipe is full of wake-ups already
-            self._wanted.set()
+            self._wanted.put(None)
             return True
 
     def _end(self, error: ZslError) -> None:
@@ -238,10 +244,9 @@ class Connection:
         try:
             with self._driving:
                 link.connect()
-            self._wanted.set()
+            self._wanted.put(None)
             while not self._closing:
-                wanted = self._wanted.wait(IDLE_SECONDS)
-                self._wanted.clear()
+                wanted = self._is_wanted()
                 if not self._driving.acquire(blocking=wanted):
                     continue  # a caller drives
                 try:
@@ -258,6 +263,16 @@ class Connection:
             self._end(ended_by)
             self._run_commands(link, wake_pipe_open=False)
             link.close(ended_by)
+
+    def _is_wanted(self) -> bool:
+        """Whether somebody wants the link to be driven, before the idle time is over."""
+        try:
+            self._wanted.get(timeout=IDLE_SECONDS)
+        except Empty:
+            return False
+        while not self._wanted.empty():
+            self._wanted.get_nowait()  # one look is enough for all of them
+        return True
 
     def _run_commands(self, link: Link, *, wake_pipe_open: bool = True) -> None:
         if wake_pipe_open:

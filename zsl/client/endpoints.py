@@ -8,6 +8,7 @@ that was restarted do not all come back in the same instant.
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable
 
 from zsl.errors import ConfigError, TrunkAuthError, TrunkUnreachable, ZslError
@@ -15,8 +16,8 @@ from zsl.transport.dealer import LinkEvent, normalized_endpoint
 
 FIRST_PAUSE_SECONDS = 0.1
 LONGEST_PAUSE_SECONDS = 2.0
-# A handshake can also fail because the connection broke in the middle of it.
-REFUSED_HANDSHAKES = 3
+# A handshake can also fail because the connection broke in the middle of it, or because the daemon has no place left.
+REFUSED_HANDSHAKES = 5
 
 _KEY_ERRORS: dict[LinkEvent | None, str] = {
     LinkEvent.UNKNOWN_KEY: "the daemon does not know this client's key: have its public key added to tenants.toml",
@@ -57,7 +58,8 @@ class Endpoints:
         self._draw = draw
         self._place = 0
         self._failures = 0  # since one answered
-        self._refused_handshakes = 0
+        self._refused_handshakes = Counter[str]()  # in a row
+        self._have_answered: set[str] = set()
         self._last_seen: dict[str, LinkEvent | None] = dict.fromkeys(endpoints)
         self.not_before = 0.0  # when to try `current`
 
@@ -79,13 +81,15 @@ class Endpoints:
         """What the connection to the current one is like; an error if that will never do."""
         if event is not LinkEvent.LOST or self.is_up:  # else what came before says why it was lost
             self._last_seen[self.current] = event
-        if event is LinkEvent.UP:
-            self._refused_handshakes = 0
+        if event in (LinkEvent.UP, LinkEvent.LOST, LinkEvent.REFUSED):
+            self._refused_handshakes[self.current] = 0
         if event not in _KEY_ERRORS:
             return None
-        self._refused_handshakes += 1
-        if event is not LinkEvent.UNKNOWN_KEY and self._refused_handshakes < REFUSED_HANDSHAKES:
-            return None
+        self._refused_handshakes[self.current] += 1
+        if event is not LinkEvent.UNKNOWN_KEY:
+            in_a_row = self._refused_handshakes[self.current]
+            if in_a_row < REFUSED_HANDSHAKES or self.current in self._have_answered:
+                return None  # keys that were right before are right now
         return TrunkAuthError(f"{self.current}: {_KEY_ERRORS[event]}")
 
     def unreachable(self, seconds: float) -> TrunkUnreachable:
@@ -94,8 +98,9 @@ class Endpoints:
         return TrunkUnreachable(f"{tried} (tried for {seconds:g} s); start one with zsl-trunkd, or check host and port")
 
     def answered(self) -> None:
-        """The current one has opened a session."""
+        """The current one has opened a session, and something came by it."""
         self._failures = 0
+        self._have_answered.add(self.current)
 
     def failed(self, now: float) -> None:
         """The current one did not answer: the next, after a pause."""
@@ -117,5 +122,5 @@ class Endpoints:
             raise error
         del self._left[self._place]
         self._place %= len(self._left)
-        self._failures = self._refused_handshakes = 0
+        self._failures = 0
         self.not_before = 0.0

@@ -58,6 +58,7 @@ logger = logging.getLogger(__name__)
 
 # An endpoint that does not open a session in this time is given up: for the next, or for another try.
 ATTEMPT_SECONDS = 5.0
+UNREADABLE_ANSWERS = 2  # may be damage; more are not
 HELLO_AGAIN_SECONDS = 1.0  # a HELLO that has no answer is said again; the daemon knows it by its id
 DRAINING_RETRY_SECONDS = 0.5
 HELLO_RETRY_SECONDS = 0.05
@@ -91,6 +92,7 @@ class Link:
         self._requests = Requests()
         self._open_by = time.monotonic() + connect_timeout_seconds
         self._quota: ZslError | None = None
+        self._unreadable = 0  # answers, before the first session
         self._poller: zmq.Poller | None = None
         # An attempt: a socket, which is None between two of them.
         self._dealer: Dealer | None = None
@@ -101,6 +103,7 @@ class Link:
         self._welcome: Welcome | None = None
         self._pulse: Pulse | None = None
         self._carrying: Carrying | None = None
+        self._heard = False  # anything, in the session that is open
         self._last_session: tuple[str, bytes] | None = None
         self._leaves = False  # the daemon takes no forwards any more, and there are others
 
@@ -193,7 +196,10 @@ class Link:
             self._request_timeout_seconds,
         )
         self._end_session()
-        self.connect()
+        if self._heard:
+            self.connect()
+        else:
+            self._attempt_failed()  # a session by which nothing ever comes is no better than none
 
     def _end_session(self) -> None:
         self._welcome = None
@@ -219,8 +225,9 @@ class Link:
         self.connect()
 
     def _on_link_event(self, event: LinkEvent) -> None:
-        if event is LinkEvent.LOST and self._welcome is not None:
-            self._lost("the connection was lost")
+        if self._welcome is not None:
+            if event not in (LinkEvent.UP, LinkEvent.MUTE):
+                self._lost("the connection was lost")
             return
         error = self._endpoints.saw(event)
         if error is not None:
@@ -263,10 +270,11 @@ class Link:
             logger.warning("the trunk at %s answers", endpoint)
         else:
             self._opened.set_result(welcome)
-        self._endpoints.answered()
+        self._quota = None
         self._welcome = welcome
         self._last_session = endpoint, welcome.session
         self._carrying = Carrying(welcome, now)
+        self._heard = False
         self._pulse = Pulse(self._context, endpoint, self._keys, welcome, new_request_id=self._new_request_id, now=now)
         self._poller = None
 
@@ -291,6 +299,9 @@ class Link:
     def _go_elsewhere(self, now: float) -> None:
         """The daemon is shutting down, and what was asked of it is answered."""
         self._leave_session()
+        if self._dealer is not None:
+            self._dealer.close()  # with time for that to leave
+            self._dealer = None
         self._end_session()
         self._endpoints.leave(now)
         logger.warning("going on with the trunk at %s", self._endpoints.current)
@@ -319,6 +330,7 @@ class Link:
                     f"{self._endpoints.current} takes; use a smaller batch"
                 )
             frames = encode(header, buffers)
+            pending.nbytes = sum(len(buffer) for buffer in buffers)
         except Exception as error:
             self._requests.ended(pending.request)
             pending.fail(error)
@@ -334,6 +346,9 @@ class Link:
         if self._pulse is not None and self._carrying is not None:
             self._pulse.heard()
             self._carrying.heard()
+            if not self._heard:
+                self._heard = True
+                self._endpoints.answered()
         header = message.header
         if isinstance(header, Welcome):
             if header.request == self._hello_request:
@@ -341,7 +356,11 @@ class Link:
         elif isinstance(header, Error):
             self._on_error(header)
         elif isinstance(header, GoAway):
-            logger.warning("the trunk at %s is shutting down; open steps end there", self._endpoints.current)
+            logger.warning(
+                "the trunk at %s is shutting down; steps that are open there may end within %.0f s",
+                self._endpoints.current,
+                header.drain_ms / 1000,
+            )
         elif isinstance(header, Pong):
             self._on_pong(header)
         elif self._welcome is not None:
@@ -360,7 +379,8 @@ class Link:
         """An answer that cannot be read: which one it was is not known, so all are asked again."""
         if self._welcome is not None:
             self._lost(f"sent something that is not of the protocol ({error})")
-        elif isinstance(error, CorruptError):
+        elif isinstance(error, CorruptError) or self._opened.done() or self._unreadable < UNREADABLE_ANSWERS:
+            self._unreadable += 1
             self._attempt_failed()
         elif isinstance(error, ProtocolVersionError):
             self._never_again(ProtocolVersionError(f"the trunk at {self._endpoints.current}: {error}"))
@@ -379,6 +399,8 @@ class Link:
         if header.request is not None and header.request == self._hello_request:
             self._on_hello_refused(error, header.retry)
             return
+        if self._welcome is not None and header.epoch != self._welcome.epoch and header.retry is not Retry.REHELLO:
+            return  # an echo from an earlier life
         pending = self._requests.ended(header.request)
         now = time.monotonic()
         if isinstance(error, ForbiddenError):
@@ -398,7 +420,7 @@ class Link:
         elif header.retry is Retry.SAME:
             self._requests.later(pending, now + header.retry_after_ms / 1000)
         elif header.retry is Retry.ELSEWHERE:
-            self._requests.later(pending, now + (0.0 if self._endpoints.others else DRAINING_RETRY_SECONDS))
+            self._requests.later(pending, now + DRAINING_RETRY_SECONDS)
             self._leaves = self._endpoints.others
         else:
             pending.fail(error)

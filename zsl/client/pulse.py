@@ -26,7 +26,7 @@ LONG_PASS_SECONDS = 60.0
 
 
 class Pulse:
-    """Pings for a session. `sockets` are to be polled; `turn` says whether it is to be gone on with."""
+    """Pings for a session. `sockets` are to be polled; `turn` is due when they are ready, and at `next_ping`."""
 
     def __init__(
         self,
@@ -74,8 +74,7 @@ class Pulse:
 
     def turn(self, now: float) -> None:
         """Take in what has arrived, and send what is due."""
-        while self._dealer.link_event() is not None:
-            pass  # it reconnects by itself, and a ping that could not go is a missed one
+        self._dealer.skip_events()  # it reconnects by itself, and a ping that could not go is a missed one
         while (frames := self._dealer.receive()) is not None:
             try:
                 self._on_header(decode(frames, TO_CLIENT).header)

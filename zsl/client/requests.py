@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence, Set
 from concurrent.futures import Future
+from copy import copy
 from dataclasses import dataclass, field
 
 from zsl.errors import ConnectionLost
@@ -21,6 +22,7 @@ from zsl.wire.messages import Header, Limits, Welcome
 MAX_LIVES = 5
 MAX_REFUSALS = 5  # of a request that was sent complete, by daemons that want it sent so
 LARGEST_ATTEMPT = 255
+MAX_BUDGET_SECONDS = 7 * 24 * 3600.0  # that the protocol can say
 
 Build = Callable[[Welcome, "Pending"], tuple[Header, Sequence[Frame]]]
 
@@ -41,7 +43,7 @@ class Pending:
     sent_to: set[bytes] = field(default_factory=set)  # epochs: which lives of daemons
 
     def budget_ms(self) -> int:
-        return max(1, round((self.deadline - time.monotonic()) * 1000))
+        return max(1, round(min(self.deadline - time.monotonic(), MAX_BUDGET_SECONDS) * 1000))
 
     def fail(self, error: BaseException) -> None:
         """End it with an error, unless whoever waits has gone."""
@@ -85,7 +87,7 @@ class Requests:
             if pending.not_before > now:
                 continue
             if self._sent and under_way_bytes + pending.nbytes > limits.max_inflight_bytes:
-                continue
+                return None  # smaller ones must not pass it for ever
             self._waiting.remove(pending)
             if not pending.future.running() and not pending.future.set_running_or_notify_cancel():
                 continue
@@ -146,4 +148,4 @@ class Requests:
 
     def fail_all(self, error: Exception) -> None:
         for pending in (*self._sent.values(), *self._waiting):
-            pending.fail(error)
+            pending.fail(copy(error))  # its own, which collects the frames of whoever raises it

@@ -258,10 +258,10 @@ class TrunkClient:
         request = self._connection.new_request_id()
         # Encoded here, in the caller's thread: on a GPU the copy must follow what computes the gradients.
         inputs, encoded = encode_tensors(step.inputs(activations)), encode_tensors({"gradients": gradients})
+        held_in, step.held_in_session = step.held_in_session, None  # the daemon lets go of it with this backward
 
         def build(welcome: Welcome, pending: Pending) -> tuple[Header, Sequence[Frame]]:
-            held = step.held_in_session == welcome.session and not pending.complete
-            step.held_in_session = None  # the daemon lets go of it with this backward
+            held = held_in == welcome.session and not pending.complete
             sent = [encoded] if held else [inputs, encoded]
             header = Backward(
                 session=welcome.session,

@@ -18,6 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from zsl.errors import ConfigError
 
+LONGEST_TIMEOUT_SECONDS = 7 * 24 * 3600.0
+
 # What `[train]` says where the file says nothing.
 TRAIN_DEFAULTS: dict[str, Any] = {
     "num_train_epochs": 1,
@@ -54,8 +56,8 @@ class TrunkTable(_Table):
     cut: str | None = None
     wire_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     deterministic: Literal["packed"] | None = None
-    connect_timeout_seconds: float = Field(default=10.0, gt=0)
-    request_timeout_seconds: float = Field(default=300.0, gt=0)
+    connect_timeout_seconds: float = Field(default=10.0, gt=0, le=LONGEST_TIMEOUT_SECONDS)
+    request_timeout_seconds: float = Field(default=300.0, gt=0, le=LONGEST_TIMEOUT_SECONDS)
 
 
 class DataTable(_Table):

@@ -108,6 +108,11 @@ class Dealer:
         event, value = happened
         return self._why_no_handshake(value) if event in _FAILED_HANDSHAKES else _LINK_EVENTS.get(event)
 
+    def skip_events(self) -> None:
+        """For an owner who does not want to know."""
+        while self._monitor.next_event() is not None:
+            pass
+
     def _why_no_handshake(self, reason: int) -> LinkEvent:
         """Both ends of libzmq give up once they have read the other's greeting and cannot agree. Who is first closes;
         whether the other has read the greeting by then, and so knows the reason, is chance (in 100 trials each,

@@ -159,6 +159,15 @@ class Router:
         """The bytes of large frames that wait in memory for a peer to read them."""
         return self._unsent.nbytes(peer)
 
+    @property
+    def all_unsent_bytes(self) -> int:
+        """What all peers together have not read."""
+        return self._unsent.all_nbytes
+
+    def is_connected(self, peer: bytes) -> bool:
+        """Whether the connection of a peer that has sent something is still there."""
+        return self._connections.knows(peer)
+
     def slow_peers(self, now: float) -> list[bytes]:
         """The peers that have not read for too long what was sent to them."""
         return self._unsent.slow(now)

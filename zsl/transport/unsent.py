@@ -57,6 +57,12 @@ class Unsent:
         waiting = self._look(peer, self._clock())
         return 0 if waiting is None else waiting.nbytes
 
+    @property
+    def all_nbytes(self) -> int:
+        """The bytes that wait for all peers."""
+        now = self._clock()
+        return sum(waiting.nbytes for peer in list(self._waiting) if (waiting := self._look(peer, now)) is not None)
+
     def slow(self, now: float) -> list[bytes]:
         """The peers whose oldest frame waits too long. What came off before it counts for them."""
         return [

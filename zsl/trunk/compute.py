@@ -146,8 +146,13 @@ class TorchCompute:
         )
 
     def _replies(self, role: Role, tensors: Sequence[torch.Tensor], dtypes: Sequence[torch.dtype]) -> list[Buffers]:
-        replies = [tensor.to(dtype) for tensor, dtype in zip(tensors, dtypes, strict=True)]
+        replies = [_own(tensor.to(dtype)) for tensor, dtype in zip(tensors, dtypes, strict=True)]
         return [{role: encode_tensor(role, tensor)} for tensor in self._transfer.to_host(replies)]
+
+
+def _own(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in memory of its own: an answer is kept for a while, and must not keep all of its pass."""
+    return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
 
 
 def _reply_dtype(work: Work) -> torch.dtype:

@@ -5,7 +5,7 @@ Knows no socket and no clock.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from zsl.errors import DrainingError, ForwardOnlyError, MalformedError
@@ -77,7 +77,8 @@ class Intake:
         now: float,
         *,
         draining: bool,
-        unsent_bytes: int,
+        unsent: Callable[[bytes], int],
+        all_unsent: int,
         retry_after_ms: int,
     ) -> Request:
         """Check a request against what the trunk takes, and count it. Raises `WireError`."""
@@ -106,11 +107,15 @@ class Intake:
             session,
             header.request,
             nbytes,
-            unsent_bytes=unsent_bytes,
+            unsent=unsent,
+            all_unsent=all_unsent,
             retry_after_ms=retry_after_ms,
         )
         if isinstance(header, Backward):
-            self._sessions.take(session, header.step)
+            if held is None:
+                self._sessions.give_up(session, header.step)
+            else:
+                self._sessions.take(session, header.step)
             self._replies.arrived(session.id, header.step)
         job = Job(
             (session.id, header.request),

@@ -27,16 +27,17 @@ class _Alike:
 
 
 class FewAlike(logging.Filter):
-    """Lets at most `ALIKE_LINES` lines of one form pass in `ALIKE_SECONDS`; the next one then says how many did not."""
+    """Lets at most `ALIKE_LINES` lines of one place in the code pass in `ALIKE_SECONDS`; the next one then says how
+    many did not."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()
         self._clock = clock
-        self._forms: dict[str, _Alike] = {}  # as many as there are calls in the code
+        self._forms: dict[tuple[str, int], _Alike] = {}  # by their place in the code
 
     def filter(self, record: logging.LogRecord) -> bool:
         now = self._clock()
-        form = self._forms.setdefault(str(record.msg), _Alike(now))
+        form = self._forms.setdefault((record.pathname, record.lineno), _Alike(now))
         if now - form.since >= ALIKE_SECONDS:
             if form.left_out:
                 record.msg, record.args = f"{record.getMessage()} ({form.left_out} more like this before)", ()

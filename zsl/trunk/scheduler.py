@@ -308,6 +308,8 @@ class Scheduler:
     def _begin_wait(self, tenant: _Tenant, now: float) -> None:
         tenant.waits_since = now
         self._waits.append((now, tenant))
+        if len(self._waits) > 2 * len(self._tenants) + 64:  # most are of waits that are over
+            self._waits = deque(entry for entry in self._waits if entry[0] == entry[1].waits_since)
 
     def _take(self, job: Job, now: float) -> None:
         """A job leaves its queue for a batch, and its tenant is charged what it is expected to take."""

@@ -50,6 +50,7 @@ from zsl.wire.messages import (
     Header,
     Hello,
     InSession,
+    Limits,
     Ping,
     Pong,
     Release,
@@ -61,6 +62,7 @@ from zsl.wire.messages import (
 logger = logging.getLogger(__name__)
 
 HOUSEKEEPING_SECONDS = 0.2
+LAST_PASS_SECONDS = 30.0  # for the pass that runs when the daemon is to end
 MIN_RETRY_MS, MAX_RETRY_MS = 10, 5_000
 # The answers to a session's credit of requests, and what is said beside them (pongs, errors, goaway).
 CONTROL_MESSAGES = 64
@@ -124,6 +126,7 @@ class TrunkServer:
         self._traits: TrunkTraits
         self._dispatch_later: asyncio.TimerHandle | None = None
         self._draining_until: float | None = None
+        self._stuck = False  # a pass will never end
         self._stopped = asyncio.Event()
         self._handlers: dict[type[Header], Callable[[_Sender, Header, Sequence[Frame]], None]] = {
             Hello: self._on_hello,
@@ -162,18 +165,14 @@ class TrunkServer:
         finally:
             if self._dispatch_later is not None:
                 self._dispatch_later.cancel()
-            if not self._stuck:
-                await self._worker.stop()
+            if not self._stuck and not await self._worker.stop(LAST_PASS_SECONDS):
+                logger.warning("the pass that runs has not ended in %.0f s; going without it", LAST_PASS_SECONDS)
             self._router.close()
         if self._stuck:
             raise RunFailed(
                 f"a pass has not ended in {self._settings.stuck_seconds:g} s; the device or its driver may hang. "
                 "Start the daemon again: its clients wait for it, and lose nothing"
             )
-
-    @property
-    def _stuck(self) -> bool:
-        return self._worker.busy_seconds(self._clock()) > self._settings.stuck_seconds
 
     def stop(self) -> None:
         """End as soon as the pass that runs has ended. To be called on the loop."""
@@ -231,27 +230,39 @@ class TrunkServer:
     def _on_hello(self, sender: _Sender, header: Header, _: Sequence[Frame]) -> None:
         assert isinstance(header, Hello)
         now = self._clock()
-        session = self._sessions.of_peer(sender.peer)
+        session = self._sessions.of_peer(sender.peer, sender.tenant)
         if session is None or session.hello != header.request:  # otherwise it was delivered twice
             check_wanted(self.info, header)
             session = self._resumed(sender, header, now) or self._opened(sender, header, now)
-        welcome = welcome_to(header, session.id, self._epoch, self.info, self._traits, self._limits)
-        self._send(sender.peer, welcome)
+        welcome = welcome_to(header, session.id, self._epoch, self.info, self._traits, self._limits_of(sender))
+        if not self._send(sender.peer, welcome) and session.hello == header.request:
+            self._close_session(session.id, "its client has gone before it was open")
+
+    def _limits_of(self, sender: _Sender) -> Limits:
+        """What this client may have in flight, by itself or as all of its tenant's."""
+        if sender.tenant is None:
+            return self._limits
+        most = min(self._limits.max_inflight_bytes, sender.tenant.max_inflight_bytes)
+        return self._limits.model_copy(update={"max_inflight_bytes": most})
 
     def _resumed(self, sender: _Sender, header: Hello, now: float) -> Session | None:
         if header.resume is None:
             return None
         try:
-            session = self._sessions.resume(header.resume, sender.peer, now, hello=header.request, tenant=sender.tenant)
+            session, old_peers = self._sessions.resume(
+                header.resume, sender.peer, now, hello=header.request, tenant=sender.tenant
+            )
         except UnknownSessionError:
             return None
+        for peer in old_peers:
+            self._router.cut(peer)  # what waits there for its client is answered here
         logger.info("session %s has a new connection", session.id.hex()[:8])
         return session
 
     def _opened(self, sender: _Sender, header: Hello, now: float) -> Session:
         if self._draining_until is not None:
             raise DrainingError()
-        earlier = self._sessions.of_peer(sender.peer)
+        earlier = self._sessions.of_peer(sender.peer, sender.tenant)
         if earlier is not None:
             self._close_session(earlier.id, "its client opened another")
         in_the_way = self._sessions.in_the_way(sender.tenant, now)
@@ -259,7 +270,7 @@ class TrunkServer:
             self._close_session(in_the_way.id, "quiet, and another one needs its place")
         session = self._sessions.open(sender.peer, now, hello=header.request, tenant=sender.tenant)
         whose = "" if sender.tenant is None else f" for {sender.tenant.name}"
-        logger.info("session %s opened%s (zsl %s, %s)", session.id.hex()[:8], whose, header.software, header.dtype)
+        logger.info("session %s opened%s (zsl %r, %s)", session.id.hex()[:8], whose, header.software, header.dtype)
         return session
 
     def _on_work(self, sender: _Sender, header: Header, frames: Sequence[Frame]) -> None:
@@ -277,7 +288,8 @@ class TrunkServer:
             frames,
             now,
             draining=self._draining_until is not None,
-            unsent_bytes=self._router.unsent_bytes(sender.peer),
+            unsent=self._router.unsent_bytes,
+            all_unsent=self._router.all_unsent_bytes,
             retry_after_ms=self._retry_after_ms(),
         )
         weight = 1.0 if session.tenant is None else session.tenant.weight
@@ -389,15 +401,22 @@ class TrunkServer:
         request_id = request.header.request
         del self._intake.under_way[request.session.id, request_id]
         session = self._sessions.finish(request.session.id, request_id)
-        if session is None:
-            return  # closed meanwhile: nobody waits
+        if session is None:  # closed meanwhile: nobody waits
+            self._scheduler.forget_client(request.session.id)
+            if isinstance(outcome, Done) and outcome.stash is not None:
+                outcome.stash.drop()
+            return
         if isinstance(outcome, WireError):
+            session.abandoned.discard(request_id)
+            if request.held is not None:
+                request.held.stash.drop()
             self._answer_error(session.peer, request_id, outcome)
             return
         assert isinstance(outcome, Done)
         if outcome.stash is not None:
             held = Held(outcome.stash, request.shape, request.job.merge_key)
             self._sessions.hold(session, request_id, held)
+        session.abandoned.discard(request_id)
         descriptors = [descriptor for descriptor, _ in outcome.buffers.values()]
         result = Result(
             request=request_id,
@@ -428,11 +447,12 @@ class TrunkServer:
                 if peer is not None:
                     self._router.cut(peer)  # its host may be gone without a word, and the connections still be there
         for peer in self._router.slow_peers(now):
-            slow = self._sessions.of_peer(peer)
-            if slow is not None:
+            for slow in [session for session in self._sessions if session.peer == peer]:
                 self._close_session(slow.id, "its client does not read its answers")
             self._router.cut(peer)
-        if self._stuck:
+        self._forbidden = {peer for peer in self._forbidden if self._router.is_connected(peer)}
+        if self._worker.busy_seconds(now) > self._settings.stuck_seconds:
+            self._stuck = True
             self.stop()
         if self._draining_until is not None:
             open_steps = any(session.held or session.inflight for session in self._sessions)
@@ -445,7 +465,9 @@ class TrunkServer:
         assert session is not None
         for request in session.inflight:
             if self._scheduler.discard((session_id, request)):
-                del self._intake.under_way[session_id, request]
+                given_up = self._intake.under_way.pop((session_id, request))
+                if given_up.held is not None:
+                    given_up.held.stash.drop()
         self._replies.close(session_id)
         self._scheduler.forget_client(session_id)
         if session.tenant is None:  # a tenant with a key must not lose what it has used by coming anew

@@ -42,8 +42,8 @@ class Session:
 
     @property
     def owner(self) -> Hashable:
-        """Who shares the device fairly: the tenant, or the session itself."""
-        return self.id if self.tenant is None else self.tenant.name
+        """Who shares the device fairly: the tenant, which is a key, or the session itself."""
+        return self.id if self.tenant is None else self.tenant.public_key
 
 
 # What is given up first when memory runs short.
@@ -142,22 +142,22 @@ class Sessions:
         session.last_heard = now
         return session
 
-    def resume(self, session_id: bytes, peer: bytes, now: float, *, hello: int, tenant: Tenant | None) -> Session:
-        """A session whose client has a new connection. Raises `UnknownSessionError`."""
+    def resume(
+        self, session_id: bytes, peer: bytes, now: float, *, hello: int, tenant: Tenant | None
+    ) -> tuple[Session, list[bytes]]:
+        """A session whose client has a new connection, and its old connections. Raises `UnknownSessionError`."""
         session = self.renew(session_id, now, tenant=tenant)
         if self._by_peer.get(session.peer) is session:
             del self._by_peer[session.peer]
-        session.peer, session.hello = peer, hello
+        old = [one for one in (session.peer, session.pulse) if one not in (None, peer)]
+        session.peer, session.hello, session.pulse = peer, hello, None
         self._by_peer[peer] = session
-        return session
+        return session, [one for one in old if one is not None]
 
-    def of_peer(self, peer: bytes) -> Session | None:
-        """The session of a connection."""
-        return self._by_peer.get(peer)
-
-    def of_owner(self, owner: Hashable) -> list[Session]:
-        """The sessions of a tenant, by its name."""
-        return list(self._by_owner.get(owner, {}).values())
+    def of_peer(self, peer: bytes, tenant: Tenant | None = None) -> Session | None:
+        """The session of a tenant's connection."""
+        session = self._by_peer.get(peer)
+        return session if session is not None and _same(session.tenant, tenant) else None
 
     def close(self, session_id: bytes) -> Session | None:
         """Forget a session and what is kept for it."""
@@ -179,15 +179,23 @@ class Sessions:
         return [session for session in self if now - session.last_heard >= self._lease_seconds]
 
     def admit(
-        self, session: Session, request: int, nbytes: int, *, unsent_bytes: int = 0, retry_after_ms: int = 50
+        self,
+        session: Session,
+        request: int,
+        nbytes: int,
+        *,
+        unsent: Callable[[bytes], int] = lambda _: 0,
+        all_unsent: int = 0,
+        retry_after_ms: int = 50,
     ) -> None:
         """Count a request as in flight. Raises `OverloadedError` over the session's credit, its tenant's, or that of
         all.
 
-        `unsent_bytes`: of answers that the client has not read. They count as if they were in flight.
+        `unsent` tells the bytes of answers that a connection has not read, `all_unsent` those of all. They count as if
+        they were in flight.
         """
         over_requests = len(session.inflight) >= self._max_inflight_requests
-        inflight = session.inflight_bytes + unsent_bytes
+        inflight = session.inflight_bytes + unsent(session.peer)
         if over_requests or (inflight and inflight + nbytes > self._max_inflight_bytes):
             raise OverloadedError(
                 f"the session has {len(session.inflight)} requests and {inflight} bytes in flight or unread; "
@@ -195,16 +203,17 @@ class Sessions:
                 retry_after_ms=retry_after_ms,
             )
         if session.tenant is not None:
-            inflight = sum(one.inflight_bytes for one in self._of(session.tenant).values())
+            inflight = sum(one.inflight_bytes + unsent(one.peer) for one in self._of(session.tenant).values())
             if inflight and inflight + nbytes > session.tenant.max_inflight_bytes:
                 raise OverloadedError(
                     f"tenant {session.tenant.name} has {inflight} bytes in flight; "
                     f"{session.tenant.max_inflight_bytes} are granted",
                     retry_after_ms=retry_after_ms,
                 )
-        if self._inflight_bytes and self._inflight_bytes + nbytes > self._max_total_inflight_bytes:
+        inflight = self._inflight_bytes + all_unsent
+        if inflight and inflight + nbytes > self._max_total_inflight_bytes:
             raise OverloadedError(
-                f"all sessions together have {self._inflight_bytes} bytes in flight", retry_after_ms=retry_after_ms
+                f"all sessions together have {inflight} bytes in flight or unread", retry_after_ms=retry_after_ms
             )
         session.inflight[request] = nbytes
         self._inflight_bytes += nbytes
@@ -255,6 +264,10 @@ class Sessions:
             return
         raise AssertionError("more is held than is there")
 
+    def give_up(self, session: Session, step: int) -> None:
+        """What is kept for a step is of no use: its backward brings everything along."""
+        self._drop(session, step)
+
     def take(self, session: Session, step: int) -> Held | None:
         """What was kept for a step, which is kept no more."""
         held = session.held.pop(step, None)
@@ -280,8 +293,8 @@ class Sessions:
         self._held_by_keep[held.stash.keep][session.id, step] = arrival
 
     def _of(self, tenant: Tenant) -> dict[bytes, Session]:
-        return self._by_owner.get(tenant.name, {})
+        return self._by_owner.get(tenant.public_key, {})
 
 
 def _same(one: Tenant | None, other: Tenant | None) -> bool:
-    return (one and one.name) == (other and other.name)
+    return (one and one.public_key) == (other and other.public_key)

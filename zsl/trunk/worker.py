@@ -60,10 +60,11 @@ class Worker(Generic[Ticket]):
         """For how long the pass that runs has been running; 0 while idle."""
         return 0.0 if self.busy_since is None else now - self.busy_since
 
-    async def stop(self) -> None:
-        """Wait for the pass that runs, and end the thread."""
+    async def stop(self, seconds: float) -> bool:
+        """End the thread after the pass that runs. False if that takes longer than `seconds`."""
         self._batches.put(None)
-        await asyncio.to_thread(self._thread.join)
+        await asyncio.to_thread(self._thread.join, seconds)
+        return not self._thread.is_alive()
 
     def _run(self) -> None:
         while (batch := self._batches.get()) is not None:

@@ -141,7 +141,7 @@ def _check_buffers(descriptors: Sequence[TensorDescriptor], buffers: Sequence[Fr
 def _first_problem(schema: type[Header], error: ValidationError) -> str:
     """The first thing wrong with a header, without its value: values can be data."""
     problem = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    where = ".".join(str(part)[:40] for part in problem["loc"]) or "header"
+    where = ".".join(ascii(str(part)[:40])[1:-1] for part in problem["loc"]) or "header"  # it may go to a terminal
     return f"{schema.__name__}: {where}: {problem['msg']}"[:MAX_TEXT_CHARS]
 
 
