@@ -31,7 +31,8 @@ In the daemon's tenants.toml (send the daemon SIGHUP, and it reads that again):
 public_key = "{key}"
 
 The client needs its secret file and the daemon's public one:
-  zsl.RemoteTrunk("tcp://HOST:PORT", server_key="server.key", client_key="{secret}")
+  zsl-train … --server HOST:PORT --set trunk.server_key=server.key --set trunk.client_key={secret}
+  zsl.RemoteTrunk("HOST:PORT", server_key="server.key", client_key="{secret}")
 """
 
 
