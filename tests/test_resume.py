@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -194,11 +195,15 @@ def test_killed_while_it_saves_and_again_at_a_step_it_ends_as_if_never_killed(
         **options,
     ) as second:
         assert second.stdout is not None
+        end = threading.Timer(90, second.kill)  # it stands still, so nothing else would end it
+        end.start()
         shown = []
         for line in second.stdout:
             shown.append(line)
             if "step 9/" in line:
                 second.kill()
+        end.cancel()
+        assert any("step 9/" in line for line in shown), "each step is shown when it is done, also in a pipe"
         assert second.wait(100) == -signal.SIGKILL
     assert "  Resuming from out/checkpoint-4, step 4 of 12\n" in shown
     assert not any("step 4/" in line for line in shown)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import signal
+import sys
 import warnings
 from pathlib import Path
 
@@ -40,6 +42,8 @@ def train(config: Path, server: str | None, save_dir: str | None, settings: tupl
         }
         checked = read_config(config, settings=settings, overrides=overrides)
 
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(line_buffering=True)  # a log file shows each step when it is done
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what was trained is saved
         logging.basicConfig(level=logging.WARNING, format="zsl-train: %(message)s")
         from transformers.utils.logging import disable_progress_bar, set_verbosity_error
