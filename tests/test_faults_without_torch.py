@@ -340,11 +340,11 @@ def test_many_clients_with_broken_lines_get_right_numbers(server: SquareServer) 
         breaker.start()
         try:
             with ThreadPoolExecutor(len(clients)) as pool:
-                assert all(pool.map(lambda client: steps_are_right(client, 60), clients))
+                while sum(link.happened["cut"] + link.happened["reset"] for link in links) <= 5:
+                    assert all(pool.map(lambda client: steps_are_right(client, 15), clients))
         finally:
             over.set()
             breaker.join(20)
-        assert sum(link.happened["cut"] + link.happened["reset"] for link in links) > 1
 
 
 def wait_until(condition: Callable[[], bool], otherwise: str) -> None:

@@ -235,7 +235,7 @@ class TrunkServer:
             check_wanted(self.info, header)
             session = self._resumed(sender, header, now) or self._opened(sender, header, now)
         welcome = welcome_to(header, session.id, self._epoch, self.info, self._traits, self._limits_of(sender))
-        if not self._send(sender.peer, welcome) and session.hello == header.request:
+        if not self._send(sender.peer, welcome):
             self._close_session(session.id, "its client has gone before it was open")
 
     def _limits_of(self, sender: _Sender) -> Limits:

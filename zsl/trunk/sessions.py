@@ -164,7 +164,7 @@ class Sessions:
         session = self._sessions.pop(session_id, None)
         if session is not None:
             for step in list(session.held):
-                self._drop(session, step)
+                self.give_up(session, step)
             self._inflight_bytes -= session.inflight_bytes
             if self._by_peer.get(session.peer) is session:
                 del self._by_peer[session.peer]
@@ -236,7 +236,7 @@ class Sessions:
             session.abandoned.discard(step)
             held.stash.drop()
             return
-        self._drop(session, step)
+        self.give_up(session, step)
         self._put(session, step, held, next(self._arrivals))
         most = None if session.tenant is None else session.tenant.max_stash_bytes
         if session.tenant is not None and most is not None:
@@ -264,10 +264,6 @@ class Sessions:
             return
         raise AssertionError("more is held than is there")
 
-    def give_up(self, session: Session, step: int) -> None:
-        """What is kept for a step is of no use: its backward brings everything along."""
-        self._drop(session, step)
-
     def take(self, session: Session, step: int) -> Held | None:
         """What was kept for a step, which is kept no more."""
         held = session.held.pop(step, None)
@@ -278,11 +274,12 @@ class Sessions:
 
     def release(self, session: Session, step: int) -> None:
         """The client will ask no backward for this step, which may still be in flight."""
-        self._drop(session, step)
+        self.give_up(session, step)
         if step in session.inflight:
             session.abandoned.add(step)
 
-    def _drop(self, session: Session, step: int) -> None:
+    def give_up(self, session: Session, step: int) -> None:
+        """What is kept for a step, if anything is, will not be used."""
         held = self.take(session, step)
         if held is not None:
             held.stash.drop()
