@@ -334,6 +334,7 @@ def test_a_session_goes_on_over_a_new_connection_with_all_that_was_held_and_aske
         resumed = peer.hello(resume=welcome.session)
         assert resumed.session == welcome.session
         peer.send(*forward(resumed, 2, attempt=1))
+        assert status(peer).sessions == 1  # the daemon has read what was sent before
         server.compute.gate.set()
         answer = peer.hear()
         assert isinstance(answer, Result) and answer.request == 2
