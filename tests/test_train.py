@@ -24,8 +24,9 @@ from support.daemon import Daemon
 from support.models import CUT, local_model
 from zsl.cli.train import train as train_command
 from zsl.split.reference import resolve
-from zsl.training.config import DataTable, read_config
-from zsl.training.data import load_data, synthetic_rows
+from zsl.training.config import read_config
+from zsl.training.data.load import load_data, synthetic_rows
+from zsl.training.data.table import DataTable
 
 COMMAND = [sys.executable, "-c", "from zsl.cli.train import train; train(prog_name='zsl-train')"]
 

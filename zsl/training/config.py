@@ -14,9 +14,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from zsl.errors import ConfigError
+from zsl.training.data.table import DataTable
+from zsl.training.table import Table
 
 LONGEST_TIMEOUT_SECONDS = 7 * 24 * 3600.0
 
@@ -35,18 +37,14 @@ TRAIN_DEFAULTS: dict[str, Any] = {
 LORA_DEFAULTS: dict[str, Any] = {"task_type": "CAUSAL_LM"}
 
 
-class _Table(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class ModelTable(_Table):
+class ModelTable(Table):
     """`[model]`"""
 
     name: str = "random:gpt2"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
 
-class TrunkTable(_Table):
+class TrunkTable(Table):
     """`[trunk]`. Without `endpoint` the trunk runs in the same process, still behind a socket."""
 
     endpoint: str | None = None
@@ -60,16 +58,7 @@ class TrunkTable(_Table):
     request_timeout_seconds: float = Field(default=300.0, gt=0, le=LONGEST_TIMEOUT_SECONDS)
 
 
-class DataTable(_Table):
-    """`[data]`. `name` is `synthetic`, `python-docs` or the path of a text file."""
-
-    name: str = "synthetic"
-    samples: int | None = Field(default=None, ge=1)
-    max_length: int = Field(default=128, ge=2)
-    seed: int = Field(default=0, ge=0)
-
-
-class TrainConfig(_Table):
+class TrainConfig(Table):
     """A whole configuration."""
 
     model: ModelTable = ModelTable()

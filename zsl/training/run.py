@@ -23,7 +23,7 @@ from zsl.split.reference import ModelReference, first_line, resolve
 from zsl.split.sides import Side, Sides
 from zsl.split.stack import layer_count
 from zsl.training.config import TrainConfig, check_keys
-from zsl.training.data import load_data
+from zsl.training.data.load import load_data
 from zsl.training.embedded import EmbeddedTrunk
 from zsl.training.losses import StepLosses
 from zsl.training.record import RunRecord, configuration_of

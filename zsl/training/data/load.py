@@ -10,7 +10,7 @@ from datasets import Dataset
 
 from zsl.errors import ConfigError, DataError
 from zsl.split.reference import ModelReference
-from zsl.training.config import DataTable
+from zsl.training.data.table import DataTable
 
 SYNTHETIC_SAMPLES = 20
 # The synthetic language: so many words, and for each the chances of its next ones.

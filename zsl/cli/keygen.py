@@ -1,0 +1,69 @@
+"""`zsl keygen`: keys for encrypted connections."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from zsl.cli.errors import one_line_errors
+
+SERVER = "server"  # the name under which `zsl-trunkd --keys DIR` looks for its own pair
+
+FILES = """\
+Made a key pair:
+  {secret}  secret: {keep_it}
+  {public}  public: {give_it}
+"""
+FOR_A_SERVER = """\
+Its public key is {key}
+
+Start the daemon with it, and with a list of the clients that it takes:
+  zsl-trunkd --host 0.0.0.0 --keys {directory} --tenants tenants.toml
+
+Each client makes its own pair with `zsl keygen NAME`, which shows the lines that belong in tenants.toml.
+"""
+FOR_A_CLIENT = """\
+In the daemon's tenants.toml (send the daemon SIGHUP, and it reads that again):
+
+[tenants.{name}]
+public_key = "{key}"
+
+The client needs its secret file and the daemon's public one:
+  zsl-train … --server HOST:PORT --set trunk.server_key=server.key --set trunk.client_key={secret}
+  zsl.RemoteTrunk("HOST:PORT", server_key="server.key", client_key="{secret}")
+"""
+
+
+@click.command()
+@click.argument("name")
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="DIR",
+    default="keys",
+    show_default=True,
+    help="Where the two files go.",
+)
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
+def keygen(name: str, out: Path, debug: bool) -> None:
+    """Make the key pair NAME: `server` for a daemon, any other name for a client.
+
+    Nothing is sent anywhere. NAME.key is public; NAME.key_secret never leaves its owner.
+    """
+    with one_line_errors("zsl keygen", debug=debug):
+        from zsl.transport.curve import read_public_key, write_key_pair
+
+        public, secret = write_key_pair(out, name)
+        is_server = name == SERVER
+        facts = {
+            "name": name,
+            "key": read_public_key(str(public)).decode(),
+            "directory": out,
+            "public": str(public).ljust(len(str(secret))),
+            "secret": secret,
+            "keep_it": "stays on the daemon's machine" if is_server else "stays with the client",
+            "give_it": "for every client" if is_server else "for whoever runs the daemon",
+        }
+        click.echo(FILES.format(**facts))
+        click.echo((FOR_A_SERVER if is_server else FOR_A_CLIENT).format(**facts), nl=False)
