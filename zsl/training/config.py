@@ -1,8 +1,8 @@
-"""The TOML file of `zsl-train`, checked. Knows no torch.
+"""The configuration of `zsl-train`, from a TOML file and the command line, checked. Knows no torch.
 
-`[model]`, `[trunk]` and `[data]` have a schema here. `[lora]` and `[train]` go as they are to `LoraConfig` and
-`TrainingArguments`, whose documentation is theirs; `zsl.training.run` checks their keys. The one key of `[train]` that
-is ours is `overlap`.
+`[model]`, `[trunk]` and `[data]` have a schema here. `[peft]` goes as it is to the PEFT configuration class of its
+`method`, and `[train]` to `TrainingArguments`: their documentation is theirs, `zsl.training.foreign` checks their keys.
+`TrainerExtras` are the few keys of `[train]` that are ours.
 """
 
 from __future__ import annotations
@@ -34,28 +34,79 @@ TRAIN_DEFAULTS: dict[str, Any] = {
     "report_to": "none",
     "disable_tqdm": False,  # transformers hides the progress bar where it says little else
 }
-LORA_DEFAULTS: dict[str, Any] = {"task_type": "CAUSAL_LM"}
+# And what more, where there is validation.
+WITH_VALIDATION: dict[str, Any] = {"eval_strategy": "epoch", "eval_on_start": True}
+PEFT_DEFAULTS: dict[str, Any] = {"method": "lora"}
+# What is trained without a file.
+WITHOUT_A_FILE: dict[str, dict[str, Any]] = {
+    "data": {"samples": 20},
+    "peft": {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"},
+    "train": {"output_dir": "lora_checkpoints", "seed": 0},
+}
+
+DtypeName = Literal["float32", "bfloat16", "float16"]
 
 
 class ModelTable(Table):
-    """`[model]`"""
+    """`[model]`: which model, and in what numbers the client's layers compute."""
 
-    name: str = "random:gpt2"
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    name: str = Field(
+        default="random:gpt2",
+        description="A hub id, a checkpoint's directory, the client's part that `zsl split` made, a `.gguf` file, "
+        "`package:<name>`, or `random:<model_type>`.",
+    )
+    dtype: DtypeName = Field(default="float32", description="The dtype of bottom and top.")
 
 
 class TrunkTable(Table):
-    """`[trunk]`. Without `endpoint` the trunk runs in the same process, still behind a socket."""
+    """`[trunk]`: where the trunk is, and how it is used."""
 
-    endpoint: str | None = None
-    server_key: str | None = None
-    client_key: str | None = None
-    mode: Literal["exact", "straight-through", "none"] = "exact"
-    cut: str | None = None
-    wire_dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    deterministic: Literal["packed"] | None = None
-    connect_timeout_seconds: float = Field(default=10.0, gt=0, le=LONGEST_TIMEOUT_SECONDS)
-    request_timeout_seconds: float = Field(default=300.0, gt=0, le=LONGEST_TIMEOUT_SECONDS)
+    endpoint: str | None = Field(
+        default=None,
+        description="`HOST:PORT` of a daemon, or several of the same trunk with commas between them. Without it the "
+        "trunk runs in the same process, still behind a socket.",
+    )
+    server_key: str | None = Field(default=None, description="The daemon's `.key` file, or the key itself.")
+    client_key: str | None = Field(default=None, description="One's own `.key_secret` file.")
+    mode: Literal["exact", "straight-through", "none"] = Field(
+        default="exact", description="The gradient in front of the trunk."
+    )
+    cut: str | None = Field(
+        default=None,
+        description="`START:STOP`, the trunk's layers. A daemon that serves others is refused; without it, its own.",
+    )
+    wire_dtype: DtypeName | None = Field(
+        default=None, description="What activations and gradients are sent in; without it, the model's dtype."
+    )
+    deterministic: Literal["packed"] | None = Field(
+        default=None, description="`packed`: refuse a daemon whose answers may depend on who else it serves."
+    )
+    connect_timeout_seconds: float = Field(
+        default=10.0, gt=0, le=LONGEST_TIMEOUT_SECONDS, description="How long the first connection may take."
+    )
+    request_timeout_seconds: float = Field(
+        default=300.0,
+        gt=0,
+        le=LONGEST_TIMEOUT_SECONDS,
+        description="How long a request may take, replays and a daemon that is away included.",
+    )
+
+
+class TrainerExtras(Table):
+    """The keys of `[train]` that `TrainingArguments` does not have."""
+
+    overlap: int = Field(
+        default=1,
+        ge=1,
+        strict=True,
+        description="Micro-batches (of `gradient_accumulation_steps`) in flight at once; the gradient is the same.",
+    )
+    early_stopping_patience: int | None = Field(
+        default=None, ge=1, description="Stop after so many validations in a row that were no better than the best."
+    )
+    early_stopping_threshold: float = Field(
+        default=0.0, ge=0, description="By how much a validation loss must be lower to count as better."
+    )
 
 
 class TrainConfig(Table):
@@ -64,16 +115,13 @@ class TrainConfig(Table):
     model: ModelTable = ModelTable()
     trunk: TrunkTable = TrunkTable()
     data: DataTable = DataTable()
-    lora: dict[str, Any] = Field(default_factory=dict)
+    peft: dict[str, Any] = Field(default_factory=dict)
     train: dict[str, Any] = Field(default_factory=dict)
 
     @property
-    def overlap(self) -> int:
-        """How many micro-batches of a step are in flight at once. Raises `ConfigError`."""
-        overlap = self.train.get("overlap", 1)
-        if type(overlap) is not int or overlap < 1:
-            raise ConfigError(f"train.overlap = {overlap!r}: a number of micro-batches is needed, 1 or more")
-        return overlap
+    def extras(self) -> TrainerExtras:
+        """The keys of `[train]` that are ours. Raises `ValidationError`; `read_config` has seen to that."""
+        return TrainerExtras.model_validate({k: v for k, v in self.train.items() if k in TrainerExtras.model_fields})
 
     @property
     def resume_from(self) -> str | bool | None:
@@ -87,8 +135,9 @@ class TrainConfig(Table):
 
     @property
     def trainer_arguments(self) -> dict[str, Any]:
-        """The keys of `[train]` that are those of `TrainingArguments`."""
-        return {key: value for key, value in self.train.items() if key != "overlap"}
+        """The keys of `[train]` that are for `TrainingArguments`; which checkpoint to go on from is `resume_from`."""
+        ours = {*TrainerExtras.model_fields, "resume_from_checkpoint"}
+        return {key: value for key, value in self.train.items() if key not in ours}
 
     def as_toml(self) -> str:
         """The configuration as the TOML that would give it again."""
@@ -98,36 +147,75 @@ class TrainConfig(Table):
         return "\n".join(lines[1:])
 
 
-def read_config(file: Path, *, settings: Sequence[str] = (), overrides: Mapping[str, Mapping[str, Any]]) -> TrainConfig:
+def read_config(
+    file: Path | None, *, settings: Sequence[str] = (), overrides: Mapping[str, Mapping[str, Any]]
+) -> TrainConfig:
     """The configuration in `file`, with `table.key=value` settings and then `overrides` laid over it.
 
-    Raises `ConfigError`, which names file and key, and for a misspelt key the nearest that there is.
+    Without a file, that of a small run on synthetic data. Raises `ConfigError`, which names file and key, and for a
+    misspelt key the nearest that there is.
     """
-    try:
-        tables: dict[str, Any] = tomllib.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{file}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: not valid TOML: {error}") from error
+    where = where_of(file)
+    tables = _read(file) if file else {table: dict(values) for table, values in WITHOUT_A_FILE.items()}
     for setting in settings:
         table, key, value = _parse_setting(setting)
         _lay_over(tables, table, {key: value})
     for table, values in overrides.items():
         _lay_over(tables, table, values)
-    tables["lora"] = {**LORA_DEFAULTS, **_table(tables, "lora")}
-    tables["train"] = {**TRAIN_DEFAULTS, "output_dir": f"runs/{file.stem}", **_table(tables, "train")}
+    peft = _table(tables, "peft")
+    if file is None and peft.get("method", "lora") != "lora":
+        # What is the default for LoRA need not be a key of another method.
+        ours = WITHOUT_A_FILE["peft"]
+        peft = {key: value for key, value in peft.items() if key not in ours or value != ours[key]}
+    tables["peft"] = {**PEFT_DEFAULTS, **peft}
+    tables["train"] = _train_defaults(_table(tables, "train"), file, validates="validation" in _table(tables, "data"))
     try:
-        return TrainConfig.model_validate(tables)
+        config = TrainConfig.model_validate(tables)
     except ValidationError as error:
-        raise ConfigError(f"{file}: {_first_problem(error)}") from None
+        raise ConfigError(f"{where}: {_first_problem(error)}") from None
+    try:
+        assert config.extras
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        raise ConfigError(f"{where}: train.{problem['loc'][0]} = {problem['input']!r}: {problem['msg']}") from None
+    return config
 
 
-def check_keys(file: Path, table: str, keys: Iterable[str], known: Iterable[str]) -> None:
+def where_of(file: Path | None) -> str:
+    """How an error names the place of a configuration."""
+    return str(file) if file else "the command line"
+
+
+def check_keys(where: str, table: str, keys: Iterable[str], known: Iterable[str]) -> None:
     """Raises `ConfigError` for the first key that is not known."""
     known = set(known)
     for key in keys:
         if key not in known:
-            raise ConfigError(f"{file}: {_unknown_key(f'{table}.{key}', key, known, table)}")
+            raise ConfigError(f"{where}: {_unknown_key(f'{table}.{key}', key, known, table)}")
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        tables = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{file}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: not valid TOML: {error}") from error
+    return tables
+
+
+def _train_defaults(train: Mapping[str, Any], file: Path | None, *, validates: bool) -> dict[str, Any]:
+    """`[train]` with our defaults where it says nothing."""
+    filled = {**TRAIN_DEFAULTS, **({"output_dir": f"runs/{file.stem}"} if file else {}), **train}
+    if not validates:
+        return filled
+    keeps_the_best = bool(filled.get("load_best_model_at_end") or "early_stopping_patience" in filled)
+    ours = {**WITH_VALIDATION, "per_device_eval_batch_size": filled["per_device_train_batch_size"]}
+    if keeps_the_best:
+        # The best of the validations is a checkpoint, so there is one whenever there is the other.
+        ours |= {"eval_strategy": filled["save_strategy"], "eval_steps": filled["save_steps"]}
+        ours |= {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": False}
+    return {**ours, **filled}
 
 
 def _table(tables: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -158,6 +246,8 @@ def _first_problem(error: ValidationError) -> str:
     if problem["type"] != "extra_forbidden":
         return f"{'.'.join(path)}: {problem['msg']}"
     if len(path) == 1:
+        if path[0] == "lora":
+            return 'unknown table [lora]; write [peft] with method = "lora", the default'
         return _unknown_key(f"[{path[0]}]", path[0], TrainConfig.model_fields, None)
     schema = TrainConfig.model_fields[path[0]].annotation
     assert isinstance(schema, type) and issubclass(schema, BaseModel)

@@ -51,20 +51,41 @@ def epoch_summary(epoch: int, losses: Sequence[float]) -> str:
     )
 
 
-def final_summary(losses: Sequence[float], seconds: float) -> str:
-    """What became of the loss."""
+def validation_line(step: int, of_steps: int, loss: float, perplexity: float) -> str:
+    """What a validation gave."""
+    return f"  step {step}/{of_steps}: validation loss {loss:.4f}, perplexity {perplexity:.2f}"
+
+
+def stopped_early(step: int, of_steps: int, patience: int) -> str:
+    """That a training ended before its last step."""
+    return f"  stopped at step {step} of {of_steps}: no lower validation loss in {patience} validations"
+
+
+def final_summary(
+    losses: Sequence[float],
+    seconds: float,
+    validations: Sequence[tuple[int, float]] = (),
+    *,
+    kept: int | None = None,
+) -> str:
+    """What became of the loss. `validations` are (step, loss); `kept` is the step whose adapters are saved, if it is
+    not the last."""
     if not losses:
         return "Summary\n  no step was taken"
     fell = losses[-1] < losses[0]
-    return "\n".join(
-        [
-            "Summary",
-            f"  steps    {len(losses)} in {seconds:.1f} s",
-            f"  first    {losses[0]:.4f}",
-            f"  last     {losses[-1]:.4f}",
-            f"  lowest   {min(losses):.4f}",
-            f"  average  {sum(losses) / len(losses):.4f}",
-            f"  The loss {'fell' if fell else 'did not fall'}"
-            + (f" by {losses[0] - losses[-1]:.4f}." if fell else f": it rose by {losses[-1] - losses[0]:.4f}."),
-        ]
-    )
+    lines = [
+        "Summary",
+        f"  steps    {len(losses)} in {seconds:.1f} s",
+        f"  first    {losses[0]:.4f}",
+        f"  last     {losses[-1]:.4f}",
+        f"  lowest   {min(losses):.4f}",
+        f"  average  {sum(losses) / len(losses):.4f}",
+        f"  The loss {'fell' if fell else 'did not fall'}"
+        + (f" by {losses[0] - losses[-1]:.4f}." if fell else f": it rose by {losses[-1] - losses[0]:.4f}."),
+    ]
+    if validations:
+        (first_step, first), (last_step, last) = validations[0], validations[-1]
+        lines.append(f"  validation loss {first:.4f} at step {first_step}, {last:.4f} at step {last_step}")
+    if kept is not None:
+        lines.append(f"  The adapters are those of step {kept}, where the validation loss was lowest.")
+    return "\n".join(lines)

@@ -35,6 +35,7 @@ class Start:
     of_steps: int | None  # None: another run made it, for as many steps as it had
     metrics: str  # lines of `metrics.jsonl`
     seconds: float
+    best: Path | None  # the checkpoint with the lowest validation loss, if the run looks for it
 
     @property
     def is_the_end(self) -> bool:
@@ -129,6 +130,7 @@ class RunDirectory:
         try:
             state = json.loads((checkpoint / "trainer_state.json").read_bytes())
             step, of_steps = int(state["global_step"]), int(state["max_steps"])
+            best_step = state.get("best_global_step")
         except (OSError, ValueError, KeyError, TypeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "its trainer_state.json names no step"
             raise ConfigError(f"{checkpoint} is no checkpoint to go on from: {reason}") from error
@@ -139,6 +141,7 @@ class RunDirectory:
             of_steps if self._is_of_this_run(record) else None,
             metrics.read_text(encoding="utf-8") if metrics.is_file() else "",
             record.seconds if record else 0.0,
+            checkpoint.with_name(f"checkpoint-{best_step}") if best_step else None,
         )
 
     def _is_of_this_run(self, record: RunRecord | None) -> bool:

@@ -1,4 +1,4 @@
-"""Hugging Face `Trainer`, with each step's own loss kept and shown, and checkpoints that are whole or not there."""
+"""Hugging Face `Trainer`, with what each step took kept and shown, and checkpoints that are whole or not there."""
 
 from __future__ import annotations
 
@@ -12,50 +12,79 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    EarlyStoppingCallback,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
+from zsl.errors import ConfigError
 from zsl.split.adapter import write_adapter
 from zsl.split.durable import aside
 from zsl.split.reference import first_line
 from zsl.training.checkpoints import prune, put_in_place
-from zsl.training.losses import StepLosses
+from zsl.training.config import TrainerExtras
+from zsl.training.metrics import RunMetrics
 from zsl.training.overlap import OverlapMixin
-from zsl.training.report import epoch_summary
-from zsl.training.resume import RunDirectory
+from zsl.training.report import epoch_summary, stopped_early, validation_line
+from zsl.training.resume import RunDirectory, Start
 
 logger = logging.getLogger(__name__)
 
 
 class SplitTrainer(OverlapMixin, Trainer):
-    """`Trainer` that tells `losses` of each micro-batch's share of its step's loss, and `directory` of its checkpoints.
+    """`Trainer` that tells `metrics` what each micro-batch adds to its step's loss, and `directory` of its checkpoints.
 
-    `seconds_before` are those that the run has trained in processes before this one.
+    `seconds_before` are those that the run has trained in processes before this one. `extras` are what `[train]` has
+    beside `TrainingArguments`. Raises `ConfigError`.
     """
 
     def __init__(
         self,
         *,
-        losses: StepLosses,
+        metrics: RunMetrics,
         directory: RunDirectory,
+        extras: TrainerExtras,
         base_model: str | None = None,
         seconds_before: float = 0.0,
         **arguments: Any,
     ) -> None:
-        super().__init__(**arguments)
-        self._losses = losses
+        super().__init__(overlap=extras.overlap, **arguments)
+        self._metrics = metrics
         self._directory = directory
         self._base_model = base_model
         self._began = time.monotonic() - seconds_before
         self._aside: Path | None = None
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
-        self._show = _Show(losses, directory)
+        self._show = _Show(metrics, directory, extras.early_stopping_patience)
         self.add_callback(self._show)
+        if extras.early_stopping_patience is not None:
+            if self.args.metric_for_best_model is None or self.eval_dataset is None:
+                raise ConfigError("train.early_stopping_patience goes by the validation loss: set data.validation")
+            self.add_callback(EarlyStoppingCallback(extras.early_stopping_patience, extras.early_stopping_threshold))
 
     @property
     def seconds(self) -> float:
         """Of training, in all processes that the run had."""
         return time.monotonic() - self._began
+
+    @property
+    def kept_step(self) -> int | None:
+        """The step whose adapters the model has, if the best were loaded at the end."""
+        return self.state.best_global_step if self.args.load_best_model_at_end else None
+
+    def end_at(self, start: Start) -> None:
+        """Do what is left to do of a training that has taken all its steps; `train` would take one more."""
+        keeps_the_best = self.args.load_best_model_at_end and start.best is not None and start.best.is_dir()
+        checkpoint = start.best if keeps_the_best else start.checkpoint
+        self.state = TrainerState.load_from_json(str(start.checkpoint / "trainer_state.json"))
+        model: Any = self.model
+        model.load_adapter(str(checkpoint), model.active_adapter, is_trainable=True)
 
     def close_progress_bar(self) -> None:
         """End the bar's line, so that what is printed next stands on its own; needed after a failure."""
@@ -64,8 +93,13 @@ class SplitTrainer(OverlapMixin, Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
-        self._losses.add_micro_batch(loss.detach())
+        self._metrics.add_micro_batch(loss.detach())
         return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "eval_loss" in logs:
+            logs["eval_perplexity"] = perplexity(logs["eval_loss"])
+        super().log(logs, start_time)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._aside or super()._get_output_dir(trial))
@@ -80,7 +114,7 @@ class SplitTrainer(OverlapMixin, Trainer):
                 super()._save_checkpoint(model, trial)
                 written = self._aside / place.name
                 self._correct_best_checkpoint(written)
-                self._directory.add_to(written, metrics=self._losses.text, seconds=self.seconds)
+                self._directory.add_to(written, metrics=self._metrics.text, seconds=self.seconds)
                 put_in_place(written, place)
         except (OSError, SafetensorError, RuntimeError) as error:  # torch's writer of files raises RuntimeError
             logger.warning("%s could not be written: %s; the training goes on", place, _reason(error))
@@ -109,6 +143,14 @@ class SplitTrainer(OverlapMixin, Trainer):
         write_adapter(model, directory, base_model=self._base_model)
 
 
+def perplexity(loss: float) -> float:
+    """e to the loss in nats a token; infinite where that is over the largest float."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
 def _reason(error: Exception) -> str:
     if isinstance(error, OSError):
         return error.strerror or first_line(error)
@@ -118,11 +160,12 @@ def _reason(error: Exception) -> str:
 
 
 class _Show(ProgressCallback):
-    """The progress bar of transformers, with a line per logging step and per epoch."""
+    """The progress bar of transformers, with a line per logging step, validation and epoch."""
 
-    def __init__(self, losses: StepLosses, directory: RunDirectory) -> None:
+    def __init__(self, metrics: RunMetrics, directory: RunDirectory, patience: int | None) -> None:
         super().__init__()
-        self._losses = losses
+        self._patience = patience
+        self._metrics = metrics
         self._directory = directory
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -130,7 +173,7 @@ class _Show(ProgressCallback):
             self._directory.begin()
         except OSError as error:
             logger.warning("%s cannot be written: %s; the training goes on", self._directory.path, _reason(error))
-        self._losses.end_step(state.global_step, epoch=float(state.epoch or 0))
+        self._metrics.end_step(state.global_step, float(state.epoch or 0), {})
         if not args.disable_tqdm:
             super().on_step_end(args, state, control, **kwargs)  # type: ignore[no-untyped-call]
 
@@ -150,6 +193,8 @@ class _Show(ProgressCallback):
     ) -> None:
         if not args.disable_tqdm:
             super().on_train_end(args, state, control, **kwargs)  # type: ignore[no-untyped-call]
+        if self._patience is not None and state.global_step < state.max_steps:
+            tqdm.write(stopped_early(state.global_step, state.max_steps, self._patience))
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
@@ -161,6 +206,19 @@ class _Show(ProgressCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        losses = self._losses.end_epoch()
+        losses = self._metrics.end_epoch()
         if losses:
             tqdm.write(epoch_summary(math.ceil(state.epoch or 0), losses))
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any
+    ) -> None:
+        loss, of_tokens = metrics["eval_loss"], metrics["eval_perplexity"]
+        self._metrics.add_validation(state.global_step, float(state.epoch or 0), loss, of_tokens)
+        tqdm.write(validation_line(state.global_step, state.max_steps, loss, of_tokens))
+        if not args.disable_tqdm:
+            super().on_evaluate(args, state, control, **kwargs)  # type: ignore[no-untyped-call]
+
+    def on_prediction_step(self, args: TrainingArguments, *arguments: Any, **kwargs: Any) -> None:
+        if not args.disable_tqdm:
+            super().on_prediction_step(args, *arguments, **kwargs)  # type: ignore[no-untyped-call]

@@ -1,0 +1,46 @@
+"""Tables whose keys are another library's: checked by the fields and types of its own class, and made into that."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from zsl.errors import ConfigError, ZslError
+from zsl.split.reference import first_line
+from zsl.training.config import check_keys
+
+T = TypeVar("T")
+
+
+def make_foreign(cls: Callable[..., T], where: str, table: str, values: Mapping[str, Any]) -> T:
+    """`cls(**values)` of a dataclass `cls`. `where` (a file) and `table` say in an error where a value stands.
+
+    A value that another type stands for (`"2e-4"` for a float) becomes one. Raises `ConfigError`.
+    """
+    fields = [field.name for field in dataclasses.fields(cls) if field.init]  # type: ignore[arg-type]
+    check_keys(where, table, values, fields)
+    hints = typing.get_type_hints(cls)
+    checked = {key: _checked(where, f"{table}.{key}", hints[key], value) for key, value in values.items()}
+    return complain_as_ours(where, table, lambda: cls(**checked))
+
+
+def complain_as_ours(where: str, table: str, make: Callable[[], T]) -> T:
+    """What a foreign constructor makes of our table, or its complaint as a `ConfigError`."""
+    try:
+        return make()
+    except (ValueError, TypeError, ImportError) as error:
+        if isinstance(error, ZslError):
+            raise
+        raise ConfigError(f"{where}: [{table}]: {first_line(error)}") from error
+
+
+def _checked(where: str, key: str, hint: Any, value: Any) -> Any:
+    try:
+        return TypeAdapter(hint).validate_python(value)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]["msg"]
+        raise ConfigError(f"{where}: {key} = {value!r}: {problem[:1].lower()}{problem[1:]}") from None
