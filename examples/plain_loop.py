@@ -1,22 +1,24 @@
 """Split fine-tuning without a trainer: a plain loop, flat, with nothing of zsl between you and PEFT but the trunk.
 
-bin/zsl-trunkd --port 5555                # in one terminal
-.venv/bin/python examples/plain_loop.py   # in another
+bin/zsl-trunkd --port 5555                                        # in one terminal
+.venv/bin/python examples/plain_loop.py --server 127.0.0.1:5555   # in another
 """
 
-import sys
+import argparse
 
 import torch
 from peft import LoraConfig, get_peft_model
 
 import zsl
 
-ENDPOINT = sys.argv[1] if len(sys.argv) > 1 else "127.0.0.1:5555"
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--server", default="127.0.0.1:5555", metavar="HOST:PORT", help="the daemon")
+options = parser.parse_args()
+
 STEPS, ROWS, TOKENS = 10, 2, 128
 
 torch.manual_seed(0)
-
-trunk = zsl.RemoteTrunk(ENDPOINT)
+trunk = zsl.RemoteTrunk(options.server)
 model = zsl.load_client("random:gpt2", trunk)  # a real GPT2LMHeadModel; the daemon says which layers it holds
 model = get_peft_model(
     model, LoraConfig(r=8, target_modules=["c_attn", "c_fc", "c_proj"], fan_in_fan_out=True, task_type="CAUSAL_LM")

@@ -20,7 +20,7 @@ ALLOWED: dict[str, set[str]] = {
     "trunk": {"errors", "wire", "transport", "split", ""},
     "client": {"errors", "wire", "transport", "split", ""},
     "training": {"errors", "wire", "split", "client", "trunk"},
-    "cli": {"errors", "transport", "split", "trunk", "training", ""},
+    "cli": {"errors", "transport", "split", "client", "trunk", "training", ""},
 }
 # Rooms and files that know no torch, so that they run and can be tested where there is none.
 WITHOUT_TORCH = [

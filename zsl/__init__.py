@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from zsl.client.trunk_client import TrunkClient as TrunkClient
     from zsl.errors import ZslError as ZslError
     from zsl.split.adapter import save_adapter as save_adapter
+    from zsl.split.attach import load_adapter as load_adapter
     from zsl.training.overlap import OverlapMixin as OverlapMixin
 
 __version__ = "0.1.0"
@@ -26,6 +27,7 @@ _HOMES = {
     "RemoteTrunk": "zsl.client.remote",
     "TrunkClient": "zsl.client.trunk_client",
     "ZslError": "zsl.errors",
+    "load_adapter": "zsl.split.attach",
     "load_client": "zsl.client.model",
     "save_adapter": "zsl.split.adapter",
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from types import TracebackType
 from typing import Self
 
@@ -10,7 +11,10 @@ import zmq
 
 
 class Relay:
-    """Passes messages both ways, unchanged. `from_client` are all frames that a client sent, in order."""
+    """Passes messages both ways, unchanged.
+
+    `from_client` are all frames that a client sent, in order; `bytes_up` and `bytes_down` those of each connection.
+    """
 
     def __init__(self, endpoint: str) -> None:
         self._context = zmq.Context()
@@ -22,6 +26,8 @@ class Relay:
         self._stop = self._context.socket(zmq.PAIR)
         self._stop.bind("inproc://stop")
         self.from_client: list[bytes] = []
+        self.bytes_up: Counter[bytes] = Counter()
+        self.bytes_down: Counter[bytes] = Counter()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def _run(self) -> None:
@@ -38,6 +44,7 @@ class Relay:
             if self._front in ready:
                 client, *frames = self._front.recv_multipart()
                 self.from_client += frames
+                self.bytes_up[client] += sum(map(len, frames))
                 if client not in self._backs:
                     back = self._backs[client] = self._context.socket(zmq.DEALER)
                     back.linger = 0
@@ -46,7 +53,9 @@ class Relay:
                 self._backs[client].send_multipart(frames)
             for client, back in self._backs.items():
                 if back in ready:
-                    self._front.send_multipart([client, *back.recv_multipart()])
+                    answer = back.recv_multipart()
+                    self.bytes_down[client] += sum(map(len, answer))
+                    self._front.send_multipart([client, *answer])
 
     def __enter__(self) -> Self:
         self._thread.start()

@@ -7,7 +7,6 @@ import io
 import logging
 import os
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import click
 
 import zsl
 from zsl.cli.errors import one_line_errors, stop_on_sigterm
+from zsl.cli.quiet import quiet_libraries
 
 # Where an option's value goes, and what holds without it where there is no file.
 FLAGS = {
@@ -98,17 +98,9 @@ def train(
             sys.stdout.reconfigure(line_buffering=True)  # a log file shows each step when it is done
         stop_on_sigterm()  # as Ctrl-C: what was trained is saved
         logging.basicConfig(level=logging.WARNING, format="zsl-train: %(message)s")
-        if not debug:
-            # What the libraries below have to say to each other is not for whoever trains.
-            warnings.simplefilter("ignore", FutureWarning)
-            os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        from transformers.utils.logging import disable_progress_bar, set_verbosity_error
-
+        quiet_libraries(debug=debug)
         from zsl.training.run import train_from_config
 
-        disable_progress_bar()
-        if not debug:
-            set_verbosity_error()
         with contextlib.ExitStack() as stack:
             if quiet:
                 stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))

@@ -22,6 +22,7 @@ from typing import TypeVar
 from zsl.client.endpoints import parse_endpoints
 from zsl.client.link import Link
 from zsl.client.requests import Build, Pending
+from zsl.client.traffic import Traffic
 from zsl.errors import ClosedError, InternalError, RequestTimeout, ZslError
 from zsl.transport.curve import ClientKeys
 from zsl.wire.frames import Message
@@ -91,7 +92,12 @@ class Connection:
     @property
     def replays(self) -> int:
         """How many requests had to be sent again so far."""
-        return 0 if self._link is None else self._link.replays
+        return self.traffic.replays
+
+    @property
+    def traffic(self) -> Traffic:
+        """What went over the connection so far."""
+        return Traffic() if self._link is None else self._link.traffic
 
     def new_request_id(self) -> int:
         """An id that this connection has not used, larger than all before it."""

@@ -22,6 +22,7 @@ from zsl.client.carrying import Carrying
 from zsl.client.endpoints import LONGEST_PAUSE_SECONDS, Endpoints
 from zsl.client.pulse import Pulse
 from zsl.client.requests import Pending, Requests
+from zsl.client.traffic import Traffic, TrafficCounter
 from zsl.errors import (
     WIRE_ERRORS,
     ConnectionLost,
@@ -90,6 +91,7 @@ class Link:
         self._request_timeout_seconds = request_timeout_seconds
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._requests = Requests()
+        self._traffic = TrafficCounter()
         self._open_by = time.monotonic() + connect_timeout_seconds
         self._quota: ZslError | None = None
         self._unreadable = 0  # answers, before the first session
@@ -116,9 +118,9 @@ class Link:
         self._hello_not_before = 0.0
 
     @property
-    def replays(self) -> int:
-        """How many requests were sent again."""
-        return self._requests.replays
+    def traffic(self) -> Traffic:
+        """What went over the link so far."""
+        return self._traffic.so_far(self._requests.replays)
 
     @property
     def busy(self) -> bool:
@@ -152,6 +154,7 @@ class Link:
         dealer = self._dealer
         if dealer is not None:
             while self._dealer is dealer and (frames := dealer.receive()) is not None:
+                self._traffic.received(frames)
                 self._on_frames(frames)
             while self._dealer is dealer and (event := dealer.link_event()) is not None:
                 self._on_link_event(event)
@@ -310,7 +313,13 @@ class Link:
     # --- requests ----------------------------------------------------------------------------------------------
 
     def _say(self, header: Header) -> bool:
-        return self._dealer is not None and self._dealer.send(encode(header))
+        return self._dealer is not None and self._put(self._dealer, encode(header))
+
+    def _put(self, dealer: Dealer, frames: list[Frame]) -> bool:
+        sent = dealer.send(frames)
+        if sent:
+            self._traffic.sent(frames)
+        return sent
 
     def _send_waiting(self, now: float, welcome: Welcome) -> None:
         while (pending := self._requests.take_next(welcome.limits, welcome.epoch, now)) is not None:
@@ -335,7 +344,7 @@ class Link:
             self._requests.ended(pending.request)
             pending.fail(error)
             return True
-        return self._dealer.send(frames)
+        return self._put(self._dealer, frames)
 
     def _on_frames(self, frames: list[Frame]) -> None:
         try:
@@ -368,6 +377,7 @@ class Link:
                 return  # an echo from an earlier life
             pending = self._requests.ended(getattr(header, "request", None))
             if pending is not None:  # otherwise a late answer to something given up
+                self._traffic.answered(header)
                 pending.future.set_result(message)
 
     def _on_pong(self, header: Pong) -> None:

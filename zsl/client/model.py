@@ -12,6 +12,7 @@ from zsl.client.remote import RemoteTrunk
 from zsl.errors import ModelError
 from zsl.split.identity import identify
 from zsl.split.loading import load_client_part
+from zsl.split.quantize import Quantization
 from zsl.split.reference import ModelReference, resolve
 from zsl.split.slots import copy_plain_attributes
 from zsl.split.stack import find_stack
@@ -28,16 +29,25 @@ _REFUSED = {
 
 
 def load_client(
-    model: str | ModelReference, trunk: RemoteTrunk, *, cut: Cut | None = None, dtype: torch.dtype = torch.float32
+    model: str | ModelReference,
+    trunk: RemoteTrunk,
+    *,
+    cut: Cut | None = None,
+    dtype: torch.dtype = torch.float32,
+    quantize: Quantization | None = None,
 ) -> PreTrainedModel:
     """The real class of `model` (`GPT2LMHeadModel`, …) with `trunk` in place of the layers that the daemon holds.
 
     The cut is the daemon's; give `cut` to insist on one. The daemon must serve the same configuration and weights.
-    Only the layers outside the cut are loaded. Raises `ModelError`, `TrunkUnreachable` or `WrongModelError`.
+    Only the layers outside the cut are loaded; `model` may be the client's part that `zsl split` wrote.
+    `quantize`: its linear layers in 4 or 8 bits, by bitsandbytes; the trunk is as the daemon has it.
+    Raises `ModelError`, `TrunkUnreachable` or `WrongModelError`.
     """
     reference = resolve(model) if isinstance(model, str) else model
+    if reference.part is not None:
+        cut = reference.part.cut_for(reference.text, "client", cut)
     welcome = trunk.connect(identify(reference), cut=cut, dtype=dtype)
-    client_model = load_client_part(reference, welcome.cut, dtype)
+    client_model = load_client_part(reference, welcome.cut, dtype, quantize=quantize)
     put_trunk(client_model, trunk, welcome.cut)
     return client_model
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import threading
 import warnings
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Self, get_args
 
@@ -32,6 +34,7 @@ from zsl.wire.messages import Cut, ModelIdentity, Welcome
 from zsl.wire.tensors import TORCH_DTYPES, float_wire_name
 
 GradientMode = Literal["exact", "straight-through", "none"]
+CrossingEvent = tuple[Literal["forward", "backward"], Literal["begins", "ended"]]
 
 
 class RemoteTrunk(nn.Module):
@@ -88,6 +91,9 @@ class RemoteTrunk(nn.Module):
         self._client: TrunkClient | None = None
         self._connecting = threading.Lock()
         self._call = threading.local()
+        # Called when a batch is ready to go to the trunk and when it has come back, forward and backward, by the thread
+        # that waits for it; not where several micro-batches are under way at once.
+        self.on_crossing: Callable[[CrossingEvent], None] = _nothing
 
     # --- the connection ----------------------------------------------------------------------------------------
 
@@ -180,6 +186,8 @@ class RemoteTrunk(nn.Module):
                 f"an attention mask of shape {tuple(attention_mask.shape)} cannot cross to the trunk; "
                 "give the one of shape [rows, tokens]"
             )
+        if attention_mask is not None and attention_mask.is_floating_point():
+            attention_mask = (attention_mask != 0).long()  # PEFT's, which puts ones of float32 in front of it
         crossing = self._crossing(hidden_states, attention_mask, position_ids)
         wants_gradient = torch.is_grad_enabled() and hidden_states.requires_grad and self.mode != "none"
         lane = current_lane()
@@ -188,8 +196,10 @@ class RemoteTrunk(nn.Module):
         if wants_gradient:
             output: torch.Tensor = _TrunkFunction.apply(hidden_states, self, crossing)  # type: ignore[no-untyped-call]
             return output
-        step = crossing.forward(self.client, hidden_states.detach(), keep=False)
-        return crossing.received(step.output, hidden_states)
+        client, activations = self.client, crossing.sent(hidden_states.detach())
+        with _noted(self.on_crossing, "forward"):
+            step = crossing.forward(client, activations, keep=False)
+            return crossing.received(step.output, hidden_states)
 
     def _crossing(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None
@@ -219,12 +229,23 @@ class RemoteTrunk(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the connection: that stays with its process."""
-        return {**self.__dict__, "_client": None, "_connecting": None, "_call": None}
+        return {**self.__dict__, "_client": None, "_connecting": None, "_call": None, "on_crossing": _nothing}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._connecting = threading.Lock()
         self._call = threading.local()
+
+
+def _nothing(event: CrossingEvent) -> None:
+    pass
+
+
+@contextmanager
+def _noted(on_crossing: Callable[[CrossingEvent], None], direction: Literal["forward", "backward"]) -> Iterator[None]:
+    on_crossing((direction, "begins"))
+    yield
+    on_crossing((direction, "ended"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,8 +258,8 @@ class _Crossing:
     real: RealTokens | None
 
     def sent(self, batch: torch.Tensor) -> torch.Tensor:
-        """A tensor `[rows, tokens, hidden]` as it is sent."""
-        return (batch if self.real is None else self.real.gather(batch)).to(self.wire_dtype)
+        """A tensor `[rows, tokens, hidden]` as it is sent: on the CPU. On a GPU this waits for what computes it."""
+        return (batch if self.real is None else self.real.gather(batch)).to(self.wire_dtype).cpu()
 
     def received(self, tensor: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
         """What came back, with shape, dtype and device of `batch`. Raises `InternalError` for another shape."""
@@ -268,10 +289,10 @@ class _Crossing:
     def submit_forward(
         self, client: TrunkClient, activations: torch.Tensor, *, keep: bool
     ) -> tuple[Step, Future[Message]]:
-        return client.submit_forward(self.sent(activations), keep=keep, **self._beside)
+        return client.submit_forward(activations, keep=keep, **self._beside)
 
     def forward(self, client: TrunkClient, activations: torch.Tensor, *, keep: bool) -> Step:
-        return client.forward(self.sent(activations), keep=keep, **self._beside)
+        return client.forward(activations, keep=keep, **self._beside)
 
 
 class _TrunkFunction(torch.autograd.Function):
@@ -281,9 +302,11 @@ class _TrunkFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_states: torch.Tensor, remote: RemoteTrunk, crossing: _Crossing) -> torch.Tensor:
         ctx.exact = remote.mode == "exact"
-        client = remote.client
-        step = crossing.forward(client, hidden_states.detach(), keep=ctx.exact)
-        output = crossing.received(step.output, hidden_states)
+        ctx.on_crossing = remote.on_crossing
+        client, activations = remote.client, crossing.sent(hidden_states.detach())
+        with _noted(remote.on_crossing, "forward"):
+            step = crossing.forward(client, activations, keep=ctx.exact)
+            output = crossing.received(step.output, hidden_states)
         if ctx.exact:
             ctx.save_for_backward(hidden_states)
             step.forget_tensors()
@@ -294,12 +317,14 @@ class _TrunkFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         if not ctx.exact:
+            ctx.on_crossing(("backward", "ended"))
             return gradients, None, None
         (hidden_states,) = ctx.saved_tensors
         crossing: _Crossing = ctx.crossing
-        activations = crossing.sent(hidden_states.detach())
-        answer = ctx.client.backward(ctx.step, crossing.sent_gradients(gradients), activations=activations)
-        return crossing.received(answer.tensor, hidden_states), None, None
+        sent, activations = crossing.sent_gradients(gradients), crossing.sent(hidden_states.detach())
+        with _noted(ctx.on_crossing, "backward"):
+            answer = ctx.client.backward(ctx.step, sent, activations=activations)
+            return crossing.received(answer.tensor, hidden_states), None, None
 
 
 def _through_lane(
@@ -307,7 +332,7 @@ def _through_lane(
 ) -> torch.Tensor:
     """The way through the trunk of one of several micro-batches: a leaf, whose gradient is brought back later."""
     exact, client = remote.mode == "exact", remote.client
-    step, future = crossing.submit_forward(client, hidden_states.detach(), keep=exact)
+    step, future = crossing.submit_forward(client, crossing.sent(hidden_states.detach()), keep=exact)
     lane.wait(future, client.longest_wait_seconds)
     client.finish_forward(step, client.wait(future))
     output = crossing.received(step.output, hidden_states).requires_grad_()

@@ -21,6 +21,7 @@ import torch
 from zsl.client.connection import Connection
 from zsl.client.keys import read_client_keys
 from zsl.client.requests import Build, Pending
+from zsl.client.traffic import Traffic
 from zsl.errors import ChangedError, InternalError
 from zsl.wire.frames import Frame, Message
 from zsl.wire.messages import (
@@ -146,6 +147,11 @@ class TrunkClient:
     def replays(self) -> int:
         """How many requests had to be sent again so far, because a connection or a daemon was lost."""
         return self._connection.replays
+
+    @property
+    def traffic(self) -> Traffic:
+        """Bytes, answers, and the daemon's seconds so far."""
+        return self._connection.traffic
 
     def connect(
         self, model: ModelIdentity | None = None, *, cut: Cut | None = None, dtype: FloatDtypeName = "f32"

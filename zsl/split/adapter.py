@@ -1,7 +1,8 @@
 """The adapter that comes out of a split model: a PEFT adapter of the whole model, with nothing renamed.
 
 A split model keeps the true layer indices, so the keys are right already. What is added is the configuration that
-keeps PEFT from making empty adapters on the trunk's layers when it loads the file on the whole model.
+keeps PEFT from making empty adapters on the trunk's layers when it loads the file on the whole model. That it is so
+for every method of PEFT that `zsl.training.peft_table` accepts, tests/test_peft_methods.py holds.
 """
 
 from __future__ import annotations
@@ -9,12 +10,13 @@ from __future__ import annotations
 import copy
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
@@ -24,7 +26,8 @@ from zsl.split.reference import first_line
 from zsl.split.sides import Side, Sides
 from zsl.split.stack import Stack, find_stack
 
-PEFT_PREFIX = "base_model.model."
+# Methods whose file holds what an encoder has made, not the encoder: it can be used, and not be trained on.
+ONLY_TO_USE = frozenset({"CPT", "P_TUNING"})
 
 
 def save_adapter(
@@ -63,45 +66,80 @@ def write_adapter(
     sides: Sides | None = None,
     only: Side | None = None,
 ) -> None:
-    """Write the two files of an adapter into an empty directory, in place. Raises `ModelError` if it has no weights."""
+    """Write the two files of an adapter into an empty directory, in place.
+
+    Raises `ModelError` if there are no weights to write, or if the part of a side cannot stand alone.
+    """
+    config: Any = copy.deepcopy(model.peft_config[model.active_adapter])
     state = get_peft_model_state_dict(model, adapter_name=model.active_adapter, save_embedding_layers=False)
-    if sides is not None and only is not None:
-        state = {key: t for key, t in state.items() if sides.side_of(key.removeprefix(PEFT_PREFIX)) == only}
+
+    def wanted(name: str) -> bool:
+        return sides is None or only is None or only in _sides_of(name, config, sides)
+
+    if only and not config.is_prompt_learning and not all(name.startswith(name_prefix(config)) for name in state):
+        raise ModelError(f"the layers of a {config.peft_type.value} adapter share weights: it has no {only} part")
+    if only == "top" and config.is_prompt_learning:
+        raise ModelError(f"a {config.peft_type.value} adapter is nothing without its prompts: it has no top part")
+    state = {name: tensor for name, tensor in state.items() if wanted(name)}
     if not state:
         raise ModelError(f"the adapter has no weights on the {only} side" if only else "the adapter has no weights")
-    config = _whole_model_config(model, state.keys())
+    name_what_is_adapted(config, model, state.keys(), lambda path: wanted(name_prefix(config) + path))
+    config.inference_mode = True
     config.base_model_name_or_path = base_model
     config.save_pretrained(str(directory))
-    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
+    # Copies, as safetensors refuses tensors that share memory: tied ones, and parts of one.
+    tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
     for file in directory.iterdir():
         file.chmod(0o644)
 
 
-def _whole_model_config(model: PeftModel, keys: Collection[str]) -> PeftConfig:
-    config: Any = copy.deepcopy(model.peft_config[model.active_adapter])
-    config.inference_mode = True
+def name_what_is_adapted(config: Any, model: PeftModel, keys: Iterable[str], wanted: Callable[[str], bool]) -> None:
+    """Let the configuration name just those modules that have weights in the file.
+
+    The names that the user gave stand in the trunk's layers too, where the whole model has them.
+    """
     base: Any = model.get_base_model()
+    tuner: Any = model.base_model
+    kept = getattr(config, "modules_to_save", None)
+    if not config.is_prompt_learning and not config.is_adaption_prompt:  # they name no modules
+        adapted = [name for name in tuner.targeted_module_names if check_target_module_exists(config, name)]
+        _name_modules(config, base, adapted, wanted)
+    if kept:
+        wrapped = (name for name, module in base.named_modules() if isinstance(module, ModulesToSaveWrapper))
+        config.modules_to_save = [name for name in wrapped if name.endswith(tuple(kept)) and wanted(name)] or None
+    if getattr(config, "trainable_token_indices", None) and not any("trainable_tokens" in key for key in keys):
+        config.trainable_token_indices = None
+    if getattr(config, "target_parameters", None):
+        config.target_parameters = [name for name in tuner.targeted_parameter_names if wanted(name)]
+
+
+def _name_modules(config: Any, base: Any, adapted: list[str], wanted: Callable[[str], bool]) -> None:
     stack = find_stack(base)
-    adapted = sorted(
-        name
-        for name, module in base.named_modules()
-        if isinstance(module, BaseTunerLayer) and any(f"{name}." in key for key in keys)
-    )
-    if any(getattr(base.get_submodule(name), "fan_in_fan_out", False) for name in adapted):
+    named = {name: base.get_submodule(name) for name in adapted if wanted(name)}
+    if any(getattr(module, "fan_in_fan_out", False) for module in named.values()):
         config.fan_in_fan_out = True
-    indices = {_layer_index(name, stack) for name in adapted}
+    if getattr(config, "feedforward_modules", None):  # of IA3
+        config.feedforward_modules = {name for name, module in named.items() if module.is_feedforward}
     targets = config.target_modules
-    if None in indices or isinstance(targets, str) or any(name in targets for name in adapted):
-        # PEFT narrows names by layers_to_transform, but neither a pattern, nor whole paths, nor what is outside the
-        # layers. Whole paths say it all.
-        config.target_modules = set(adapted)
-        config.layers_to_transform = config.layers_pattern = None
-    else:
-        config.layers_to_transform = sorted(index for index in indices if index is not None)
+    if (
+        hasattr(config, "layers_to_transform")
+        and named
+        and not isinstance(targets, str)
+        and not set(targets).intersection(adapted)
+        and not getattr(config, "exclude_modules", None)
+        and all(_layer_index(name, stack) is not None for name in adapted)
+    ):
+        # What vLLM reads too.
+        config.layers_to_transform = sorted({_layer_index(name, stack) for name in named})
         config.layers_pattern = stack.leaf_name
-    completed: PeftConfig = config
-    return completed
+        return
+    # PEFT narrows names by layers_to_transform, but neither a pattern, nor whole paths, nor what is outside the
+    # layers. Whole paths say it all.
+    config.target_modules = set(named)
+    for name in ("layers_to_transform", "layers_pattern", "exclude_modules"):
+        if hasattr(config, name):
+            setattr(config, name, None)
 
 
 def _layer_index(module_path: str, stack: Stack) -> int | None:
@@ -109,10 +147,24 @@ def _layer_index(module_path: str, stack: Stack) -> int | None:
     return int(match[1]) if match else None
 
 
+def name_prefix(config: PeftConfig) -> str:
+    """What PEFT puts in front of the names of the model that it adapts."""
+    return "base_model." if config.is_prompt_learning else "base_model.model."
+
+
+def _sides_of(name: str, config: PeftConfig, sides: Sides) -> tuple[Side, ...]:
+    """The sides that compute with a tensor of an adapter, by its name within the PEFT model or in the file."""
+    if name.startswith(name_prefix(config)):
+        return (sides.side_of(name.removeprefix(name_prefix(config))),)
+    # Virtual tokens stand in front of the text. What else is outside of all layers, they share.
+    return ("bottom",) if config.is_prompt_learning else ("bottom", "top")
+
+
 def adapter_parameters(model: PeftModel, sides: Sides, side: Side) -> int:
-    """The number of trainable parameters on a side."""
+    """The number of trainable parameters on a side. What layers of both share counts on both."""
+    config = model.peft_config[model.active_adapter]
     return sum(
         parameter.numel()
         for name, parameter in model.named_parameters()
-        if parameter.requires_grad and sides.side_of(name.removeprefix(PEFT_PREFIX)) == side
+        if parameter.requires_grad and side in _sides_of(name, config, sides)
     )

@@ -1,7 +1,8 @@
 """The identity of a model: two digests that both sides compute from their own copy and compare in the handshake.
 
 The weights' digest is over every tensor of the checkpoint by name, whatever files they lie in, and is read from
-the files: neither side loads the other's part for it.
+the files: neither side loads the other's part for it. A part that `zsl split` wrote lacks tensors; it says what the
+whole's digest is, and has one of its own, which is checked.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ from pathlib import Path
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
-from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+from transformers.utils.hub import cached_file
 
 from zsl.errors import ModelError
-from zsl.split.reference import ModelReference, first_line
+from zsl.split.parts import RECORD, Part
+from zsl.split.reference import ModelReference
 from zsl.split.stack import layer_count
+from zsl.split.tensor_files import TensorFiles
 from zsl.wire.messages import ModelIdentity
 
 RANDOM_SEED = 0
@@ -28,9 +30,18 @@ _NOT_OF_THE_TRUNK = ("_name_or_path", "architectures", "dtype", "torch_dtype", "
 
 
 def identify(reference: ModelReference) -> ModelIdentity:
-    """The identity of the model that a reference stands for. Raises `ModelError` without safetensors weights."""
+    """The identity of the model that a reference stands for; of a part, that of the whole.
+
+    Raises `ModelError` without safetensors weights, and for a part that is damaged.
+    """
     config = reference.config
-    weights = _random_digest(config) if reference.location is None else _checkpoint_digest(reference.location)
+    if reference.location is None:
+        weights = _random_digest(config)
+    elif reference.part is None:
+        weights = TensorFiles(reference.location).digest()
+    else:
+        _check_not_damaged(reference.text, reference.part, reference.location)
+        weights = reference.part.model.weights_digest
     return ModelIdentity(
         model_type=config.model_type,
         layers=layer_count(config),
@@ -56,31 +67,19 @@ def _random_digest(config: PreTrainedConfig) -> str:
     return hashlib.sha256(repr(made_by).encode()).hexdigest()
 
 
-def _checkpoint_digest(location: str) -> str:
-    """Over (name, dtype, shape, bytes) of every tensor of the checkpoint, in order of names."""
-    digest = hashlib.sha256()
-    file_of: dict[str, Path] = {}
-    try:
-        for file in _safetensors_files(location):
-            with safe_open(file, framework="pt") as weights:
-                file_of.update(dict.fromkeys(weights.keys(), file))
-        for name in sorted(file_of):
-            with safe_open(file_of[name], framework="pt") as weights:
-                tensor = weights.get_tensor(name)
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            if tensor.numel():
-                digest.update(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"model {location!r}: its weights cannot be read: {first_line(error)}") from error
+def part_digest(part: Part, config: bytes, tensors_digest: str) -> str:
+    """What `part.digest` is to be, for the content of its `config.json` and the digest of its tensors."""
+    said = part.model_dump(mode="json", exclude={"digest"})
+    digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
+    digest.update(config)
+    digest.update(tensors_digest.encode())
     return digest.hexdigest()
 
 
-def _safetensors_files(location: str) -> list[Path]:
-    single = cached_file(location, "model.safetensors", _raise_exceptions_for_missing_entries=False)
-    if single is not None:
-        return [Path(single)]
-    index = cached_file(location, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
-    if index is None:
-        raise ModelError(f"model {location!r} has no safetensors weights; zsl reads no pickled ones")
-    shards, _ = get_checkpoint_shard_files(location, index)
-    return [Path(shard) for shard in shards]
+def _check_not_damaged(text: str, part: Part, location: str) -> None:
+    config = Path(str(cached_file(location, "config.json"))).read_bytes()
+    if part_digest(part, config, TensorFiles(location).digest()) != part.digest:
+        raise ModelError(
+            f"{part.described(text)}, but damaged: its tensors, config.json and {RECORD} are not together what "
+            "zsl split wrote; split the model again, or copy the part again"
+        )

@@ -16,6 +16,8 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PreTrainedCo
 
 from zsl.errors import ModelError
 from zsl.split.gguf import dequantized_directory
+from zsl.split.hub import why_offline
+from zsl.split.parts import Part, read_part
 
 RANDOM_PREFIX = "random:"
 PACKAGE_PREFIX = "package:"
@@ -23,21 +25,29 @@ PACKAGE_PREFIX = "package:"
 
 @dataclass(frozen=True)
 class ModelReference:
-    """A resolved reference. `location` is what `from_pretrained` takes; None means seeded random weights."""
+    """A resolved reference. `location` is what `from_pretrained` takes; None means seeded random weights.
+
+    `part`: which part of the model is there, if `zsl split` has made two of it.
+    """
 
     text: str
     config: PreTrainedConfig
     location: str | None
+    part: Part | None = None
 
     @property
     def hub_id(self) -> str | None:
         """The hub id that others can load the same model by; None for what lies here only."""
+        if self.part is not None:
+            return self.part.hub_id
         return self.text if self.location == self.text and not Path(self.text).exists() else None
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer, with a padding token. Raises `ModelError` if it has none."""
         if self.location is None:
             raise ModelError(f"{self.text} has random weights and no tokenizer; it can train on synthetic data only")
+        if self.part is not None:
+            self.part.cut_for(self.text, "client")  # the trunk's part has none
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.location)
         except (OSError, ValueError, KeyError) as error:
@@ -51,21 +61,26 @@ def resolve(text: str) -> ModelReference:
     """What a model reference stands for. Raises `ModelError`."""
     if text.startswith(RANDOM_PREFIX):
         return ModelReference(text, _default_config(text.removeprefix(RANDOM_PREFIX)), None)
-    location = text
+    location, offline = text, None
     if text.startswith(PACKAGE_PREFIX):
         location = str(dequantized_directory(_file_in_package(text.removeprefix(PACKAGE_PREFIX))))
     elif text.endswith(".gguf"):
         location = str(dequantized_directory(Path(text).expanduser()))
     elif Path(text).expanduser().is_dir():
         location = str(Path(text).expanduser())
+    else:
+        offline = why_offline()
     try:
         config = AutoConfig.from_pretrained(location)
     except (OSError, ValueError, KeyError) as error:
+        reason = (
+            f"it is not cached here, and {offline}" if offline and isinstance(error, OSError) else first_line(error)
+        )
         raise ModelError(
-            f"model {text!r} cannot be loaded: {first_line(error)} "
+            f"model {text!r} cannot be loaded: {reason} "
             "(give a hub id, a directory, a .gguf file, package:<name> or random:<model_type>)"
         ) from error
-    return ModelReference(text, config, location)
+    return ModelReference(text, config, location, read_part(location))
 
 
 def _file_in_package(name: str) -> Path:

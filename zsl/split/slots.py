@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from zsl.errors import ModelError
 from zsl.split.stack import Stack, find_stack, layer_count
 from zsl.wire.messages import Cut
 
@@ -55,13 +56,19 @@ def copy_plain_attributes(source: nn.Module, target: nn.Module) -> None:
             setattr(target, name, value)
 
 
-def with_hole(cls: type[PreTrainedModel], config: PreTrainedConfig, cut: Cut) -> type[PreTrainedModel]:
-    """`cls`, but its instances have pass-throughs in the slots of the cut."""
+def with_hole(cls: type[PreTrainedModel], cut: Cut) -> type[PreTrainedModel]:
+    """`cls`, but its instances have pass-throughs in the slots of the cut.
+
+    They are not saved as a checkpoint, as they lack the trunk.
+    """
 
     def carve(model: PreTrainedModel, stack: Stack) -> None:
         _pass_through(stack, range(cut.start, cut.stop))
 
-    return _carved(cls, config, range(cut.start, cut.stop), carve)
+    made: Any = _carved(cls, range(cut.start, cut.stop), carve)
+    made.save_pretrained = made.push_to_hub = _refuse_to_save
+    carved: type[PreTrainedModel] = made
+    return carved
 
 
 def middle_only(cls: type[PreTrainedModel], config: PreTrainedConfig, cut: Cut) -> type[PreTrainedModel]:
@@ -78,14 +85,12 @@ def middle_only(cls: type[PreTrainedModel], config: PreTrainedConfig, cut: Cut) 
                 if name != name_on_path and any(True for _ in child.parameters()):
                     setattr(parent, name, Absent(hidden_size, model.dtype))
 
-    made = _carved(cls, config, outside, carve)
+    made = _carved(cls, outside, carve)
     made._keys_to_ignore_on_load_unexpected = [".*"]  # what a trunk must have is checked by what is missing
     return made
 
 
-def _carved(
-    cls: type[PreTrainedModel], config: PreTrainedConfig, indices: Iterable[int], carve: Any
-) -> type[PreTrainedModel]:
+def _carved(cls: type[PreTrainedModel], indices: Iterable[int], carve: Any) -> type[PreTrainedModel]:
     """A subclass of `cls` with the same name, carved as soon as it is built.
 
     `from_pretrained` builds it on the meta device, so what is carved away never has memory; the checkpoint's
@@ -96,10 +101,24 @@ def _carved(
         cls.__init__(self, config, *args, **kwargs)
         stack = find_stack(self)
         carve(self, stack)
-        pattern = rf"(^|\.){re.escape(stack.leaf_name)}\.({'|'.join(map(str, indices))})\."
+        pattern = layers_pattern(stack.leaf_name, indices)
         self._keys_to_ignore_on_load_unexpected = {*(self._keys_to_ignore_on_load_unexpected or ()), pattern}
 
     return type(cls.__name__, (cls,), {"__init__": build, "__module__": cls.__module__, "__doc__": cls.__doc__})
+
+
+def layers_pattern(leaf_name: str, indices: Iterable[int]) -> str:
+    """What the names of the tensors of these layers match in every checkpoint, whatever stands in front."""
+    return rf"(^|\.){re.escape(leaf_name)}\.({'|'.join(map(str, indices))})\."
+
+
+def _refuse_to_save(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+    raise ModelError(
+        "a split model is not saved as a checkpoint: it lacks the trunk's layers, and whoever loads it would get "
+        "random ones in their places. Save its adapter with zsl.save_adapter, and make of that what loads without zsl "
+        "with `zsl export` or `zsl merge`. Without PEFT: save model.state_dict() with safetensors, and give a Trainer "
+        "save_strategy='no'"
+    )
 
 
 def _pass_through(stack: Stack, indices: Iterable[int]) -> None:

@@ -56,6 +56,9 @@ class ModelTable(Table):
         "`package:<name>`, or `random:<model_type>`.",
     )
     dtype: DtypeName = Field(default="float32", description="The dtype of bottom and top.")
+    quantize: Literal["4bit", "8bit"] | None = Field(
+        default=None, description="The linear layers of bottom and top in 4 or 8 bits; needs `zsl[quantized]`."
+    )
 
 
 class TrunkTable(Table):

@@ -1,4 +1,4 @@
-"""What is printed before a training: the parts of the model, and the connection."""
+"""What is printed of the model: before a training its parts and the connection, after it what crossed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from zsl.split.adapter import adapter_parameters
 from zsl.split.reference import ModelReference
 from zsl.split.sides import Side, Sides
 from zsl.split.stack import layer_count
-from zsl.training.report import Part, layer_range, parts_table, trainable_table
+from zsl.training.report import Part, communication_table, layer_range, parts_table, trainable_table
+from zsl.training.step_measure import StepMeasure
 
 SIDES: tuple[Side, Side] = ("bottom", "top")
 
@@ -24,6 +25,21 @@ def overview(model: PeftModel, sides: Sides, reference: ModelReference, trunk: R
         f"{welcome.dtype}, mode {trunk.mode}"
     )
     return f"{parts_table(parts)}\n\n{trainable_table(parts)}\n\n{connection}"
+
+
+def communication(measured: StepMeasure, model: PeftModel, trunk: RemoteTrunk) -> str:
+    """What crossed per step, beside the adapter and a gradient of the whole model, as text."""
+    trainable = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    item_size = max((p.element_size() for p in frozen if p.is_floating_point()), default=4)
+    whole = sum(p.numel() * p.element_size() for p in frozen) + trunk.client.welcome.trunk_parameters * item_size
+    return communication_table(
+        bytes_up=measured.bytes_up / measured.steps,
+        bytes_down=measured.bytes_down / measured.steps,
+        adapter_bytes=trainable,
+        gradient_bytes=whole,
+        tokens=measured.tokens / measured.steps,
+    )
 
 
 def _parts(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from zsl.training.step_measure import StepMeasure
+
 
 @dataclass(frozen=True, slots=True)
 class Part:
@@ -49,6 +51,52 @@ def epoch_summary(epoch: int, losses: Sequence[float]) -> str:
         f"Epoch {epoch}: {len(losses)} steps, loss average {average:.4f}, lowest {min(losses):.4f}, "
         f"highest {max(losses):.4f}"
     )
+
+
+def step_line(step: int, of_steps: int, loss: float, measure: StepMeasure, seconds_left: float) -> str:
+    """The line of a logged step. Parts of less than 1 % of its time are left out; bytes are those of one step."""
+    parts = [
+        f"{part} {seconds / measure.seconds:.0%}"
+        for part, seconds in measure.part_seconds.items()
+        if measure.seconds and seconds / measure.seconds >= 0.01
+    ]
+    steps = max(measure.steps, 1)
+    crossed = f"{byte_count(measure.bytes_up / steps)} up, {byte_count(measure.bytes_down / steps)} down"
+    shown = [f"{measure.tokens_per_second:,.0f} tokens/s", " ".join(parts), crossed, f"{duration(seconds_left)} left"]
+    return f"  step {step}/{of_steps}: loss {loss:.4f}, " + ", ".join(words for words in shown if words)
+
+
+def byte_count(number: float) -> str:
+    """Bytes with a unit: `512 B`, `1.6 kB`, `23 MB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(number) < 1000 or unit == "GB":
+            break
+        number /= 1000
+    return f"{number:.0f} {unit}" if unit == "B" or number >= 100 else f"{number:.3g} {unit}"
+
+
+def duration(seconds: float) -> str:
+    """`0:42`, `12:05`, `3:07:00`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def communication_table(
+    *, bytes_up: float, bytes_down: float, adapter_bytes: int, gradient_bytes: int, tokens: float
+) -> str:
+    """What crossed per step, measured, beside what other ways to train together send per step.
+
+    Averaging adapters (federated LoRA) sends the adapter there and back, exchanging gradients all of the model's.
+    """
+    rows = [
+        ("this run, measured", bytes_up, bytes_down),
+        ("the adapter, there and back", adapter_bytes, adapter_bytes),
+        ("the whole model's gradient", gradient_bytes, gradient_bytes),
+    ]
+    lines = [f"Communication per step of {tokens:,.0f} tokens", f"  {'':<28} {'up':>9} {'down':>9}"]
+    lines += [f"  {name:<28} {byte_count(up):>9} {byte_count(down):>9}" for name, up, down in rows]
+    return "\n".join(lines)
 
 
 def validation_line(step: int, of_steps: int, loss: float, perplexity: float) -> str:

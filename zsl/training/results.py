@@ -1,7 +1,8 @@
-"""What a run leaves in its directory when it ends: adapters, beside the metrics that are there already."""
+"""What a run leaves in its directory when it ends: adapters and a plot, beside the metrics that are there already."""
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,8 +12,14 @@ from zsl.errors import ModelError, RunFailed
 from zsl.split.adapter import save_adapter
 from zsl.split.reference import ModelReference
 from zsl.split.sides import Sides
+from zsl.training.metrics import RunMetrics
 from zsl.training.overview import SIDES
+from zsl.training.plot import write_loss_plot
 from zsl.training.resume import METRICS
+
+PLOT = "loss.png"
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -23,9 +30,10 @@ class Results:
     sides: Sides
     reference: ModelReference
     directory: Path
+    metrics: RunMetrics
 
     def save(self) -> list[str]:
-        """Write `adapter/`, `bottom_lora/` and `top_lora/`; a line about each. Raises `RunFailed`."""
+        """Write `adapter/`, `bottom_lora/`, `top_lora/`, `loss.png`; a line about each. Raises `RunFailed`."""
         base_model = self.reference.hub_id
         save_adapter(self.model, self.directory / "adapter", base_model=base_model)
         lines = [f"{self.directory / 'adapter'}  (loads on the whole model)"]
@@ -38,7 +46,19 @@ class Results:
             kilobytes = (target / "adapter_model.safetensors").stat().st_size / 1000
             lines.append(f"{target}  ({kilobytes:.0f} kB)")
         lines.append(f"{self.directory / METRICS}  (a line per step)")
+        if self.metrics.steps and self._drew():
+            lines.append(f"{self.directory / PLOT}")
         return lines
+
+    def _drew(self) -> bool:
+        """Draw the losses. A picture that cannot be written ends nothing."""
+        file = self.directory / PLOT
+        try:
+            write_loss_plot(file, self.metrics.steps, self.metrics.validations, title=self.reference.text)
+        except RunFailed as error:
+            logger.warning("%s", error)
+            return False
+        return True
 
     def save_after_a_failure(self) -> str:
         """Save after a failure, which another one must not hide; what became of it, in words."""

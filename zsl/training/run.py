@@ -4,26 +4,28 @@ from __future__ import annotations
 
 from contextlib import ExitStack, closing
 from pathlib import Path
+from typing import Any
 
 import torch
 import xxhash
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
 from tqdm.contrib.logging import logging_redirect_tqdm
-from transformers import TrainingArguments, set_seed
+from transformers import TrainingArguments, default_data_collator, set_seed
 
 from zsl.client.model import load_client
 from zsl.client.remote import RemoteTrunk
 from zsl.errors import ConfigError, RunFailed
+from zsl.split.attach import with_adapter
 from zsl.split.cut import parse_cut
 from zsl.split.reference import first_line, resolve
 from zsl.split.sides import Sides
 from zsl.training.config import TrainConfig
-from zsl.training.data.load import load_data
+from zsl.training.data.load import TrainingData, load_data
 from zsl.training.embedded import EmbeddedTrunk
-from zsl.training.foreign import complain_as_ours, make_foreign
+from zsl.training.foreign import make_foreign
 from zsl.training.metrics import RunMetrics
-from zsl.training.overview import overview
+from zsl.training.overview import communication, overview
+from zsl.training.peft_table import peft_config
 from zsl.training.record import RunRecord, configuration_of
 from zsl.training.report import final_summary
 from zsl.training.results import Results
@@ -41,9 +43,7 @@ def train_from_config(config: TrainConfig, where: str, *, dry_run: bool = False)
     """
     print("Configuration", *(f"  {line}" for line in config.as_toml().splitlines()), sep="\n")
     arguments = _arguments(config, where)
-    peft = make_foreign(
-        LoraConfig, where, "peft", {"task_type": "CAUSAL_LM", **{k: v for k, v in config.peft.items() if k != "method"}}
-    )
+    peft = peft_config(where, config.peft, checkpoints=arguments.save_strategy != "no")
     directory = Path(str(arguments.output_dir))
     record = RunRecord(configuration=configuration_of(config))
     with ExitStack() as stack:
@@ -52,16 +52,18 @@ def train_from_config(config: TrainConfig, where: str, *, dry_run: bool = False)
             refuse_another_run(directory, record)  # before anything is loaded
         reference = resolve(config.model.name)
         dtype: torch.dtype = getattr(torch, config.model.dtype)
-        data, data_line = load_data(config.data, reference)
+        data = load_data(config.data, reference)
+        if not isinstance(data.train, Dataset) and arguments.max_steps <= 0:
+            raise ConfigError(f"{where}: a stream has no end to count: set train.max_steps, or data.samples")
         set_seed(arguments.seed)
         trunk, trunk_place = _trunk(config, dtype, stack)
         cut = parse_cut(config.trunk.cut) if config.trunk.cut else None
         stack.callback(trunk.close)
-        base = load_client(reference, trunk, cut=cut, dtype=dtype)
+        base = load_client(reference, trunk, cut=cut, dtype=dtype, quantize=config.model.quantize)
         sides = Sides(base, trunk.client.welcome.cut)
-        model = complain_as_ours(where, "peft", lambda: get_peft_model(base, peft))
+        model = with_adapter(base, peft)
         print("", overview(model, sides, reference, trunk, trunk_place), "", sep="\n")
-        print(f"Data set\n  {data_line}", flush=True)
+        print("Data set", *(f"  {line}" for line in data.lines), sep="\n", flush=True)
         run = RunDirectory(directory, record.model_copy(update={"facts": _facts(data, trunk)}))
         # Checkpoints of the model only are no place to go on from.
         asked = False if arguments.save_only_model and config.resume_from is None else config.resume_from
@@ -80,18 +82,26 @@ def train_from_config(config: TrainConfig, where: str, *, dry_run: bool = False)
             metrics=metrics,
             directory=run,
             extras=config.extras,
+            trunk=trunk,
             base_model=reference.hub_id,
             seconds_before=start.seconds if start else 0.0,
             model=model,
             args=arguments,
-            train_dataset=data,
+            train_dataset=data.train,
+            eval_dataset=data.validation,
+            data_collator=data.collate or default_data_collator,
         )
         stack.enter_context(closing(metrics))
-        _train(trainer, metrics, run, start, Results(model, sides, reference, directory))
+        _train(trainer, metrics, run, start, Results(model, sides, reference, directory, metrics), trunk)
 
 
 def _train(
-    trainer: SplitTrainer, metrics: RunMetrics, run: RunDirectory, start: Start | None, results: Results
+    trainer: SplitTrainer,
+    metrics: RunMetrics,
+    run: RunDirectory,
+    start: Start | None,
+    results: Results,
+    trunk: RemoteTrunk,
 ) -> None:
     try:
         if start is not None and start.is_the_end:
@@ -116,24 +126,36 @@ def _train(
         ) from error
     print("\nSaved", *(f"  {line}" for line in lines), sep="\n")
     print("", final_summary(metrics.losses, trainer.seconds, metrics.validations, kept=trainer.kept_step), sep="\n")
+    if trainer.measured.steps:
+        print("", communication(trainer.measured, results.model, trunk), sep="\n")
 
 
-def _facts(data: Dataset, trunk: RemoteTrunk) -> dict[str, str]:
+def _facts(data: TrainingData, trunk: RemoteTrunk) -> dict[str, str]:
     """What the configuration's names stand for: files of the same name can be others tomorrow."""
-    rows = xxhash.xxh3_128()
-    for table in data.with_format("arrow").iter(1000):
-        for name in table.column_names:
-            rows.update(name.encode())
-            rows.update(memoryview(table.column(name).combine_chunks().flatten().to_numpy()))
     welcome = trunk.client.welcome
     return {
-        "the rows of the data": rows.hexdigest(),
+        "the rows of the data": data.fingerprint or _digest(data.train, data.validation),
         "the model's configuration": welcome.model.config_digest,
         "the model's weights": welcome.model.weights_digest,
         "the trunk's layers": str(welcome.cut),
         "the trunk's dtype": str(welcome.dtype),
         "the trunk's mode": str(trunk.mode),
     }
+
+
+def _digest(*parts: Any) -> str:
+    """Of the rows of data sets, with their lengths."""
+    rows = xxhash.xxh3_128()
+    for part in parts:
+        if part is None:
+            continue
+        for table in part.with_format("arrow").iter(1000):
+            for name in table.column_names:
+                values = table.column(name).combine_chunks()
+                rows.update(name.encode())
+                rows.update(memoryview(values.value_lengths().to_numpy(zero_copy_only=False)))
+                rows.update(memoryview(values.flatten().to_numpy(zero_copy_only=False)))
+    return rows.hexdigest()
 
 
 def _trunk(config: TrainConfig, dtype: torch.dtype, stack: ExitStack) -> tuple[RemoteTrunk, str]:

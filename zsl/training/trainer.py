@@ -22,6 +22,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from zsl.client.remote import RemoteTrunk
 from zsl.errors import ConfigError
 from zsl.split.adapter import write_adapter
 from zsl.split.durable import aside
@@ -30,8 +31,10 @@ from zsl.training.checkpoints import prune, put_in_place
 from zsl.training.config import TrainerExtras
 from zsl.training.metrics import RunMetrics
 from zsl.training.overlap import OverlapMixin
-from zsl.training.report import epoch_summary, stopped_early, validation_line
+from zsl.training.report import epoch_summary, step_line, stopped_early, validation_line
 from zsl.training.resume import RunDirectory, Start
+from zsl.training.step_measure import StepMeasure
+from zsl.training.step_times import StepTimes
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +52,7 @@ class SplitTrainer(OverlapMixin, Trainer):
         metrics: RunMetrics,
         directory: RunDirectory,
         extras: TrainerExtras,
+        trunk: RemoteTrunk,
         base_model: str | None = None,
         seconds_before: float = 0.0,
         **arguments: Any,
@@ -56,12 +60,13 @@ class SplitTrainer(OverlapMixin, Trainer):
         super().__init__(overlap=extras.overlap, **arguments)
         self._metrics = metrics
         self._directory = directory
+        self._times = StepTimes(self.model, trunk, parts=extras.overlap == 1)  # type: ignore[arg-type]
         self._base_model = base_model
         self._began = time.monotonic() - seconds_before
         self._aside: Path | None = None
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
-        self._show = _Show(metrics, directory, extras.early_stopping_patience)
+        self._show = _Show(metrics, directory, self._times, extras.early_stopping_patience)
         self.add_callback(self._show)
         if extras.early_stopping_patience is not None:
             if self.args.metric_for_best_model is None or self.eval_dataset is None:
@@ -72,6 +77,11 @@ class SplitTrainer(OverlapMixin, Trainer):
     def seconds(self) -> float:
         """Of training, in all processes that the run had."""
         return time.monotonic() - self._began
+
+    @property
+    def measured(self) -> StepMeasure:
+        """All the steps that this process has taken."""
+        return self._show.measured
 
     @property
     def kept_step(self) -> int | None:
@@ -92,13 +102,16 @@ class SplitTrainer(OverlapMixin, Trainer):
             self._show.training_bar.close()
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        with self._times.micro_batch(_real_tokens(inputs)):
+            loss = super().training_step(model, inputs, num_items_in_batch)
         self._metrics.add_micro_batch(loss.detach())
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "eval_loss" in logs:
             logs["eval_perplexity"] = perplexity(logs["eval_loss"])
+        elif "loss" in logs:
+            logs.update(self._show.since_last_log.as_log())
         super().log(logs, start_time)
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -151,6 +164,11 @@ def perplexity(loss: float) -> float:
         return math.inf
 
 
+def _real_tokens(inputs: dict[str, Any]) -> int:
+    mask = inputs.get("attention_mask")
+    return int(inputs["input_ids"].numel() if mask is None else mask.sum())
+
+
 def _reason(error: Exception) -> str:
     if isinstance(error, OSError):
         return error.strerror or first_line(error)
@@ -162,8 +180,10 @@ def _reason(error: Exception) -> str:
 class _Show(ProgressCallback):
     """The progress bar of transformers, with a line per logging step, validation and epoch."""
 
-    def __init__(self, metrics: RunMetrics, directory: RunDirectory, patience: int | None) -> None:
+    def __init__(self, metrics: RunMetrics, directory: RunDirectory, times: StepTimes, patience: int | None) -> None:
         super().__init__()
+        self._times = times
+        self.measured = self.since_last_log = StepMeasure()
         self._patience = patience
         self._metrics = metrics
         self._directory = directory
@@ -173,7 +193,10 @@ class _Show(ProgressCallback):
             self._directory.begin()
         except OSError as error:
             logger.warning("%s cannot be written: %s; the training goes on", self._directory.path, _reason(error))
-        self._metrics.end_step(state.global_step, float(state.epoch or 0), {})
+        measure = self._times.end_step()
+        self.measured += measure
+        self.since_last_log += measure
+        self._metrics.end_step(state.global_step, float(state.epoch or 0), measure.as_line())
         if not args.disable_tqdm:
             super().on_step_end(args, state, control, **kwargs)  # type: ignore[no-untyped-call]
 
@@ -200,8 +223,9 @@ class _Show(ProgressCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
     ) -> None:
         if logs and "loss" in logs:
-            rate = f", learning rate {logs['learning_rate']:.2e}" if "learning_rate" in logs else ""
-            tqdm.write(f"  step {state.global_step}/{state.max_steps}: loss {float(logs['loss']):.4f}{rate}")
+            left = (state.max_steps - state.global_step) * self.measured.seconds / self.measured.steps
+            tqdm.write(step_line(state.global_step, state.max_steps, float(logs["loss"]), self.since_last_log, left))
+            self.since_last_log = StepMeasure()
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -85,6 +85,8 @@ def plan_trunk(model: str, cut: Cut | None, dtype: torch.dtype, device: str, *, 
     """Resolve and check everything that needs no weights. Raises `ModelError` or `StartupError`."""
     reference = resolve(model)
     layers = layer_count(reference.config)
+    if reference.part is not None:
+        cut = reference.part.cut_for(model, "trunk", cut)
     cut = cut or default_cut(layers)
     check_cut(cut, layers)
     info = TrunkInfo(

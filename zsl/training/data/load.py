@@ -1,28 +1,48 @@
-"""Training data: token rows of one length, with the labels that stay at the client."""
+"""Training data: rows of tokens, with the labels that stay at the client."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
+import xxhash
 from datasets import Dataset
 
 from zsl.errors import ConfigError, DataError
 from zsl.split.reference import ModelReference
-from zsl.training.data.table import DataTable
+from zsl.training.data.columns import Column, column_of
+from zsl.training.data.encoding import Encoder, Tally
+from zsl.training.data.rows import PadRight, TokenRow, count_tokens, hold, take
+from zsl.training.data.sources import Documents, open_documents, validation_documents
+from zsl.training.data.stream import SHUFFLE_ROWS, TokenStream
+from zsl.training.data.synthetic import SYNTHETIC_SAMPLES, synthetic_language, synthetic_rows
+from zsl.training.data.table import SYNTHETIC, DataTable
 
-SYNTHETIC_SAMPLES = 20
-# The synthetic language: so many words, and for each the chances of its next ones.
-SYNTHETIC_WORDS = 32
-SUCCESSOR_CHANCES = (0.85, 0.10, 0.05)
+__all__ = ["TrainingData", "load_data", "synthetic_rows"]
 
 
-def load_data(table: DataTable, reference: ModelReference) -> tuple[Dataset, str]:
-    """The data set of a configuration, and a line that describes it.
+@dataclass(frozen=True)
+class TrainingData:
+    """What Trainer takes: rows with `input_ids` and `labels`, as int64 tensors or, in a stream, as lists.
 
-    Columns `input_ids` and `labels`, each row `max_length` tokens. Raises `ConfigError` for an unknown name or rows
-    longer than the model takes, `DataError` for a text that is empty or cannot be read.
+    `collate` makes a batch of rows, and is None where they all have one length. `lines` tell a reader what this is.
+    `fingerprint` stands for the rows of a stream, which cannot all be looked at; where they can it is None.
+    """
+
+    train: Dataset | TokenStream
+    validation: Dataset | None
+    collate: PadRight | None
+    lines: list[str]
+    fingerprint: str | None = None
+
+
+def load_data(table: DataTable, reference: ModelReference) -> TrainingData:
+    """The data of a configuration, as tokens of the model.
+
+    Rows have `max_length` tokens where documents are packed, else at most that. Raises `ConfigError` for a name that
+    stands for nothing, keys that do not go together or rows longer than the model takes; `DataError` for data that
+    cannot be read, is not there or gives no row; `ModelError` if the model has no tokenizer.
     """
     config = reference.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
@@ -30,65 +50,103 @@ def load_data(table: DataTable, reference: ModelReference) -> tuple[Dataset, str
         raise ConfigError(
             f"data.max_length = {table.max_length}: {reference.text} takes at most {positions} tokens a row"
         )
-    if table.name == "synthetic":
-        rows = synthetic_rows(table.samples or SYNTHETIC_SAMPLES, table.max_length, config.vocab_size, table.seed)
-    else:
-        rows = _text_rows(table, reference)
-    described = f"{table.name}, {len(rows):,} rows of {table.max_length} tokens"
-    return Dataset.from_dict({"input_ids": rows, "labels": rows}).with_format("torch"), described
+    if table.name == SYNTHETIC:
+        return _synthetic(table, config.vocab_size)
+    if reference.location is None:
+        reference.tokenizer()  # says that there is none, before anything is read
+    documents = open_documents(table)
+    encoder = _encoder(documents, table, reference)
+    validation, about_validation = None, []
+    encoders = [encoder]
+    if isinstance(table.validation, str):
+        others = validation_documents(table, table.validation, documents)
+        encoders.append(_encoder(others, table, reference))
+        validation, (first, *more) = _held(others, encoders[-1], table.validation_samples)
+        about_validation = [f"validation: {first}", *more]
+    collate = None if all(encoder.packing for encoder in encoders) else PadRight(encoder.pad_token_id)
+    if table.streams:
+        stream, fingerprint, lines = _stream(documents, encoder, table)
+        return TrainingData(stream, validation, collate, [*lines, *about_validation], fingerprint)
+    both = table.samples and table.samples + _validation_count(table, table.samples)
+    train, lines = _held(documents, encoder, both)
+    if isinstance(table.validation, float):
+        train, validation = _divided(train, table, documents.described)
+        lines[0] = f"{documents.described}, {_size(train, encoder)}"
+        about_validation = [f"validation: {_size(validation, encoder)} of the same data, not trained on"]
+    return TrainingData(train, validation, collate, [*lines, *about_validation])
 
 
-def synthetic_rows(samples: int, length: int, vocabulary: int, seed: int) -> list[list[int]]:
-    """Sentences of a small seeded language: a Markov chain over a few words of the vocabulary.
-
-    What follows a word is mostly certain, so a model that learns the chain gets from ln(vocabulary) to the chain's
-    entropy of about half a nat.
-    """
-    random = np.random.default_rng(seed)
-    words = random.choice(vocabulary, size=min(SYNTHETIC_WORDS, vocabulary), replace=False)
-    next_words = np.stack([random.choice(len(words), len(SUCCESSOR_CHANCES), replace=False) for _ in words])
-    rows = np.empty((samples, length), dtype=np.int64)
-    state = random.integers(len(words), size=samples)
-    for position in range(length):
-        rows[:, position] = words[state]
-        branch = random.choice(len(SUCCESSOR_CHANCES), size=samples, p=SUCCESSOR_CHANCES)
-        state = next_words[state, branch]
-    return list(rows.tolist())
+def _synthetic(table: DataTable, vocabulary: int) -> TrainingData:
+    write = synthetic_language(table.max_length, vocabulary, table.seed)
+    samples = table.samples or SYNTHETIC_SAMPLES
+    train = hold(map(TokenRow.of_text, write(samples)))
+    lines = [f"{SYNTHETIC}, {len(train):,} rows of {table.max_length} tokens"]
+    validation = None
+    if count := _validation_count(table, samples):
+        validation = hold(map(TokenRow.of_text, write(count)), table.validation_samples)
+        lines.append(f"validation: {len(validation):,} other rows of the same language")
+    return TrainingData(train, validation, None, lines)
 
 
-def python_docs_text() -> str:
-    """The language reference that every Python carries as the help of its `help()`: real English, always there."""
-    from pydoc_data.topics import topics
-
-    return "\n\n".join(topics[name] for name in sorted(topics))
-
-
-TEXTS: dict[str, Callable[[], str]] = {"python-docs": python_docs_text}
+def _encoder(documents: Documents, table: DataTable, reference: ModelReference) -> Encoder:
+    what = documents.described
+    column = Column("text", "text") if documents.is_text else column_of(documents, table)
+    if documents.is_text and table.packing is False and len(documents.rows) == 1:
+        raise ConfigError(f"data.packing = false makes a row of each document, and {what} is one document")
+    return Encoder(column, reference.tokenizer(), reference.text, length=table.max_length, packing=table.packing)
 
 
-def _text_rows(table: DataTable, reference: ModelReference) -> list[list[int]]:
-    text = TEXTS[table.name]() if table.name in TEXTS else _read_text(table.name)
-    if not text.strip():
-        raise DataError(f"data.name = {table.name!r}: the file is empty")
-    tokenizer = reference.tokenizer()
-    tokenizer.model_max_length = 1 << 30  # the text is cut into rows below
-    tokens = tokenizer(text)["input_ids"]
-    rows = [tokens[i : i + table.max_length] for i in range(0, len(tokens) - table.max_length + 1, table.max_length)]
-    if not rows:
-        raise DataError(
-            f"data.name = {table.name!r}: {len(tokens)} tokens do not fill one row of {table.max_length}; "
-            "lower data.max_length"
-        )
-    return rows[: table.samples]
+def _held(documents: Documents, encoder: Encoder, limit: int | None) -> tuple[Dataset, list[str]]:
+    """The first rows, in memory, and what to say of them. Raises `DataError` if there are none."""
+    tally = Tally()
+    what = documents.described
+    dataset = hold(encoder.rows(documents, tally), limit)
+    about = tally.lines(encoder.column.kind, encoder.length)
+    if not len(dataset):
+        raise DataError(_no_row(what, encoder, tally))
+    return dataset, [f"{what}, {_size(dataset, encoder)}", *about]
 
 
-def _read_text(name: str) -> str:
-    file = Path(name).expanduser()
-    try:
-        return file.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        known = ", ".join(["synthetic", *TEXTS])
-        raise ConfigError(f"data.name = {name!r}: no such data set ({known}) and no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise DataError(f"data.name = {name!r} cannot be read: {reason}") from error
+def _stream(documents: Documents, encoder: Encoder, table: DataTable) -> tuple[TokenStream, str, list[str]]:
+    """The stream, its fingerprint and what to say of it. Raises `DataError` if it gives no row."""
+    tally = Tally()
+    what = documents.described
+    first = next(encoder.rows(documents, tally), None)
+    if first is None:
+        raise DataError(_no_row(what, encoder, tally))
+    known = f"{documents.identity} {first.input_ids} {first.labels}"
+    stream = TokenStream(documents, partial(encoder.rows, tally=Tally()), seed=table.seed)
+    length = f"{encoder.length} tokens" if encoder.packing else f"up to {encoder.length} tokens"
+    line = f"{what}, read while it is trained on, rows of {length}, shuffled among {SHUFFLE_ROWS:,} documents"
+    return stream, xxhash.xxh3_128(known.encode()).hexdigest(), [line]
+
+
+def _no_row(what: str, encoder: Encoder, tally: Tally) -> str:
+    if encoder.packing and tally.tokens and not tally.without_target:
+        return f"{what}: {tally.tokens} tokens do not fill one row of {encoder.length}; lower data.max_length"
+    reasons = tally.lines(encoder.column.kind, encoder.length) or ["it is empty"]
+    return f"{what} gives no row to learn from: {', '.join(reasons)}"
+
+
+def _size(dataset: Dataset, encoder: Encoder) -> str:
+    tokens, learnt = count_tokens(dataset)
+    learnt_of = "" if encoder.column.kind == "text" else f", {learnt:,} of them in answers"
+    length = f"{encoder.length}" if encoder.packing else f"up to {encoder.length}"
+    rows = "1 row" if len(dataset) == 1 else f"{len(dataset):,} rows"
+    return f"{rows} of {length} tokens ({tokens:,} tokens{learnt_of})"
+
+
+def _validation_count(table: DataTable, samples: int) -> int:
+    """How many rows there are to be beside `samples` so that they are the share to validate on; 0 for no share."""
+    share = table.validation
+    return max(1, round(samples * share / (1 - share))) if isinstance(share, float) else 0
+
+
+def _divided(rows: Dataset, table: DataTable, what: str) -> tuple[Dataset, Dataset]:
+    """The rows to train on, in their order, and a share of them that `seed` draws, to validate on."""
+    assert isinstance(table.validation, float)
+    count = max(1, round(len(rows) * table.validation))
+    if count == len(rows):
+        raise DataError(f"{what}: data.validation = {table.validation} leaves none of {count} rows to train on")
+    drawn = np.random.default_rng(table.seed).permutation(len(rows))
+    return take(rows, sorted(drawn[count:])), take(rows, sorted(drawn[:count][: table.validation_samples]))

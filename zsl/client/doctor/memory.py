@@ -1,0 +1,42 @@
+"""Whether a whole model fits into this machine's memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from zsl.split.reference import ModelReference
+from zsl.split.stack import causal_lm_class
+
+HEADROOM = 1.2  # of a step of few tokens, and of loading
+
+
+def whole_model_bytes(reference: ModelReference, dtype: torch.dtype) -> int:
+    """What the parameters of the whole model take. Allocates none of them. Raises `ModelError`."""
+    with torch.device("meta"):
+        model = causal_lm_class(reference.config)(reference.config)
+    return sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+
+
+def free_bytes(root: Path = Path("/")) -> int | None:
+    """The memory that a process may still take, of the machine or of the container; None where Linux does not say."""
+    free = []
+    try:
+        for line in (root / "proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                free.append(int(line.split()[1]) << 10)
+        most = (root / "sys/fs/cgroup/memory.max").read_text().strip()
+        if most != "max":
+            free.append(int(most) - int((root / "sys/fs/cgroup/memory.current").read_text()))
+    except (OSError, ValueError):
+        pass  # no Linux, or no container
+    return min(free, default=None)
+
+
+def does_not_fit(reference: ModelReference, dtype: torch.dtype) -> str | None:
+    """Why the whole model cannot be loaded here, in words; None if it can, as far as is known."""
+    needed, free = whole_model_bytes(reference, dtype) * HEADROOM, free_bytes()
+    if free is None or needed <= free:
+        return None
+    return f"the whole model takes {needed / 2**30:.1f} GiB and {free / 2**30:.1f} are free"

@@ -1,0 +1,99 @@
+"""What a daemon serves, in words: what `zsl info` prints. Knows no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from zsl.client.probe import Probe
+from zsl.errors import ZslError
+from zsl.transport.curve import ClientKeys
+from zsl.wire.messages import FloatDtypeName, Status, Welcome
+
+ROUND_TRIPS = 5
+DIGEST_CHARACTERS = 12  # of a digest that is shown to be compared by eye
+DTYPE_WORDS: dict[FloatDtypeName, str] = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """What one daemon said. Without a `welcome`, `refusal` is why it takes no new session."""
+
+    endpoint: str
+    status: Status
+    round_trip_seconds: float
+    welcome: Welcome | None
+    refusal: ZslError | None
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Names and values, with their units."""
+        status, model = self.status, self.status.model
+        rows = [
+            ("endpoint", self.endpoint),
+            ("state", "takes sessions" if self.refusal is None else f"takes no new session: {self.refusal}"),
+            ("model", f"{model.model_type}, {model.layers} layers, hidden size {model.hidden_size:,}"),
+            ("weights", model.weights_digest[:DIGEST_CHARACTERS]),
+            ("configuration", model.config_digest[:DIGEST_CHARACTERS]),
+            ("cut", f"{status.cut} ({status.cut.stop - status.cut.start} of {model.layers} layers)"),
+            ("trunk", f"{status.trunk_parameters:,} parameters in {DTYPE_WORDS[status.dtype]}"),
+            ("gradient", "none: it serves forward only" if status.forward_only else "exact: forward and backward"),
+        ]
+        if self.welcome is not None:
+            limits = self.welcome.limits
+            rows += [
+                ("deterministic", "yes" if self.welcome.deterministic else "no"),
+                ("packs", "yes" if self.welcome.packs else "no"),
+                ("row", f"up to {limits.max_row_tokens:,} tokens"),
+                (
+                    "request",
+                    f"up to {limits.max_request_tokens:,} tokens, {in_units(limits.max_message_bytes)} a tensor",
+                ),
+                (
+                    "in flight",
+                    f"up to {limits.max_inflight_requests:,} requests, {in_units(limits.max_inflight_bytes)} a session",
+                ),
+                ("lease", f"{limits.lease_ms / 1000:g} s"),
+            ]
+        return [
+            *rows,
+            ("sessions", f"{status.sessions:,}"),
+            ("queued", f"{status.queued_requests:,} requests"),
+            ("held", f"{in_units(status.held_bytes)} for pending backwards"),
+            ("round trip", f"{self.round_trip_seconds * 1000:.2f} ms"),
+            ("software", f"zsl {status.software}"),
+            ("lifetime", status.epoch.hex()),
+        ]
+
+    def as_json(self) -> dict[str, Any]:
+        """The same for programs: digests and ids whole, in hex, numbers in the units that their names carry."""
+        session = {} if self.welcome is None else self.welcome.model_dump(include={"packs", "deterministic", "limits"})
+        return {
+            "endpoint": self.endpoint,
+            "takes_sessions": self.refusal is None,
+            **({} if self.refusal is None else {"refusal": str(self.refusal)}),
+            **self.status.model_dump(exclude={"request", "epoch"}),
+            **session,
+            "epoch": self.status.epoch.hex(),
+            "round_trip_seconds": self.round_trip_seconds,
+        }
+
+
+def ask(endpoint: str, keys: ClientKeys | None) -> Serving:
+    """Ask the daemon at `endpoint`. Raises `ZslError` if it cannot be asked; one that takes no session can."""
+    with Probe(endpoint, keys) as probe:
+        status = probe.status()  # before there is a session of this probe's own
+        seconds = median(probe.round_trip_seconds(ROUND_TRIPS))
+        try:
+            return Serving(endpoint, status, seconds, probe.welcome(), None)
+        except ZslError as refusal:
+            return Serving(endpoint, status, seconds, None, refusal)
+
+
+def in_units(nbytes: int) -> str:
+    """A number of bytes as people read it."""
+    amount, units = float(nbytes), ["bytes", "KiB", "MiB", "GiB", "TiB"]
+    while amount >= 1024 and len(units) > 1:
+        amount /= 1024
+        del units[0]
+    return f"{amount:,.0f} {units[0]}" if units[0] == "bytes" else f"{amount:,.1f} {units[0]}"

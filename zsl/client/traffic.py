@@ -1,0 +1,61 @@
+"""What went over a client's connection, counted where it is sent and received. Knows no socket."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+from typing import Self
+
+from zsl.wire.frames import Frame
+from zsl.wire.messages import Header, Result
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """Of a connection until now, or between two moments: `later - earlier`.
+
+    `bytes_up` and `bytes_down` are those of all frames of zsl's messages (preamble, header, tensors), also of those
+    that were sent again; not what ZeroMQ, TCP and encryption add, and not the pulse, which has a connection of its own.
+    `queue_seconds` and `compute_seconds` are the daemon's own, of the requests that were answered: what was computed
+    for several requests at once counts in full for each.
+    """
+
+    answers: int = 0
+    replays: int = 0
+    bytes_up: int = 0
+    bytes_down: int = 0
+    queue_seconds: float = 0.0
+    compute_seconds: float = 0.0
+
+    def __sub__(self, earlier: Self) -> Self:
+        return type(self)(*(mine - theirs for mine, theirs in zip(astuple(self), astuple(earlier), strict=True)))
+
+
+class TrafficCounter:
+    """Counts. Written by one thread at a time (whoever drives the link); `so_far` may be called from any."""
+
+    def __init__(self) -> None:
+        self._answers = self._bytes_up = self._bytes_down = self._queue_us = self._compute_us = 0
+
+    def sent(self, frames: Sequence[Frame | bytes]) -> None:
+        self._bytes_up += sum(map(len, frames))
+
+    def received(self, frames: Sequence[Frame | bytes]) -> None:
+        self._bytes_down += sum(map(len, frames))
+
+    def answered(self, header: Header) -> None:
+        """A request has got this answer."""
+        if isinstance(header, Result):
+            self._answers += 1
+            self._queue_us += header.queue_us
+            self._compute_us += header.compute_us
+
+    def so_far(self, replays: int) -> Traffic:
+        return Traffic(
+            answers=self._answers,
+            replays=replays,
+            bytes_up=self._bytes_up,
+            bytes_down=self._bytes_down,
+            queue_seconds=self._queue_us / 1e6,
+            compute_seconds=self._compute_us / 1e6,
+        )

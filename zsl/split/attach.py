@@ -1,0 +1,145 @@
+"""Put an adapter on a split model: a new one, or one from a file.
+
+PEFT does the work. What is added are the questions that it does not ask, as it knows nothing of a trunk: whether what
+the configuration names, or what the file holds, is in this process at all.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.utils import load_peft_weights
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from zsl.errors import ConfigError, ModelError
+from zsl.split.adapter import ONLY_TO_USE
+from zsl.split.reference import first_line
+from zsl.split.stack import Stack, find_stack
+
+
+def with_adapter(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
+    """The model with a new adapter, and all else of it frozen. The model is changed in place, `config` is not.
+
+    Raises `ConfigError` for a configuration that names layers or modules of the trunk, that names nothing outside of
+    it, or that PEFT cannot put on this model, quantized as it may be.
+    """
+    made: Any = copy.deepcopy(config)
+    _check_names(model, made)
+    if hasattr(made, "fan_in_fan_out") and not getattr(made, "target_parameters", None):
+        made.fan_in_fan_out |= any(isinstance(module, Conv1D) for module in model.modules())
+    method = made.peft_type.value
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "fan_in_fan_out is set to")  # corrected for each module that is another
+            adapted: PeftModel = get_peft_model(model, made)
+    except (ValueError, TypeError, AttributeError, RuntimeError, ImportError) as error:
+        raise ConfigError(f"{method} cannot be put on this model: {first_line(error)}") from error
+    if not any(parameter.requires_grad for parameter in adapted.parameters()):
+        raise ConfigError(f"{method} finds nothing to train in this model")
+    layers = (module for module in adapted.modules() if isinstance(module, BaseTunerLayer))
+    if not all(_is_made_for_its_weights(layer) for layer in layers):
+        raise ConfigError(f"PEFT has no layers of {method} for quantized weights")  # some would fail, some be wrong
+    return adapted
+
+
+def load_adapter(model: PreTrainedModel, directory: str | Path, *, is_trainable: bool = False) -> PeftModel:
+    """The model with the adapter in `directory`, as `PeftModel.from_pretrained` makes it of a whole model.
+
+    The model is changed in place. Raises `ModelError` if the adapter has weights on the trunk's layers, which PEFT
+    would drop without a word, if it lacks some, if it cannot be read, or be trained on.
+    """
+    place = str(directory)
+    stack = find_stack(model)
+    inside = tuple(f".{stack.name}.{index}." for index in trunk_layers(stack))
+    try:
+        config: Any = PeftConfig.from_pretrained(place)
+        if is_trainable and config.peft_type in ONLY_TO_USE:
+            raise ModelError(f"the adapter in {place} does not hold all that {config.peft_type.value} trains")
+        weights = load_peft_weights(place, device="cpu")
+        _refuse(
+            place, "weights on the trunk's layers", {name for name in weights if any(map(name.__contains__, inside))}
+        )
+        config.inference_mode = not is_trainable
+        adapted: PeftModel = get_peft_model(model, config)
+        name = adapted.active_adapter
+        wanted = get_peft_model_state_dict(adapted, adapter_name=name, save_embedding_layers=False)
+        # PEFT's own files may hold embeddings beside the adapter.
+        _refuse(place, "weights that fit nothing", weights.keys() - wanted.keys() - adapted.state_dict().keys())
+        _refuse(place, "no weights where its configuration wants some", wanted.keys() - weights.keys())
+        set_peft_model_state_dict(adapted, weights, adapter_name=name)
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, ModelError):
+            raise
+        raise ModelError(f"the adapter in {place} cannot be loaded: {first_line(error)}") from error
+    return adapted if is_trainable else adapted.eval()
+
+
+def trunk_layers(stack: Stack) -> list[int]:
+    """The layers that are in the trunk: what stands in their places has no parameters."""
+    return [index for index, layer in enumerate(stack.layers) if not any(True for _ in layer.parameters())]
+
+
+def _check_names(model: PreTrainedModel, config: Any) -> None:
+    """Raises `ConfigError` for names of the trunk's layers and modules, and if nothing else is named."""
+    stack = find_stack(model)
+    trunk = trunk_layers(stack)
+    if config.is_adaption_prompt:
+        behind = len(stack.layers) - 1 - max(trunk, default=-1)
+        if (config.adapter_layers or 0) > behind:  # it counts from the last layer on, and would count past the trunk
+            raise ConfigError(f"adapter_layers = {config.adapter_layers}: {behind} layers are behind the trunk")
+        return
+    asked = getattr(config, "layers_to_transform", None)
+    layers = {asked} if isinstance(asked, int) else set(asked or ())
+    inside = sorted(layers.intersection(trunk))
+    if inside:
+        raise ConfigError(f"layers_to_transform = {asked}: {inside} are in the trunk, which takes no adapters")
+    here = [name for name, _ in model.named_modules() if name]
+    there = _names_in_the_trunk(stack, trunk)
+    for key in ("target_modules", "modules_to_save"):
+        names = getattr(config, key, None) or ()
+        for name in () if isinstance(names, str) else sorted(names):
+            if _fits(name, there) and not _fits(name, here):
+                raise ConfigError(f"{key}: {name!r} is in the trunk, which takes no adapters")
+            if key == "modules_to_save" and not _fits(name, here):
+                raise ConfigError(f"{key}: there is no {name!r}; there are {_modules(model)}")
+    targets = getattr(config, "target_modules", None)
+    if targets and targets != "all-linear" and not any(check_target_module_exists(config, name) for name in here):
+        shown = targets if isinstance(targets, str) else sorted(targets)
+        raise ConfigError(f"target_modules = {shown} fits nothing outside the trunk; there are {_modules(model)}")
+
+
+def _is_made_for_its_weights(layer: BaseTunerLayer) -> bool:
+    weight = getattr(layer.get_base_layer(), "weight", None)
+    return weight is None or weight.is_floating_point() or type(layer).__module__.endswith(".bnb")
+
+
+def _names_in_the_trunk(stack: Stack, trunk: list[int]) -> set[str]:
+    """The modules that the trunk's layers have, if they are like the others."""
+    outside = [layer for index, layer in enumerate(stack.layers) if index not in trunk]
+    within = {name for layer in outside for name, _ in layer.named_modules()}
+    return {f"{stack.name}.{index}.{name}".rstrip(".") for index in trunk for name in within}
+
+
+def _fits(name: str, modules: Iterable[str]) -> bool:
+    return any(module == name or module.endswith(f".{name}") for module in modules)
+
+
+def _modules(model: PreTrainedModel) -> str:
+    """The last names of the modules that have parameters."""
+    owners = (name for name, module in model.named_modules() if any(True for _ in module.parameters(recurse=False)))
+    return ", ".join(sorted({name.rpartition(".")[2] for name in owners}))
+
+
+def _refuse(place: str, what: str, names: Iterable[str]) -> None:
+    found = sorted(names)
+    if found:
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        raise ModelError(f"the adapter in {place} has {what}: {', '.join(found[:3])}{more}")

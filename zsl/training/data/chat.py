@@ -1,0 +1,98 @@
+"""Conversations to tokens through the tokenizer's chat template, with labels on the assistant's answers only."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from zsl.errors import DataError
+from zsl.split.reference import first_line
+from zsl.training.data.rows import NO_LABEL, TokenRow
+
+GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+Messages = list[dict[str, Any]]
+
+
+def conversation_encoder(tokenizer: PreTrainedTokenizerBase, model: str) -> Callable[[Messages], TokenRow]:
+    """What makes tokens of a conversation, with the answers and the end of each as labels.
+
+    Where the template marks what the assistant says (`{% generation %}`) those are its marks. Raises `DataError` for
+    a tokenizer without a template; what is returned raises it for a conversation that the template does not take.
+    """
+    try:
+        template = tokenizer.get_chat_template()
+    except ValueError:
+        raise DataError(
+            f"{model} has no chat template, so conversations cannot be written as it reads them; take an instruct "
+            "model, put a chat_template.jinja beside its tokenizer, or train on a text with data.text_column"
+        ) from None
+    encode = _by_marks if tokenizer.is_fast and GENERATION_MARK.search(template) else _by_prefixes
+    specials = set(tokenizer.all_special_ids)
+    specials |= {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+
+    def encoder(messages: Messages) -> TokenRow:
+        try:
+            return encode(tokenizer, specials, messages)
+        except (TemplateError, ValueError, TypeError, KeyError) as error:
+            if isinstance(error, DataError):
+                raise
+            raise DataError(f"the model's chat template does not take it: {first_line(error)}") from error
+
+    return encoder
+
+
+def problem_with(messages: Any) -> str | None:
+    """Why this is no conversation, in words."""
+    if not isinstance(messages, list):
+        return f"{type(messages).__name__}, not a list of messages"
+    for message in messages:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
+            return "a message without role and content"
+    return None
+
+
+def _by_marks(tokenizer: PreTrainedTokenizerBase, specials: set[int], messages: Messages) -> TokenRow:
+    encoded: Any = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    input_ids = list(encoded["input_ids"])
+    learnt = zip(input_ids, encoded["assistant_masks"], strict=True)
+    return TokenRow(input_ids, [token if mask else NO_LABEL for token, mask in learnt])
+
+
+def _by_prefixes(tokenizer: PreTrainedTokenizerBase, specials: set[int], messages: Messages) -> TokenRow:
+    """An answer is what its message adds to the conversation before it and the header that asks for an answer.
+
+    What the assistant says before anybody else is no answer.
+    """
+
+    def tokens_of(part: Messages, *, ask: bool = False) -> list[int]:
+        return list(tokenizer.apply_chat_template(part, return_dict=False, add_generation_prompt=ask))
+
+    input_ids = tokens_of(messages)
+    labels = [NO_LABEL] * len(input_ids)
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant" or index == 0:
+            continue
+        before = tokens_of(messages[:index], ask=True)
+        until = tokens_of(messages[: index + 1])
+        if input_ids[: len(before)] != before or input_ids[: len(until)] != until:
+            raise DataError(
+                f"where its message {index + 1}, an answer, begins and ends cannot be found: the model's chat template "
+                "writes what comes before it differently when more follows; mark the answers in the template with "
+                "{% generation %} and {% endgeneration %}, or keep one answer a conversation"
+            )
+        stop = _end_of_turn(tokenizer, specials, until, len(before))
+        labels[len(before) : stop] = input_ids[len(before) : stop]
+    return TokenRow(input_ids, labels)
+
+
+def _end_of_turn(tokenizer: PreTrainedTokenizerBase, specials: set[int], tokens: list[int], start: int) -> int:
+    """Where an answer ends: behind its last special token, if only white space follows that."""
+    for at in range(len(tokens) - 1, start - 1, -1):
+        if tokens[at] in specials:
+            return at + 1 if not str(tokenizer.decode(tokens[at + 1 :])).strip() else len(tokens)
+    return len(tokens)

@@ -1,0 +1,78 @@
+"""Which column of a data set is learnt from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from datasets import Features, Value
+
+from zsl.errors import DataError
+from zsl.training.data.reading import foreign_errors
+from zsl.training.data.sources import Documents
+from zsl.training.data.table import DataTable
+
+STRINGS = ("string", "large_string", "string_view")
+# What a column can be said to hold without a look at its rows: a mix of types, or nothing.
+OPEN = ("json", "null")
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """The column, and whether it holds texts or conversations."""
+
+    name: str
+    kind: Literal["text", "messages"]
+
+
+def column_of(documents: Documents, table: DataTable) -> Column:
+    """The column that `table` names, or the one that says it by its name or type.
+
+    Raises `DataError`, which lists the columns, if there is none of that name, if it holds something else, or if
+    several could be meant.
+    """
+    what = documents.described
+    types = _types(documents)
+    listed = ", ".join(f"{name} ({kind})" for name, kind in types.items())
+    if asked := table.messages_column or table.text_column:
+        key, kinds = ("messages_column", ("list",)) if table.messages_column else ("text_column", STRINGS)
+        if asked not in types:
+            raise DataError(f"data.{key} = {asked!r}: {what} has the columns {listed}")
+        if types[asked] not in (*kinds, *OPEN):
+            wanted = "lists of messages" if table.messages_column else "text"
+            raise DataError(f"data.{key} = {asked!r}: the column holds no {wanted}; {what} has the columns {listed}")
+        return Column(asked, "messages" if table.messages_column else "text")
+    if types.get("messages") in ("list", *OPEN):
+        return Column("messages", "messages")
+    strings = [name for name, kind in types.items() if kind in STRINGS]
+    if types.get("text") in (*STRINGS, *OPEN):
+        return Column("text", "text")
+    if len(strings) == 1:
+        return Column(strings[0], "text")
+    raise DataError(
+        f"{what} has the columns {listed or '(none)'}: name the one to learn from with data.text_column or "
+        "data.messages_column"
+    )
+
+
+def _types(documents: Documents) -> dict[str, str]:
+    what = documents.described
+    features: Features | None = documents.rows.features
+    if features is not None:
+        return {name: _type_of(feature) for name, feature in features.items()}
+    with foreign_errors(what, reader=documents.reader, files=documents.files):
+        first: dict[str, Any] | None = next(iter(documents.rows), None)
+    if first is None:
+        raise DataError(f"{what} has no rows")
+    names = {str: "string", list: "list", dict: "struct", type(None): "null"}
+    return {name: names.get(type(value), type(value).__name__) for name, value in first.items()}
+
+
+def _type_of(feature: Any) -> str:
+    """A column's type in a word."""
+    if isinstance(feature, Value):
+        return str(feature.dtype)
+    if isinstance(feature, dict):
+        return "struct"
+    name = type(feature).__name__
+    return {"LargeList": "list", "Sequence": "list"}.get(name, name.lower())

@@ -1,0 +1,88 @@
+"""What `datasets`, the hub and the readers of files raise, as one line of ours; and nothing of theirs on the screen."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets.exceptions import DatasetNotFoundError
+from huggingface_hub.utils import logging
+from huggingface_hub.utils.tqdm import disable_progress_bars
+
+from zsl.errors import DataError, ZslError
+from zsl.split.reference import first_line
+
+# The number that pyarrow gives a line of JSON, in whatever part of the file it looks at.
+COUNTED_FROM_ZERO = re.compile(r"[.]? in row \d+$")
+
+
+def silence_libraries() -> None:
+    """Their progress bars, warnings and logged errors. What fails is raised too, and told in one line."""
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    datasets.disable_progress_bars()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    disable_progress_bars()
+
+
+@contextmanager
+def foreign_errors(what: str, *, reader: str | None = None, files: Sequence[str] = ()) -> Iterator[None]:
+    """Turn any error of the block into `DataError`, which names `what`, or the broken one of its local `files`."""
+    try:
+        yield
+    except (ZslError, StopIteration):
+        raise
+    except Exception as error:
+        raise DataError(_explanation(what, error, reader, files)) from error
+
+
+def read_batches(
+    batches: Iterable[dict[str, list[Any]]], what: str, *, reader: str | None, files: Sequence[str]
+) -> Iterator[dict[str, list[Any]]]:
+    """The batches, read with `foreign_errors`."""
+    iterator = iter(batches)
+    while True:
+        with foreign_errors(what, reader=reader, files=files):
+            batch = next(iterator, None)
+        if batch is None:
+            return
+        yield batch
+
+
+def _explanation(what: str, error: Exception, reader: str | None, files: Sequence[str]) -> str:
+    cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
+    reason = first_line(cause or error)
+    if isinstance(error, DatasetNotFoundError):
+        hint = "; log in with `hf auth login`" if "gated" in reason or "cannot be accessed" in reason else ""
+        return f"{what}: {reason.rstrip('.')}{hint}"
+    if isinstance(error, RuntimeError) and "scripts" in reason:
+        return f"{what} needs code of its own ({reason.rpartition(' ')[2]}), which is never run; take a copy in Parquet"
+    broken = _first_broken(reader, files) if reader else None
+    return f"{broken or what} cannot be read: {re.sub(COUNTED_FROM_ZERO, '', reason)}"
+
+
+def _first_broken(reader: str, files: Sequence[str]) -> str | None:
+    """The first of local files that `datasets` cannot read; of JSON lines also the line."""
+    for file in files:
+        try:
+            for _ in datasets.load_dataset(reader, data_files=[file], split="train", streaming=True):
+                pass
+        except Exception:
+            line = _first_broken_line(file) if file.endswith(".jsonl") else None
+            return f"{file}, line {line}," if line else file
+    return None
+
+
+def _first_broken_line(file: str) -> int | None:
+    with Path(file).open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                if line.strip():
+                    json.loads(line)
+            except ValueError:
+                return number
+    return None

@@ -1,0 +1,69 @@
+"""What trainings have left in their directories: adapters, and what their `run.json` says of how they were made.
+
+Knows no torch: the adapters are found here, and read elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from zsl.errors import ConfigError, ModelError
+from zsl.training.checkpoints import checkpoints_in
+from zsl.training.record import RunRecord, read_record
+
+_ADAPTER = "adapter_config.json"
+_SIDES = ("bottom_lora", "top_lora")
+_WEIGHTS = "the model's weights"
+# What a record of a run says, and what it is called where an adapter is described.
+_SHOWN = {"the trunk's layers": "cut", "the trunk's mode": "gradient mode"}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """`adapters` are the directories that hold one. `model` is the reference that they were trained on, where a run
+    says it, `weights_digest` that of its weights, and `facts` what there is to show.
+    """
+
+    adapters: Sequence[Path]
+    model: str | None = None
+    weights_digest: str | None = None
+    facts: dict[str, str] = field(default_factory=dict)
+
+
+def find_trained(places: Sequence[Path]) -> Trained:
+    """The adapters in `places`: directories of runs, of checkpoints, or of adapters.
+
+    Raises `ConfigError` for a place that holds none, `ModelError` for adapters that were trained on different weights.
+    """
+    adapters = [adapter for place in places for adapter in _adapters_in(place)]
+    records = [record for adapter in adapters if (record := _record_of(adapter)) is not None]
+    digests = {record.facts[_WEIGHTS] for record in records if _WEIGHTS in record.facts}
+    if len(digests) > 1:
+        raise ModelError("these adapters were trained on different weights; they are not of one model")
+    facts = {}
+    for record in records:
+        facts.update({shown: record.facts[fact] for fact, shown in _SHOWN.items() if fact in record.facts})
+    models = [str(record.configuration["model.name"]) for record in records if "model.name" in record.configuration]
+    return Trained(adapters, models[0] if models else None, next(iter(digests), None), facts)
+
+
+def _adapters_in(place: Path) -> list[Path]:
+    if not place.is_dir():
+        raise ConfigError(f"{place}: there is no such directory")
+    if (place / _ADAPTER).is_file():
+        return [place]
+    if (place / "adapter" / _ADAPTER).is_file():  # it was saved in one move, which its two sides were not
+        return [place / "adapter"]
+    found = [place / side for side in _SIDES if (place / side / _ADAPTER).is_file()]
+    if not found:
+        checkpoints = checkpoints_in(place)
+        there = f"; there is {checkpoints[0]}, name that" if checkpoints else ""
+        raise ConfigError(f"{place} holds no adapter{there}")
+    return found
+
+
+def _record_of(adapter: Path) -> RunRecord | None:
+    """That of the run that the adapter is of: in a checkpoint, or beside the directory of the adapter."""
+    return read_record(adapter) or read_record(adapter.absolute().parent)
