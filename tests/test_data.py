@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -16,15 +17,18 @@ import pytest
 import torch
 from click.testing import CliRunner
 from datasets import Dataset
+from huggingface_hub import close_session, constants
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import Trainer, TrainingArguments
 
+import zsl.split.hub
 from support.data import ANSWERS, CARD, FORGETFUL, MARKED, SENTENCES, conversation, write_model, write_repository
 from support.hub import hub_of
 from support.models import local_model
 from zsl.cli.train import train
 from zsl.errors import ConfigError, DataError, ZslError
+from zsl.split.hub import _why_no_answer
 from zsl.split.reference import ModelReference, resolve
 from zsl.training.config import read_config
 from zsl.training.data.chat import conversation_encoder
@@ -153,6 +157,17 @@ def test_files_of_each_kind_and_patterns_give_the_rows_of_the_directory_on_the_h
         "*.txt",
     ):
         assert rows_of(load(tmp_path / name).train) == expected, name
+
+
+def test_a_path_that_exists_is_preferred_to_a_hub_id(
+    load: Callable[..., TrainingData], repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "org").mkdir()
+    (tmp_path / "org" / "moon").symlink_to(repository)
+    with pytest.raises(DataError, match="not cached here"):
+        load("org/moon")
+    monkeypatch.chdir(tmp_path)
+    assert rows_of(load("org/moon").train) == rows_of(load(repository).train)
 
 
 def test_a_row_for_each_document_ends_with_the_end_of_text_or_is_cut_off(
@@ -324,7 +339,11 @@ def write_broken(directory: Path) -> None:
     write_lines(directory / "good.jsonl", [{"text": "a"}])
     (directory / "rows.parquet").write_text("nothing of the kind")
     (directory / "rows.csv").write_text("text,number\na,1\nb,2,3\n")
+    (directory / "rows.tsv").write_text("text\tnumber\na\t1\nb, c\t2\n")
+    (directory / "second.tsv").write_text("text\tnumber\na\t1\nb\t2\t3\n")
     (directory / "empty.jsonl").touch()
+    (directory / "header.csv").write_text("text\n")
+    (directory / "none.json").write_text("[]")
     write_lines(directory / "mixed.jsonl", [{"text": "a"}, {"text": 3}])
     write_lines(directory / "chat.jsonl", [{"messages": TURNS}, {"messages": [{"from": "user"}]}])
     write_lines(directory / "two.jsonl", [{"question": "a", "answer": "b", "number": 1}])
@@ -344,6 +363,11 @@ def write_broken(directory: Path) -> None:
         ("lines.jsonl", {"streaming": True}, ["lines.jsonl, line 2,"]),
         ("rows.parquet", {}, ["rows.parquet", "not a parquet file"]),
         ("rows.csv", {}, ["rows.csv", "line 3"]),
+        ("[rs]*.tsv", {}, ["second.tsv", "line 3"]),
+        ("header.csv", {}, ["header.csv has no rows"]),
+        ("header.csv", {"streaming": True}, ["header.csv has no rows"]),
+        ("none.json", {}, ["none.json has no rows"]),
+        ("none.json", {"streaming": True}, ["none.json has no rows"]),
         ("mixed.jsonl", {}, ["mixed.jsonl", "'text'", "row 2", "int"]),
         ("chat.jsonl", {}, ["chat.jsonl", "'messages'", "row 2", "role and content"]),
         ("two.jsonl", {}, ["question (string), answer (string), number (int64)", "data.text_column"]),
@@ -491,6 +515,8 @@ def test_a_data_set_of_the_hub_is_read_streamed_and_used_again_without_the_hub(
     (hub / "org").mkdir(parents=True)
     home.mkdir()
     (hub / "org" / "moon").symlink_to(repository)
+    card = CARD.replace("plain", "wikitext-2-raw-v1").replace("  default: true\n", "")
+    write_repository(hub / "Salesforce" / "wikitext", card=card)
     (hub / "org" / "script").mkdir()
     (hub / "org" / "script" / "script.py").write_text("1 / 0")
     expected = rows_of(load(repository).train)
@@ -502,6 +528,7 @@ def test_a_data_set_of_the_hub_is_read_streamed_and_used_again_without_the_hub(
             [
                 {"name": "org/moon", "validation": "validation"},
                 {"name": "org/moon", "streaming": True, "samples": 8},
+                {"name": "wikitext"},
                 {"name": "org/moon", "config": "nothing"},
                 {"name": "org/moon", "split": "nothing"},
                 {"name": "org/nothing"},
@@ -509,7 +536,8 @@ def test_a_data_set_of_the_hub_is_read_streamed_and_used_again_without_the_hub(
                 {"name": "org/script"},
             ],
         )
-    assert there[0]["rows"] == there[1]["rows"] == expected
+    assert there[0]["rows"] == there[1]["rows"] == there[2]["rows"] == expected
+    assert there.pop(2)["lines"][0].startswith("wikitext (Salesforce/wikitext), configuration wikitext-2-raw-v1, split")
     assert there[0]["lines"] == [
         "org/moon, configuration plain, split train, 8 rows of 32 tokens (256 tokens)",
         "validation: org/moon, configuration plain, split validation, 1 row of 32 tokens (32 tokens)",
@@ -528,6 +556,23 @@ def test_a_data_set_of_the_hub_is_read_streamed_and_used_again_without_the_hub(
     assert gone[2]["error"] == "DataError" and "'org/other' is not cached here" in gone[2]["said"]
     assert gone[3]["error"] == "ModelError" and "'org/nothing' cannot be loaded: it is not cached" in gone[3]["said"]
     assert endpoint in gone[2]["said"] and endpoint in gone[3]["said"]
+
+
+def test_a_hub_that_hangs_or_is_unwell_counts_as_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def look_at(endpoint: str) -> str | None:
+        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        return _why_no_answer()
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setattr(zsl.split.hub, "CONNECT_SECONDS", 0.2)
+        assert "timed out" in str(look_at(f"http://127.0.0.1:{silent.getsockname()[1]}"))
+    monkeypatch.setattr(zsl.split.hub, "CONNECT_SECONDS", 20)
+    with hub_of(tmp_path) as endpoint:
+        assert look_at(endpoint) is None
+    with hub_of(tmp_path, unwell=True) as endpoint:
+        assert look_at(endpoint) == f"{endpoint} answers 503"
+    close_session()
 
 
 def test_a_hub_id_that_is_not_there_without_network_is_one_line_and_exit_3(

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from zsl.training.toml_reference import toml_reference
+
 ROOT = Path(__file__).parent.parent
 NAMED = re.compile(r"`(?:bin/test )?(?:tests/)?(test_\w+)(?:\.py)?(?: -k (\w+))?`")
 DOCUMENTS = ["README.md", "docs/reliability.md", "docs/security.md", "docs/batching.md"]
@@ -27,6 +29,18 @@ def test_every_test_that_is_named_is_there(document: str) -> None:
         if not file.exists() or not any(words in test for test in names_of_tests(file)):
             missing.append(f"{name} -k {words}")
     assert missing == []
+
+
+@pytest.mark.parametrize(
+    "document", sorted(ROOT.glob("*.md")) + sorted(ROOT.glob("docs/*.md")), ids=lambda path: path.name
+)
+def test_every_file_that_is_linked_to_is_there(document: Path) -> None:
+    links = re.findall(r"\]\(([^)#:]+)\)", document.read_text())
+    assert [link for link in links if not (document.parent / link).exists()] == []
+
+
+def test_the_reference_of_the_configuration_is_that_of_the_schema() -> None:
+    assert (ROOT / "docs/configuration.md").read_text() == toml_reference()
 
 
 def test_rows_of_faults_and_bad_input_each_name_a_test() -> None:

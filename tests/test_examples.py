@@ -19,7 +19,7 @@ pytestmark = pytest.mark.timeout(300)
 
 def test_the_plain_loop_trains_through_a_daemon_that_was_started_with_no_argument(tmp_path: Path) -> None:
     with Daemon(log=tmp_path / "log") as daemon:
-        command = [sys.executable, str(EXAMPLES / "plain_loop.py"), daemon.endpoint]
+        command = [sys.executable, str(EXAMPLES / "plain_loop.py"), "--server", daemon.endpoint]
         finished = subprocess.run(
             command, capture_output=True, text=True, timeout=RUN_SECONDS, check=False, cwd=tmp_path
         )

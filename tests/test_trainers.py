@@ -32,10 +32,10 @@ from support.models import VOCABULARY, local_model
 from support.tokenizer import tiny_tokenizer, words
 from zsl.cli.train import train as zsl_train
 from zsl.client.trunk_client import TrunkClient
-from zsl.training.data.load import synthetic_rows
+from zsl.training.data.synthetic import synthetic_rows
 
 STEPS = 50
-FEW_STEPS = 8
+FEW_STEPS = 6
 TARGETS = ["q_proj", "v_proj", "up_proj"]
 OUTER_LAYERS = [0, 1, 4, 5]
 DROPOUT = 0.1
@@ -221,7 +221,7 @@ def test_fifty_steps_of_zsl_train_are_those_of_trainer_on_the_local_model(
 
 # --- Trainer -------------------------------------------------------------------------------------------------------
 
-EVALUATED = {"eval_strategy": "steps", "eval_steps": 4, "per_device_eval_batch_size": 4}
+EVALUATED = {"eval_strategy": "steps", "eval_steps": 3, "per_device_eval_batch_size": 4}
 ACCUMULATED = {"gradient_accumulation_steps": 4, "max_grad_norm": 0.1, "warmup_steps": 3, "lr_scheduler_type": "cosine"}
 
 
@@ -319,10 +319,10 @@ def test_autocast_to_bfloat16_differs_from_the_local_one_by_its_precision(models
 
 def test_best_model_early_stopping_and_resuming_work_as_on_the_local_model(models: Models, tmp_path: Path) -> None:
     def train(model: PeftModel, name: str, *, start: Path | None = None, patience: int = 100) -> tuple[Any, Trained]:
-        kept = {"save_strategy": "steps", "save_steps": 4, "load_best_model_at_end": True, **EVALUATED}
+        kept = {"save_strategy": "steps", "save_steps": 3, "load_best_model_at_end": True, **EVALUATED}
         trainer = Trainer(
             model=model,
-            args=arguments(tmp_path / name, max_steps=12, **kept),
+            args=arguments(tmp_path / name, max_steps=9, **kept),
             train_dataset=full_rows(),
             eval_dataset=full_rows(12),
             callbacks=[EarlyStoppingCallback(patience, early_stopping_threshold=100)],  # nothing is better by so much
@@ -330,14 +330,14 @@ def test_best_model_early_stopping_and_resuming_work_as_on_the_local_model(model
         result = trained(trainer, resume_from_checkpoint=start and str(start))
         return trainer.state, result
 
-    for patience, steps in ((100, 12), (1, 8)):
+    for patience, steps in ((100, 9), (1, 6)):
         ours, split = train(models.split(), f"split-{steps}", patience=patience)
         theirs, local = train(models.local(), f"local-{steps}", patience=patience)
         assert differing(split, local) == []
         assert ours.global_step == theirs.global_step == steps
         assert Path(ours.best_model_checkpoint).name == Path(theirs.best_model_checkpoint).name
-        if steps == 12:
-            _, resumed = train(models.split(), "resumed", start=tmp_path / "split-12" / "checkpoint-8")
+        if steps == 9:
+            _, resumed = train(models.split(), "resumed", start=tmp_path / "split-9" / "checkpoint-6")
             assert differing(resumed, split) == []
 
 

@@ -19,12 +19,16 @@ API = re.compile(r"/api/datasets/([^/]+/[^/]+)(?:/(revision|tree|paths-info)/[^/
 
 
 @contextmanager
-def hub_of(directory: Path, *, gated: str = "") -> Iterator[str]:
-    """Serves `directory/org/name` as data set `org/name`; the hub's address. One of them may be gated."""
+def hub_of(directory: Path, *, gated: str = "", unwell: bool = False) -> Iterator[str]:
+    """Serves `directory/org/name` as data set `org/name`; the hub's address.
+
+    One of them may be gated. An unwell hub answers 503 to everything.
+    """
 
     class Handler(_Handler):
         root = directory
         gated_id = gated
+        is_unwell = unwell
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
@@ -40,8 +44,11 @@ def hub_of(directory: Path, *, gated: str = "") -> Iterator[str]:
 class _Handler(BaseHTTPRequestHandler):
     root: Path
     gated_id: str
+    is_unwell: bool
 
     def do_GET(self) -> None:
+        if self.is_unwell:
+            return self._answer(503)
         path = unquote(urlsplit(self.path).path)
         file, api = FILE.fullmatch(path), API.fullmatch(path)
         asked = file or api

@@ -33,6 +33,8 @@ def column_of(documents: Documents, table: DataTable) -> Column:
     """
     what = documents.described
     types = _types(documents)
+    if not types:
+        raise DataError(f"{what} has no rows")
     listed = ", ".join(f"{name} ({kind})" for name, kind in types.items())
     if asked := table.messages_column or table.text_column:
         key, kinds = ("messages_column", ("list",)) if table.messages_column else ("text_column", STRINGS)
@@ -50,8 +52,7 @@ def column_of(documents: Documents, table: DataTable) -> Column:
     if len(strings) == 1:
         return Column(strings[0], "text")
     raise DataError(
-        f"{what} has the columns {listed or '(none)'}: name the one to learn from with data.text_column or "
-        "data.messages_column"
+        f"{what} has the columns {listed}: name the one to learn from with data.text_column or data.messages_column"
     )
 
 

@@ -16,10 +16,8 @@ from zsl.training.data.encoding import Encoder, Tally
 from zsl.training.data.rows import PadRight, TokenRow, count_tokens, hold, take
 from zsl.training.data.sources import Documents, open_documents, validation_documents
 from zsl.training.data.stream import SHUFFLE_ROWS, TokenStream
-from zsl.training.data.synthetic import SYNTHETIC_SAMPLES, synthetic_language, synthetic_rows
+from zsl.training.data.synthetic import SYNTHETIC_SAMPLES, synthetic_language
 from zsl.training.data.table import SYNTHETIC, DataTable
-
-__all__ = ["TrainingData", "load_data", "synthetic_rows"]
 
 
 @dataclass(frozen=True)
@@ -124,8 +122,8 @@ def _stream(documents: Documents, encoder: Encoder, table: DataTable) -> tuple[T
 def _no_row(what: str, encoder: Encoder, tally: Tally) -> str:
     if encoder.packing and tally.tokens and not tally.without_target:
         return f"{what}: {tally.tokens} tokens do not fill one row of {encoder.length}; lower data.max_length"
-    reasons = tally.lines(encoder.column.kind, encoder.length) or ["it is empty"]
-    return f"{what} gives no row to learn from: {', '.join(reasons)}"
+    reasons = tally.lines(encoder.column.kind, encoder.length)
+    return f"{what} gives no row to learn from: {', '.join(reasons)}" if reasons else f"{what} has no rows"
 
 
 def _size(dataset: Dataset, encoder: Encoder) -> str:

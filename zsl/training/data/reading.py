@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,6 +18,14 @@ from huggingface_hub.utils.tqdm import disable_progress_bars
 from zsl.errors import DataError, ZslError
 from zsl.split.reference import first_line
 
+# The files of rows, and how `datasets` reads them. Any other file is a text.
+FILES_OF_ROWS: dict[str, tuple[str, dict[str, str]]] = {
+    ".jsonl": ("json", {}),
+    ".json": ("json", {}),
+    ".parquet": ("parquet", {}),
+    ".csv": ("csv", {}),
+    ".tsv": ("csv", {"sep": "\t"}),
+}
 # The number that pyarrow gives a line of JSON, in whatever part of the file it looks at.
 COUNTED_FROM_ZERO = re.compile(r"[.]? in row \d+$")
 
@@ -34,7 +43,7 @@ def foreign_errors(what: str, *, reader: str | None = None, files: Sequence[str]
     """Turn any error of the block into `DataError`, which names `what`, or the broken one of its local `files`."""
     try:
         yield
-    except (ZslError, StopIteration):
+    except ZslError:
         raise
     except Exception as error:
         raise DataError(_explanation(what, error, reader, files)) from error
@@ -56,6 +65,8 @@ def read_batches(
 def _explanation(what: str, error: Exception, reader: str | None, files: Sequence[str]) -> str:
     cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
     reason = first_line(cause or error)
+    if isinstance(error, StopIteration):
+        return f"{what} has no rows"  # as `datasets` says it
     if isinstance(error, DatasetNotFoundError):
         hint = "; log in with `hf auth login`" if "gated" in reason or "cannot be accessed" in reason else ""
         return f"{what}: {reason.rstrip('.')}{hint}"
@@ -69,7 +80,11 @@ def _first_broken(reader: str, files: Sequence[str]) -> str | None:
     """The first of local files that `datasets` cannot read; of JSON lines also the line."""
     for file in files:
         try:
-            for _ in datasets.load_dataset(reader, data_files=[file], split="train", streaming=True):
+            _, options = FILES_OF_ROWS.get(Path(file).suffix, (reader, {}))
+            rows = datasets.load_dataset(
+                reader, data_files=[glob.escape(file)], split="train", streaming=True, **options
+            )
+            for _ in rows:
                 pass
         except Exception:
             line = _first_broken_line(file) if file.endswith(".jsonl") else None

@@ -17,18 +17,10 @@ from datasets import Dataset, IterableDataset
 from zsl.errors import ConfigError, DataError
 from zsl.split.hub import why_offline
 from zsl.split.reference import first_line
-from zsl.training.data.reading import foreign_errors, silence_libraries
+from zsl.training.data.reading import FILES_OF_ROWS, foreign_errors, silence_libraries
 from zsl.training.data.table import NOT_FOR_A_TEXT, PYTHON_DOCS, SYNTHETIC, WIKITEXT, DataTable
 
 WIKITEXT_ID, WIKITEXT_CONFIG = "Salesforce/wikitext", "wikitext-2-raw-v1"
-# The files of rows, and how `datasets` reads them. Any other file is a text.
-FILES_OF_ROWS: dict[str, tuple[str, dict[str, str]]] = {
-    ".jsonl": ("json", {}),
-    ".json": ("json", {}),
-    ".parquet": ("parquet", {}),
-    ".csv": ("csv", {}),
-    ".tsv": ("csv", {"sep": "\t"}),
-}
 TEXT_FILES = (".txt", ".md", ".rst", ".text")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -117,13 +109,12 @@ def _files(table: DataTable, files: list[Path]) -> Documents:
     suffixes = sorted({file.suffix for file in files if file.suffix in FILES_OF_ROWS})
     if not suffixes:
         return _texts(table, {str(file): _read_text(file) for file in files})
-    readers = {FILES_OF_ROWS[suffix][0] for suffix in suffixes}
-    if len(readers) > 1 or any(file.suffix not in suffixes for file in files):
+    reader, options = FILES_OF_ROWS[suffixes[0]]
+    if any(FILES_OF_ROWS.get(file.suffix) != (reader, options) for file in files):
         kinds = ", ".join(sorted({file.suffix or "none" for file in files}))
         raise ConfigError(f"data.name = {table.name!r}: files of one kind are needed, and these are {kinds}")
     if given := table.given(["config", "split"]):
         raise ConfigError(f"data.{given[0]} has no meaning for data.name = {table.name!r}, which names files")
-    reader, options = FILES_OF_ROWS[suffixes[0]]
     paths = [str(file.resolve()) for file in files]
     for path in paths:
         if not Path(path).stat().st_size:
@@ -175,7 +166,8 @@ def _rows(table: DataTable, builder: Any) -> Dataset | IterableDataset:
         try:
             return builder.as_dataset(split=table.split)
         except ValueError:
-            pass  # it says so in its own words
+            if table.split in splits:
+                raise DataError(f"{table.name} has no rows") from None
     raise DataError(f"data set {table.name!r} has no split {table.split!r}; it has {', '.join(map(str, splits))}")
 
 

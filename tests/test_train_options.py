@@ -1,0 +1,179 @@
+"""`zsl-train` without a file, with its options, and with a validation."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from safetensors.torch import load_file
+
+from zsl.cli.train import train as train_command
+from zsl.training.config import read_config
+from zsl.training.metrics import RunMetrics
+
+TABLES = {"model", "trunk", "data", "peft", "train"}
+
+
+def run(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(train_command, [str(word) for word in arguments], prog_name="zsl-train")
+
+
+@pytest.fixture
+def small(checkpoints: Callable[..., Path]) -> list[str]:
+    """The options of a run of a few steps without a file."""
+    return ["--model", str(checkpoints("llama")), "--set", "trunk.cut=2:4", "--samples", "8", "--max-length", "16"]
+
+
+def lines_in(directory: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_without_a_file_the_defaults_are_those_of_the_help() -> None:
+    config = read_config(None, overrides={})
+    train = config.train
+    assert (config.data.name, config.data.samples, config.data.max_length) == ("synthetic", 20, 128)
+    assert (train["per_device_train_batch_size"], train["num_train_epochs"], train["learning_rate"]) == (2, 1, 1e-4)
+    assert (config.peft["method"], config.peft["r"], train["output_dir"]) == ("lora", 8, "lora_checkpoints")
+    shown = " ".join(run("--help").stdout.split())
+    for default in ("synthetic", "20", "2", "128", "1", "8", "1e-4", "./lora_checkpoints"):
+        assert f"[default: {default}" in shown
+
+
+def test_another_method_without_a_file_is_not_given_the_keys_of_lora() -> None:
+    config = read_config(None, settings=["peft.method=ia3"], overrides={})
+    assert config.peft == {"method": "ia3"} or config.peft == {"method": "ia3", "target_modules": "all-linear"}
+
+
+def test_every_option_reaches_the_training(small: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options = ["--batch-size", "4", "--epochs", "2", "--lora-rank", "3", "--lr", "0.01", "--dataset", "synthetic"]
+    result = run(*small, *options, "--save-dir", out)
+    assert result.exit_code == 0, result.output
+    assert [line["step"] for line in lines_in(out)] == [1, 2, 3, 4]
+    weights = load_file(out / "adapter" / "adapter_model.safetensors")
+    assert {tensor.shape[0] for name, tensor in weights.items() if "lora_A" in name} == {3}
+    assert "learning_rate = 0.01" in result.stdout
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_options_go_before_settings_and_those_before_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "a.toml"
+    file.write_text("[data]\nsamples = 3\nmax_length = 30\n[train]\nlearning_rate = 3.0\n")
+    config = read_config(file, settings=["data.samples=4", "data.max_length=40"], overrides={"data": {"samples": 5}})
+    assert (config.data.samples, config.data.max_length, config.train["learning_rate"]) == (5, 40, 3.0)
+
+
+def test_a_step_shows_where_its_time_went_and_what_crossed(small: list[str], tmp_path: Path) -> None:
+    result = run(*small, "--save-dir", tmp_path)
+    assert re.search(
+        r"step 4/4: loss [\d.]+, [\d,]+ tokens/s, .*trunk \d+%.*, 8\.\d+ kB up, 8\.\d+ kB down, 0:00 left",
+        result.stdout,
+    )
+    assert re.search(r"Communication per step of 32 tokens\n.*\n  this run, measured +\d.*kB +\d", result.stdout)
+    for line in lines_in(tmp_path):
+        parts = [line[f"{part}_seconds"] for part in ("bottom", "wire", "trunk", "top", "other")]
+        assert sum(parts) == pytest.approx(line["seconds"], abs=1e-5)
+        assert line["tokens"] == 32
+        # Two tensors of 2 x 16 tokens x 32 float32 numbers each way, and their headers.
+        assert 0 < line["bytes_up"] - 2 * 2 * 16 * 32 * 4 < 1500
+
+
+def test_a_dry_run_checks_all_and_leaves_nothing(small: list[str], tmp_path: Path) -> None:
+    result = run(*small, "--save-dir", tmp_path / "out", "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert "Dry run: everything is there, and the trunk answers." in result.stdout
+    assert "max_length = 16" in result.stdout and "Training\n" not in result.stdout
+    assert not (tmp_path / "out").exists()
+    result = run(*small, "--dry-run", "--server", "127.0.0.1:1", "--set", "trunk.connect_timeout_seconds=0.3")
+    assert result.exit_code == 3
+
+
+def test_quiet_says_nothing_where_nothing_is_wrong(small: list[str], tmp_path: Path) -> None:
+    result = run(*small, "--save-dir", tmp_path / "out", "--quiet")
+    assert (result.exit_code, result.output) == (0, "")
+    assert len(lines_in(tmp_path / "out")) == 4
+
+
+def test_resume_goes_on_or_fails_and_restart_begins_anew(small: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    nothing = run(*small, "--save-dir", out, "--resume")
+    assert nothing.exit_code == 2 and "holds no checkpoint" in nothing.stderr
+    checkpoints = ["--set", "train.save_steps=2"]
+    assert run(*small, *checkpoints, "--save-dir", out, "--set", "train.max_steps=3").exit_code == 0
+    gone_on = run(*small, *checkpoints, "--save-dir", out, "--resume", "--set", "train.max_steps=4")
+    assert gone_on.exit_code == 0 and "Resuming from" in gone_on.stdout
+    assert "Resuming" not in run(*small, *checkpoints, "--save-dir", out, "--restart").stdout
+
+
+def test_a_validation_has_its_own_loss_and_perplexity(small: list[str], tmp_path: Path) -> None:
+    settings = ["--set", "data.validation=0.25", "--epochs", "3", "--lr", "0.01"]
+    result = run(*small, *settings, "--save-dir", tmp_path)
+    assert result.exit_code == 0, result.output
+    lines = [line for line in lines_in(tmp_path) if "eval_loss" in line]
+    assert [line["epoch"] for line in lines] == [0, 1, 2, 3]
+    for line in lines:
+        assert line["eval_perplexity"] == pytest.approx(math.exp(line["eval_loss"]))
+        assert f"validation loss {line['eval_loss']:.4f}, perplexity {line['eval_perplexity']:.2f}" in result.stdout
+    assert lines[-1]["eval_loss"] < lines[0]["eval_loss"]
+
+
+STOPS_EARLY = ["data.validation=0.25", "train.early_stopping_patience=2", "train.save_steps=2", "train.logging_steps=1"]
+
+
+def test_it_stops_early_and_keeps_the_best(small: list[str], tmp_path: Path) -> None:
+    settings = [*STOPS_EARLY, "train.learning_rate=0.3"]  # far too much: the loss rises
+    options = [word for setting in settings for word in ("--set", setting)]
+    result = run(*small, *options, "--epochs", "20", "--save-dir", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert re.search(r"stopped at step \d+ of \d+: no lower validation loss in 2 validations", result.stdout)
+    validations = [line for line in lines_in(tmp_path) if "eval_loss" in line and line["step"]]
+    best = min(validations, key=lambda line: line["eval_loss"])
+    assert validations[-1]["step"] == best["step"] + 4
+    assert f"The adapters are those of step {best['step']}" in result.stdout
+    kept = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    of_the_best = load_file(tmp_path / f"checkpoint-{best['step']}" / "adapter_model.safetensors")
+    assert kept.keys() == of_the_best.keys()
+    assert all(torch.equal(kept[name], of_the_best[name]) for name in kept)
+
+
+def test_early_stopping_needs_a_validation(small: list[str], tmp_path: Path) -> None:
+    result = run(*small, "--set", "train.early_stopping_patience=2", "--save-dir", tmp_path)
+    assert result.exit_code == 2 and "set data.validation" in result.stderr
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_killed_run_with_validation_ends_as_if_never_killed(
+    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = [*small, "--epochs", "3", "--lr", "0.01"]
+    options += [word for setting in STOPS_EARLY for word in ("--set", setting)]
+    assert run(*options, "--save-dir", tmp_path / "whole").exit_code == 0
+    end_step = RunMetrics.end_step
+
+    def dying(self: RunMetrics, step: int, *rest: Any) -> None:
+        end_step(self, step, *rest)
+        if step == 7:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunMetrics, "end_step", dying)
+        with pytest.raises(Killed):
+            run(*options, "--save-dir", tmp_path / "killed")
+    gone_on = run(*options, "--save-dir", tmp_path / "killed")
+    assert "Resuming from" in gone_on.stdout
+    numbers = ("step", "epoch", "loss", "eval_loss")
+    whole, killed = (
+        [{key: line[key] for key in numbers if key in line} for line in lines_in(tmp_path / name)]
+        for name in ("whole", "killed")
+    )
+    assert whole == killed
