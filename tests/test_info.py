@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ from click.testing import CliRunner, Result
 
 import zsl
 from support.echo import IDENTITY, EchoServer
+from support.loaded import zsl_and_what_it_loads
 from support.peer import Peer, forward
 from support.square import SquareServer, some
 from test_access import Keys, client
@@ -140,18 +139,8 @@ def test_without_the_key_it_is_exit_3_with_the_reason(tmp_path: Path) -> None:
 @pytest.mark.parametrize("arguments", [["--help"], [None]])
 def test_it_loads_no_torch(arguments: list[str | None]) -> None:
     with EchoServer() as server:
-        script = (
-            "import sys\n"
-            "from zsl.cli.zsl import zsl\n"
-            f"try:\n    zsl(['info', {(arguments[0] or server.endpoint)!r}])\n"
-            "except SystemExit as end:\n    assert end.code == 0\n"
-            "print(sorted({'torch', 'transformers'} & sys.modules.keys()))"
-        )
-        finished = subprocess.run(
-            [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False
-        )
-    assert finished.returncode == 0, finished.stderr
-    assert finished.stdout.splitlines()[-1] == "[]"
+        asked = arguments[0] or server.endpoint
+        assert zsl_and_what_it_loads(["info", asked], {"torch", "transformers"})[1] == set()
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 import stat
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 
+from support.loaded import zsl_and_what_it_loads
 from zsl.cli.zsl import zsl
 from zsl.errors import EXIT_USAGE
 from zsl.transport.curve import read_key_pair
@@ -69,13 +68,4 @@ def test_a_name_that_is_none_is_refused_in_one_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["keygen", "--help"]])
 def test_help_and_version_load_neither_torch_nor_zmq(arguments: list[str]) -> None:
-    script = (
-        "import sys\n"
-        "from zsl.cli.zsl import zsl\n"
-        f"try:\n    zsl({arguments})\n"
-        "except SystemExit as end:\n    assert end.code == 0\n"
-        "print(sorted({'torch', 'transformers', 'zmq', 'pydantic'} & sys.modules.keys()))"
-    )
-    finished = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
-    assert finished.returncode == 0, finished.stderr
-    assert finished.stdout.splitlines()[-1] == "[]"
+    assert zsl_and_what_it_loads(arguments, {"torch", "transformers", "zmq", "pydantic"})[1] == set()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -26,6 +25,7 @@ from transformers import PreTrainedTokenizerFast
 
 import zsl
 from support.embedded import served
+from support.full_disk import files_of_at_most
 from support.models import local_model, with_lora, write_checkpoint
 from zsl.cli.train import train as train_command
 from zsl.errors import RunFailed
@@ -429,17 +429,6 @@ def test_a_run_that_is_stopped_says_where_it_goes_on(config: Path, uninterrupted
     assert "training ended after step 7: interrupted; the same command" in result.stderr  # not after 3 of this process
     trained(config, tmp_path / "out")
     assert_same_result(tmp_path / "out", uninterrupted)
-
-
-@contextmanager
-def files_of_at_most(size_bytes: int) -> Iterator[None]:
-    """A disk with no room for more, to every writer of this process: Python, safetensors and torch."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_checkpoints_that_do_not_fit_on_the_disk_are_a_warning_each_and_lose_nothing(

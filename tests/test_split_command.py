@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import resource
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,6 +19,8 @@ from support import batches
 from support.compare import differing, numbers_of
 from support.daemon import Daemon
 from support.embedded import served
+from support.full_disk import files_of_at_most
+from support.loaded import zsl_and_what_it_loads
 from support.models import CONFIGS, CUT, local_model, tiny_model, with_lora
 from zsl.cli.zsl import zsl as command
 from zsl.errors import EXIT_RUN_FAILED, EXIT_STARTUP_FAILED, EXIT_USAGE, ModelError, WrongModelError
@@ -270,17 +268,6 @@ def test_a_part_that_was_changed_is_refused_in_a_line(copied: Path, damage: Call
         assert len(str(refused.value).splitlines()) == 1
 
 
-@contextmanager
-def files_of_at_most(size_bytes: int) -> Iterator[None]:
-    """A disk that is full, to a process that writes."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def test_what_cannot_be_written_leaves_nothing(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
     with files_of_at_most(100_000):  # the client's part has more, config.json less
         finished = run("split", checkpoints("llama"), CUT, "--out", tmp_path / "two")
@@ -316,14 +303,6 @@ def test_a_wrong_argument_is_one_line(
 
 @pytest.mark.parametrize("name", ["split", "export", "merge"])
 def test_help_has_an_example_and_loads_no_torch(name: str) -> None:
-    script = (
-        "import sys\n"
-        "from zsl.cli.zsl import zsl\n"
-        f"try:\n    zsl(['{name}', '--help'])\n"
-        "except SystemExit as end:\n    assert end.code == 0\n"
-        "print(sorted({'torch', 'transformers', 'zmq', 'pydantic'} & sys.modules.keys()))"
-    )
-    finished = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
-    assert finished.returncode == 0, finished.stderr
-    assert f"  zsl {name} " in finished.stdout.partition("Options")[0]
-    assert finished.stdout.splitlines()[-1] == "[]"
+    printed, loaded = zsl_and_what_it_loads([name, "--help"], {"torch", "transformers", "zmq", "pydantic"})
+    assert f"  zsl {name} " in printed.partition("Options")[0]
+    assert loaded == set()

@@ -235,7 +235,7 @@ def assert_one_line(finished: subprocess.CompletedProcess[str], code: int, *word
         (["trunk.wire_dtype=int8"], 2, ["small.toml", "trunk.wire_dtype", "bfloat16"]),
         (["train.overlap=0"], 2, ["train.overlap = 0"]),
         (["train.overlap=2"], 2, ["overlap = 2", "gradient_accumulation_steps = 1"]),
-        (["peft.target_modules=nothing"], 2, ["target_modules = nothing", "q_proj"]),
+        (["peft.target_modules=nothing"], 2, ["small.toml", "[peft]", "target_modules = nothing", "q_proj"]),
         (["nonsense"], 2, ["nonsense", "table.key=value"]),
         (["model.name=random:nothing"], 3, ["nothing"]),
         (["trunk.endpoint=127.0.0.1:1", "trunk.connect_timeout_seconds=0.3"], 3, ["127.0.0.1:1", "zsl-trunkd"]),

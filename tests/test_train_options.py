@@ -48,7 +48,9 @@ def test_without_a_file_the_defaults_are_those_of_the_help() -> None:
 
 def test_another_method_without_a_file_is_not_given_the_keys_of_lora() -> None:
     config = read_config(None, settings=["peft.method=ia3"], overrides={})
-    assert config.peft == {"method": "ia3"} or config.peft == {"method": "ia3", "target_modules": "all-linear"}
+    assert config.peft == {"method": "ia3"}
+    asked = read_config(None, settings=["peft.method=loha", "peft.target_modules=all-linear"], overrides={})
+    assert asked.peft == {"method": "loha", "target_modules": "all-linear"}
 
 
 def test_every_option_reaches_the_training(small: list[str], tmp_path: Path) -> None:

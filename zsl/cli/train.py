@@ -16,7 +16,7 @@ import zsl
 from zsl.cli.errors import one_line_errors, stop_on_sigterm
 from zsl.cli.quiet import quiet_libraries
 
-# Where an option's value goes, and what holds without it where there is no file.
+# Where an option's value goes.
 FLAGS = {
     "server": ("trunk", "endpoint"),
     "model": ("model", "name"),

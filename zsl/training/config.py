@@ -159,18 +159,16 @@ def read_config(
     misspelt key the nearest that there is.
     """
     where = where_of(file)
-    tables = _read(file) if file else {table: dict(values) for table, values in WITHOUT_A_FILE.items()}
+    tables = _read(file) if file else {}
     for setting in settings:
         table, key, value = _parse_setting(setting)
         _lay_over(tables, table, {key: value})
     for table, values in overrides.items():
         _lay_over(tables, table, values)
-    peft = _table(tables, "peft")
-    if file is None and peft.get("method", "lora") != "lora":
-        # What is the default for LoRA need not be a key of another method.
-        ours = WITHOUT_A_FILE["peft"]
-        peft = {key: value for key, value in peft.items() if key not in ours or value != ours[key]}
-    tables["peft"] = {**PEFT_DEFAULTS, **peft}
+    tables["peft"] = {**PEFT_DEFAULTS, **_table(tables, "peft")}
+    for table, values in {} if file else WITHOUT_A_FILE.items():
+        if table != "peft" or tables["peft"]["method"] == "lora":  # they are keys of LoRA
+            tables[table] = {**values, **_table(tables, table)}
     tables["train"] = _train_defaults(_table(tables, "train"), file, validates="validation" in _table(tables, "data"))
     try:
         config = TrainConfig.model_validate(tables)

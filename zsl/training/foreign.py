@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from zsl.errors import ConfigError, ZslError
+from zsl.errors import ConfigError
 from zsl.split.reference import first_line
 from zsl.training.config import check_keys
 
@@ -25,16 +25,9 @@ def make_foreign(cls: Callable[..., T], where: str, table: str, values: Mapping[
     check_keys(where, table, values, fields)
     hints = typing.get_type_hints(cls)
     checked = {key: _checked(where, f"{table}.{key}", hints[key], value) for key, value in values.items()}
-    return complain_as_ours(where, table, lambda: cls(**checked))
-
-
-def complain_as_ours(where: str, table: str, make: Callable[[], T]) -> T:
-    """What a foreign constructor makes of our table, or its complaint as a `ConfigError`."""
     try:
-        return make()
+        return cls(**checked)
     except (ValueError, TypeError, ImportError) as error:
-        if isinstance(error, ZslError):
-            raise
         raise ConfigError(f"{where}: [{table}]: {first_line(error)}") from error
 
 

@@ -69,7 +69,7 @@ def step_line(step: int, of_steps: int, loss: float, measure: StepMeasure, secon
 def byte_count(number: float) -> str:
     """Bytes with a unit: `512 B`, `1.6 kB`, `23 MB`."""
     for unit in ("B", "kB", "MB", "GB"):
-        if abs(number) < 1000 or unit == "GB":
+        if number < 999.5 or unit == "GB":
             break
         number /= 1000
     return f"{number:.0f} {unit}" if unit == "B" or number >= 100 else f"{number:.3g} {unit}"
@@ -87,11 +87,12 @@ def communication_table(
 ) -> str:
     """What crossed per step, measured, beside what other ways to train together send per step.
 
-    Averaging adapters (federated LoRA) sends the adapter there and back, exchanging gradients all of the model's.
+    Averaging adapters (federated LoRA) sends the adapter there and back once in a round of many steps, exchanging
+    gradients all of the model's in each.
     """
     rows = [
         ("this run, measured", bytes_up, bytes_down),
-        ("the adapter, there and back", adapter_bytes, adapter_bytes),
+        ("the adapter, once a round", adapter_bytes, adapter_bytes),
         ("the whole model's gradient", gradient_bytes, gradient_bytes),
     ]
     lines = [f"Communication per step of {tokens:,.0f} tokens", f"  {'':<28} {'up':>9} {'down':>9}"]

@@ -61,7 +61,10 @@ def train_from_config(config: TrainConfig, where: str, *, dry_run: bool = False)
         stack.callback(trunk.close)
         base = load_client(reference, trunk, cut=cut, dtype=dtype, quantize=config.model.quantize)
         sides = Sides(base, trunk.client.welcome.cut)
-        model = with_adapter(base, peft)
+        try:
+            model = with_adapter(base, peft)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: [peft]: {error}") from error
         print("", overview(model, sides, reference, trunk, trunk_place), "", sep="\n")
         print("Data set", *(f"  {line}" for line in data.lines), sep="\n", flush=True)
         run = RunDirectory(directory, record.model_copy(update={"facts": _facts(data, trunk)}))
@@ -92,17 +95,11 @@ def train_from_config(config: TrainConfig, where: str, *, dry_run: bool = False)
             data_collator=data.collate or default_data_collator,
         )
         stack.enter_context(closing(metrics))
-        _train(trainer, metrics, run, start, Results(model, sides, reference, directory, metrics), trunk)
+        _train(trainer, run, start, Results(model, sides, reference, directory, metrics), trunk)
 
 
-def _train(
-    trainer: SplitTrainer,
-    metrics: RunMetrics,
-    run: RunDirectory,
-    start: Start | None,
-    results: Results,
-    trunk: RemoteTrunk,
-) -> None:
+def _train(trainer: SplitTrainer, run: RunDirectory, start: Start | None, results: Results, trunk: RemoteTrunk) -> None:
+    metrics = results.metrics
     try:
         if start is not None and start.is_the_end:
             trainer.end_at(start)

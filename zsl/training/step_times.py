@@ -36,8 +36,7 @@ class StepTimes:
         self._trunk = trunk
         self._parts = parts
         self._clock = clock
-        self._in_micro_batch = False
-        self._traffic: Traffic | None = None  # when the step began
+        self._traffic: Traffic | None = None  # when the step began that is under way
         self._reset()
         if parts:
             model.register_forward_pre_hook(lambda *_: self._mark("bottom"))
@@ -51,20 +50,16 @@ class StepTimes:
             self._traffic = self._trunk.client.traffic
             self._began = self._since = self._clock()
         self._tokens += tokens
-        self._in_micro_batch = True
         try:
             yield
             _wait_for_gpu()
         finally:
             self._mark("other")
-            self._in_micro_batch = False
 
     def end_step(self) -> StepMeasure:
         """What the step took that ends now."""
         _wait_for_gpu()
-        self._in_micro_batch = True
         self._mark("other")
-        self._in_micro_batch = False
         traffic = self._trunk.client.traffic - (self._traffic or self._trunk.client.traffic)
         measure = StepMeasure(
             steps=1,
@@ -100,8 +95,8 @@ class StepTimes:
 
     def _mark(self, place: Place) -> None:
         """From now on the time is that of `place`."""
-        if not self._in_micro_batch:
-            return  # a validation
+        if self._traffic is None:
+            return  # a validation, between two steps
         now = self._clock()
         self._seconds[self._place] += now - self._since
         self._place, self._since = place, now
