@@ -12,7 +12,7 @@ from zsl.training.toml_reference import toml_reference
 
 ROOT = Path(__file__).parent.parent
 NAMED = re.compile(r"`(?:bin/test )?(?:tests/)?(test_\w+)(?:\.py)?(?: -k (\w+))?`")
-DOCUMENTS = ["README.md", "docs/reliability.md", "docs/security.md", "docs/batching.md"]
+DOCUMENTS = ["README.md", "README.zh-CN.md", "docs/reliability.md", "docs/security.md", "docs/batching.md"]
 
 
 def names_of_tests(file: Path) -> list[str]:
@@ -39,6 +39,24 @@ def test_every_file_that_is_linked_to_is_there(document: Path) -> None:
     assert [link for link in links if not (document.parent / link).exists()] == []
 
 
+def code_by_section(document: str) -> list[tuple[list[str], set[str]]]:
+    """Of each section of a Markdown file: the lines of its examples, without comments, and what is in backticks."""
+    sections = []
+    for section in re.split(r"^## ", (ROOT / document).read_text(), flags=re.MULTILINE):
+        prose, *blocks = re.split(r"^```", section, flags=re.MULTILINE)
+        examples, prose = blocks[0::2], "".join([prose, *blocks[1::2]])
+        lines = re.findall(r"^    .*$", prose, flags=re.MULTILINE) + "".join(examples).splitlines()
+        sections.append(([re.sub(r"\s*# .*", "", line) for line in lines], set(re.findall(r"`([^`\n]+)`", prose))))
+    return sections
+
+
+def test_both_readmes_have_the_same_commands_examples_and_names_section_by_section() -> None:
+    english, chinese = code_by_section("README.md"), code_by_section("README.zh-CN.md")
+    assert len(english) > 5 and len(english) == len(chinese)
+    for in_english, in_chinese in zip(english, chinese, strict=True):
+        assert in_chinese == in_english
+
+
 def test_the_reference_of_the_configuration_is_that_of_the_schema() -> None:
     assert (ROOT / "docs/configuration.md").read_text() == toml_reference()
 
@@ -47,6 +65,16 @@ def test_rows_of_faults_and_bad_input_each_name_a_test() -> None:
     rows = [line for line in (ROOT / "docs/reliability.md").read_text().splitlines() if line.startswith("| ")]
     without = [row for row in rows if "`test_" not in row and "the same" not in row and "shown by" not in row]
     assert len(rows) > 50 and without == []
+
+
+def test_every_message_that_troubleshooting_explains_is_one_that_zsl_says() -> None:
+    source = " ".join(re.sub(r'"\s*\n\s*f?"', "", file.read_text()) for file in sorted((ROOT / "zsl").rglob("*.py")))
+    connecting = (ROOT / "docs/troubleshooting.md").read_text().split("## It is slow")[0]
+    first_cells = [line.split("|")[1] for line in connecting.splitlines() if line.startswith("| ")]
+    pieces = [piece for cell in first_cells for text in re.findall(r"`([^`]+)`", cell) for piece in text.split("…")]
+    pieces = [words for piece in pieces for words in piece.split(": ") if words.strip(" :")]
+    assert len(pieces) > 8
+    assert [words for words in pieces if words.strip(" :") not in source] == []
 
 
 def test_no_deadline_looks_at_the_wall_clock() -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from zsl.cli.train import train as train_command
 from zsl.training.config import read_config
@@ -85,6 +86,30 @@ def test_a_step_shows_where_its_time_went_and_what_crossed(small: list[str], tmp
         assert line["tokens"] == 32
         # Two tensors of 2 x 16 tokens x 32 float32 numbers each way, and their headers.
         assert 0 < line["bytes_up"] - 2 * 2 * 16 * 32 * 4 < 1500
+
+
+def test_tensorboard_gets_what_was_measured(small: list[str], tmp_path: Path) -> None:
+    reports = ["--set", "train.report_to=tensorboard", "--set", "data.validation=0.25"]
+    result = run(*small, *reports, "--save-dir", tmp_path)
+    assert result.exit_code == 0, result.output
+    (events,) = tmp_path.rglob("events.out.tfevents.*")
+    seen = EventAccumulator(str(events)).Reload()
+
+    def series(name: str) -> list[tuple[int, float]]:
+        return [(event.step, event.value) for event in seen.Scalars(name)]
+
+    lines = lines_in(tmp_path)
+    steps = [line for line in lines if "loss" in line]
+    validations = [line for line in lines if "eval_loss" in line]
+    assert len(steps) == 4 and len(validations) == 2
+    assert series("train/loss") == [(line["step"], pytest.approx(line["loss"])) for line in steps]
+    assert series("train/trunk/bytes_up") == [(line["step"], line["bytes_up"]) for line in steps]
+    assert series("train/share/trunk") == [
+        (line["step"], pytest.approx(line["trunk_seconds"] / line["seconds"], abs=1e-4)) for line in steps
+    ]
+    for name in ("loss", "perplexity"):
+        expected = [(line["step"], pytest.approx(line[f"eval_{name}"])) for line in validations]
+        assert series(f"eval/{name}") == expected
 
 
 def test_a_dry_run_checks_all_and_leaves_nothing(small: list[str], tmp_path: Path) -> None:

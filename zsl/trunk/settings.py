@@ -92,11 +92,11 @@ def _difference(served: ModelIdentity, wanted: ModelIdentity) -> str:
         ours, theirs = getattr(served, name), getattr(wanted, name)
         if ours != theirs:
             return f"this daemon serves a model with {name} {ours}, the client has {theirs}: load the same model"
-    what = "weights" if served.weights_digest != wanted.weights_digest else "configuration"
-    ours, theirs = (
-        (identity.weights_digest if what == "weights" else identity.config_digest)[:12] for identity in (served, wanted)
-    )
+    if served.weights_digest != wanted.weights_digest:
+        what, ours, theirs = "other weights", served.weights_digest, wanted.weights_digest
+    else:
+        what, ours, theirs = "another configuration", served.config_digest, wanted.config_digest
     return (
-        f"both sides have a {served.model_type} of this size, but another {what} "
-        f"(digest {ours}… here, {theirs}… at the client): load the same checkpoint"
+        f"both sides have a {served.model_type} of this size, but {what} "
+        f"(digest {ours[:12]}… here, {theirs[:12]}… at the client): load the same checkpoint"
     )
