@@ -81,11 +81,19 @@ def acted(clock: Clock, *, parts: bool = True) -> tuple[Acted, StepTimes]:
 SECONDS = st.lists(st.integers(0, 1000), min_size=8, max_size=8)
 
 
-@given(steps=st.lists(st.lists(SECONDS, min_size=1, max_size=4), min_size=1, max_size=3), between=st.integers(0, 99))
-def test_each_second_of_a_step_is_counted_once_in_its_part(steps: list[list[list[int]]], between: int) -> None:
+@given(
+    steps=st.lists(st.lists(SECONDS, min_size=1, max_size=4), min_size=1, max_size=3),
+    fetching=st.integers(0, 99),
+    between=st.integers(0, 99),
+)
+def test_each_second_of_a_step_is_counted_once_in_its_part(
+    steps: list[list[list[int]]], fetching: int, between: int
+) -> None:
     clock = Clock()
     stage, times = acted(clock)
     for micro_batches in steps:
+        with times.fetch():
+            clock.now += fetching
         for seconds in micro_batches:
             with times.micro_batch(tokens=7):
                 stage.training_step(seconds)
@@ -94,21 +102,25 @@ def test_each_second_of_a_step_is_counted_once_in_its_part(steps: list[list[list
         before, bottom, there, top, head, back, bottom_back, after = map(sum, zip(*micro_batches, strict=True))
         crossing = there + back
         assert measure.part_seconds == {
+            "data": fetching,
             "bottom": bottom + bottom_back,
             "wire": crossing / 4,
             "trunk": crossing * 3 / 4,
             "top": top + head,
             "other": before + after,
         }
-        assert sum(measure.part_seconds.values()) == measure.seconds == sum(map(sum, micro_batches))
+        assert sum(measure.part_seconds.values()) == measure.seconds == fetching + sum(map(sum, micro_batches))
         assert measure.queue_seconds == crossing / 4
         assert measure.tokens == 7 * len(micro_batches)
         crossings = 2 * len(micro_batches)
         assert (measure.bytes_up, measure.bytes_down) == (300 * crossings, 200 * crossings)
         assert (measure.steps, measure.replays) == (1, crossings)
-        # Data, a validation, a checkpoint.
+        # A validation, a checkpoint, an epoch's end where no rows are left.
         clock.now += between
         stage.training_step([between] * 8)
+        with times.fetch():
+            clock.now += between
+        times.drop()
 
 
 def test_without_a_way_back_the_backward_is_the_tops() -> None:
@@ -117,7 +129,8 @@ def test_without_a_way_back_the_backward_is_the_tops() -> None:
     stage, times = acted(clock)
     with times.micro_batch(tokens=1):
         stage.training_step([1, 2, 4, 8, 16, 0, 0, 0], crosses_back=False)
-    assert times.end_step().part_seconds == {"bottom": 2, "wire": 1, "trunk": 3, "top": 24, "other": 1}
+    parts = {"data": 0, "bottom": 2, "wire": 1, "trunk": 3, "top": 24, "other": 1}
+    assert times.end_step().part_seconds == parts
 
 
 def test_with_micro_batches_in_flight_together_only_what_is_true_is_said() -> None:
@@ -135,7 +148,7 @@ def test_with_micro_batches_in_flight_together_only_what_is_true_is_said() -> No
 
 def test_a_daemon_that_says_more_than_was_waited_for_takes_no_other_parts_time() -> None:
     measure = StepMeasure(steps=1, seconds=10, crossing_seconds=4, top_seconds=6, queue_seconds=3, compute_seconds=3)
-    assert measure.part_seconds == {"bottom": 0, "wire": 0, "trunk": 4, "top": 6, "other": 0}
+    assert measure.part_seconds == {"data": 0, "bottom": 0, "wire": 0, "trunk": 4, "top": 6, "other": 0}
 
 
 def test_a_sum_of_steps_is_told_by_the_step() -> None:

@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from zsl.cli.train import train as train_command
 from zsl.training.config import read_config
 from zsl.training.metrics import RunMetrics
+from zsl.training.report import final_summary
 
 TABLES = {"model", "trunk", "data", "peft", "train"}
 
@@ -81,11 +82,19 @@ def test_a_step_shows_where_its_time_went_and_what_crossed(small: list[str], tmp
     )
     assert re.search(r"Communication per step of 32 tokens\n.*\n  this run, measured +\d.*kB +\d", result.stdout)
     for line in lines_in(tmp_path):
-        parts = [line[f"{part}_seconds"] for part in ("bottom", "wire", "trunk", "top", "other")]
+        parts = [line[f"{part}_seconds"] for part in ("data", "bottom", "wire", "trunk", "top", "other")]
         assert sum(parts) == pytest.approx(line["seconds"], abs=1e-5)
+        assert line["data_seconds"] > 0
         assert line["tokens"] == 32
         # Two tensors of 2 x 16 tokens x 32 float32 numbers each way, and their headers.
         assert 0 < line["bytes_up"] - 2 * 2 * 16 * 32 * 4 < 1500
+
+
+def test_a_loss_that_ran_away_is_called_that() -> None:
+    said = final_summary([10.0, 9.0, math.nan, math.inf], 1.0)
+    assert "The loss is not a finite number, first at step 3: try a lower train.learning_rate." in said
+    assert re.search(r"lowest +9\.0000\n", said)
+    assert "fell by 1.0000." in final_summary([10.0, 9.0], 1.0)
 
 
 def test_tensorboard_gets_what_was_measured(small: list[str], tmp_path: Path) -> None:

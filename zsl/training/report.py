@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -121,16 +122,23 @@ def final_summary(
     not the last."""
     if not losses:
         return "Summary\n  no step was taken"
+    finite = [loss for loss in losses if math.isfinite(loss)]
     fell = losses[-1] < losses[0]
+    if len(finite) < len(losses):
+        step = next(step for step, loss in enumerate(losses, start=1) if not math.isfinite(loss))
+        verdict = f"The loss is not a finite number, first at step {step}: try a lower train.learning_rate."
+    elif fell:
+        verdict = f"The loss fell by {losses[0] - losses[-1]:.4f}."
+    else:
+        verdict = f"The loss did not fall: it rose by {losses[-1] - losses[0]:.4f}."
     lines = [
         "Summary",
         f"  steps    {len(losses)} in {seconds:.1f} s",
         f"  first    {losses[0]:.4f}",
         f"  last     {losses[-1]:.4f}",
-        f"  lowest   {min(losses):.4f}",
+        f"  lowest   {min(finite, default=math.nan):.4f}",
         f"  average  {sum(losses) / len(losses):.4f}",
-        f"  The loss {'fell' if fell else 'did not fall'}"
-        + (f" by {losses[0] - losses[-1]:.4f}." if fell else f": it rose by {losses[-1] - losses[0]:.4f}."),
+        f"  {verdict}",
     ]
     if validations:
         (first_step, first), (last_step, last) = validations[0], validations[-1]

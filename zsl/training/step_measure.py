@@ -11,13 +11,15 @@ class StepMeasure:
     """What a step, or several of them, took.
 
     `crossing_seconds` is the time that the client waited for the trunk, there and back: `trunk_seconds` (for which the
-    daemon says that it had the requests, queued or computed) and `wire_seconds`. `other_seconds` are the optimizer's.
+    daemon says that it had the requests, queued or computed) and `wire_seconds`. `data_seconds` went to getting the
+    rows, `other_seconds` to the optimizer.
     With micro-batches in flight together the client computes while it waits: the parts are not known (`parts_known`).
     """
 
     steps: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    data_seconds: float = 0.0
     bottom_seconds: float = 0.0
     crossing_seconds: float = 0.0
     top_seconds: float = 0.0
@@ -53,6 +55,7 @@ class StepMeasure:
         if not self.parts_known:
             return {}
         return {
+            "data": self.data_seconds,
             "bottom": self.bottom_seconds,
             "wire": self.wire_seconds,
             "trunk": self.trunk_seconds,

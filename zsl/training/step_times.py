@@ -1,4 +1,4 @@
-"""Where the time of a training step goes: bottom, wire, trunk, top. And how many bytes crossed for it.
+"""Where the time of a training step goes: data, bottom, wire, trunk, top. And how many bytes crossed for it.
 
 Marks are taken where the model's forward begins and ends and where a batch crosses to the trunk and is back. Between
 two marks the time belongs to one part, so that the parts of a step add up to it. On a GPU calls return before their
@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import nn
@@ -20,14 +20,16 @@ from zsl.client.remote import CrossingEvent, RemoteTrunk
 from zsl.client.traffic import Traffic
 from zsl.training.step_measure import StepMeasure
 
-Place = Literal["bottom", "crossing", "top", "other"]
+Place = Literal["data", "bottom", "crossing", "top", "other"]
+PLACES: tuple[Place, ...] = get_args(Place)
 
 
 class StepTimes:
     """Measures the training steps of a model whose hole `trunk` fills.
 
-    `micro_batch` goes around a micro-batch's forward and backward, `end_step` behind the optimizer. What lies between
-    two steps (data, validation, checkpoints) is not counted. `parts=False`: micro-batches are in flight together.
+    `fetch` goes around getting a step's rows, `micro_batch` around a micro-batch's forward and backward, `end_step`
+    behind the optimizer. What lies between two steps (validation, checkpoints) is not counted. `parts=False`:
+    micro-batches are in flight together.
     """
 
     def __init__(
@@ -44,11 +46,23 @@ class StepTimes:
             trunk.on_crossing = self._crossed
 
     @contextmanager
+    def fetch(self) -> Iterator[None]:
+        """Around getting the rows of a step, which begins with that."""
+        self._begin()
+        self._mark("data")
+        try:
+            yield
+        finally:
+            self._mark("other")
+
+    def drop(self) -> None:
+        """There were no rows for a step."""
+        self._reset()
+
+    @contextmanager
     def micro_batch(self, tokens: int) -> Iterator[None]:
         """Around forward and backward of so many tokens."""
-        if self._traffic is None:
-            self._traffic = self._trunk.client.traffic
-            self._began = self._since = self._clock()
+        self._begin()
         self._tokens += tokens
         try:
             yield
@@ -65,6 +79,7 @@ class StepTimes:
             steps=1,
             tokens=self._tokens,
             seconds=self._since - self._began,
+            data_seconds=self._seconds["data"],
             bottom_seconds=self._seconds["bottom"],
             crossing_seconds=self._seconds["crossing"],
             top_seconds=self._seconds["top"],
@@ -76,15 +91,20 @@ class StepTimes:
             replays=traffic.replays,
             parts_known=self._parts,
         )
-        self._traffic = None
         self._reset()
         return measure
 
+    def _begin(self) -> None:
+        if self._traffic is None:
+            self._traffic = self._trunk.client.traffic
+            self._began = self._since = self._clock()
+
     def _reset(self) -> None:
+        self._traffic = None
         self._tokens = 0
         self._place: Place = "other"
         self._began = self._since = 0.0
-        self._seconds: dict[Place, float] = dict.fromkeys(("bottom", "crossing", "top", "other"), 0.0)
+        self._seconds: dict[Place, float] = dict.fromkeys(PLACES, 0.0)
 
     def _crossed(self, event: CrossingEvent) -> None:
         direction, moment = event

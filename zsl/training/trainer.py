@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,13 @@ class SplitTrainer(OverlapMixin, Trainer):
         if self._show.training_bar is not None:
             self._show.training_bar.close()
 
+    def get_batch_samples(self, *arguments: Any) -> Any:
+        with self._times.fetch():
+            batches, items = super().get_batch_samples(*arguments)
+        if not batches:
+            self._times.drop()  # the data ended with the step before
+        return batches, items
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         with self._times.micro_batch(_real_tokens(inputs)):
             loss = super().training_step(model, inputs, num_items_in_batch)
@@ -188,6 +196,10 @@ class _Show(ProgressCallback):
         self._metrics = metrics
         self._directory = directory
 
+    @staticmethod
+    def _draws_bar(args: TrainingArguments) -> bool:
+        return not args.disable_tqdm and sys.stderr.isatty()  # a log file has the lines
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         try:
             self._directory.begin()
@@ -197,7 +209,7 @@ class _Show(ProgressCallback):
         self.measured += measure
         self.since_last_log += measure
         self._metrics.end_step(state.global_step, float(state.epoch or 0), measure.as_line())
-        if not args.disable_tqdm:
+        if self._draws_bar(args):
             super().on_step_end(args, state, control, **kwargs)  # type: ignore[no-untyped-call]
 
     def on_train_begin(
@@ -205,7 +217,7 @@ class _Show(ProgressCallback):
     ) -> None:
         # A state that comes from a checkpoint has the intervals of that time.
         state.compute_steps(args, state.max_steps)
-        if not args.disable_tqdm:
+        if self._draws_bar(args):
             super().on_train_begin(args, state, control, **kwargs)  # type: ignore[no-untyped-call]
             bar: Any = self.training_bar
             bar.initial = bar.n = self.current_step = state.global_step
@@ -214,7 +226,7 @@ class _Show(ProgressCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if not args.disable_tqdm:
+        if self._draws_bar(args):
             super().on_train_end(args, state, control, **kwargs)  # type: ignore[no-untyped-call]
         if self._patience is not None and state.global_step < state.max_steps:
             tqdm.write(stopped_early(state.global_step, state.max_steps, self._patience))
@@ -240,9 +252,9 @@ class _Show(ProgressCallback):
         loss, of_tokens = metrics["eval_loss"], metrics["eval_perplexity"]
         self._metrics.add_validation(state.global_step, float(state.epoch or 0), loss, of_tokens)
         tqdm.write(validation_line(state.global_step, state.max_steps, loss, of_tokens))
-        if not args.disable_tqdm:
+        if self._draws_bar(args):
             super().on_evaluate(args, state, control, **kwargs)  # type: ignore[no-untyped-call]
 
     def on_prediction_step(self, args: TrainingArguments, *arguments: Any, **kwargs: Any) -> None:
-        if not args.disable_tqdm:
+        if self._draws_bar(args):
             super().on_prediction_step(args, *arguments, **kwargs)  # type: ignore[no-untyped-call]
