@@ -31,12 +31,13 @@ def validations(directory: Path) -> list[dict[str, float]]:
 
 
 def plot(curves: dict[str, list[dict[str, float]]], file: Path) -> None:
-    """Validation perplexity over epochs, a line per mode."""
+    """Validation perplexity over epochs, a line per mode. In powers, as what goes wrong goes wrong by factors."""
     figure = Figure(figsize=FIGURE_INCHES, layout="constrained")
     axes = figure.subplots()
     for mode, lines in curves.items():
         axes.plot([line["epoch"] for line in lines], [line["eval_perplexity"] for line in lines], "o-", label=mode)
-    axes.set(xlabel="epoch", ylabel="validation perplexity")
+    axes.set(xlabel="epoch", ylabel="validation perplexity", yscale="log")
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
