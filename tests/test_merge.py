@@ -109,7 +109,7 @@ def test_a_run_says_itself_what_it_was_trained_on(
     path = checkpoints("llama")
     facts = {"the model's weights": identify(resolve(str(path))).weights_digest}
     record = RunRecord(configuration={"model.name": str(path)}, facts=facts)
-    (tmp_path / RECORD).write_bytes(as_bytes(record))
+    (adapter / RECORD).write_bytes(as_bytes(record))
     finished = run("merge", tmp_path, "--out", tmp_path / "merged")
     assert finished.exit_code == 0, finished.output
     assert "other weights" not in finished.output
@@ -117,6 +117,17 @@ def test_a_run_says_itself_what_it_was_trained_on(
     other = checkpoints("llama", seed=7)
     finished = run("merge", tmp_path, "--model", other, "--out", tmp_path / "other")
     assert finished.exit_code == 0 and "has other weights than the model that was trained" in finished.output
+
+
+def test_the_record_of_another_run_in_the_same_directory_says_nothing_of_an_adapter(
+    adapter: Path, checkpoints: Callable[..., Path], tmp_path: Path
+) -> None:
+    """As where a run was killed before it had adapters, in the directory of an older one."""
+    (tmp_path / RECORD).write_bytes(
+        as_bytes(RunRecord(configuration={"model.name": str(checkpoints("llama", seed=7))}))
+    )
+    finished = run("merge", tmp_path, "--out", tmp_path / "merged")
+    assert finished.exit_code == 2 and "does not say of which model it is" in finished.output
 
 
 def test_the_dtype_is_the_checkpoints_own_unless_one_is_given(adapter: Path, tmp_path: Path) -> None:

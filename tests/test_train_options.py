@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import re
@@ -15,9 +16,13 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from support.data import SENTENCES, conversation, write_model
 from zsl.cli.train import train as train_command
+from zsl.errors import RunFailed
+from zsl.training.checkpoints import put_in_place
 from zsl.training.config import read_config
 from zsl.training.metrics import RunMetrics
+from zsl.training.record import read_record
 from zsl.training.report import final_summary
 
 TABLES = {"model", "trunk", "data", "peft", "train"}
@@ -184,21 +189,117 @@ def test_early_stopping_needs_a_validation(small: list[str], tmp_path: Path) -> 
     assert result.exit_code == 2 and "set data.validation" in result.stderr
 
 
+@pytest.mark.parametrize("limit", [1, 2])
+def test_where_the_best_could_not_be_written_the_next_best_is_kept(
+    limit: int, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what another Trainer left in the directory stays, whatever `save_total_limit` says."""
+    foreign = tmp_path / "checkpoint-500"
+    foreign.mkdir()
+    not_written = 0
+
+    def full_once(written: Path, place: Path) -> None:
+        if place.name == f"checkpoint-{not_written}":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        put_in_place(written, place)
+
+    def validation_losses() -> dict[int, float]:
+        return {line["step"]: line["eval_loss"] for line in lines_in(tmp_path) if "eval_loss" in line and line["step"]}
+
+    monkeypatch.setattr("zsl.training.trainer.put_in_place", full_once)
+    settings = [*STOPS_EARLY, "train.learning_rate=0.3", f"train.save_total_limit={limit}"]
+    options = [word for setting in settings for word in ("--set", setting)]
+    command = [*small, *options, "--epochs", "20", "--restart", "--save-dir", tmp_path]
+    assert run(*command).exit_code == 0
+    losses = validation_losses()
+    not_written = min(losses, key=losses.__getitem__)
+    result = run(*command)
+    assert result.exit_code == 0, result.output
+    losses = validation_losses()
+    best = min(losses.keys() - {not_written}, key=losses.__getitem__)
+    assert f"The adapters are those of step {best}" in result.stdout
+    kept = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    of_the_best = load_file(tmp_path / f"checkpoint-{best}" / "adapter_model.safetensors")
+    assert all(torch.equal(kept[name], of_the_best[name]) for name in kept)
+    assert foreign.is_dir()
+
+
+def test_an_early_stopped_run_whose_adapters_could_not_be_saved_only_saves_them(
+    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = [word for setting in [*STOPS_EARLY, "train.learning_rate=0.3"] for word in ("--set", setting)]
+    command = [*small, *options, "--epochs", "20", "--save-dir", str(tmp_path)]
+
+    def full(*_: Any, **__: Any) -> None:
+        raise RunFailed("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("zsl.training.results.save_adapter", full)
+        failed = run(*command)
+    assert failed.exit_code == 1 and "the training is done, but not all of it is saved" in failed.stderr
+    before = lines_in(tmp_path)
+    saved = run(*command)
+    assert saved.exit_code == 0, saved.output
+    assert lines_in(tmp_path) == before
+    assert re.search(r"The adapters are those of step \d+", saved.stdout) and (tmp_path / "adapter").is_dir()
+
+
+def test_an_adapter_says_what_model_it_is_of_and_nothing_of_the_data(small: list[str], tmp_path: Path) -> None:
+    assert run(*small, "--save-dir", tmp_path).exit_code == 0
+    of_run = read_record(tmp_path)
+    assert of_run is not None and "data.name" in of_run.configuration
+    for name in ("adapter", "bottom_lora", "top_lora"):
+        record = read_record(tmp_path / name)
+        assert record is not None
+        assert record.configuration == {"model.name": of_run.configuration["model.name"]}
+        assert record.facts == {fact: value for fact, value in of_run.facts.items() if "data" not in fact}
+        assert "the model's weights" in record.facts and record.facts != of_run.facts
+
+
+def test_a_side_that_has_no_adapter_any_more_keeps_none_of_an_earlier_run(small: list[str], tmp_path: Path) -> None:
+    assert run(*small, "--save-dir", tmp_path).exit_code == 0
+    assert (tmp_path / "bottom_lora").is_dir()
+    only_top = ["--set", "peft.target_modules=['q_proj']", "--set", "peft.layers_to_transform=[5]"]
+    again = run(*small, *only_top, "--save-dir", tmp_path)
+    assert again.exit_code == 0, again.output
+    assert (tmp_path / "top_lora").is_dir() and not (tmp_path / "bottom_lora").exists()
+
+
+def test_the_validation_loss_is_that_of_a_token_however_rows_are_batched(tmp_path: Path) -> None:
+    rows = [{"messages": conversation("Yes?", " ".join(SENTENCES[: 1 + row % 3]))} for row in range(16)]
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = write_model(tmp_path / "model")
+    losses = []
+    for size in (1, 3, 8):
+        settings = ["trunk.cut=2:4", "data.validation=0.5", f"train.per_device_eval_batch_size={size}"]
+        options = [word for setting in [*settings, "train.max_steps=1"] for word in ("--set", setting)]
+        out = tmp_path / str(size)
+        result = run("--model", model, "--dataset", chats, "--max-length", "64", *options, "--save-dir", out)
+        assert result.exit_code == 0, result.output
+        losses.append(lines_in(out)[0]["eval_loss"])
+    assert losses[1:] == [pytest.approx(losses[0], rel=1e-6)] * 2
+
+
 class Killed(BaseException):
     pass
 
 
+@pytest.mark.parametrize(("rate", "stops_early"), [("0.01", False), ("0.3", True)])
 def test_a_killed_run_with_validation_ends_as_if_never_killed(
-    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    rate: str, stops_early: bool, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = [*small, "--epochs", "3", "--lr", "0.01"]
+    options = [*small, "--epochs", "20" if stops_early else "3", "--lr", rate]
     options += [word for setting in STOPS_EARLY for word in ("--set", setting)]
-    assert run(*options, "--save-dir", tmp_path / "whole").exit_code == 0
+    ended = run(*options, "--save-dir", tmp_path / "whole")
+    assert ended.exit_code == 0 and ("stopped at step" in ended.stdout) == stops_early
+    # One before the last, when a validation that was no better has been counted.
+    killed_at = lines_in(tmp_path / "whole")[-1]["step"] - 1 if stops_early else 7
     end_step = RunMetrics.end_step
 
     def dying(self: RunMetrics, step: int, *rest: Any) -> None:
         end_step(self, step, *rest)
-        if step == 7:
+        if step == killed_at:
             raise Killed
 
     with monkeypatch.context() as patch:

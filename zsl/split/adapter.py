@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ from zsl.split.reference import first_line
 from zsl.split.sides import Side, Sides
 from zsl.split.stack import Stack, find_stack
 
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
 # Methods whose file holds what an encoder has made, not the encoder: it can be used, and not be trained on.
 ONLY_TO_USE = frozenset({"CPT", "P_TUNING"})
 
@@ -37,10 +39,12 @@ def save_adapter(
     base_model: str | None = None,
     sides: Sides | None = None,
     only: Side | None = None,
+    beside: Mapping[str, bytes] | None = None,
 ) -> None:
     """Write the adapter of a split model as a PEFT adapter of the whole one.
 
-    `base_model` is the hub id that the file shall name. With `sides` and `only`, just the part of that side.
+    `base_model` is the hub id that the file shall name. With `sides` and `only`, just the part of that side. `beside`
+    are further files, by name, that go with it.
     The files are written aside, brought to the disk and renamed: older ones are there until the new ones are whole.
     Raises `ModelError` if nothing is there to save, `RunFailed` if it cannot be written.
     """
@@ -48,6 +52,8 @@ def save_adapter(
     try:
         with aside(target.parent) as written:
             write_adapter(model, written, base_model=base_model, sides=sides, only=only)
+            for name, content in (beside or {}).items():
+                (written / name).write_bytes(content)
             sync_tree(written)
             target.mkdir(exist_ok=True)
             for file in sorted(written.iterdir()):
@@ -56,6 +62,17 @@ def save_adapter(
         sync(target.parent)
     except (OSError, SafetensorError) as error:
         raise RunFailed(f"the adapter could not be written to {target}: {first_line(error)}") from error
+
+
+def remove_adapter(directory: Path, *beside: str) -> None:
+    """Remove the files that `save_adapter` wrote, if they are there. Raises `RunFailed`."""
+    try:
+        for name in (*ADAPTER_FILES, *beside):
+            (directory / name).unlink(missing_ok=True)
+        if directory.is_dir() and not any(directory.iterdir()):
+            directory.rmdir()
+    except OSError as error:
+        raise RunFailed(f"the older adapter in {directory} could not be removed: {first_line(error)}") from error
 
 
 def write_adapter(
@@ -89,7 +106,7 @@ def write_adapter(
     config.save_pretrained(str(directory))
     # Copies, as safetensors refuses tensors that share memory: tied ones, and parts of one.
     tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
-    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, directory / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     for file in directory.iterdir():
         file.chmod(0o644)
 

@@ -69,7 +69,7 @@ def damage_of(checkpoint: Path) -> str | None:
     return None
 
 
-def prune(directory: Path, newest: int, *, limit: int | None, keep: Collection[int | None] = ()) -> None:
+def prune(directory: Path, newest: int, *, limit: int | None, keep: Collection[int] = ()) -> None:
     """Remove the checkpoints that the one of step `newest`, which is at its place now, makes superfluous.
 
     The newest `limit` stay, and those of the steps in `keep`. What claims to be newer was damaged, or is of another

@@ -1,7 +1,7 @@
 """What a run is, as `run.json` says it: so that a run that was ended can be told from another one.
 
 In the directory of a run it says too whether the run has come to its end; in a checkpoint, what is needed beside
-Trainer's own files to go on from there. Knows no torch.
+Trainer's own files to go on from there; with an adapter, what model it is of. Knows no torch.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from zsl.training.config import TrainConfig
 
 RECORD = "run.json"
+MODEL_NAME = "model.name"  # a key of `RunRecord.configuration`
+DATA, WEIGHTS = "the rows of the data", "the model's weights"  # of `RunRecord.facts`
 
 # What may be another one when a run goes on: where the trunk and the results are, how long to wait, what is shown, and
 # how often and how many checkpoints are kept. The numbers of a training do not depend on it.
@@ -44,6 +46,12 @@ class RunRecord(BaseModel):
     facts: dict[str, str] = {}
     finished: bool = False
     seconds: float = 0.0  # of training until then
+
+    def of_adapter(self) -> RunRecord:
+        """What goes with an adapter: which model it is of, and how it was split. Nothing of the data."""
+        configuration = {key: value for key, value in self.configuration.items() if key == MODEL_NAME}
+        facts = {fact: value for fact, value in self.facts.items() if fact != DATA}
+        return RunRecord(configuration=configuration, facts=facts)
 
     def differences(self, here: RunRecord) -> list[str]:
         """Where the run of this record is not that of `here`, in words; none if it is the same one.

@@ -9,12 +9,13 @@ from pathlib import Path
 from peft import PeftModel
 
 from zsl.errors import ModelError, RunFailed
-from zsl.split.adapter import save_adapter
+from zsl.split.adapter import ADAPTER_WEIGHTS, remove_adapter, save_adapter
 from zsl.split.reference import ModelReference
 from zsl.split.sides import Sides
 from zsl.training.metrics import RunMetrics
 from zsl.training.overview import SIDES
 from zsl.training.plot import write_loss_plot
+from zsl.training.record import RECORD, RunRecord, as_bytes
 from zsl.training.resume import METRICS
 
 PLOT = "loss.png"
@@ -31,19 +32,23 @@ class Results:
     reference: ModelReference
     directory: Path
     metrics: RunMetrics
+    record: RunRecord
 
     def save(self) -> list[str]:
         """Write `adapter/`, `bottom_lora/`, `top_lora/`, `loss.png`; a line about each. Raises `RunFailed`."""
         base_model = self.reference.hub_id
-        save_adapter(self.model, self.directory / "adapter", base_model=base_model)
+        # It stays with the adapter when that is moved, or when another run begins in this directory.
+        beside = {RECORD: as_bytes(self.record.of_adapter())}
+        save_adapter(self.model, self.directory / "adapter", base_model=base_model, beside=beside)
         lines = [f"{self.directory / 'adapter'}  (loads on the whole model)"]
         for side in SIDES:
             target = self.directory / f"{side}_lora"
             try:
-                save_adapter(self.model, target, base_model=base_model, sides=self.sides, only=side)
-            except ModelError:
-                continue  # the configuration puts no adapter on this side
-            kilobytes = (target / "adapter_model.safetensors").stat().st_size / 1000
+                save_adapter(self.model, target, base_model=base_model, sides=self.sides, only=side, beside=beside)
+            except ModelError:  # the configuration puts no adapter on this side: what lies there is another run's
+                remove_adapter(target, RECORD)
+                continue
+            kilobytes = (target / ADAPTER_WEIGHTS).stat().st_size / 1000
             lines.append(f"{target}  ({kilobytes:.0f} kB)")
         lines.append(f"{self.directory / METRICS}  (a line per step)")
         if self.metrics.steps and self._drew():

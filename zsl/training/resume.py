@@ -36,11 +36,13 @@ class Start:
     metrics: str  # lines of `metrics.jsonl`
     seconds: float
     best: Path | None  # the checkpoint with the lowest validation loss, if the run looks for it
+    stopped: bool  # the training was to end with this step
+    validations_without_gain: int  # that early stopping has counted
 
     @property
     def is_the_end(self) -> bool:
         """Whether only the adapters are still to be saved."""
-        return self.step == self.of_steps
+        return self.of_steps is not None and (self.stopped or self.step == self.of_steps)
 
 
 class RunDirectory:
@@ -131,7 +133,11 @@ class RunDirectory:
             state = json.loads((checkpoint / "trainer_state.json").read_bytes())
             step, of_steps = int(state["global_step"]), int(state["max_steps"])
             best_step = state.get("best_global_step")
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            callbacks = state.get("stateful_callbacks", {})
+            stopped = bool(callbacks["TrainerControl"]["args"]["should_training_stop"]) if callbacks else False
+            early = callbacks.get("EarlyStoppingCallback")
+            without_gain = int(early["attributes"]["early_stopping_patience_counter"]) if early else 0
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "its trainer_state.json names no step"
             raise ConfigError(f"{checkpoint} is no checkpoint to go on from: {reason}") from error
         metrics, record = checkpoint / METRICS, read_record(checkpoint)
@@ -142,6 +148,8 @@ class RunDirectory:
             metrics.read_text(encoding="utf-8") if metrics.is_file() else "",
             record.seconds if record else 0.0,
             checkpoint.with_name(f"checkpoint-{best_step}") if best_step else None,
+            stopped,
+            without_gain,
         )
 
     def _is_of_this_run(self, record: RunRecord | None) -> bool:

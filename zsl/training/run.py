@@ -26,7 +26,7 @@ from zsl.training.foreign import make_foreign
 from zsl.training.metrics import RunMetrics
 from zsl.training.overview import communication, overview
 from zsl.training.peft_table import peft_config
-from zsl.training.record import RunRecord, configuration_of
+from zsl.training.record import DATA, WEIGHTS, RunRecord, configuration_of
 from zsl.training.report import final_summary
 from zsl.training.results import Results
 from zsl.training.resume import METRICS, RunDirectory, Start, held, refuse_another_run
@@ -67,7 +67,8 @@ def train_from_config(config: TrainConfig, where: str, *, dry_run: bool = False)
             raise ConfigError(f"{where}: [peft]: {error}") from error
         print("", overview(model, sides, reference, trunk, trunk_place), "", sep="\n")
         print("Data set", *(f"  {line}" for line in data.lines), sep="\n", flush=True)
-        run = RunDirectory(directory, record.model_copy(update={"facts": _facts(data, trunk)}))
+        record = record.model_copy(update={"facts": _facts(data, trunk)})
+        run = RunDirectory(directory, record)
         # Checkpoints of the model only are no place to go on from.
         asked = False if arguments.save_only_model and config.resume_from is None else config.resume_from
         start = run.start(asked)
@@ -87,7 +88,7 @@ def train_from_config(config: TrainConfig, where: str, *, dry_run: bool = False)
             extras=config.extras,
             trunk=trunk,
             base_model=reference.hub_id,
-            seconds_before=start.seconds if start else 0.0,
+            start=start,
             model=model,
             args=arguments,
             train_dataset=data.train,
@@ -95,7 +96,7 @@ def train_from_config(config: TrainConfig, where: str, *, dry_run: bool = False)
             data_collator=data.collate or default_data_collator,
         )
         stack.enter_context(closing(metrics))
-        _train(trainer, run, start, Results(model, sides, reference, directory, metrics), trunk)
+        _train(trainer, run, start, Results(model, sides, reference, directory, metrics, record), trunk)
 
 
 def _train(trainer: SplitTrainer, run: RunDirectory, start: Start | None, results: Results, trunk: RemoteTrunk) -> None:
@@ -131,9 +132,9 @@ def _facts(data: TrainingData, trunk: RemoteTrunk) -> dict[str, str]:
     """What the configuration's names stand for: files of the same name can be others tomorrow."""
     welcome = trunk.client.welcome
     return {
-        "the rows of the data": data.fingerprint or _digest(data.train, data.validation),
+        DATA: data.fingerprint or _digest(data.train, data.validation),
         "the model's configuration": welcome.model.config_digest,
-        "the model's weights": welcome.model.weights_digest,
+        WEIGHTS: welcome.model.weights_digest,
         "the trunk's layers": str(welcome.cut),
         "the trunk's dtype": str(welcome.dtype),
         "the trunk's mode": str(trunk.mode),

@@ -11,11 +11,10 @@ from pathlib import Path
 
 from zsl.errors import ConfigError, ModelError
 from zsl.training.checkpoints import checkpoints_in
-from zsl.training.record import RunRecord, read_record
+from zsl.training.record import MODEL_NAME, WEIGHTS, read_record
 
 _ADAPTER = "adapter_config.json"
 _SIDES = ("bottom_lora", "top_lora")
-_WEIGHTS = "the model's weights"
 # What a record of a run says, and what it is called where an adapter is described.
 _SHOWN = {"the trunk's layers": "cut", "the trunk's mode": "gradient mode"}
 
@@ -38,14 +37,14 @@ def find_trained(places: Sequence[Path]) -> Trained:
     Raises `ConfigError` for a place that holds none, `ModelError` for adapters that were trained on different weights.
     """
     adapters = [adapter for place in places for adapter in _adapters_in(place)]
-    records = [record for adapter in adapters if (record := _record_of(adapter)) is not None]
-    digests = {record.facts[_WEIGHTS] for record in records if _WEIGHTS in record.facts}
+    records = [record for adapter in adapters if (record := read_record(adapter)) is not None]
+    digests = {record.facts[WEIGHTS] for record in records if WEIGHTS in record.facts}
     if len(digests) > 1:
         raise ModelError("these adapters were trained on different weights; they are not of one model")
     facts = {}
     for record in records:
         facts.update({shown: record.facts[fact] for fact, shown in _SHOWN.items() if fact in record.facts})
-    models = [str(record.configuration["model.name"]) for record in records if "model.name" in record.configuration]
+    models = [str(record.configuration[MODEL_NAME]) for record in records if MODEL_NAME in record.configuration]
     return Trained(adapters, models[0] if models else None, next(iter(digests), None), facts)
 
 
@@ -54,7 +53,7 @@ def _adapters_in(place: Path) -> list[Path]:
         raise ConfigError(f"{place}: there is no such directory")
     if (place / _ADAPTER).is_file():
         return [place]
-    if (place / "adapter" / _ADAPTER).is_file():  # it was saved in one move, which its two sides were not
+    if (place / "adapter" / _ADAPTER).is_file():  # one adapter, where its two sides may be of two saves
         return [place / "adapter"]
     found = [place / side for side in _SIDES if (place / side / _ADAPTER).is_file()]
     if not found:
@@ -62,8 +61,3 @@ def _adapters_in(place: Path) -> list[Path]:
         there = f"; there is {checkpoints[0]}, name that" if checkpoints else ""
         raise ConfigError(f"{place} holds no adapter{there}")
     return found
-
-
-def _record_of(adapter: Path) -> RunRecord | None:
-    """That of the run that the adapter is of: in a checkpoint, or beside the directory of the adapter."""
-    return read_record(adapter) or read_record(adapter.absolute().parent)

@@ -28,7 +28,7 @@ from zsl.errors import ConfigError
 from zsl.split.adapter import write_adapter
 from zsl.split.durable import aside
 from zsl.split.reference import first_line
-from zsl.training.checkpoints import prune, put_in_place
+from zsl.training.checkpoints import prune, put_in_place, step_of
 from zsl.training.config import TrainerExtras
 from zsl.training.metrics import RunMetrics
 from zsl.training.overlap import OverlapMixin
@@ -36,15 +36,18 @@ from zsl.training.report import epoch_summary, step_line, stopped_early, validat
 from zsl.training.resume import RunDirectory, Start
 from zsl.training.step_measure import StepMeasure
 from zsl.training.step_times import StepTimes
+from zsl.training.validation_loss import TokenLossMixin
 
 logger = logging.getLogger(__name__)
 
+_Best = tuple[float | None, int | None, str | None]  # validation loss, step, checkpoint
 
-class SplitTrainer(OverlapMixin, Trainer):
+
+class SplitTrainer(OverlapMixin, TokenLossMixin, Trainer):
     """`Trainer` that tells `metrics` what each micro-batch adds to its step's loss, and `directory` of its checkpoints.
 
-    `seconds_before` are those that the run has trained in processes before this one. `extras` are what `[train]` has
-    beside `TrainingArguments`. Raises `ConfigError`.
+    `start` is where the run goes on that had processes before this one. `extras` are what `[train]` has beside
+    `TrainingArguments`. Raises `ConfigError`.
     """
 
     def __init__(
@@ -55,7 +58,7 @@ class SplitTrainer(OverlapMixin, Trainer):
         extras: TrainerExtras,
         trunk: RemoteTrunk,
         base_model: str | None = None,
-        seconds_before: float = 0.0,
+        start: Start | None = None,
         **arguments: Any,
     ) -> None:
         super().__init__(overlap=extras.overlap, **arguments)
@@ -63,8 +66,11 @@ class SplitTrainer(OverlapMixin, Trainer):
         self._directory = directory
         self._times = StepTimes(self.model, trunk, parts=extras.overlap == 1)  # type: ignore[arg-type]
         self._base_model = base_model
-        self._began = time.monotonic() - seconds_before
+        self._began = time.monotonic() - (start.seconds if start else 0.0)
         self._aside: Path | None = None
+        self._best_before: _Best = (None, None, None)
+        # Trainer would remove checkpoints of others, and at the end those that a failure to save may still need.
+        self._checkpoints_kept, self.args.save_total_limit = self.args.save_total_limit, None
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
         self._show = _Show(metrics, directory, self._times, extras.early_stopping_patience)
@@ -72,7 +78,9 @@ class SplitTrainer(OverlapMixin, Trainer):
         if extras.early_stopping_patience is not None:
             if self.args.metric_for_best_model is None or self.eval_dataset is None:
                 raise ConfigError("train.early_stopping_patience goes by the validation loss: set data.validation")
-            self.add_callback(EarlyStoppingCallback(extras.early_stopping_patience, extras.early_stopping_threshold))
+            early = EarlyStoppingCallback(extras.early_stopping_patience, extras.early_stopping_threshold)
+            early.early_stopping_patience_counter = start.validations_without_gain if start else 0
+            self.add_callback(early)
 
     @property
     def seconds(self) -> float:
@@ -87,13 +95,15 @@ class SplitTrainer(OverlapMixin, Trainer):
     @property
     def kept_step(self) -> int | None:
         """The step whose adapters the model has, if the best were loaded at the end."""
-        return self.state.best_global_step if self.args.load_best_model_at_end else None
+        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        return step_of(Path(best)) if best and Path(best).is_dir() else None
 
     def end_at(self, start: Start) -> None:
         """Do what is left to do of a training that has taken all its steps; `train` would take one more."""
         keeps_the_best = self.args.load_best_model_at_end and start.best is not None and start.best.is_dir()
         checkpoint = start.best if keeps_the_best else start.checkpoint
         self.state = TrainerState.load_from_json(str(start.checkpoint / "trainer_state.json"))
+        self.state.best_model_checkpoint = str(checkpoint) if keeps_the_best else None
         model: Any = self.model
         model.load_adapter(str(checkpoint), model.active_adapter, is_trainable=True)
 
@@ -139,14 +149,29 @@ class SplitTrainer(OverlapMixin, Trainer):
                 put_in_place(written, place)
         except (OSError, SafetensorError, RuntimeError) as error:  # torch's writer of files raises RuntimeError
             logger.warning("%s could not be written: %s; the training goes on", place, _reason(error))
+            if self.state.best_global_step == step:
+                self._best = self._best_before
             return
         finally:
             self._aside = None
         self._directory.made(place)
         try:
-            prune(place.parent, step, limit=self.args.save_total_limit, keep=[self.state.best_global_step])
+            best = self.state.best_model_checkpoint
+            prune(place.parent, step, limit=self._checkpoints_kept, keep=[step_of(Path(best))] if best else [])
         except OSError as error:
             logger.warning("older checkpoints than %s could not be removed: %s", place, _reason(error))
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        self._best_before = self._best
+        return bool(super()._determine_best_metric(metrics, trial))
+
+    @property
+    def _best(self) -> _Best:
+        return self.state.best_metric, self.state.best_global_step, self.state.best_model_checkpoint
+
+    @_best.setter
+    def _best(self, best: _Best) -> None:
+        self.state.best_metric, self.state.best_global_step, self.state.best_model_checkpoint = best
 
     def _correct_best_checkpoint(self, written: Path) -> None:
         """Trainer looked for the best checkpoint aside; say where it will be."""

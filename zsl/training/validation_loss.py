@@ -1,0 +1,51 @@
+"""The validation loss of a token, for Hugging Face `Trainer`.
+
+Trainer takes the mean over the rows of what is the mean over the learnt tokens of each batch: rows of few tokens count
+as much as long ones, and the result depends on which rows share a batch. A perplexity is e to the loss of a token.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _Base
+else:
+    _Base = object
+
+
+class TokenLossMixin(_Base):
+    """Put in front of `Trainer`: a validation's loss is the mean over the tokens that are predicted, of all batches."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._loss_sum = self._tokens = 0.0
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        self._loss_sum = self._tokens = 0.0
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        if self._tokens and output.metrics is not None:
+            output.metrics[f"{metric_key_prefix}_loss"] = self._loss_sum / self._tokens
+        return output
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *arguments: Any, **options: Any) -> Any:
+        labels: torch.Tensor | None = inputs.get("labels")
+        loss, logits, predicted = super().prediction_step(model, inputs, *arguments, **options)
+        if loss is not None and labels is not None:
+            # What Trainer has divided by, where the model lets it; else the model took the mean.
+            counted = self._get_num_items_in_batch([{"labels": labels}], labels.device)
+            tokens = float(counted if counted is not None else (labels[..., 1:] != -100).sum())
+            if tokens:  # the mean over none is not a number
+                self._loss_sum += float(loss) * tokens
+                self._tokens += tokens
+        return loss, logits, predicted
