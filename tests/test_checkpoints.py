@@ -312,7 +312,7 @@ def test_another_configuration_is_refused_with_the_keys_that_differ_and_what_to_
     assert str(refused.value) == (
         f"{tmp_path} holds a run that has not come to its end, with another configuration: lora.r (not set there, "
         "4 here), train.learning_rate (0.01 there, 0.02 here); start it as it was to go on with it, name another "
-        f"--save-dir to keep it, or delete {tmp_path}"
+        f"--save-dir to keep it, or begin anew over it with --restart"
     )
     changed = MINE.model_copy(update={"facts": {"the rows of the data": "abd"}})
     with pytest.raises(ConfigError, match=r"the rows of the data \(abc there, abd here\)"):

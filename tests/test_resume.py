@@ -323,7 +323,7 @@ def test_another_configuration_is_exit_2_and_names_the_key(config: Path, killed:
     line = result.stderr.strip().splitlines()[-1]
     assert re.search(r"another configuration: peft.r \(4 there, 8 here\), train.learning_rate \(0.01 there, 0.02", line)
     assert "logging" not in line
-    assert f"--save-dir to keep it, or delete {killed}" in line
+    assert "--save-dir to keep it, or begin anew over it with --restart" in line
 
 
 def test_what_does_not_change_the_numbers_may_be_changed(

@@ -15,16 +15,20 @@ import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import TrainingArguments
 
 from support.data import SENTENCES, conversation, write_model
 from zsl.cli.train import train as train_command
 from zsl.errors import RunFailed
 from zsl.training.checkpoints import put_in_place
 from zsl.training.config import read_config
+from zsl.training.foreign import make_foreign
 from zsl.training.metrics import RunMetrics
+from zsl.training.peft_table import peft_config
 from zsl.training.record import read_record
 from zsl.training.report import final_summary
 
+ROOT = Path(__file__).parent.parent
 TABLES = {"model", "trunk", "data", "peft", "train"}
 
 
@@ -99,7 +103,15 @@ def test_a_loss_that_ran_away_is_called_that() -> None:
     said = final_summary([10.0, 9.0, math.nan, math.inf], 1.0)
     assert "The loss is not a finite number, first at step 3: try a lower train.learning_rate." in said
     assert re.search(r"lowest +9\.0000\n", said)
-    assert "fell by 1.0000." in final_summary([10.0, 9.0], 1.0)
+    assert "The loss fell by 1.0000." in final_summary([10.0, 9.0], 1.0)
+
+
+def test_the_summary_goes_by_the_validation_where_there_is_one() -> None:
+    said = final_summary([9.0, 10.0], 1.0, [(0, 3.0), (2, 2.5)], kept=2)
+    assert "The validation loss fell by 0.5000." in said and "step 2, where the validation loss was lowest" in said
+    said = final_summary([9.0, 8.0], 1.0, [(0, 3.0), (1, 3.5), (2, 4.0)], kept=1)
+    assert "The validation loss did not fall: it rose by 1.0000." in said
+    assert "step 1, the best checkpoint; at step 0 the validation loss was lower: 3.0000." in said
 
 
 def test_tensorboard_gets_what_was_measured(small: list[str], tmp_path: Path) -> None:
@@ -124,6 +136,37 @@ def test_tensorboard_gets_what_was_measured(small: list[str], tmp_path: Path) ->
     for name in ("loss", "perplexity"):
         expected = [(line["step"], pytest.approx(line[f"eval_{name}"])) for line in validations]
         assert series(f"eval/{name}") == expected
+
+
+def test_the_clients_layers_compute_in_half_precision_without_a_gpu_too(small: list[str], tmp_path: Path) -> None:
+    result = run(*small, "--set", "train.bf16=true", "--save-dir", tmp_path)
+    assert result.exit_code == 0, result.output
+
+
+EXAMPLES = [
+    pytest.param(block, id=f"{file.name}-{number}")
+    for file in sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+    for number, block in enumerate(re.findall(r"^```toml\n(.*?)^```", file.read_text(), re.MULTILINE | re.DOTALL))
+    if "[train]" in block
+]
+
+
+@pytest.mark.parametrize("block", EXAMPLES)
+def test_configurations_in_the_docs_are_valid(block: str, tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(block)
+    config = read_config(file, overrides={})
+    make_foreign(TrainingArguments, str(file), "train", config.trainer_arguments)
+    peft_config(str(file), config.peft, checkpoints=True)
+
+
+def test_a_finished_run_is_replaced_and_another_configuration_named(small: list[str], tmp_path: Path) -> None:
+    command = [*small, "--set", "train.save_steps=2", "--save-dir", tmp_path]
+    assert "holds a run that came to its end" not in run(*command).stdout
+    assert "holds a run that came to its end; what this one saves replaces it" in run(*command).stdout
+    gone_on = run(*command, "--resume", "--lr", "0.5").stdout
+    assert "It was made with another configuration: train.learning_rate (0.0001 there, 0.5 here)" in gone_on
+    assert "There was no step left to take." in gone_on
 
 
 def test_a_dry_run_checks_all_and_leaves_nothing(small: list[str], tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def train(
 ) -> None:
     """Fine-tune the first and last layers of a model through a trunk.
 
-    CONFIG is a TOML file; options go before what it says. Without one, LoRA on random weights in GPT-2's shape and
+    CONFIG is a TOML file; options win over what it says. Without one, LoRA on random weights in GPT-2's shape and
     made-up sentences: change that by options. The data, the labels and the adapters stay in this process.
 
     \b

@@ -68,6 +68,8 @@ def resolve(text: str) -> ModelReference:
         location = str(dequantized_directory(Path(text).expanduser()))
     elif Path(text).expanduser().is_dir():
         location = str(Path(text).expanduser())
+    elif Path(text).expanduser().is_file():
+        raise ModelError(f"model {text!r} is a file, and not a .gguf file: name a checkpoint's directory")
     else:
         offline = why_offline()
     try:

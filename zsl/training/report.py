@@ -118,19 +118,14 @@ def final_summary(
     *,
     kept: int | None = None,
 ) -> str:
-    """What became of the loss. `validations` are (step, loss); `kept` is the step whose adapters are saved, if it is
-    not the last."""
+    """What became of the loss. `validations` are (step, loss); `kept` is the step whose adapters are saved, if the best
+    were looked for.
+
+    The verdict goes by the validation loss where there is one: two steps' losses are of different rows.
+    """
     if not losses:
         return "Summary\n  no step was taken"
     finite = [loss for loss in losses if math.isfinite(loss)]
-    fell = losses[-1] < losses[0]
-    if len(finite) < len(losses):
-        step = next(step for step, loss in enumerate(losses, start=1) if not math.isfinite(loss))
-        verdict = f"The loss is not a finite number, first at step {step}: try a lower train.learning_rate."
-    elif fell:
-        verdict = f"The loss fell by {losses[0] - losses[-1]:.4f}."
-    else:
-        verdict = f"The loss did not fall: it rose by {losses[-1] - losses[0]:.4f}."
     lines = [
         "Summary",
         f"  steps    {len(losses)} in {seconds:.1f} s",
@@ -138,11 +133,29 @@ def final_summary(
         f"  last     {losses[-1]:.4f}",
         f"  lowest   {min(finite, default=math.nan):.4f}",
         f"  average  {sum(losses) / len(losses):.4f}",
-        f"  {verdict}",
     ]
-    if validations:
+    if len(finite) < len(losses):
+        step = next(step for step, loss in enumerate(losses, start=1) if not math.isfinite(loss))
+        lines.append(f"  The loss is not a finite number, first at step {step}: try a lower train.learning_rate.")
+    elif len(validations) > 1:
         (first_step, first), (last_step, last) = validations[0], validations[-1]
-        lines.append(f"  validation loss {first:.4f} at step {first_step}, {last:.4f} at step {last_step}")
-    if kept is not None:
-        lines.append(f"  The adapters are those of step {kept}, where the validation loss was lowest.")
+        lines.append(f"  The validation loss was {first:.4f} at step {first_step}, {last:.4f} at step {last_step}.")
+        lines.append(f"  {_change('validation loss', first, last)}")
+    else:
+        lines.append(f"  {_change('loss', losses[0], losses[-1])}")
+    if kept is not None and validations:
+        lowest_step, lowest = min(validations, key=lambda validation: validation[1])
+        if lowest < dict(validations).get(kept, lowest):
+            lines.append(
+                f"  The adapters are those of step {kept}, the best checkpoint; "
+                f"at step {lowest_step} the validation loss was lower: {lowest:.4f}."
+            )
+        else:
+            lines.append(f"  The adapters are those of step {kept}, where the validation loss was lowest.")
     return "\n".join(lines)
+
+
+def _change(what: str, first: float, last: float) -> str:
+    if last < first:
+        return f"The {what} fell by {first - last:.4f}."
+    return f"The {what} did not fall: it rose by {last - first:.4f}."

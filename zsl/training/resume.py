@@ -10,7 +10,7 @@ import fcntl
 import json
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +38,7 @@ class Start:
     best: Path | None  # the checkpoint with the lowest validation loss, if the run looks for it
     stopped: bool  # the training was to end with this step
     validations_without_gain: int  # that early stopping has counted
+    differences: Sequence[str]  # of its configuration to that which goes on, in words
 
     @property
     def is_the_end(self) -> bool:
@@ -57,6 +58,12 @@ class RunDirectory:
         self._record = record
         self._begun = False
         self._goes_on = True
+
+    @property
+    def holds_a_finished_run(self) -> bool:
+        """Whether a run came to its end here, before this one has taken a step."""
+        there = read_record(self.path)
+        return there is not None and there.finished
 
     def start(self, asked: str | bool | None) -> Start | None:
         """Where the training starts; None is its beginning. `asked` is `train.resume_from_checkpoint`.
@@ -105,8 +112,7 @@ class RunDirectory:
 
     def _newest_of_this_run(self, *, or_fail: bool) -> Path | None:
         """The newest whole checkpoint of this run, if it began here and has not come to its end."""
-        there = read_record(self.path)
-        if there is not None and there.finished:
+        if self.holds_a_finished_run:
             return None
         if or_fail:
             refuse_another_run(self.path, self._record)
@@ -150,6 +156,7 @@ class RunDirectory:
             checkpoint.with_name(f"checkpoint-{best_step}") if best_step else None,
             stopped,
             without_gain,
+            record.differences(self._record) if record else (),
         )
 
     def _is_of_this_run(self, record: RunRecord | None) -> bool:
@@ -166,7 +173,7 @@ def refuse_another_run(directory: Path, here: RunRecord) -> None:
         raise ConfigError(
             f"{directory} holds a run that has not come to its end, with another configuration: "
             f"{', '.join(differences)}; start it as it was to go on with it, "
-            f"name another --save-dir to keep it, or delete {directory}"
+            "name another --save-dir to keep it, or begin anew over it with --restart"
         )
 
 

@@ -80,7 +80,11 @@ def train_from_config(config: TrainConfig, where: str, *, dry_run: bool = False)
         if start is not None:
             of_steps = f" of {start.of_steps}" if start.of_steps is not None else ""
             print(f"  Resuming from {start.checkpoint}, step {start.step}{of_steps}", flush=True)
+            if start.differences:
+                print(f"  It was made with another configuration: {', '.join(start.differences)}", flush=True)
             arguments.eval_on_start = False  # that was at the true start
+        elif run.holds_a_finished_run:
+            print(f"  {directory} holds a run that came to its end; what this one saves replaces it", flush=True)
         metrics = RunMetrics(run.path / METRICS, start.metrics if start else "")
         trainer = SplitTrainer(
             metrics=metrics,
@@ -122,6 +126,8 @@ def _train(trainer: SplitTrainer, run: RunDirectory, start: Start | None, result
         raise RunFailed(
             f"the training is done, but not all of it is saved; {_goes_on(run)}{first_line(error)}"
         ) from error
+    if not metrics.taken:
+        print("  There was no step left to take.")
     print("\nSaved", *(f"  {line}" for line in lines), sep="\n")
     print("", final_summary(metrics.losses, trainer.seconds, metrics.validations, kept=trainer.kept_step), sep="\n")
     if trainer.measured.steps:
@@ -185,6 +191,8 @@ def _goes_on(run: RunDirectory) -> str:
 
 
 def _arguments(config: TrainConfig, where: str) -> TrainingArguments:
-    arguments = make_foreign(TrainingArguments, where, "train", config.trainer_arguments)
+    # Trainer lets a CPU compute in bfloat16 only if it is asked for by name.
+    device = {"use_cpu": True} if not torch.accelerator.is_available() else {}
+    arguments = make_foreign(TrainingArguments, where, "train", {**device, **config.trainer_arguments})
     arguments.dataloader_pin_memory = arguments.dataloader_pin_memory and torch.cuda.is_available()
     return arguments

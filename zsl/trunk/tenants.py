@@ -27,6 +27,7 @@ from zsl.trunk.sizes import parse_size
 
 # Weights divide seconds of the device; with any number, sums of them could lose what is added.
 MIN_WEIGHT, MAX_WEIGHT = 0.001, 1000.0
+_HOW_TO_WRITE = "write a table [tenants.NAME] with a public_key for each client (`zsl keygen NAME` shows its lines)"
 
 
 def _size(value: object) -> object:
@@ -110,6 +111,8 @@ def read_tenants(path: Path) -> Tenants:
     """The tenants in a file. Raises `ConfigError`, which names file, table and key."""
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: there is no such file; {_HOW_TO_WRITE}") from None
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -119,7 +122,7 @@ def read_tenants(path: Path) -> Tenants:
     except ValidationError as error:
         raise ConfigError(f"{path}: {_first_problem(error)}") from None
     if not checked:
-        raise ConfigError(f"{path}: no tenants; write a table [tenants.NAME] with a public_key for each")
+        raise ConfigError(f"{path}: no tenants; {_HOW_TO_WRITE}")
     names: dict[str, str] = {}
     for name, table in checked.items():
         if NAME.fullmatch(name) is None:
