@@ -7,8 +7,8 @@
 
 from __future__ import annotations
 
+import datetime
 import difflib
-import json
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +19,7 @@ from pydantic import BaseModel, Field, ValidationError
 from zsl.errors import ConfigError
 from zsl.training.data.table import DataTable
 from zsl.training.table import Table
+from zsl.training.toml_text import toml_line
 
 LONGEST_TIMEOUT_SECONDS = 7 * 24 * 3600.0
 
@@ -43,6 +44,8 @@ WITHOUT_A_FILE: dict[str, dict[str, Any]] = {
     "peft": {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"},
     "train": {"output_dir": "lora_checkpoints", "seed": 0},
 }
+
+_DATES = (datetime.date, datetime.time)  # a datetime is a date
 
 DtypeName = Literal["float32", "bfloat16", "float16"]
 
@@ -146,7 +149,7 @@ class TrainConfig(Table):
         """The configuration as the TOML that would give it again."""
         lines: list[str] = []
         for table, fields in self.model_dump(exclude_none=True).items():
-            lines += ["", f"[{table}]", *(f"{key} = {_toml_value(value)}" for key, value in fields.items())]
+            lines += ["", f"[{table}]", *(toml_line(key, value) for key, value in fields.items())]
         return "\n".join(lines[1:])
 
 
@@ -163,6 +166,7 @@ def read_config(
     for setting in settings:
         table, key, value = _parse_setting(setting)
         _lay_over(tables, table, {key: value})
+    _refuse_dates(where, "", tables)
     for table, values in overrides.items():
         _lay_over(tables, table, values)
     tables["peft"] = {**PEFT_DEFAULTS, **_table(tables, "peft")}
@@ -236,9 +240,22 @@ def _parse_setting(text: str) -> tuple[str, str, Any]:
     if not (equals and dot and table and key):
         raise ConfigError(f"--set {text!r}: write table.key=value, for example train.max_steps=5")
     try:
-        return table, key, tomllib.loads(f"value = {value}")["value"]
+        read = tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
         return table, key, value.strip()  # a bare word is a string
+    return table, key, value.strip() if isinstance(read, _DATES) else read
+
+
+def _refuse_dates(where: str, path: str, value: Any) -> None:
+    """Raises `ConfigError` for a date or a time of TOML's: nothing here takes one, and JSON knows none."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _refuse_dates(where, f"{path}.{key}" if path else key, item)
+    elif isinstance(value, list):
+        for item in value:
+            _refuse_dates(where, path, item)
+    elif isinstance(value, _DATES):
+        raise ConfigError(f"{where}: {path}: {value} is a date or a time, and a text is needed: put it in quotes")
 
 
 def _first_problem(error: ValidationError) -> str:
@@ -261,9 +278,3 @@ def _unknown_key(shown: str, key: str, known: Iterable[str], table: str | None) 
     if not near:
         return f"unknown {kind} {shown}"
     return f"unknown {kind} {shown}; did you mean {f'{table}.{near[0]}' if table else f'[{near[0]}]'}?"
-
-
-def _toml_value(value: Any) -> str:
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{key} = {_toml_value(item)}" for key, item in value.items()) + "}"
-    return json.dumps(value, ensure_ascii=False)
