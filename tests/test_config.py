@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import TrainingArguments
 
 from zsl.errors import ConfigError
 from zsl.training.config import read_config
+from zsl.training.foreign import make_foreign
 
 
 def printed_and_read(directory: Path, **tables: dict[str, Any]) -> tuple[Any, Any]:
@@ -37,16 +39,16 @@ def test_any_configuration_is_read_again_as_it_was_printed(
     tmp_path_factory: pytest.TempPathFactory, peft: dict[str, Any], train: dict[str, Any], name: str, seconds: float
 ) -> None:
     trunk = {"server_key": name, "request_timeout_seconds": seconds}
-    config, read = printed_and_read(
+    config, again = printed_and_read(
         tmp_path_factory.getbasetemp(), model={"name": name}, trunk=trunk, peft=peft, train=train
     )
-    assert read == config
+    assert again == config
 
 
 def test_keys_that_are_no_words_are_printed_in_quotes(tmp_path: Path) -> None:
     pattern = {"model.layers.0.q_proj": 4, "^h.1": 2, "plain-word_1": 1, "": 0}
-    config, read = printed_and_read(tmp_path, peft={"rank_pattern": pattern, "a key": float("inf")})
-    assert read == config and read.peft["rank_pattern"] == pattern
+    config, again = printed_and_read(tmp_path, peft={"rank_pattern": pattern, "a key": float("inf")})
+    assert again == config and again.peft["rank_pattern"] == pattern
     assert '"^h.1" = 2, plain-word_1 = 1' in config.as_toml()
     assert "nan" in read_config(None, settings=["train.learning_rate=nan"], overrides={}).as_toml()
 
@@ -70,3 +72,69 @@ def test_a_date_in_a_file_is_refused_by_its_key(tmp_path: Path) -> None:
         file.write_text(f"[{table}]\n{text}\n")
         with pytest.raises(ConfigError, match=rf"^{re.escape(str(file))}: {key}\b.* is a date or a time, .*quotes$"):
             read_config(file, overrides={})
+
+
+# --- [train] ---------------------------------------------------------------------------------------------------
+
+PATIENCE = "train.early_stopping_patience=2"
+VALIDATION = "data.validation=0.25"
+
+
+def read(*settings: str) -> dict[str, Any]:
+    return read_config(None, settings=settings, overrides={}).train
+
+
+@pytest.mark.parametrize("keeping", [PATIENCE, "train.load_best_model_at_end=true"])
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ([], ("steps", 20, "steps", 20)),
+        (["train.save_steps=5"], ("steps", 5, "steps", 5)),
+        (["train.save_strategy=epoch"], ("epoch", 20, "epoch", 20)),
+        (["train.save_strategy=best"], ("best", 20, "epoch", None)),
+        (["train.save_strategy=best", "train.eval_strategy=steps", "train.eval_steps=3"], ("best", 20, "steps", 3)),
+        (["train.eval_strategy=epoch"], ("epoch", 20, "epoch", 20)),
+        (["train.eval_steps=3"], ("steps", 3, "steps", 3)),
+        (["train.eval_steps=3", "train.save_steps=6"], ("steps", 6, "steps", 3)),
+    ],
+    ids=str,
+)
+def test_where_the_best_is_kept_validations_and_checkpoints_go_together_as_transformers_wants_it(
+    keeping: str, settings: list[str], expected: tuple[Any, ...], tmp_path: Path
+) -> None:
+    config = read_config(
+        None, settings=[VALIDATION, keeping, *settings], overrides={"train": {"output_dir": str(tmp_path)}}
+    )
+    arguments = make_foreign(TrainingArguments, "here", "train", config.trainer_arguments)
+    assert arguments.load_best_model_at_end and arguments.metric_for_best_model == "loss"
+    keys = ("save_strategy", "save_steps", "eval_strategy", "eval_steps")
+    assert tuple(getattr(arguments, key) for key in keys) == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ([PATIENCE], r"early_stopping_patience goes by the validation loss: set data\.validation"),
+        (["train.load_best_model_at_end=true"], r"load_best_model_at_end goes by the .* set data\.validation"),
+        ([VALIDATION, PATIENCE, "train.save_strategy=no"], r"patience keeps the best checkpoint, and train\.save_str"),
+        ([VALIDATION, PATIENCE, "train.eval_strategy=no"], r"patience goes by the validation loss, and train\.eval_st"),
+        (
+            [VALIDATION, "train.load_best_model_at_end=true", "train.save_strategy=no"],
+            r"end keeps .* writes none",
+        ),
+        (["train.auto_find_batch_size=true"], r"auto_find_batch_size .*: set train\.per_device_train_batch_size"),
+        (["train.overlap=2"], r"overlap = 2, .*gradient_accumulation_steps = 1"),
+        (["train.overlap=4", "train.gradient_accumulation_steps=3"], r"overlap = 4, .*_accumulation_steps = 3"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_trained_so_is_refused_before_anything_is_loaded(settings: list[str], reason: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^the command line: train\..*{reason}"):
+        read(*settings)
+
+
+def test_what_can_be_trained_is_not_refused() -> None:
+    assert read("train.overlap=3", "train.gradient_accumulation_steps=3")["overlap"] == 3
+    assert read("train.auto_find_batch_size=false", "train.save_strategy=no", "train.load_best_model_at_end=false")
+    not_kept = read(VALIDATION, PATIENCE, "train.load_best_model_at_end=false", "train.save_strategy=no")
+    assert (not_kept["eval_strategy"], not_kept["metric_for_best_model"]) == ("epoch", "loss")

@@ -2,12 +2,11 @@
 
 `[model]`, `[trunk]` and `[data]` have a schema here. `[peft]` goes as it is to the PEFT configuration class of its
 `method`, and `[train]` to `TrainingArguments`: their documentation is theirs, `zsl.training.foreign` checks their keys.
-`TrainerExtras` are the few keys of `[train]` that are ours.
+`TrainerExtras` are the few keys of `[train]` that are ours; its defaults are in `zsl.training.train_table`.
 """
 
 from __future__ import annotations
 
-import datetime
 import difflib
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,23 +19,10 @@ from zsl.errors import ConfigError
 from zsl.training.data.table import DataTable
 from zsl.training.table import Table
 from zsl.training.toml_text import toml_line
+from zsl.training.train_table import check_together, with_defaults
 
 LONGEST_TIMEOUT_SECONDS = 7 * 24 * 3600.0
 
-# What `[train]` says where the file says nothing.
-TRAIN_DEFAULTS: dict[str, Any] = {
-    "num_train_epochs": 1,
-    "per_device_train_batch_size": 2,
-    "learning_rate": 1e-4,
-    "logging_steps": 1,
-    "save_strategy": "steps",
-    "save_steps": 20,  # 4.6 MB and 20 to 100 ms each for GPT-2 small with r = 8
-    "save_total_limit": 2,
-    "report_to": "none",
-    "disable_tqdm": False,  # transformers hides the progress bar where it says little else
-}
-# And what more, where there is validation.
-WITH_VALIDATION: dict[str, Any] = {"eval_strategy": "epoch", "eval_on_start": True}
 PEFT_DEFAULTS: dict[str, Any] = {"method": "lora"}
 # What is trained without a file.
 WITHOUT_A_FILE: dict[str, dict[str, Any]] = {
@@ -45,7 +31,7 @@ WITHOUT_A_FILE: dict[str, dict[str, Any]] = {
     "train": {"output_dir": "lora_checkpoints", "seed": 0},
 }
 
-_DATES = (datetime.date, datetime.time)  # a datetime is a date
+_JSON = (str, int, float, list, dict)  # what TOML has beside dates and times
 
 DtypeName = Literal["float32", "bfloat16", "float16"]
 
@@ -173,16 +159,19 @@ def read_config(
     for table, values in {} if file else WITHOUT_A_FILE.items():
         if table != "peft" or tables["peft"]["method"] == "lora":  # they are keys of LoRA
             tables[table] = {**values, **_table(tables, table)}
-    tables["train"] = _train_defaults(_table(tables, "train"), file, validates="validation" in _table(tables, "data"))
+    validates = "validation" in _table(tables, "data")
+    output_dir = f"runs/{file.stem}" if file else None
+    tables["train"] = with_defaults(_table(tables, "train"), output_dir=output_dir, validates=validates)
     try:
         config = TrainConfig.model_validate(tables)
     except ValidationError as error:
         raise ConfigError(f"{where}: {_first_problem(error)}") from None
     try:
-        assert config.extras
+        overlap = config.extras.overlap
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         raise ConfigError(f"{where}: train.{problem['loc'][0]} = {problem['input']!r}: {problem['msg']}") from None
+    check_together(where, config.train, overlap=overlap, validates=validates)
     return config
 
 
@@ -209,20 +198,6 @@ def _read(file: Path) -> dict[str, Any]:
     return tables
 
 
-def _train_defaults(train: Mapping[str, Any], file: Path | None, *, validates: bool) -> dict[str, Any]:
-    """`[train]` with our defaults where it says nothing."""
-    filled = {**TRAIN_DEFAULTS, **({"output_dir": f"runs/{file.stem}"} if file else {}), **train}
-    if not validates:
-        return filled
-    keeps_the_best = bool(filled.get("load_best_model_at_end") or "early_stopping_patience" in filled)
-    ours = {**WITH_VALIDATION, "per_device_eval_batch_size": filled["per_device_train_batch_size"]}
-    if keeps_the_best:
-        # The best of the validations is a checkpoint, so there is one whenever there is the other.
-        ours |= {"eval_strategy": filled["save_strategy"], "eval_steps": filled["save_steps"]}
-        ours |= {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": False}
-    return {**ours, **filled}
-
-
 def _table(tables: Mapping[str, Any], name: str) -> dict[str, Any]:
     table = tables.get(name, {})
     if not isinstance(table, dict):
@@ -243,7 +218,7 @@ def _parse_setting(text: str) -> tuple[str, str, Any]:
         read = tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
         return table, key, value.strip()  # a bare word is a string
-    return table, key, value.strip() if isinstance(read, _DATES) else read
+    return table, key, read if isinstance(read, _JSON) else value.strip()
 
 
 def _refuse_dates(where: str, path: str, value: Any) -> None:
@@ -254,7 +229,7 @@ def _refuse_dates(where: str, path: str, value: Any) -> None:
     elif isinstance(value, list):
         for item in value:
             _refuse_dates(where, path, item)
-    elif isinstance(value, _DATES):
+    elif not isinstance(value, _JSON):
         raise ConfigError(f"{where}: {path}: {value} is a date or a time, and a text is needed: put it in quotes")
 
 

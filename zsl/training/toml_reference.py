@@ -11,8 +11,6 @@ from pydantic.fields import FieldInfo
 
 from zsl.training.config import (
     PEFT_DEFAULTS,
-    TRAIN_DEFAULTS,
-    WITH_VALIDATION,
     WITHOUT_A_FILE,
     ModelTable,
     TrainerExtras,
@@ -20,6 +18,7 @@ from zsl.training.config import (
 )
 from zsl.training.data.table import DataTable
 from zsl.training.table import Table
+from zsl.training.train_table import TRAIN_DEFAULTS, WITH_VALIDATION
 
 HEAD = """\
 # The configuration of zsl-train

@@ -10,7 +10,7 @@ _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 
 
 def toml_line(key: str, value: Any) -> str:
-    """`key = value`, which `tomllib` reads as the same. The value is of text, numbers, truth values, lists and dicts."""
+    """`key = value`, which `tomllib` reads as the same. The value is text, a number, a bool, a list or a dict."""
     return f"{key if _BARE_KEY.fullmatch(key) else _quoted(key)} = {_value(value)}"
 
 

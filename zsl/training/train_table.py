@@ -1,0 +1,85 @@
+"""`[train]`: what it says where the file says nothing, and which of its keys do not go together. Knows no torch.
+
+What concerns one key is for `TrainingArguments` to say; here is what would show only when the training has begun, or
+what would be wrong with a value that nobody wrote.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from zsl.errors import ConfigError
+
+TRAIN_DEFAULTS: dict[str, Any] = {
+    "num_train_epochs": 1,
+    "per_device_train_batch_size": 2,
+    "learning_rate": 1e-4,
+    "logging_steps": 1,
+    "save_strategy": "steps",
+    "save_steps": 20,  # 4.6 MB and 20 to 100 ms each for GPT-2 small with r = 8
+    "save_total_limit": 2,
+    "report_to": "none",
+    "disable_tqdm": False,  # transformers hides the progress bar where it says little else
+}
+# And what more, where there is validation.
+WITH_VALIDATION: dict[str, Any] = {"eval_strategy": "epoch", "eval_on_start": True}
+BY_THE_LOSS: dict[str, Any] = {"metric_for_best_model": "loss", "greater_is_better": False}
+INTERVALS = ("steps", "epoch")  # what a strategy of saving and one of validating can both be
+PATIENCE, KEEP_BEST = "early_stopping_patience", "load_best_model_at_end"
+
+
+def with_defaults(train: Mapping[str, Any], *, output_dir: str | None, validates: bool) -> dict[str, Any]:
+    """`[train]` with our defaults where it says nothing."""
+    ours = {**TRAIN_DEFAULTS, **({"output_dir": output_dir} if output_dir else {})}
+    if validates:
+        batch_size = {**ours, **train}["per_device_train_batch_size"]
+        ours |= {**WITH_VALIDATION, "per_device_eval_batch_size": batch_size}
+        if PATIENCE in train or train.get(KEEP_BEST):
+            ours |= BY_THE_LOSS
+        if _keeps_the_best(train):
+            ours |= {KEEP_BEST: True, **_together(train)}
+    return {**ours, **train}
+
+
+def check_together(where: str, train: Mapping[str, Any], *, overlap: int, validates: bool) -> None:
+    """Raises `ConfigError` for keys that do not go together, with the defaults in their places."""
+    best = next((key for key in (PATIENCE, KEEP_BEST) if train.get(key)), None)
+    if best and not validates:
+        raise ConfigError(f"{where}: train.{best} goes by the validation loss: set data.validation")
+    if best and _keeps_the_best(train) and train["save_strategy"] == "no":
+        instead = f", or train.{KEEP_BEST} = false" if best == PATIENCE else ""
+        raise ConfigError(
+            f'{where}: train.{best} keeps the best checkpoint, and train.save_strategy = "no" writes none: '
+            f"leave that out{instead}"
+        )
+    if best and train["eval_strategy"] == "no":
+        raise ConfigError(
+            f'{where}: train.{best} goes by the validation loss, and train.eval_strategy = "no" asks for none: '
+            "leave that out"
+        )
+    if train.get("auto_find_batch_size", False) is not False:
+        raise ConfigError(
+            f"{where}: train.auto_find_batch_size begins the training again within a run, and its metrics would be of "
+            "several: set train.per_device_train_batch_size"
+        )
+    steps = train.get("gradient_accumulation_steps", 1)
+    if isinstance(steps, int) and overlap > steps:
+        raise ConfigError(
+            f"{where}: train.overlap = {overlap}, but a step has train.gradient_accumulation_steps = {steps} "
+            "micro-batches: raise that and lower per_device_train_batch_size"
+        )
+
+
+def _keeps_the_best(train: Mapping[str, Any]) -> bool:
+    return bool(train.get(KEEP_BEST, PATIENCE in train))
+
+
+def _together(train: Mapping[str, Any]) -> dict[str, Any]:
+    """Intervals for what `train` says nothing of: the best of the validations is a checkpoint, so there is one whenever
+    there is the other. `best` is no interval: a checkpoint is written after a validation that was the best so far."""
+    said = train.get("save_strategy", train.get("eval_strategy", TRAIN_DEFAULTS["save_strategy"]))
+    if said not in INTERVALS:
+        return {}
+    steps = train.get("save_steps", train.get("eval_steps", TRAIN_DEFAULTS["save_steps"]))
+    return {"save_strategy": said, "eval_strategy": said, "save_steps": steps, "eval_steps": steps}
