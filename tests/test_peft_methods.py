@@ -360,6 +360,16 @@ NOT_HERE = {
     "nothing": ({"target_modules": ["c_attn"]}, "fits nothing outside the trunk; there are down_proj"),
     "no pattern": ({"target_modules": r".*\.layers\.2\..*"}, "fits nothing outside the trunk"),
     "not in PEFT": ({"method": "beft", "target_modules": ["norm"]}, "BEFT cannot be put on this model: Target module"),
+    "no regular expression": (
+        {"target_modules": "(["},
+        r"on this model: '\(\[' is no regular expression: un",
+    ),
+    "nor in a key": (
+        {"target_modules": ["q_proj"], "rank_pattern": {"([": 2}},
+        r"LORA cannot be put on this model: '.*\(\[.*' is no regular expression: unterminated",
+    ),
+    "nor excluded": ({"target_modules": ["q_proj"], "exclude_modules": "(["}, "is no regular expression"),
+    "no such token": ({"target_modules": ["q_proj"], "trainable_token_indices": [999999]}, "IndexError: .*99999"),
     "past the trunk": (CASES["adaption prompt"]("llama") | {"adapter_layers": 3}, "2 layers are behind"),
 }
 
@@ -394,6 +404,14 @@ def test_an_adapter_that_does_not_fit_is_not_loaded(
     weights.pop(next(iter(weights))) if key is None else weights.update({key: torch.zeros(1)})
     save_file(weights, file)
     with pytest.raises(ModelError, match=reason):
+        load_adapter(models["llama"].client(), tmp_path)
+
+
+def test_an_adapter_whose_configuration_is_damaged_is_not_loaded(models: dict[str, Models], tmp_path: Path) -> None:
+    zsl.save_adapter(with_adapter(models["llama"].client(), peft_config("run.toml", lora()("llama"))), tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"rank_pattern": {"([": 2}}))
+    with pytest.raises(ModelError, match="cannot be loaded: .* is no regular expression"):
         load_adapter(models["llama"].client(), tmp_path)
 
 

@@ -7,6 +7,7 @@ the configuration names, or what the file holds, is in this process at all.
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,10 +20,13 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from zsl.errors import ConfigError, ModelError
+from zsl.errors import ConfigError, ModelError, ZslError
 from zsl.split.adapter import ONLY_TO_USE
 from zsl.split.reference import first_line
 from zsl.split.stack import Stack, find_stack
+
+# What PEFT, and torch below it, raise for a configuration that does not fit the model.
+_FOREIGN = (ValueError, TypeError, AttributeError, LookupError, RuntimeError, ImportError, re.error)
 
 
 def with_adapter(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
@@ -32,16 +36,18 @@ def with_adapter(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
     it, or that PEFT cannot put on this model, quantized as it may be.
     """
     made: Any = copy.deepcopy(config)
-    _check_names(model, made)
     if hasattr(made, "fan_in_fan_out") and not getattr(made, "target_parameters", None):
         made.fan_in_fan_out |= any(isinstance(module, Conv1D) for module in model.modules())
     method = made.peft_type.value
     try:
+        _check_names(model, made)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "fan_in_fan_out is set to")  # corrected for each module that is another
             adapted: PeftModel = get_peft_model(model, made)
-    except (ValueError, TypeError, AttributeError, RuntimeError, ImportError) as error:
-        raise ConfigError(f"{method} cannot be put on this model: {first_line(error)}") from error
+    except _FOREIGN as error:
+        if isinstance(error, ZslError):
+            raise
+        raise ConfigError(f"{method} cannot be put on this model: {_in_words(error)}") from error
     if not any(parameter.requires_grad for parameter in adapted.parameters()):
         raise ConfigError(f"{method} finds nothing to train in this model")
     layers = (module for module in adapted.modules() if isinstance(module, BaseTunerLayer))
@@ -75,10 +81,10 @@ def load_adapter(model: PreTrainedModel, directory: str | Path, *, is_trainable:
         _refuse(place, "weights that fit nothing", weights.keys() - wanted.keys() - adapted.state_dict().keys())
         _refuse(place, "no weights where its configuration wants some", wanted.keys() - weights.keys())
         set_peft_model_state_dict(adapted, weights, adapter_name=name)
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, SafetensorError, *_FOREIGN) as error:
         if isinstance(error, ModelError):
             raise
-        raise ModelError(f"the adapter in {place} cannot be loaded: {first_line(error)}") from error
+        raise ModelError(f"the adapter in {place} cannot be loaded: {_in_words(error)}") from error
     return adapted if is_trainable else adapted.eval()
 
 
@@ -114,6 +120,13 @@ def _check_names(model: PreTrainedModel, config: Any) -> None:
     if targets and targets != "all-linear" and not any(check_target_module_exists(config, name) for name in here):
         shown = targets if isinstance(targets, str) else sorted(targets)
         raise ConfigError(f"target_modules = {shown} fits nothing outside the trunk; there are {_modules(model)}")
+
+
+def _in_words(error: BaseException) -> str:
+    """What a foreign error says; of some kinds, the text says little without the kind."""
+    if isinstance(error, re.error) and error.pattern is not None:
+        return f"{str(error.pattern)!r} is no regular expression: {error}"
+    return f"{type(error).__name__}: {first_line(error)}" if isinstance(error, LookupError) else first_line(error)
 
 
 def _is_made_for_its_weights(layer: BaseTunerLayer) -> bool:
