@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from peft import LoraConfig, PeftModel, PromptTuningConfig
 import zsl
 from support import batches
 from support.models import CUT, local_model, tiny_model
+from support.tokenizer import tiny_tokenizer
 from zsl.cli.zsl import zsl as command
 from zsl.errors import EXIT_RUN_FAILED, EXIT_STARTUP_FAILED, EXIT_USAGE
 from zsl.split.attach import with_adapter
@@ -208,3 +210,31 @@ def test_a_merge_that_went_wrong_is_not_put_in_place(
 class ForgetsToMerge(PeftModel):
     def merge_and_unload(self, **how: Any) -> Any:
         return self.unload()
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("content", ["", "{}}", "[]"], ids=["empty", "no JSON", "a list"])
+def test_a_tokenizer_that_is_there_and_cannot_be_loaded_is_not_left_out(
+    adapter: Path, checkpoints: Callable[..., Path], tmp_path: Path, file: str, content: str
+) -> None:
+    path = shutil.copytree(checkpoints("llama"), tmp_path / "whole")
+    tiny_tokenizer().save_pretrained(path)
+    (path / file).write_text(content)
+    for command_line in (("merge", adapter, "--model", path), ("split", path, CUT)):
+        finished = run(*command_line, "--out", tmp_path / "out")
+        assert finished.exit_code == EXIT_STARTUP_FAILED, finished.output
+        assert finished.output.startswith(f"zsl {command_line[0]}: {path}: its tokenizer (tokenizer.json, ")
+        assert "cannot be loaded: " in finished.output and finished.output.count("\n") == 1
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["adapter", "whole"]
+
+
+def test_a_model_without_a_tokenizer_is_merged_without_one(
+    adapter: Path, checkpoints: Callable[..., Path], tmp_path: Path
+) -> None:
+    finished = run("merge", adapter, "--model", checkpoints("llama"), "--out", tmp_path / "bare")
+    assert finished.exit_code == 0 and "no tokenizer, as the model has none" in finished.output
+    path = shutil.copytree(checkpoints("llama"), tmp_path / "whole")
+    tiny_tokenizer().save_pretrained(path)
+    finished = run("merge", adapter, "--model", path, "--out", tmp_path / "merged")
+    assert finished.exit_code == 0 and "with its tokenizer" in finished.output
+    assert (tmp_path / "merged" / "tokenizer.json").read_bytes() == (path / "tokenizer.json").read_bytes()

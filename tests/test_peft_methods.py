@@ -411,7 +411,7 @@ def test_an_adapter_whose_configuration_is_damaged_is_not_loaded(models: dict[st
     zsl.save_adapter(with_adapter(models["llama"].client(), peft_config("run.toml", lora()("llama"))), tmp_path)
     file = tmp_path / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"rank_pattern": {"([": 2}}))
-    with pytest.raises(ModelError, match="cannot be loaded: .* is no regular expression"):
+    with pytest.raises(ModelError, match=r"cannot be loaded: .* is no regular expression"):
         load_adapter(models["llama"].client(), tmp_path)
 
 

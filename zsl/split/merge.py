@@ -56,12 +56,12 @@ def merge(
         raise ModelError(f"{method} puts virtual tokens in front of the text: there are no weights to merge")
     dtype = dtype or _own_dtype(reference)
     with new_directory(target) as written:
+        has_tokenizer = write_tokenizer(reference, written)
         with aside(written) as directory:
             write_whole_adapter(adapter, reference, directory)
             model = load_whole(reference, dtype)
             merged = _merged(model, directory, method)
         merged.save_pretrained(written)
-        has_tokenizer = write_tokenizer(reference, written)
         _check_same(load_whole(resolve(str(written)), dtype), merged)
         weights_digest = identify(reference).weights_digest
     return Merged(method, dtype, weights_digest, has_tokenizer)
