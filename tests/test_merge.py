@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -238,3 +239,36 @@ def test_a_model_without_a_tokenizer_is_merged_without_one(
     finished = run("merge", adapter, "--model", path, "--out", tmp_path / "merged")
     assert finished.exit_code == 0 and "with its tokenizer" in finished.output
     assert (tmp_path / "merged" / "tokenizer.json").read_bytes() == (path / "tokenizer.json").read_bytes()
+
+
+@pytest.fixture
+def terminated() -> Iterator[list[int]]:
+    """The SIGTERMs that no command has taken for itself."""
+    missed: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: missed.append(number))
+    yield missed
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize("name", ["split", "merge", "export"])
+def test_sigterm_leaves_nothing_of_what_was_written(
+    name: str,
+    adapter: Path,
+    checkpoints: Callable[..., Path],
+    tmp_path: Path,
+    terminated: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    written: list[Path] = []
+
+    def end(directory: Path) -> None:
+        written.extend(directory.rglob("*.safetensors"))
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr("zsl.split.output.sync_tree", end)
+    path = checkpoints("llama")
+    finished = run(name, *([path, CUT] if name == "split" else [adapter, "--model", path]), "--out", tmp_path / "out")
+    assert written and not terminated
+    assert finished.exit_code == 128 + signal.SIGTERM
+    assert finished.output.splitlines()[-1] == f"zsl {name}: interrupted"
+    assert [each.name for each in tmp_path.iterdir()] == ["adapter"]

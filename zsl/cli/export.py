@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from zsl import __version__
-from zsl.cli.errors import one_line_errors
+from zsl.cli.errors import one_line_errors, stop_on_sigterm
 from zsl.cli.quiet import quiet_libraries
 
 
@@ -46,6 +46,7 @@ def export(adapters: tuple[Path, ...], out: Path, model: str | None, base_model:
         from zsl.training.trained import find_trained
 
         trained = find_trained(adapters)
+        stop_on_sigterm()  # as Ctrl-C: what was half written goes
         quiet_libraries(debug=debug)
 
         from zsl.split.export import export as export_adapters

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from zsl.cli.errors import one_line_errors
+from zsl.cli.errors import one_line_errors, stop_on_sigterm
 from zsl.cli.quiet import quiet_libraries
 
 
@@ -45,6 +45,7 @@ def merge(adapters: tuple[Path, ...], out: Path, model: str | None, dtype: str |
         from zsl.training.trained import find_trained
 
         trained = find_trained(adapters)
+        stop_on_sigterm()  # as Ctrl-C: what was half written goes
         quiet_libraries(debug=debug)
 
         import torch

@@ -7,7 +7,7 @@ from shlex import quote
 
 import click
 
-from zsl.cli.errors import one_line_errors
+from zsl.cli.errors import one_line_errors, stop_on_sigterm
 from zsl.cli.quiet import quiet_libraries
 
 NEXT = """\
@@ -49,6 +49,7 @@ def split(model: str, cut: str, out: Path, dtype: str | None, debug: bool) -> No
         from zsl.training.report import byte_count, layer_range
 
         parsed = parse_cut(cut)
+        stop_on_sigterm()  # as Ctrl-C: what was half written goes
         quiet_libraries(debug=debug)
 
         import torch
