@@ -358,6 +358,8 @@ def test_what_a_container_has_left_is_what_is_free(tmp_path: Path) -> None:
     (tmp_path / "sys/fs/cgroup/memory.max").write_text("3000000\n")
     (tmp_path / "sys/fs/cgroup/memory.current").write_text("1000000\n")
     assert memory.free_bytes(tmp_path) == 2000000
+    (tmp_path / "sys/fs/cgroup/memory.stat").write_text("anon 300000\ninactive_file 600000\nactive_file 1\n")
+    assert memory.free_bytes(tmp_path) == 2600000  # files that were read are given up for it
 
 
 # --- the command -----------------------------------------------------------------------------------------------

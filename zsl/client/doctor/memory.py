@@ -26,12 +26,22 @@ def free_bytes(root: Path = Path("/")) -> int | None:
         for line in (root / "proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 free.append(int(line.split()[1]) << 10)
-        most = (root / "sys/fs/cgroup/memory.max").read_text().strip()
+        group = root / "sys/fs/cgroup"
+        most = (group / "memory.max").read_text().strip()
         if most != "max":
-            free.append(int(most) - int((root / "sys/fs/cgroup/memory.current").read_text()))
+            free.append(int(most) - int((group / "memory.current").read_text()) + _cached_bytes(group))
     except (OSError, ValueError):
         pass  # no Linux, or no container
     return min(free, default=None)
+
+
+def _cached_bytes(group: Path) -> int:
+    """What a container's files take of its memory, and is given up when it is needed."""
+    try:
+        lines = (group / "memory.stat").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
 
 
 def does_not_fit(reference: ModelReference, dtype: torch.dtype) -> str | None:
