@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -33,7 +34,9 @@ from zsl.split.quantize import quantization_config
 from zsl.split.reference import resolve
 from zsl.split.sides import Sides
 from zsl.split.stack import causal_lm_class
+from zsl.training.overview import communication
 from zsl.training.peft_table import SHOWN, peft_config
+from zsl.training.step_measure import StepMeasure
 
 pytestmark = [
     # What PEFT remarks on these methods, with a whole local model too. Of missing keys it must not speak.
@@ -462,6 +465,23 @@ def test_quantized_outer_layers_give_the_numbers_of_a_local_model_with_just_thos
     assert differing(numbers, trained(split)) == [], "an evaluation has changed the weights"
     zsl.save_adapter(split, tmp_path)
     assert PeftModel.from_pretrained(models["llama"].whole(), str(tmp_path))
+
+
+def test_the_whole_models_gradient_is_as_large_when_its_layers_are_quantized(
+    quantized: Quantized, models: dict[str, Models], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[int] = []
+    monkeypatch.setattr(
+        "zsl.training.overview.communication_table", lambda **told: shown.append(told["gradient_bytes"])
+    )
+    keys = lora()("llama")
+    whole = models["llama"].whole()
+    of_trunk = sum(p.numel() for layer in whole.model.layers[2:4] for p in layer.parameters())
+    trunk: Any = SimpleNamespace(client=SimpleNamespace(welcome=SimpleNamespace(trunk_parameters=of_trunk)))
+    split = with_adapter(models["llama"].client(), peft_config("run.toml", keys))
+    for model in (split, *(quantized(bits, keys)[0] for bits in ("4bit", "8bit"))):
+        communication(StepMeasure(steps=1), model, trunk)
+    assert shown == [4 * sum(p.numel() for p in whole.parameters())] * 3
 
 
 def test_a_method_without_quantized_layers_is_refused_on_a_quantized_model(quantized: Quantized) -> None:

@@ -55,7 +55,7 @@ class Sides:
     def parameter_count(self, side: Side) -> int:
         """The parameters that this side computes with. A tied weight counts on both sides."""
         parameters = {p for name in self._names(side) for p in self._modules[name].parameters(recurse=False)}
-        return sum(_count(parameter) for parameter in parameters)
+        return sum(numbers_in(parameter) for parameter in parameters)
 
     def side_of(self, module_path: str) -> Side:
         """The side of a module, or of something inside it, by its path within the model."""
@@ -68,7 +68,7 @@ class Sides:
         return (name for name, found in self._sides.items() if found == side)
 
 
-def _count(parameter: nn.Parameter) -> int:
+def numbers_in(parameter: nn.Parameter) -> int:
     """The numbers that a parameter stands for; bitsandbytes keeps two of four bits in a byte."""
     state = getattr(parameter, "quant_state", None)
     return int(state.shape.numel()) if state is not None else parameter.numel()

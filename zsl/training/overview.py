@@ -7,7 +7,7 @@ from peft import PeftModel
 from zsl.client.remote import RemoteTrunk
 from zsl.split.adapter import adapter_parameters
 from zsl.split.reference import ModelReference
-from zsl.split.sides import Side, Sides
+from zsl.split.sides import Side, Sides, numbers_in
 from zsl.split.stack import layer_count
 from zsl.training.report import Part, communication_table, layer_range, parts_table, trainable_table
 from zsl.training.step_measure import StepMeasure
@@ -32,12 +32,13 @@ def communication(measured: StepMeasure, model: PeftModel, trunk: RemoteTrunk) -
     trainable = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     frozen = [p for p in model.parameters() if not p.requires_grad]
     item_size = max((p.element_size() for p in frozen if p.is_floating_point()), default=4)
-    whole = sum(p.numel() * p.element_size() for p in frozen) + trunk.client.welcome.trunk_parameters * item_size
+    # A gradient has a float for each number, also of what is stored in fewer bits.
+    numbers = sum(map(numbers_in, frozen)) + trunk.client.welcome.trunk_parameters
     return communication_table(
         bytes_up=measured.bytes_up / measured.steps,
         bytes_down=measured.bytes_down / measured.steps,
         adapter_bytes=trainable,
-        gradient_bytes=whole,
+        gradient_bytes=numbers * item_size,
         tokens=measured.tokens / measured.steps,
     )
 
