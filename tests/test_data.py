@@ -28,7 +28,7 @@ from support.hub import hub_of
 from support.models import local_model
 from zsl.cli.train import train
 from zsl.errors import ConfigError, DataError, ZslError
-from zsl.split.hub import _why_no_answer
+from zsl.split.hub import why_no_answer
 from zsl.split.reference import ModelReference, resolve
 from zsl.training.config import read_config
 from zsl.training.data.chat import conversation_encoder
@@ -561,7 +561,7 @@ def test_a_data_set_of_the_hub_is_read_streamed_and_used_again_without_the_hub(
 def test_a_hub_that_hangs_or_is_unwell_counts_as_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def look_at(endpoint: str) -> str | None:
         monkeypatch.setattr(constants, "ENDPOINT", endpoint)
-        return _why_no_answer()
+        return why_no_answer()
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     with socket.create_server(("127.0.0.1", 0)) as silent:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -205,12 +208,12 @@ def test_nothing_listens() -> None:
 
 
 @contextmanager
-def web_server() -> Iterator[str]:
+def web_server(answer: int = 200) -> Iterator[str]:
     """Another program: it speaks HTTP."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_HEAD(self) -> None:
-            self.send_response(200)
+            self.send_response(answer)
             self.end_headers()
 
         def log_message(self, *arguments: object) -> None:
@@ -330,7 +333,30 @@ def test_the_hub_is_a_fact_and_no_fault(monkeypatch: pytest.MonkeyPatch) -> None
         there = machine.check_hub()
         assert there.state == "ok" and there.found == f"http://{address} is reachable"
     gone = machine.check_hub()
-    assert gone.state == "ok" and "is not reachable" in gone.found
+    assert gone.state == "ok" and gone.found.startswith(f"http://{address} cannot be reached: ")
+    with web_server(answer=503) as address:
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://{address}")
+        unwell = machine.check_hub()
+    assert unwell.state == "ok" and unwell.found.startswith(f"http://{address} answers 503; hub ids load only")
+
+
+def test_the_hub_is_asked_where_neither_torch_nor_transformers_can_be_imported() -> None:
+    script = """
+import sys
+sys.modules["torch"] = sys.modules["transformers"] = None
+from zsl.client.doctor.check import attempt
+from zsl.client.doctor.machine import check_hub
+print(attempt("hub", check_hub).line)
+"""
+    finished = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:1"},
+    )
+    assert re.match(r"ok +hub +http://127\.0\.0\.1:1 cannot be reached: ", finished.stdout)
 
 
 def test_a_model_that_cannot_be_loaded_fails_with_its_name() -> None:

@@ -20,7 +20,7 @@ def why_offline() -> str | None:
     """Why the hub is not asked, or None where it answers. Takes a few seconds at most, and only the first time."""
     if is_offline_mode():
         return "HF_HUB_OFFLINE is set"
-    reason = _why_no_answer()
+    reason = why_no_answer()
     if reason is not None:
         _go_offline()
     return reason
@@ -33,8 +33,11 @@ def _go_offline() -> None:
         sys.modules["datasets"].config.HF_HUB_OFFLINE = True
 
 
-def _why_no_answer() -> str | None:
-    """Asks as the hub's libraries do: through the same proxy, with the same certificates."""
+def why_no_answer() -> str | None:
+    """Why the hub does not answer now, or None where it does. Takes a few seconds at most, and changes nothing.
+
+    Asks as the hub's libraries do: through the same proxy, with the same certificates.
+    """
     reasons = [f"{constants.ENDPOINT} did not answer within {2 * CONNECT_SECONDS:g} seconds"]
 
     def ask() -> None:

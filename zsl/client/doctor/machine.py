@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import re
-import threading
-from concurrent.futures import Future
 from pathlib import Path
 
 from zsl.client.doctor.check import Check, State
 from zsl.client.keys import read_client_keys
 
-HUB_TIMEOUT_SECONDS = 3.0
 BFLOAT16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})  # as Linux names them on x86 and on ARM
 
 
@@ -44,13 +41,15 @@ def check_zmq() -> Check:
 
 def check_hub() -> Check:
     """Whether models can be had from the hub. That they cannot is a fact, and no fault."""
-    from huggingface_hub import constants
+    from huggingface_hub import constants, is_offline_mode
 
-    if constants.HF_HUB_OFFLINE:
+    from zsl.split.hub import why_no_answer
+
+    if is_offline_mode():
         return Check("hub", State.OK, f"not asked: HF_HUB_OFFLINE is set; {_without_hub()}")
-    problem = _hub_problem(constants.ENDPOINT)
+    problem = why_no_answer()
     if problem:
-        return Check("hub", State.OK, f"{constants.ENDPOINT} is not reachable ({problem}); {_without_hub()}")
+        return Check("hub", State.OK, f"{problem}; {_without_hub()}")
     return Check("hub", State.OK, f"{constants.ENDPOINT} is reachable")
 
 
@@ -76,27 +75,3 @@ def _cpu_flags() -> set[str]:
 
 def _without_hub() -> str:
     return "hub ids load only if they are in the cache"
-
-
-def _hub_problem(address: str) -> str | None:
-    """Why the hub did not answer in time; None if it did."""
-    from huggingface_hub import get_session
-
-    answered: Future[None] = Future()
-
-    def ask() -> None:
-        try:
-            get_session().head(address, timeout=HUB_TIMEOUT_SECONDS)
-            answered.set_result(None)
-        except Exception as error:  # whatever a proxy, a resolver or TLS has against it
-            answered.set_exception(error)
-
-    # On a thread: looking up a name takes its own time, and no timeout ends it.
-    threading.Thread(target=ask, name="zsl-hub", daemon=True).start()
-    try:
-        answered.result(HUB_TIMEOUT_SECONDS)
-    except TimeoutError:
-        return f"no answer in {HUB_TIMEOUT_SECONDS:g} s"
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return None
