@@ -8,6 +8,7 @@ import click
 
 from zsl.cli.errors import one_line_errors, stop_on_sigterm
 from zsl.cli.quiet import quiet_libraries
+from zsl.split.dtypes import DTYPES
 
 
 @click.command()
@@ -26,8 +27,9 @@ from zsl.cli.quiet import quiet_libraries
 )
 @click.option(
     "--dtype",
-    type=click.Choice(["float32", "bfloat16", "float16"]),
-    help="The dtype of the checkpoint; of a small change, bfloat16 loses a part.  [default: the model's own]",
+    type=click.Choice(DTYPES),
+    help="The dtype of the checkpoint; of a small change, bfloat16 loses a part.  "
+    "[default: the model's own; float32 for a .gguf file]",
 )
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
 def merge(adapters: tuple[Path, ...], out: Path, model: str | None, dtype: str | None, debug: bool) -> None:

@@ -9,6 +9,7 @@ import click
 
 from zsl.cli.errors import one_line_errors, stop_on_sigterm
 from zsl.cli.quiet import quiet_libraries
+from zsl.split.dtypes import DTYPES
 
 NEXT = """\
 Serve the trunk's part where its machine is, and train with the client's:
@@ -29,7 +30,7 @@ Serve the trunk's part where its machine is, and train with the client's:
 )
 @click.option(
     "--dtype",
-    type=click.Choice(["float32", "bfloat16", "float16"]),
+    type=click.Choice(DTYPES),
     help="Write the weights in it: a model of other weights, and both parts are of that one.  [default: as they are]",
 )
 @click.option("--debug", is_flag=True, help="Show tracebacks.")

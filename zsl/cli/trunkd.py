@@ -10,8 +10,7 @@ import click
 import zsl
 from zsl.cli.errors import one_line_errors
 from zsl.errors import ConfigError
-
-DTYPES = ("float32", "bfloat16", "float16")
+from zsl.split.dtypes import DTYPES
 
 
 class MemorySize(click.ParamType[int]):

@@ -42,9 +42,13 @@ def merge(
 ) -> Merged:
     """Write the whole model of `reference`, with the adapters in `places` merged into it, to `target`.
 
-    `dtype` is that of the weights, in which they are merged too; if it is not given, the checkpoint's own. What was
-    written is loaded again, and every tensor compared, before it is at `target`.
-    Raises `ModelError`, `ConfigError` if something is at `target`, `RunFailed` if it cannot be written.
+    `dtype` is that of the weights, in which they are merged too; if it is not given, the checkpoint's own, and float32
+    for a `.gguf` file, whose numbers are dequantized to that, and for random weights. What was written is loaded again,
+    and every tensor compared, before it is at `target`.
+
+    Raises `ModelError` for a part of a model, a quantized one, an adapter that does not fit it or that PEFT cannot
+    merge (or merges so that the logits are others), and a tokenizer that cannot be loaded; `ConfigError` if something
+    is at `target`; `RunFailed` if it cannot be written, or comes back otherwise.
     """
     if reference.part is not None:
         raise ModelError(f"{reference.part.described(reference.text)}: merging needs the whole; name it with --model")

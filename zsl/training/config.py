@@ -16,6 +16,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field, ValidationError
 
 from zsl.errors import ConfigError
+from zsl.split.dtypes import DtypeName
 from zsl.training.data.table import DataTable
 from zsl.training.table import Table
 from zsl.training.toml_text import toml_line
@@ -32,8 +33,6 @@ WITHOUT_A_FILE: dict[str, dict[str, Any]] = {
 }
 
 _JSON = (str, int, float, list, dict)  # what TOML has beside dates and times
-
-DtypeName = Literal["float32", "bfloat16", "float16"]
 
 
 class ModelTable(Table):
