@@ -50,7 +50,7 @@ class ModelReference:
             self.part.cut_for(self.text, "client")  # the trunk's part has none
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.location)
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # a damaged file raises whatever the library comes to first
             raise ModelError(f"{self.text}: its tokenizer cannot be loaded: {first_line(error)}") from error
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
