@@ -8,7 +8,9 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ from datasets import Dataset
 from huggingface_hub import close_session, constants
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
 import zsl.split.hub
@@ -36,6 +40,8 @@ from zsl.training.data.load import TrainingData, load_data
 from zsl.training.data.rows import NO_LABEL, PadRight, TokenRow, pack
 from zsl.training.data.synthetic import synthetic_rows
 from zsl.training.data.table import DataTable
+from zsl.training.metrics import RunMetrics
+from zsl.training.trainer import SplitTrainer
 
 LENGTH = 32
 
@@ -298,26 +304,159 @@ def test_a_stream_with_samples_holds_the_first_rows(load: Callable[..., Training
     assert rows_of(load(repository, streaming=True, samples=3).train) == rows_of(load(repository, samples=3).train)
 
 
-def test_an_endless_stream_is_shuffled_by_seed_and_epoch_and_loses_no_document(
+def test_a_stream_goes_round_endlessly_in_an_order_of_seed_and_round_and_loses_no_document(
     load: Callable[..., TrainingData], tmp_path: Path
 ) -> None:
-    def read(data: TrainingData) -> list[list[int]]:
-        return [row["input_ids"] for row in data.train]
-
     file = write_lines(tmp_path / "texts.jsonl", [{"text": text} for text in SENTENCES])
     other = write_lines(tmp_path / "chat.jsonl", [{"messages": conversation(SENTENCES[0], ANSWERS[0])}])
     every = rows_of(load(file, packing=False).train)
     data = load(file, packing=False, streaming=True, validation=str(other))
     assert DataTable(name="x", streaming=True).streams and not DataTable(name="x", streaming=True, samples=1).streams
-    first = read(data)
-    assert sorted(first) == sorted(every) and first != every
-    assert read(data) == first == read(load(file, packing=False, streaming=True))
-    data.train.set_epoch(1)
-    assert sorted(read(data)) == sorted(every) and read(data) != first
-    assert read(load(file, packing=False, streaming=True, seed=1)) != first
+
+    def read(data: TrainingData) -> list[list[list[int]]]:
+        rows = (row["input_ids"] for row in data.train)
+        return [list(islice(rows, len(every))) for _ in range(3)]
+
+    rounds = read(data)
+    for one in rounds:
+        assert sorted(one) == sorted(every) and one != every
+    assert rounds[0] != rounds[1] != rounds[2] != rounds[0]
+    assert read(data) == rounds == read(load(file, packing=False, streaming=True))
+    assert read(load(file, packing=False, streaming=True, seed=1)) != rounds
     assert len(data.validation or []) == 1
     prints = [load(name, packing=False, streaming=True).fingerprint for name in (file, file, other)]
     assert prints[0] and prints[0] == prints[1] != prints[2]
+
+
+def test_workers_give_each_row_of_a_stream_once(load: Callable[..., TrainingData], tmp_path: Path) -> None:
+    file = write_lines(tmp_path / "texts.jsonl", [{"text": text} for text in SENTENCES])
+    every = rows_of(load(file, packing=False).train)
+    stream: Any = load(file, packing=False, streaming=True).train
+    loader = DataLoader(stream, batch_size=None, num_workers=2)
+    rows = [row["input_ids"] for row in islice(loader, 2 * len(every))]
+    assert rows == [row["input_ids"] for row in islice(stream, 2 * len(every))]
+    assert sorted(rows) == sorted(every * 2)
+    few = write_lines(tmp_path / "one.jsonl", [{"text": SENTENCES[0]}])
+    stream = load(few, packing=False, streaming=True).train
+    loader = DataLoader(stream, batch_size=None, num_workers=2)
+    assert [row["input_ids"] for row in islice(loader, 4)] == every[:1] * 4, "fewer rows than workers"
+
+
+def errors_of(loader: DataLoader[Any]) -> list[str]:
+    """What is raised until the end: a worker waits for long if it is left with more to give."""
+    iterator, errors = iter(loader), []
+    while True:
+        try:
+            next(iterator)
+        except StopIteration:
+            return errors
+        except DataError as error:
+            errors.append(str(error))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stream_that_gives_no_row_any_more_is_an_error_and_no_endless_loop(
+    load: Callable[..., TrainingData], tmp_path: Path, workers: int
+) -> None:
+    file = write_lines(tmp_path / "texts.jsonl", [{"text": SENTENCES[0]}])
+    stream: Any = load(file, packing=False, streaming=True).train
+    write_lines(file, [{"text": " "}])
+    said = f"{file} gives no row to learn from any more: it is not what it was at the start"
+    assert errors_of(DataLoader(stream, batch_size=None, num_workers=workers)) == [said] * max(workers, 1)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_error_in_the_middle_of_a_stream_shows_the_row_and_no_number_of_the_shuffled_order(
+    load: Callable[..., TrainingData], tmp_path: Path, workers: int
+) -> None:
+    chats = [{"messages": TURNS[1:3]}] * 20
+    file = write_lines(tmp_path / "chat.jsonl", [*chats, {"messages": [{"role": "user", "text": "odd " * 50}]}, *chats])
+    stream: Any = load(file, streaming=True).train
+    errors = errors_of(DataLoader(stream, batch_size=None, num_workers=workers))
+    assert len(errors) == max(workers, 1)
+    begins = "the row that begins [{'role': 'user', 'text': 'odd odd"
+    assert errors[0].startswith(f"{file}, column 'messages', {begins}") and len(errors[0]) < 300
+    assert errors[0].endswith(": a message without role and content")
+
+
+STREAMED = """
+[model]
+name = "{model}"
+[data]
+name = "{file}"
+streaming = true
+packing = false
+max_length = 32
+[peft]
+lora_dropout = 0.1
+target_modules = ["q_proj"]
+[train]
+learning_rate = 1e-2
+max_steps = 13
+save_steps = 4
+per_device_train_batch_size = 3
+"""
+
+
+class Killed(BaseException):
+    """Ends a training in this process and leaves on disk what a killed process would."""
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [["dataloader_num_workers=2"], ["gradient_accumulation_steps=2", "overlap=2"]],
+    ids=["workers", "accumulated"],
+)
+def test_a_stream_that_went_round_goes_on_bit_for_bit_and_learns_each_row_once_a_round(
+    model: ModelReference, tmp_path: Path, settings: list[str]
+) -> None:
+    """Of 5 batches of 3 rows in a round; it is killed after step 9 and goes on from step 8."""
+    texts = [f"{SENTENCES[number]} {'moon ' * number}" for number in range(15)]
+    file = write_lines(tmp_path / "texts.jsonl", [{"text": text} for text in texts])
+    config = tmp_path / "run.toml"
+    config.write_text(STREAMED.format(model=model.text, file=file))
+    batches: list[list[list[int]]] = []
+
+    def trained(directory: str) -> Any:
+        options = [word for key in settings for word in ("--set", f"train.{key}")]
+        return CliRunner().invoke(train, [str(config), "--save-dir", str(tmp_path / directory), *options])
+
+    def numbers(directory: str) -> list[tuple[int, float]]:
+        lines = map(json.loads, (tmp_path / directory / "metrics.jsonl").read_text().splitlines())
+        return [(line["step"], line["loss"]) for line in lines]
+
+    def seen(trainer: SplitTrainer, model: Any, inputs: dict[str, Any], *rest: Any) -> torch.Tensor:
+        batches.append(
+            [ids[mask.bool()].tolist() for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)]
+        )
+        return training_step(trainer, model, inputs, *rest)
+
+    def dying(metrics: RunMetrics, step: int, epoch: float, measured: Mapping[str, Any]) -> None:
+        end_step(metrics, step, epoch, measured)
+        if step == 9:
+            raise Killed
+
+    training_step, end_step = SplitTrainer.training_step, RunMetrics.end_step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SplitTrainer, "training_step", seen)
+        result = trained("expected")
+        assert result.exit_code == 0, result.output
+        of_steps = 2 if "gradient_accumulation_steps=2" in settings else 1
+        assert len(batches) == 13 * of_steps and {len(batch) for batch in batches} == {3}
+        assert batches[0] != batches[1]
+        of_two_rounds = Counter(tuple(row) for batch in batches[:10] for row in batch)
+        assert len(of_two_rounds) == 15 and set(of_two_rounds.values()) == {2}
+        expected = list(batches)
+        with patch.context() as killed:
+            killed.setattr(RunMetrics, "end_step", dying)
+            with pytest.raises(Killed):
+                trained("out")
+        batches.clear()
+        assert "step 8 of 13" in trained("out").stdout
+    assert batches == expected[8 * of_steps :]
+    assert numbers("out") == numbers("expected")
+    one, other = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("out", "expected"))
+    assert all(torch.equal(one[key], other[key]) for key in one)
 
 
 @pytest.mark.parametrize("keys", [{}, {"streaming": True}, {"streaming": True, "packing": True}], ids=str)
@@ -477,6 +616,8 @@ from zsl.errors import ZslError
 from zsl.split.reference import resolve
 from zsl.training.data.load import load_data
 from zsl.training.data.table import DataTable
+from zsl.training.metrics import RunMetrics
+from zsl.training.trainer import SplitTrainer
 model = resolve(sys.argv[1])
 for keys in map(json.loads, sys.argv[2:]):
     try:

@@ -16,6 +16,10 @@ from zsl.training.data.rows import TokenRow, pack
 from zsl.training.data.sources import Documents
 
 DOCUMENTS_AT_ONCE = 100
+SHOWN_CHARACTERS = 60  # of a row that has no number
+
+# Values of a column, with the numbers of their rows.
+Batches = Iterator[list[tuple[int | None, Any]]]
 
 
 @dataclass
@@ -41,7 +45,8 @@ class Tally:
 class Encoder:
     """Makes rows of at most `length` tokens of the documents in a column.
 
-    Raises `DataError` for a document that is not what the column should hold, with the number of its row.
+    Raises `DataError` for a document that is not what the column should hold, with the number of its row, or how it
+    begins where rows are shuffled.
     """
 
     def __init__(
@@ -55,11 +60,11 @@ class Encoder:
         self._tokenizer = tokenizer
         self._conversation = conversation_encoder(tokenizer, model) if column.kind == "messages" else None
 
-    def rows(self, documents: Documents, tally: Tally) -> Iterator[TokenRow]:
-        """The rows of `documents`; `tally` counts while they are taken."""
-        sequences = self._texts(documents, tally)
-        if self._conversation is not None:
-            sequences = self._conversations(documents, tally)
+    def rows(self, documents: Documents, tally: Tally, *, shuffled: bool = False) -> Iterator[TokenRow]:
+        """The rows of `documents`, `shuffled` or as they lie there; `tally` counts while they are taken."""
+        values = self._batches(documents, tally, numbered=not shuffled)
+        make = self._texts if self._conversation is None else self._conversations
+        sequences = make(documents, values, tally)
         for row in pack(sequences, self.length) if self.packing else self._cut_off(sequences, tally):
             if row.has_target:
                 yield row
@@ -71,15 +76,15 @@ class Encoder:
             tally.cut_off += len(sequence.input_ids) > self.length
             yield sequence.up_to(self.length)
 
-    def _texts(self, documents: Documents, tally: Tally) -> Iterator[TokenRow]:
+    def _texts(self, documents: Documents, batches: Batches, tally: Tally) -> Iterator[TokenRow]:
         """A sequence for each text. The end-of-text token stands between packed ones, and behind each of the others."""
         end = self._tokenizer.eos_token_id
         is_first = True
-        for values in self._batches(documents, tally):
+        for values in batches:
             texts = []
             for number, text in values:
                 if not isinstance(text, str):
-                    raise DataError(f"{self._where(documents, number)}: {type(text).__name__}, not text")
+                    raise DataError(f"{self._where(documents, number, text)}: {type(text).__name__}, not text")
                 if text.strip():
                     texts.append(text)
                 else:
@@ -93,33 +98,35 @@ class Encoder:
                 tally.tokens += len(input_ids)
                 yield TokenRow.of_text(input_ids)
 
-    def _conversations(self, documents: Documents, tally: Tally) -> Iterator[TokenRow]:
+    def _conversations(self, documents: Documents, batches: Batches, tally: Tally) -> Iterator[TokenRow]:
         assert self._conversation is not None
-        for values in self._batches(documents, tally):
+        for values in batches:
             for number, messages in values:
                 if problem := problem_with(messages):
-                    raise DataError(f"{self._where(documents, number)}: {problem}")
+                    raise DataError(f"{self._where(documents, number, messages)}: {problem}")
                 if not messages:
                     tally.empty += 1
                     continue
                 try:
                     sequence = self._conversation(messages)
                 except DataError as error:
-                    raise DataError(f"{self._where(documents, number)}: {error}") from error
+                    raise DataError(f"{self._where(documents, number, messages)}: {error}") from error
                 tally.tokens += len(sequence.input_ids)
                 yield sequence
 
-    def _batches(self, documents: Documents, tally: Tally) -> Iterator[list[tuple[int, Any]]]:
-        """The column's values with the numbers of their rows, from 1; missing ones are counted and left out."""
+    def _batches(self, documents: Documents, tally: Tally, *, numbered: bool) -> Batches:
+        """The column's values, with the numbers of their rows from 1; missing ones are counted and left out."""
         number = 0
         name = self.column.name
         batches = documents.rows.select_columns([name]).iter(DOCUMENTS_AT_ONCE)
         for batch in read_batches(batches, documents.described, reader=documents.reader, files=documents.files):
-            numbered = list(enumerate(batch[name], number + 1))
-            number += len(numbered)
-            there = [(at, value) for at, value in numbered if value is not None]
-            tally.empty += len(numbered) - len(there)
+            values = batch[name]
+            there = [(at if numbered else None, v) for at, v in enumerate(values, number + 1) if v is not None]
+            number += len(values)
+            tally.empty += len(values) - len(there)
             yield there
 
-    def _where(self, documents: Documents, number: int) -> str:
-        return f"{documents.described}, column {self.column.name!r}, row {number}"
+    def _where(self, documents: Documents, number: int | None, value: Any) -> str:
+        beginning = repr(value)[:SHOWN_CHARACTERS]
+        row = f"row {number}" if number is not None else f"the row that begins {beginning}"
+        return f"{documents.described}, column {self.column.name!r}, {row}"

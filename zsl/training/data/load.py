@@ -113,7 +113,7 @@ def _stream(documents: Documents, encoder: Encoder, table: DataTable) -> tuple[T
     if first is None:
         raise DataError(_no_row(what, encoder, tally))
     known = f"{documents.identity} {first.input_ids} {first.labels}"
-    stream = TokenStream(documents, partial(encoder.rows, tally=Tally()), seed=table.seed)
+    stream = TokenStream(documents, partial(encoder.rows, tally=Tally(), shuffled=True), seed=table.seed)
     length = f"{encoder.length} tokens" if encoder.packing else f"up to {encoder.length} tokens"
     line = f"{what}, read while it is trained on, rows of {length}, shuffled among {SHUFFLE_ROWS:,} documents"
     return stream, xxhash.xxh3_128(known.encode()).hexdigest(), [line]
