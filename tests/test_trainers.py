@@ -28,11 +28,11 @@ from trl import SFTConfig, SFTTrainer
 
 import zsl
 from support.daemon import Daemon
+from support.data import synthetic_rows
 from support.models import VOCABULARY, local_model
 from support.tokenizer import tiny_tokenizer, words
 from zsl.cli.train import train as zsl_train
 from zsl.client.trunk_client import TrunkClient
-from zsl.training.data.synthetic import synthetic_rows
 
 STEPS = 50
 FEW_STEPS = 6

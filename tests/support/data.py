@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from support.models import VOCABULARY, write_checkpoint
+from zsl.training.data.synthetic import synthetic_language
 
 SENTENCES = [f"Line {number}: the {animal} sees the moon." for number in range(9) for animal in ("fox", "owl", "hare")]
 ANSWERS = ["Yes, it does.", "No, not at all."]
@@ -67,6 +68,11 @@ def write_model(directory: Path, template: str | None = PLAIN) -> Path:
 
 def conversation(question: str, answer: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def synthetic_rows(samples: int, length: int, vocabulary: int, seed: int) -> list[list[int]]:
+    """The first sentences of the synthetic language."""
+    return synthetic_language(length, vocabulary, seed)(samples)
 
 
 def write_repository(directory: Path, *, card: str = CARD) -> Path:

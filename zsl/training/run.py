@@ -52,7 +52,7 @@ def train_from_config(config: TrainConfig, where: str, *, dry_run: bool = False)
             refuse_another_run(directory, record)  # before anything is loaded
         reference = resolve(config.model.name)
         dtype: torch.dtype = getattr(torch, config.model.dtype)
-        data = load_data(config.data, reference)
+        data = load_data(config.data, reference, virtual_tokens=getattr(peft, "num_virtual_tokens", None) or 0)
         if not isinstance(data.train, Dataset) and arguments.max_steps <= 0:
             raise ConfigError(f"{where}: a stream has no end to count: set train.max_steps, or data.samples")
         set_seed(arguments.seed)

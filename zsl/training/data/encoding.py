@@ -77,9 +77,9 @@ class Encoder:
             yield sequence.up_to(self.length)
 
     def _texts(self, documents: Documents, batches: Batches, tally: Tally) -> Iterator[TokenRow]:
-        """A sequence for each text. The end-of-text token stands between packed ones, and behind each of the others."""
+        """A sequence for each text. One end-of-text token stands between packed ones, and one behind each other one."""
         end = self._tokenizer.eos_token_id
-        is_first = True
+        ended = True
         for values in batches:
             texts = []
             for number, text in values:
@@ -90,11 +90,11 @@ class Encoder:
                 else:
                     tally.empty += 1
             for input_ids in self._tokenizer(texts)["input_ids"] if texts else []:
-                if end is not None and self.packing and not is_first:
+                if end is not None and self.packing and not ended and input_ids[:1] != [end]:
                     input_ids = [end, *input_ids]
                 elif end is not None and not self.packing and input_ids[-1:] != [end]:
                     input_ids = [*input_ids, end]
-                is_first = False
+                ended = input_ids[-1:] == [end]
                 tally.tokens += len(input_ids)
                 yield TokenRow.of_text(input_ids)
 

@@ -35,18 +35,20 @@ class TrainingData:
     fingerprint: str | None = None
 
 
-def load_data(table: DataTable, reference: ModelReference) -> TrainingData:
-    """The data of a configuration, as tokens of the model.
+def load_data(table: DataTable, reference: ModelReference, *, virtual_tokens: int = 0) -> TrainingData:
+    """The data of a configuration, as tokens of the model, which has room for `virtual_tokens` more in front of a row.
 
-    Rows have `max_length` tokens where documents are packed, else at most that. Raises `ConfigError` for a name that
-    stands for nothing, keys that do not go together or rows longer than the model takes; `DataError` for data that
-    cannot be read, is not there or gives no row; `ModelError` if the model has no tokenizer.
+    Rows have `max_length` tokens where documents are packed, else at most that. `lines` count what was left out or cut
+    off, except in a stream, which nobody has read yet. Raises `ConfigError` for a name that stands for nothing, keys
+    that do not go together or rows longer than the model takes; `DataError` for data that cannot be read, is not there
+    or gives no row; `ModelError` if the model has no tokenizer.
     """
     config = reference.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
-    if positions is not None and table.max_length > positions:
+    if positions is not None and table.max_length + virtual_tokens > positions:
+        in_front = f", {virtual_tokens} of which are virtual tokens of [peft]" if virtual_tokens else ""
         raise ConfigError(
-            f"data.max_length = {table.max_length}: {reference.text} takes at most {positions} tokens a row"
+            f"data.max_length = {table.max_length}: {reference.text} takes at most {positions} tokens a row{in_front}"
         )
     if table.name == SYNTHETIC:
         return _synthetic(table, config.vocab_size)

@@ -32,8 +32,3 @@ def synthetic_language(length: int, vocabulary: int, seed: int) -> Callable[[int
         return list(rows.tolist())
 
     return write
-
-
-def synthetic_rows(samples: int, length: int, vocabulary: int, seed: int) -> list[list[int]]:
-    """The first sentences of that language."""
-    return synthetic_language(length, vocabulary, seed)(samples)
