@@ -672,8 +672,6 @@ from zsl.errors import ZslError
 from zsl.split.reference import resolve
 from zsl.training.data.load import load_data
 from zsl.training.data.table import DataTable
-from zsl.training.metrics import RunMetrics
-from zsl.training.trainer import SplitTrainer
 model = resolve(sys.argv[1])
 for keys in map(json.loads, sys.argv[2:]):
     try:

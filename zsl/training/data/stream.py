@@ -21,8 +21,8 @@ class TokenStream(torch.utils.data.IterableDataset[dict[str, list[int]]]):
     """Rows `input_ids` and `labels` of the documents, round after round without an end, in an order of `seed`.
 
     Only so many documents are shuffled at a time, and the files of a data set that has many. As it has no end, the
-    number of rows taken is all that says where a training stands, and a step's batches can be of two rounds.
-    Each worker of a DataLoader reads all documents and gives its share of the rows.
+    number of rows taken is all that says where a training stands, and a step's batches can be of two rounds; to Trainer
+    the whole training is one epoch. Each worker of a DataLoader reads all documents and gives its share of the rows.
 
     Iterating raises `DataError` for a document that cannot be used, and if a whole round gives no row.
     """
