@@ -138,3 +138,32 @@ def test_what_can_be_trained_is_not_refused() -> None:
     assert read("train.auto_find_batch_size=false", "train.save_strategy=no", "train.load_best_model_at_end=false")
     not_kept = read(VALIDATION, PATIENCE, "train.load_best_model_at_end=false", "train.save_strategy=no")
     assert (not_kept["eval_strategy"], not_kept["metric_for_best_model"]) == ("epoch", "loss")
+
+
+# --- defaults --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("data", "train", "interval"),
+    [
+        ("streaming = true", "", ("steps", 20)),  # all of a stream is one epoch
+        ("streaming = true", "save_steps = 7", ("steps", 7)),
+        ("streaming = true", "eval_strategy = 'epoch'", ("epoch", None)),
+        ("streaming = true\nsamples = 5", "", ("epoch", None)),
+        ("", "", ("epoch", None)),
+        ("", "eval_strategy = 'steps'", ("steps", 20)),  # Trainer would take logging_steps, which is 1 here
+        ("", "eval_strategy = 'steps'\neval_steps = 3", ("steps", 3)),
+    ],
+)
+def test_how_often_is_validated(data: str, train: str, interval: tuple[str, int | None], tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(f"[data]\nname = 'a/b'\nvalidation = 'test'\n{data}\n[train]\n{train}\n")
+    read = read_config(file, overrides={}).train
+    assert (read["eval_strategy"], read.get("eval_steps")) == interval
+
+
+def test_a_validation_of_0_is_none(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text("[data]\nvalidation = 0.1\n")
+    config = read_config(file, settings=["data.validation=0"], overrides={})
+    assert config.data.validation is None and "eval_strategy" not in config.train

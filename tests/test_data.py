@@ -130,7 +130,9 @@ def test_a_text_is_cut_into_rows_of_one_length(
     assert rows_of(data.train) == [tokens[i : i + LENGTH] for i in range(0, len(tokens) - LENGTH + 1, LENGTH)]
     assert all(torch.equal(row["input_ids"], row["labels"]) for row in data.train)
     assert data.collate is None and data.validation is None and data.fingerprint is None
-    assert load(tmp_path / "moon.txt", samples=2).lines == [f"{tmp_path / 'moon.txt'}, 2 rows of 32 tokens (64 tokens)"]
+    some = load(tmp_path / "moon.txt", samples=2).lines
+    said = f"{tmp_path / 'moon.txt'}, 2 rows of 32 tokens (64 tokens)"
+    assert some == [said, "there are more rows than data.samples takes"]
 
 
 def test_documents_are_packed_with_the_end_of_text_between_them(
@@ -532,6 +534,7 @@ def test_trainer_takes_what_is_loaded(
 def write_broken(directory: Path) -> None:
     (directory / "lines.jsonl").write_text('{"text": "a"}\n{"text": "b"\n')
     write_lines(directory / "good.jsonl", [{"text": "a"}])
+    (directory / "numbers.csv").write_text("n\n1\n2\n")
     (directory / "rows.parquet").write_text("nothing of the kind")
     (directory / "rows.csv").write_text("text,number\na,1\nb,2,3\n")
     (directory / "rows.tsv").write_text("text\tnumber\na\t1\nb, c\t2\n")
@@ -569,7 +572,8 @@ def write_broken(directory: Path) -> None:
         ("two.jsonl", {"text_column": "questions"}, ["questions", "question (string), answer (string)"]),
         ("two.jsonl", {"text_column": "number"}, ["number", "no text"]),
         ("two.jsonl", {"messages_column": "answer"}, ["answer", "no lists of messages"]),
-        ("two.jsonl", {"text_column": "answer"}, ["1 tokens do not fill one row of 32", "lower data.max_length"]),
+        ("two.jsonl", {"text_column": "answer"}, ["1 tokens do not fill one row of 32", "data.packing = false"]),
+        ("numbers.csv", {}, ["numbers.csv", "n (int64)", "none of them holds text or conversations"]),
         ("blank.txt", {}, ["blank.txt is empty"]),
         ("latin.txt", {}, ["latin.txt", "not UTF-8"]),
         ("script", {}, ["script.py", "never run"]),

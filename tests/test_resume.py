@@ -271,7 +271,7 @@ def test_killed_when_all_steps_are_done_only_the_adapters_are_saved(config: Path
         with pytest.raises(Killed):
             train(config, tmp_path / "out", middle_of_an_epoch)
     shown = trained(config, tmp_path / "out", middle_of_an_epoch)
-    assert "checkpoint-10, step 10 of 10\n\nSaved\n" in shown
+    assert "checkpoint-10, step 10 of 10\n  There was no step left to take.\n\nSaved\n" in shown
     assert re.search(r"^  steps +10 in", shown, re.M)
     assert_same_result(tmp_path / "out", tmp_path / "expected")
 

@@ -64,6 +64,7 @@ class TrunkTable(Table):
     )
     cut: str | None = Field(
         default=None,
+        coerce_numbers_to_str=True,
         description="`START:STOP`, the trunk's layers. A daemon that serves others is refused; without it, its own.",
     )
     wire_dtype: DtypeName | None = Field(
@@ -158,9 +159,12 @@ def read_config(
     for table, values in {} if file else WITHOUT_A_FILE.items():
         if table != "peft" or tables["peft"]["method"] == "lora":  # they are keys of LoRA
             tables[table] = {**values, **_table(tables, table)}
-    validates = "validation" in _table(tables, "data")
+    data = _table(tables, "data")
+    validates, streams = bool(data.get("validation")), bool(data.get("streaming")) and data.get("samples") is None
     output_dir = f"runs/{file.stem}" if file else None
-    tables["train"] = with_defaults(_table(tables, "train"), output_dir=output_dir, validates=validates)
+    tables["train"] = with_defaults(
+        _table(tables, "train"), output_dir=output_dir, validates=validates, streams=streams
+    )
     try:
         config = TrainConfig.model_validate(tables)
     except ValidationError as error:

@@ -29,12 +29,17 @@ INTERVALS = ("steps", "epoch")  # what a strategy of saving and one of validatin
 PATIENCE, KEEP_BEST = "early_stopping_patience", "load_best_model_at_end"
 
 
-def with_defaults(train: Mapping[str, Any], *, output_dir: str | None, validates: bool) -> dict[str, Any]:
-    """`[train]` with our defaults where it says nothing."""
+def with_defaults(
+    train: Mapping[str, Any], *, output_dir: str | None, validates: bool, streams: bool = False
+) -> dict[str, Any]:
+    """`[train]` with our defaults where it says nothing. A stream is a single epoch, however often it goes round."""
     ours = {**TRAIN_DEFAULTS, **({"output_dir": output_dir} if output_dir else {})}
     if validates:
         batch_size = {**ours, **train}["per_device_train_batch_size"]
         ours |= {**WITH_VALIDATION, "per_device_eval_batch_size": batch_size}
+        if train.get("eval_strategy", "steps" if streams else None) == "steps":
+            # Trainer would take `logging_steps`.
+            ours |= {"eval_strategy": "steps", "eval_steps": {**ours, **train}["save_steps"]}
         if PATIENCE in train or train.get(KEEP_BEST):
             ours |= BY_THE_LOSS
         if _keeps_the_best(train):

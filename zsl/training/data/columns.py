@@ -51,6 +51,8 @@ def column_of(documents: Documents, table: DataTable) -> Column:
         return Column("text", "text")
     if len(strings) == 1:
         return Column(strings[0], "text")
+    if not strings and not {"list", *OPEN}.intersection(types.values()):
+        raise DataError(f"{what} has the columns {listed}: none of them holds text or conversations")
     raise DataError(
         f"{what} has the columns {listed}: name the one to learn from with data.text_column or data.messages_column"
     )

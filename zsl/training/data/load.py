@@ -61,14 +61,14 @@ def load_data(table: DataTable, reference: ModelReference, *, virtual_tokens: in
     if isinstance(table.validation, str):
         others = validation_documents(table, table.validation, documents)
         encoders.append(_encoder(others, table, reference))
-        validation, (first, *more) = _held(others, encoders[-1], table.validation_samples)
+        validation, (first, *more) = _held(others, encoders[-1], table.validation_samples, "validation_samples")
         about_validation = [f"validation: {first}", *more]
     collate = None if all(encoder.packing for encoder in encoders) else PadRight(encoder.pad_token_id)
     if table.streams:
         stream, fingerprint, lines = _stream(documents, encoder, table)
         return TrainingData(stream, validation, collate, [*lines, *about_validation], fingerprint)
     both = table.samples and table.samples + _validation_count(table, table.samples)
-    train, lines = _held(documents, encoder, both)
+    train, lines = _held(documents, encoder, both, "samples")
     if isinstance(table.validation, float):
         train, validation = _divided(train, table, documents.described)
         lines[0] = f"{documents.described}, {_size(train, encoder)}"
@@ -96,12 +96,15 @@ def _encoder(documents: Documents, table: DataTable, reference: ModelReference) 
     return Encoder(column, reference.tokenizer(), reference.text, length=table.max_length, packing=table.packing)
 
 
-def _held(documents: Documents, encoder: Encoder, limit: int | None) -> tuple[Dataset, list[str]]:
-    """The first rows, in memory, and what to say of them. Raises `DataError` if there are none."""
+def _held(documents: Documents, encoder: Encoder, limit: int | None, key: str) -> tuple[Dataset, list[str]]:
+    """The first rows, `limit` of them at most, as `key` says, in memory; and lines about them. Raises `DataError` if there are none."""
     tally = Tally()
     what = documents.described
-    dataset = hold(encoder.rows(documents, tally), limit)
+    rows = encoder.rows(documents, tally)
+    dataset = hold(rows, limit)
     about = tally.lines(encoder.column.kind, encoder.length)
+    if limit is not None and next(rows, None) is not None:
+        about.append(f"there are more rows than data.{key} takes")
     if not len(dataset):
         raise DataError(_no_row(what, encoder, tally))
     return dataset, [f"{what}, {_size(dataset, encoder)}", *about]
@@ -123,7 +126,10 @@ def _stream(documents: Documents, encoder: Encoder, table: DataTable) -> tuple[T
 
 def _no_row(what: str, encoder: Encoder, tally: Tally) -> str:
     if encoder.packing and tally.tokens and not tally.without_target:
-        return f"{what}: {tally.tokens} tokens do not fill one row of {encoder.length}; lower data.max_length"
+        return (
+            f"{what}: {tally.tokens} tokens do not fill one row of {encoder.length}; lower data.max_length, "
+            "or give each text a row of its own with data.packing = false"
+        )
     reasons = tally.lines(encoder.column.kind, encoder.length)
     return f"{what} gives no row to learn from: {', '.join(reasons)}" if reasons else f"{what} has no rows"
 

@@ -20,7 +20,9 @@ NOT_FOR_SYNTHETIC = (*NOT_FOR_A_TEXT, "packing")
 
 
 def _share_or_place(value: Any) -> Any:
-    if value is None or (isinstance(value, str) and value.strip()):
+    if value is None or value == 0:
+        return None
+    if isinstance(value, str) and value.strip():
         return value
     if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1:
         return float(value)
@@ -68,7 +70,7 @@ class DataTable(Table):
     validation: Annotated[float | str | None, BeforeValidator(_share_or_place)] = Field(
         default=None,
         description="What to validate on: a share of the rows (drawn with `seed`, and not trained on), the name of a "
-        "split, or the path of a file.",
+        "split, or the path of a file; 0 for nothing.",
     )
     validation_samples: int | None = Field(
         default=None, ge=1, description="The number of rows to validate on, at most; without it all."
