@@ -97,7 +97,10 @@ def _encoder(documents: Documents, table: DataTable, reference: ModelReference) 
 
 
 def _held(documents: Documents, encoder: Encoder, limit: int | None, key: str) -> tuple[Dataset, list[str]]:
-    """The first rows, `limit` of them at most, as `key` says, in memory; and lines about them. Raises `DataError` if there are none."""
+    """The first rows, in memory, at most the `limit` that `key` sets, and what to say of them.
+
+    Raises `DataError` if there are none.
+    """
     tally = Tally()
     what = documents.described
     rows = encoder.rows(documents, tally)
