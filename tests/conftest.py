@@ -36,8 +36,7 @@ WITHOUT_TORCH = [
 ]
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Several processes share few cores: a thread that waits for its next part must not do so in a loop, which is OpenMP's
-# way. It halves the time of all tests.
+# Several processes share few cores: a thread that waits for its next part must not do so in a loop, as is OpenMP's way.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 hypothesis.settings.register_profile("zsl", deadline=None)  # time is for benchmarks
 hypothesis.settings.load_profile("zsl")
