@@ -59,6 +59,15 @@ def flip(file: Path, offset: int) -> None:
     file.write_bytes(content)
 
 
+def test_the_best_is_the_one_that_was_written_not_one_between_two_checkpoints(tmp_path: Path) -> None:
+    best = {"best_global_step": 3, "best_model_checkpoint": "elsewhere/checkpoint-2", "max_steps": 9, "global_step": 4}
+    foreign = tmp_path / "other" / "checkpoint-4"
+    foreign.mkdir(parents=True)
+    (foreign / "trainer_state.json").write_text(json.dumps(best))
+    start = RunDirectory(tmp_path, MINE).start(str(foreign))
+    assert start is not None and start.best == tmp_path / "other" / "checkpoint-2"
+
+
 def test_a_flipped_bit_anywhere_a_cut_and_a_missing_file_are_seen(tmp_path: Path) -> None:
     whole = save(tmp_path, 1)
     assert damage_of(whole) is None

@@ -122,6 +122,8 @@ def test_where_the_best_is_kept_validations_and_checkpoints_go_together_as_trans
             [VALIDATION, "train.load_best_model_at_end=true", "train.save_strategy=no"],
             r"end keeps .* writes none",
         ),
+        (["train.save_strategy=best"], r'save_strategy = "best" goes by the validation loss: set data\.validation'),
+        ([VALIDATION, "train.metric_for_best_model=accuracy"], r"accuracy': what a validation gives is loss and perpl"),
         (["train.auto_find_batch_size=true"], r"auto_find_batch_size .*: set train\.per_device_train_batch_size"),
         (["train.overlap=2"], r"overlap = 2, .*gradient_accumulation_steps = 1"),
         (["train.overlap=4", "train.gradient_accumulation_steps=3"], r"overlap = 4, .*_accumulation_steps = 3"),
@@ -147,12 +149,13 @@ def test_what_can_be_trained_is_not_refused() -> None:
     ("data", "train", "interval"),
     [
         ("streaming = true", "", ("steps", 20)),  # all of a stream is one epoch
-        ("streaming = true", "save_steps = 7", ("steps", 7)),
+        ("streaming = true", "save_steps = 7", ("steps", 20)),
         ("streaming = true", "eval_strategy = 'epoch'", ("epoch", None)),
         ("streaming = true\nsamples = 5", "", ("epoch", None)),
         ("", "", ("epoch", None)),
         ("", "eval_strategy = 'steps'", ("steps", 20)),  # Trainer would take logging_steps, which is 1 here
         ("", "eval_strategy = 'steps'\neval_steps = 3", ("steps", 3)),
+        ("", "eval_steps = 3", ("steps", 3)),
     ],
 )
 def test_how_often_is_validated(data: str, train: str, interval: tuple[str, int | None], tmp_path: Path) -> None:

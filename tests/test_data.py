@@ -11,6 +11,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,23 @@ def test_a_text_is_cut_into_rows_of_one_length(
     some = load(tmp_path / "moon.txt", samples=2).lines
     said = f"{tmp_path / 'moon.txt'}, 2 rows of 32 tokens (64 tokens)"
     assert some == [said, "there are more rows than data.samples takes"]
+
+
+def test_what_lies_behind_the_rows_that_were_asked_for_ends_nothing(
+    load: Callable[..., TrainingData], tmp_path: Path
+) -> None:
+    rows = [{"messages": TURNS}, {"messages": TURNS}, {"messages": [{"role": "user"}]}]
+    write_lines(tmp_path / "chat.jsonl", rows)
+    data = load(tmp_path / "chat.jsonl", samples=2)
+    assert len(data.train) == 2 and data.lines[-1] == "there are more rows than data.samples takes"
+    with pytest.raises(DataError, match="row 3"):
+        load(tmp_path / "chat.jsonl")
+
+
+def test_an_encoder_of_conversations_can_be_sent_to_a_worker(model: ModelReference) -> None:
+    encode = conversation_encoder(model.tokenizer(), "tiny")
+    sent = ForkingPickler.loads(ForkingPickler.dumps(encode))
+    assert sent(TURNS) == encode(TURNS)
 
 
 def test_documents_are_packed_with_the_end_of_text_between_them(

@@ -13,20 +13,23 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from support.data import SENTENCES, conversation, write_model
+from support.models import tiny_model
 from zsl.cli.train import train as train_command
 from zsl.errors import RunFailed
-from zsl.training.checkpoints import put_in_place
+from zsl.training.checkpoints import put_in_place, step_of
 from zsl.training.config import read_config
 from zsl.training.foreign import make_foreign
 from zsl.training.metrics import RunMetrics
 from zsl.training.peft_table import peft_config
 from zsl.training.record import read_record
 from zsl.training.report import final_summary
+from zsl.training.validation_loss import TokenLossMixin
 
 ROOT = Path(__file__).parent.parent
 TABLES = {"model", "trunk", "data", "peft", "train"}
@@ -306,6 +309,47 @@ def test_a_side_that_has_no_adapter_any_more_keeps_none_of_an_earlier_run(small:
     again = run(*small, *only_top, "--save-dir", tmp_path)
     assert again.exit_code == 0, again.output
     assert (tmp_path / "top_lora").is_dir() and not (tmp_path / "bottom_lora").exists()
+
+
+def test_a_run_goes_on_from_another_ones_checkpoint_and_looks_for_its_own_best(
+    small: list[str], tmp_path: Path
+) -> None:
+    """The other one had no early stopping, or had come to its end by it."""
+    validated = ["--set", "data.validation=0.25", "--set", "train.save_steps=2"]
+    assert run(*small, *validated, "--save-dir", tmp_path / "plain").exit_code == 0
+    stops = [word for setting in STOPS_EARLY for word in ("--set", setting)]
+    assert run(*small, *stops, "--epochs", "20", "--lr", "0.3", "--save-dir", tmp_path / "stopped").exit_code == 0
+    last = max(tmp_path.glob("stopped/checkpoint-*"), key=step_of)
+    for number, checkpoint in enumerate((tmp_path / "plain" / "checkpoint-2", last)):
+        goes_on = ["--set", f"train.resume_from_checkpoint={checkpoint}", "--epochs", "20", "--lr", "0.01"]
+        out = tmp_path / str(number)
+        result = run(*small, *stops, *goes_on, "--save-dir", out)
+        assert result.exit_code == 0, result.output
+        steps = [line["step"] for line in lines_in(out) if "loss" in line]
+        assert steps[-1] >= step_of(checkpoint) + 4 and "The adapters are those of step" in result.stdout
+        kept = re.search(r"The adapters are those of step (\d+)", result.stdout)
+        assert kept is not None and int(kept[1]) > step_of(checkpoint)
+
+
+@pytest.mark.parametrize("method", ["lora", "prompt_tuning"])
+def test_the_validation_loss_is_the_mean_over_all_tokens_that_are_predicted(method: str, tmp_path: Path) -> None:
+    config: Any = LoraConfig(r=2, target_modules=["q_proj"])
+    if method == "prompt_tuning":
+        config = PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    torch.manual_seed(0)
+    model = get_peft_model(tiny_model("llama"), config)
+    rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(0, 50, (4, 7)).unbind()]
+
+    class Validates(TokenLossMixin, Trainer):
+        pass
+
+    arguments = TrainingArguments(str(tmp_path), per_device_eval_batch_size=2, report_to="none", use_cpu=True)
+    measured = Validates(model=model, args=arguments, eval_dataset=rows).evaluate()["eval_loss"]
+    model.eval()
+    with torch.no_grad():
+        batch = torch.stack([row["input_ids"] for row in rows])
+        expected = model(input_ids=batch, labels=batch).loss.item()
+    assert measured == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_validation_loss_is_that_of_a_token_however_rows_are_batched(tmp_path: Path) -> None:

@@ -138,7 +138,7 @@ class RunDirectory:
         try:
             state = json.loads((checkpoint / "trainer_state.json").read_bytes())
             step, of_steps = int(state["global_step"]), int(state["max_steps"])
-            best_step = state.get("best_global_step")
+            best = state.get("best_model_checkpoint")
             callbacks = state.get("stateful_callbacks", {})
             stopped = bool(callbacks["TrainerControl"]["args"]["should_training_stop"]) if callbacks else False
             early = callbacks.get("EarlyStoppingCallback")
@@ -147,15 +147,16 @@ class RunDirectory:
             reason = error.strerror if isinstance(error, OSError) else "its trainer_state.json names no step"
             raise ConfigError(f"{checkpoint} is no checkpoint to go on from: {reason}") from error
         metrics, record = checkpoint / METRICS, read_record(checkpoint)
+        goes_on = self._is_of_this_run(record)
         return Start(
             checkpoint,
             step,
-            of_steps if self._is_of_this_run(record) else None,
+            of_steps if goes_on else None,
             metrics.read_text(encoding="utf-8") if metrics.is_file() else "",
             record.seconds if record else 0.0,
-            checkpoint.with_name(f"checkpoint-{best_step}") if best_step else None,
+            checkpoint.with_name(Path(best).name) if best else None,
             stopped,
-            without_gain,
+            without_gain if goes_on else 0,
             record.differences(self._record) if record else (),
         )
 

@@ -26,6 +26,7 @@ TRAIN_DEFAULTS: dict[str, Any] = {
 WITH_VALIDATION: dict[str, Any] = {"eval_strategy": "epoch", "eval_on_start": True}
 BY_THE_LOSS: dict[str, Any] = {"metric_for_best_model": "loss", "greater_is_better": False}
 INTERVALS = ("steps", "epoch")  # what a strategy of saving and one of validating can both be
+METRICS = ("loss", "perplexity", "eval_loss", "eval_perplexity")
 PATIENCE, KEEP_BEST = "early_stopping_patience", "load_best_model_at_end"
 
 
@@ -37,10 +38,10 @@ def with_defaults(
     if validates:
         batch_size = {**ours, **train}["per_device_train_batch_size"]
         ours |= {**WITH_VALIDATION, "per_device_eval_batch_size": batch_size}
-        if train.get("eval_strategy", "steps" if streams else None) == "steps":
+        if train.get("eval_strategy", "steps" if streams or "eval_steps" in train else None) == "steps":
             # Trainer would take `logging_steps`.
-            ours |= {"eval_strategy": "steps", "eval_steps": {**ours, **train}["save_steps"]}
-        if PATIENCE in train or train.get(KEEP_BEST):
+            ours |= {"eval_strategy": "steps", "eval_steps": TRAIN_DEFAULTS["save_steps"]}
+        if PATIENCE in train or train.get(KEEP_BEST) or train.get("save_strategy") == "best":
             ours |= BY_THE_LOSS
         if _keeps_the_best(train):
             ours |= {KEEP_BEST: True, **_together(train)}
@@ -62,6 +63,13 @@ def check_together(where: str, train: Mapping[str, Any], *, overlap: int, valida
         raise ConfigError(
             f'{where}: train.{best} goes by the validation loss, and train.eval_strategy = "no" asks for none: '
             "leave that out"
+        )
+    if train.get("save_strategy") == "best" and not validates:
+        raise ConfigError(f'{where}: train.save_strategy = "best" goes by the validation loss: set data.validation')
+    if train.get("metric_for_best_model") not in (None, *METRICS):
+        raise ConfigError(
+            f"{where}: train.metric_for_best_model = {train['metric_for_best_model']!r}: what a validation gives is "
+            f"{' and '.join(METRICS[:2])}"
         )
     if train.get("auto_find_batch_size", False) is not False:
         raise ConfigError(

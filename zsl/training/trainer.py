@@ -22,6 +22,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer_callback import ExportableState
 
 from zsl.client.remote import RemoteTrunk
 from zsl.errors import ConfigError
@@ -67,6 +68,8 @@ class SplitTrainer(OverlapMixin, TokenLossMixin, Trainer):
         self._times = StepTimes(self.model, trunk, parts=extras.overlap == 1)  # type: ignore[arg-type]
         self._base_model = base_model
         self._began = time.monotonic() - (start.seconds if start else 0.0)
+        self._of_another_run = start is not None and start.of_steps is None
+        self._skips = start is not None  # the rows of earlier processes, with the first fetch
         self._aside: Path | None = None
         self._best_before: _Best = (None, None, None)
         # Trainer would remove checkpoints of others, and at the end those that a failure to save may still need.
@@ -115,8 +118,9 @@ class SplitTrainer(OverlapMixin, TokenLossMixin, Trainer):
     def get_batch_samples(self, *arguments: Any) -> Any:
         with self._times.fetch():
             batches, items = super().get_batch_samples(*arguments)
-        if not batches:
-            self._times.drop()  # the data ended with the step before
+        if not batches or self._skips:
+            self._times.drop()  # the data ended with the step before, or earlier steps' rows were read past
+        self._skips = False
         return batches, items
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
@@ -132,6 +136,12 @@ class SplitTrainer(OverlapMixin, TokenLossMixin, Trainer):
             logs.update(self._show.since_last_log.as_log())
         super().log(logs, start_time)
 
+    def _load_callback_state(self) -> None:
+        """Called when the state of a checkpoint is loaded."""
+        super()._load_callback_state()
+        if self._of_another_run:
+            self._best = (None, None, None)  # its validations may be of other rows
+
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._aside or super()._get_output_dir(trial))
 
@@ -141,6 +151,10 @@ class SplitTrainer(OverlapMixin, TokenLossMixin, Trainer):
         place = self._directory.path / f"checkpoint-{step}"
         try:
             self._directory.begin()
+            states: Any = self.state.stateful_callbacks
+            for callback in (*self.callback_handler.callbacks, self.control):
+                if isinstance(callback, ExportableState):  # the state may come from a run that had no such callback
+                    states.setdefault(type(callback).__name__, callback.state())
             with aside(place.parent) as self._aside:
                 super()._save_checkpoint(model, trial)
                 written = self._aside / place.name

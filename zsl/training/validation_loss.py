@@ -9,7 +9,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft import PeftType
 from torch import nn
+
+from zsl.training.data.rows import NO_LABEL
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Base
@@ -42,10 +45,16 @@ class TokenLossMixin(_Base):
         labels: torch.Tensor | None = inputs.get("labels")
         loss, logits, predicted = super().prediction_step(model, inputs, *arguments, **options)
         if loss is not None and labels is not None:
-            # What Trainer has divided by, where the model lets it; else the model took the mean.
-            counted = self._get_num_items_in_batch([{"labels": labels}], labels.device)
-            tokens = float(counted if counted is not None else (labels[..., 1:] != -100).sum())
+            learnt = labels != NO_LABEL  # [rows, tokens]
+            behind_the_first = float(learnt[:, 1:].sum())
+            tokens = float(learnt.sum()) if self._predicts_the_first_token() else behind_the_first
             if tokens:  # the mean over none is not a number
-                self._loss_sum += float(loss) * tokens
+                # What the sum was divided by: Trainer's count, which leaves out each row's first token, or the model's.
+                self._loss_sum += float(loss) * (behind_the_first if self.model_accepts_loss_kwargs else tokens)
                 self._tokens += tokens
         return loss, logits, predicted
+
+    def _predicts_the_first_token(self) -> bool:
+        """From virtual tokens in front of the row. Those of prefix tuning are keys and values, and predict nothing."""
+        config: Any = getattr(self.model, "active_peft_config", None)
+        return config is not None and config.is_prompt_learning and config.peft_type != PeftType.PREFIX_TUNING

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from jinja2 import TemplateError
@@ -16,13 +17,15 @@ from zsl.training.data.rows import NO_LABEL, TokenRow
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 Messages = list[dict[str, Any]]
+Encode = Callable[[PreTrainedTokenizerBase, set[int], Messages], TokenRow]
 
 
 def conversation_encoder(tokenizer: PreTrainedTokenizerBase, model: str) -> Callable[[Messages], TokenRow]:
     """What makes tokens of a conversation, with the answers and the end of each as labels.
 
     Where the template marks what the assistant says (`{% generation %}`) those are its marks. Raises `DataError` for
-    a tokenizer without a template; what is returned raises it for a conversation that the template does not take.
+    a tokenizer without a template; what is returned raises it for a conversation that the template does not take, and
+    can be sent to another process.
     """
     try:
         template = tokenizer.get_chat_template()
@@ -31,21 +34,13 @@ def conversation_encoder(tokenizer: PreTrainedTokenizerBase, model: str) -> Call
             f"{model} has no chat template, so conversations cannot be written as it reads them; take an instruct "
             "model, put a chat_template.jinja beside its tokenizer, or train on a text with data.text_column"
         ) from None
-    encode = _by_prefixes
+    encode: Encode = _by_prefixes
     if tokenizer.is_fast:
         encode = _by_marks if GENERATION_MARK.search(template) else _by_characters
     specials = set(tokenizer.all_special_ids)
     specials |= {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
 
-    def encoder(messages: Messages) -> TokenRow:
-        try:
-            return encode(tokenizer, specials, messages)
-        except (TemplateError, ValueError, TypeError, KeyError) as error:
-            if isinstance(error, DataError):
-                raise
-            raise DataError(f"the model's chat template does not take it: {first_line(error)}") from error
-
-    return encoder
+    return partial(_encoded, encode, tokenizer, specials)
 
 
 def problem_with(messages: Any) -> str | None:
@@ -56,6 +51,15 @@ def problem_with(messages: Any) -> str | None:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
             return "a message without role and content"
     return None
+
+
+def _encoded(encode: Encode, tokenizer: PreTrainedTokenizerBase, specials: set[int], messages: Messages) -> TokenRow:
+    try:
+        return encode(tokenizer, specials, messages)
+    except (TemplateError, ValueError, TypeError, KeyError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"the model's chat template does not take it: {first_line(error)}") from error
 
 
 def _by_marks(tokenizer: PreTrainedTokenizerBase, specials: set[int], messages: Messages) -> TokenRow:

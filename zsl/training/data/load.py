@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -106,11 +107,21 @@ def _held(documents: Documents, encoder: Encoder, limit: int | None, key: str) -
     rows = encoder.rows(documents, tally)
     dataset = hold(rows, limit)
     about = tally.lines(encoder.column.kind, encoder.length)
-    if limit is not None and next(rows, None) is not None:
+    if limit is not None and len(dataset) == limit and _is_another(rows, documents):
         about.append(f"there are more rows than data.{key} takes")
     if not len(dataset):
         raise DataError(_no_row(what, encoder, tally))
     return dataset, [f"{what}, {_size(dataset, encoder)}", *about]
+
+
+def _is_another(rows: Iterator[TokenRow], documents: Documents) -> bool:
+    """Whether another row follows. Not looked for in a stream, of which any part may have to be read for it."""
+    if not isinstance(documents.rows, Dataset):
+        return False
+    try:
+        return next(rows, None) is not None
+    except DataError:
+        return True  # one that could not be used, and need not be
 
 
 def _stream(documents: Documents, encoder: Encoder, table: DataTable) -> tuple[TokenStream, str, list[str]]:
