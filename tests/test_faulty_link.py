@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import select
 import socket
 import struct
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -452,3 +454,16 @@ def test_messages_are_told_apart_however_their_bytes_come() -> None:
 def test_encrypted_messages_are_refused() -> None:
     with pytest.raises(AssertionError, match="encrypted"):
         list(ZmtpReader().feed((bytes(12) + b"CURVE").ljust(64, b"\0")))
+
+
+def test_connections_that_come_while_the_link_ends_are_closed() -> None:
+    with socket.create_server(("127.0.0.1", 0), backlog=100) as server, pytest.MonkeyPatch.context() as patch:
+        left: list[object] = []
+        patch.setattr(sys, "unraisablehook", left.append)
+        for _ in range(50):
+            with FaultyLink(server.getsockname()[1]) as link:
+                late = [socket.create_connection(("127.0.0.1", link.port)) for _ in range(5)]
+            for one in late:
+                one.close()
+        gc.collect()
+    assert left == [], "what nobody closed is told when it is freed"

@@ -42,6 +42,7 @@ class FaultyLink:
         self._chance = random.Random(seed)
         self._refuses = False
         self._connections: list[Connection] = []
+        self._tasks: set[asyncio.Task[None]] = set()
         self._news = threading.Condition()
         self._started: Future[int] = Future()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
@@ -174,21 +175,23 @@ class FaultyLink:
         self._ways = {name: FaultyWay(name, self._chance, self._note) for name in WAYS}
         with socket.create_server(("127.0.0.1", 0)) as listener:
             listener.setblocking(False)
-            accepting = asyncio.create_task(self._accept(listener))
+            self._loop.add_reader(listener, self._accept, listener)
             self._started.set_result(listener.getsockname()[1])
             await self._stop.wait()
-            accepting.cancel()
-            await asyncio.wait([accepting])
+            self._loop.remove_reader(listener)
         # asyncio.run ends the connections that are left.
 
-    async def _accept(self, listener: socket.socket) -> None:
-        tasks = set()
-        while True:
-            near, _ = await self._loop.sock_accept(listener)
-            self.accepted += 1
-            task = asyncio.create_task(self._connected(near))
-            tasks.add(task)
-            task.add_done_callback(tasks.discard)
+    def _accept(self, listener: socket.socket) -> None:
+        try:
+            near, _ = listener.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return  # it has gone again
+        near.setblocking(False)
+        self.accepted += 1
+        task = asyncio.create_task(self._connected(near))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(lambda _: near.close())  # a task that is cancelled before it has begun closes nothing
 
     async def _connected(self, near: socket.socket) -> None:
         far = socket.socket()
