@@ -16,7 +16,7 @@ from typing import Any
 
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils import ModulesToSaveWrapper
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
@@ -25,8 +25,6 @@ from zsl.split.durable import aside, sync, sync_tree
 from zsl.split.reference import first_line
 from zsl.split.sides import Side, Sides
 from zsl.split.stack import Stack, find_stack
-
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 # Methods whose file holds what an encoder has made, not the encoder: it can be used, and not be trained on.
 ONLY_TO_USE = frozenset({"CPT", "P_TUNING"})
@@ -67,7 +65,7 @@ def save_adapter(
 def remove_adapter(directory: Path, *beside: str) -> None:
     """Remove the files that `save_adapter` wrote, if they are there. Raises `RunFailed`."""
     try:
-        for name in (*ADAPTER_FILES, *beside):
+        for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, *beside):
             (directory / name).unlink(missing_ok=True)
         if directory.is_dir() and not any(directory.iterdir()):
             directory.rmdir()
@@ -106,7 +104,7 @@ def write_adapter(
     config.save_pretrained(str(directory))
     # Copies, as safetensors refuses tensors that share memory: tied ones, and parts of one.
     tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
-    save_file(tensors, directory / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    save_file(tensors, directory / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
     for file in directory.iterdir():
         file.chmod(0o644)
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftModel, get_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 
 from zsl.errors import ModelError
@@ -22,7 +23,7 @@ from zsl.split.hollow import hollow_model
 from zsl.split.output import new_directory
 from zsl.split.reference import ModelReference, first_line
 from zsl.split.stack import find_stack
-from zsl.split.union import WEIGHTS, Adapter, narrowed, read_adapter, union
+from zsl.split.union import Adapter, narrowed, read_adapter, union
 
 # What PEFT says of a file that does not hold what its configuration asks for.
 _MISSING = "Found missing adapter keys"
@@ -118,7 +119,7 @@ def write_whole_adapter(
     config.revision = None
     config.save_pretrained(str(directory))
     tensors = {name: tensor.contiguous() for name, tensor in adapter.tensors.items()}
-    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+    save_file(tensors, directory / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
     _check_loads(adapter, reference, directory)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -23,9 +24,6 @@ from zsl.errors import ConfigError, ModelError
 from zsl.split.adapter import name_prefix, name_what_is_adapted
 from zsl.split.hollow import hollow_model
 from zsl.split.reference import first_line
-
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
 
 # What two adapters need not agree in: where they came from, and what only a training asks for.
 _SAYS_NOTHING = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"}
@@ -55,7 +53,7 @@ def read_adapter(directory: Path) -> Adapter:
     """The adapter in a directory, as its files say. Raises `ModelError`."""
     try:
         config = PeftConfig.from_pretrained(str(directory))
-        return Adapter(str(directory), config, load_file(directory / WEIGHTS))
+        return Adapter(str(directory), config, load_file(directory / SAFETENSORS_WEIGHTS_NAME))
     except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         raise ModelError(f"the adapter in {directory} cannot be read: {first_line(error)}") from error
 

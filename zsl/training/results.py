@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peft import PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from zsl.errors import ModelError, RunFailed
-from zsl.split.adapter import ADAPTER_WEIGHTS, remove_adapter, save_adapter
+from zsl.split.adapter import remove_adapter, save_adapter
 from zsl.split.reference import ModelReference
 from zsl.split.sides import Sides
 from zsl.training.metrics import RunMetrics
@@ -48,7 +49,7 @@ class Results:
             except ModelError:  # the configuration puts no adapter on this side: what lies there is another run's
                 remove_adapter(target, RECORD)
                 continue
-            kilobytes = (target / ADAPTER_WEIGHTS).stat().st_size / 1000
+            kilobytes = (target / SAFETENSORS_WEIGHTS_NAME).stat().st_size / 1000
             lines.append(f"{target}  ({kilobytes:.0f} kB)")
         lines.append(f"{self.directory / METRICS}  (a line per step)")
         if self.metrics.steps and self._drew():

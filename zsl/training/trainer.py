@@ -25,7 +25,6 @@ from transformers import (
 from transformers.trainer_callback import ExportableState
 
 from zsl.client.remote import RemoteTrunk
-from zsl.errors import ConfigError
 from zsl.split.adapter import write_adapter
 from zsl.split.durable import aside
 from zsl.split.reference import first_line
@@ -79,8 +78,6 @@ class SplitTrainer(OverlapMixin, TokenLossMixin, Trainer):
         self._show = _Show(metrics, directory, self._times, extras.early_stopping_patience)
         self.add_callback(self._show)
         if extras.early_stopping_patience is not None:
-            if self.args.metric_for_best_model is None or self.eval_dataset is None:
-                raise ConfigError("train.early_stopping_patience goes by the validation loss: set data.validation")
             early = EarlyStoppingCallback(extras.early_stopping_patience, extras.early_stopping_threshold)
             early.early_stopping_patience_counter = start.validations_without_gain if start else 0
             self.add_callback(early)
