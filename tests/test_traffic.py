@@ -69,8 +69,10 @@ def test_a_request_that_is_sent_again_counts_again_and_is_answered_once() -> Non
             since = client.traffic - before
     assert since.replays == client.replays == 1
     assert since.answers == 1
-    assert since.bytes_up > 2 * TENSOR_BYTES
-    assert TENSOR_BYTES < since.bytes_down < 2 * TENSOR_BYTES
+    assert 2 * TENSOR_BYTES < since.bytes_up < 3 * TENSOR_BYTES
+    # The session has its new connection before the request comes again there: an answer that is ready in between goes
+    # there at once, and once more to the request.
+    assert TENSOR_BYTES < since.bytes_down < 3 * TENSOR_BYTES
 
 
 def test_a_client_that_is_not_connected_has_sent_nothing_and_one_that_is_closed_keeps_its_count() -> None:
