@@ -55,12 +55,6 @@ def some(value: float = 0.0, tokens: int = 2) -> torch.Tensor:
     return torch.full((1, tokens, HIDDEN), float(value))
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def test_forward_and_backward_bring_the_tensors_back(client: TrunkClient) -> None:
     step = client.forward(some(1.0), keep=True)
     assert torch.equal(step.output, some(2.0))
@@ -109,17 +103,19 @@ def test_a_wrong_endpoint_is_refused_with_an_example(text: str) -> None:
 
 
 def test_an_unreachable_daemon_is_named_in_time() -> None:
-    endpoint = f"127.0.0.1:{free_port()}"
-    with TrunkClient(endpoint, connect_timeout_seconds=0.5) as client:
-        with pytest.raises(TrunkUnreachable, match=rf"no trunk daemon at tcp://{endpoint}: nothing listens there"):
-            client.connect()
-        with pytest.raises(TrunkUnreachable):
-            client.forward(some())
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # and it does not listen
+        endpoint = f"127.0.0.1:{nobody.getsockname()[1]}"
+        with TrunkClient(endpoint, connect_timeout_seconds=1.5) as client:
+            with pytest.raises(TrunkUnreachable, match=rf"no trunk daemon at tcp://{endpoint}: nothing listens there"):
+                client.connect()
+            with pytest.raises(TrunkUnreachable):
+                client.forward(some())
 
 
 def test_something_else_on_the_port_is_named_in_time() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        with TrunkClient(f"127.0.0.1:{listener.getsockname()[1]}", connect_timeout_seconds=0.5) as client:
+        with TrunkClient(f"127.0.0.1:{listener.getsockname()[1]}", connect_timeout_seconds=1.5) as client:
             with pytest.raises(TrunkUnreachable, match="something listens there that does not answer"):
                 client.connect()
 
@@ -179,6 +175,7 @@ def test_a_request_that_is_not_answered_in_time_raises_and_is_taken_back(server:
             client.forward(some())
         with pytest.raises(RequestTimeout):
             client.forward(some())
+        client._connection._request_timeout_seconds = 20  # of what is asked from now on
         server.compute.gate.set()
         assert client.status().queued_requests == 0
         assert torch.equal(client.forward(some()).output, some(1.0))
@@ -213,7 +210,7 @@ def test_a_backward_goes_on_when_the_daemon_was_restarted_after_its_forward() ->
 
 
 def test_a_daemon_that_does_not_come_back_ends_the_request_with_connection_lost(server: EchoServer) -> None:
-    with TrunkClient(server.endpoint, connect_timeout_seconds=0.2, request_timeout_seconds=0.5) as client:
+    with TrunkClient(server.endpoint, connect_timeout_seconds=20, request_timeout_seconds=0.5) as client:
         client.connect()
         server.stop()
         for _ in range(2):
@@ -223,11 +220,12 @@ def test_a_daemon_that_does_not_come_back_ends_the_request_with_connection_lost(
 
 def test_a_daemon_that_comes_back_late_serves_the_same_client_again(server: EchoServer) -> None:
     """Longer than the connect timeout: that is for the first connection only."""
-    with TrunkClient(server.endpoint, connect_timeout_seconds=0.2, request_timeout_seconds=1) as client:
+    with TrunkClient(server.endpoint, connect_timeout_seconds=1, request_timeout_seconds=1.5) as client:
         client.connect()
         server.stop()
         with pytest.raises(ConnectionLost):
             client.forward(some())
+        client._connection._request_timeout_seconds = 20  # of what is asked from now on
         with EchoServer(port=server.port):
             assert torch.equal(client.forward(some()).output, some(1.0))
 
@@ -345,7 +343,7 @@ def test_nothing_is_left_of_a_closed_client(server: EchoServer) -> None:
         with TrunkClient(server.endpoint) as client:
             client.connect()
             client.forward(some())
-    assert threading.active_count() == threads
+    assert threading.active_count() <= threads
 
 
 def _use_after_fork(client: TrunkClient, answers: multiprocessing.Queue[str]) -> None:

@@ -188,7 +188,7 @@ def test_killed_while_it_saves_and_again_at_a_step_it_ends_as_if_never_killed(
     first = subprocess.run(
         [sys.executable, "-c", KILLED_WHILE_SAVING + COMMAND, str(config), "--save-dir", "out"],
         capture_output=True,
-        timeout=100,
+        timeout=250,
         check=False,
         **options,
     )
@@ -203,7 +203,7 @@ def test_killed_while_it_saves_and_again_at_a_step_it_ends_as_if_never_killed(
         **options,
     ) as second:
         assert second.stdout is not None
-        end = threading.Timer(90, second.kill)  # it stands still, so nothing else would end it
+        end = threading.Timer(200, second.kill)  # it stands still, so nothing else would end it
         end.start()
         shown = []
         for line in second.stdout:

@@ -30,6 +30,8 @@ from zsl.training.data.load import load_data
 from zsl.training.data.table import DataTable
 
 COMMAND = [sys.executable, "-c", "from zsl.cli.train import train; train(prog_name='zsl-train')"]
+# What a shell starts in the background without job control inherits that SIGINT is ignored.
+WITH_SIGINT = [*COMMAND[:2], f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler); {COMMAND[2]}"]
 
 SMALL = """
 [model]
@@ -54,7 +56,7 @@ def train(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]
         [*COMMAND, *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=250,
         check=False,
         cwd=cwd,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
@@ -281,7 +283,7 @@ def test_an_empty_text_file_is_exit_3_and_a_model_without_tokenizer_is_named(con
 def start_long_run(config: Path, server: str, stderr: Path) -> subprocess.Popen[str]:
     """A run of thousands of steps, which has taken three of them."""
     options = ["train.num_train_epochs=1000", "trunk.request_timeout_seconds=3"]
-    command = [*COMMAND, str(config), "--server", server, "--save-dir", "out"]
+    command = [*WITH_SIGINT, str(config), "--server", server, "--save-dir", "out"]
     command += [word for option in options for word in ("--set", option)]
     with stderr.open("w") as log:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, cwd=config.parent)

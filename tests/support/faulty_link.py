@@ -59,6 +59,11 @@ class FaultyLink:
     def passed_bytes(self) -> dict[WayName, int]:
         return {name: way.passed_bytes for name, way in self._ways.items()}
 
+    @property
+    def to_come(self) -> int:
+        """How many of the faults that were set for after so many bytes wait for these bytes."""
+        return sum(len(way.faults.flips_at) + len(way.faults.ends_at) for way in self._ways.values())
+
     def wait_for(self, fault: str, count: int = 1) -> None:
         """Until the fault has happened so many times since the link began."""
         with self._news:

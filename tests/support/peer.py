@@ -85,6 +85,12 @@ class Peer:
         assert isinstance(welcome, Welcome), welcome
         return welcome
 
+    def status(self) -> Status:
+        """The daemon's answer comes when it has read what was sent before."""
+        answer = self.ask(StatusRequest(request=9))
+        assert isinstance(answer, Status), answer
+        return answer
+
     def __enter__(self) -> Self:
         return self
 

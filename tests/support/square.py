@@ -140,11 +140,9 @@ class SquareClient:
         output, at_input = self.step(x, gradients)
         return np.array_equal(output, squared(x)) and np.array_equal(at_input, gradient(x, gradients))
 
-    @property
-    def waits(self) -> bool:
-        """Whether a backward of it is under way."""
-        link = self.connection._link
-        return link is not None and any(request > 1 for request in link._requests.under_way)
+    def wait_for_answers(self, seconds: float) -> None:
+        """From now on, so long at the most."""
+        self.connection._request_timeout_seconds = seconds
 
     @property
     def is_open(self) -> bool:
