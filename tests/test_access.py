@@ -10,7 +10,7 @@ import pytest
 from support.echo import EchoServer
 from support.peer import Peer, forward
 from support.square import SquareClient, SquareServer, some
-from test_server import backward, code_of, status
+from test_server import backward, code_of
 from zsl.errors import ConfigError, ForbiddenError, TrunkAuthError
 from zsl.transport.curve import ClientKeys, KeyPair, read_key_pair, write_key_pair
 from zsl.trunk.settings import ServerSettings
@@ -190,4 +190,4 @@ def test_a_tenant_whose_client_died_can_start_it_again_before_the_lease_has_ende
         with client(server, keys, "alice", seconds=20) as again:
             assert again.is_right(some(1), some(2))
         with Peer(server.endpoint, keys.of("alice")) as observer:
-            assert status(observer).sessions == 0
+            assert observer.status().sessions == 0
