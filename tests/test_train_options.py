@@ -6,7 +6,10 @@ import errno
 import json
 import math
 import re
+import subprocess
+import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,7 @@ from transformers import Trainer, TrainingArguments
 from support.data import SENTENCES, conversation, write_model
 from support.models import tiny_model
 from zsl.cli.train import train as train_command
-from zsl.errors import RunFailed
+from zsl.errors import ConfigError, RunFailed
 from zsl.training.checkpoints import put_in_place, step_of
 from zsl.training.config import read_config
 from zsl.training.foreign import make_foreign
@@ -29,9 +32,11 @@ from zsl.training.metrics import RunMetrics
 from zsl.training.peft_table import peft_config
 from zsl.training.record import read_record
 from zsl.training.report import final_summary
+from zsl.training.trained import find_trained
 from zsl.training.validation_loss import TokenLossMixin
 
 ROOT = Path(__file__).parent.parent
+COMMAND = [sys.executable, "-c", "from zsl.cli.train import train; train(prog_name='zsl-train')"]
 TABLES = {"model", "trunk", "data", "peft", "train"}
 
 
@@ -180,6 +185,132 @@ def test_a_dry_run_checks_all_and_leaves_nothing(small: list[str], tmp_path: Pat
     assert not (tmp_path / "out").exists()
     result = run(*small, "--dry-run", "--server", "127.0.0.1:1", "--set", "trunk.connect_timeout_seconds=0.3")
     assert result.exit_code == 3
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("per_device_train_batch_size=0", ["per_device_train_batch_size = 0", "1 or more"]),
+        ("learning_rate=nan", ["learning_rate = nan"]),
+        ("num_train_epochs=0", ["num_train_epochs = 0", "over 0"]),
+        ("max_steps=0", ["max_steps = 0"]),
+        ("seed=-1", ["seed = -1"]),
+        ("dataloader_num_workers=-1", ["dataloader_num_workers = -1"]),
+        ("report_to=nobody", ["[train]", "nobody"]),
+        ("eval_strategy=steps", ["eval_strategy"]),
+        ("eval_on_start=true", ["eval_on_start", "data.validation"]),
+        ("optim=galore_adamw", ["[train]", "galore"]),
+        ("output_dir=", ["output_dir", "name a directory"]),
+    ],
+)
+@pytest.mark.parametrize("how", [["--dry-run"], []], ids=["dry", "real"])
+def test_what_would_fail_in_the_training_is_said_before_it_also_in_a_dry_run(
+    small: list[str], setting: str, words: list[str], how: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = run(*small, *how, "--set", f"train.{setting}")
+    assert result.exit_code == 2, result.output
+    line = result.stderr.strip().splitlines()[-1]
+    assert all(word in line for word in words), line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_data_that_make_no_batch_leave_what_was_trained_as_it_is(small: list[str], tmp_path: Path) -> None:
+    assert run(*small, "--save-dir", tmp_path).exit_code == 0
+    before = (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes()
+    for more in ([], ["--set", "train.max_steps=3"]):
+        options = ["--batch-size", "16", "--set", "train.dataloader_drop_last=true", *more]
+        result = run(*small, *options, "--save-dir", tmp_path)
+        assert result.exit_code == 2 and "8 rows make no batch of 16" in result.stderr, result.output
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_a_loss_that_is_no_number_ends_the_training_with_the_adapters_of_the_step_before(
+    small: list[str], tmp_path: Path
+) -> None:
+    """The bottom stays as it is, so the trunk is asked nothing that it would refuse."""
+    only_top = ["--set", "peft.target_modules=['lm_head']", "--set", "train.max_grad_norm=0", "--lr", "1e30"]
+    result = run(*small, *only_top, "--save-dir", tmp_path / "out")
+    assert result.exit_code == 1, result.output
+    found = re.search(
+        r"training ended after step (\d+): the (loss|gradient) of step (\d+) is (nan|-?inf)", result.stderr
+    )
+    assert found is not None and int(found[3]) == int(found[1]) + 1, result.stderr
+    assert [line["step"] for line in lines_in(tmp_path / "out")] == list(range(1, int(found[3])))
+    weights = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+
+
+def test_a_metric_that_is_no_number_is_null_in_the_file_and_nan_when_a_run_goes_on(tmp_path: Path) -> None:
+    metrics = RunMetrics(tmp_path / "metrics.jsonl")
+    metrics.add_micro_batch(torch.tensor(1.0))
+    metrics.end_step(1, 0.5, {})
+    metrics.add_validation(1, 0.5, math.nan, math.inf)
+    metrics.close()
+    assert lines_in(tmp_path)[1] == {"step": 1, "eval_loss": None, "eval_perplexity": None, "epoch": 0.5}
+    (step, loss), *more = RunMetrics(tmp_path / "again.jsonl", metrics.text).validations
+    assert (step, more) == (1, []) and math.isnan(loss)
+
+
+def test_with_no_gradient_from_the_trunk_something_behind_it_must_learn(small: list[str], tmp_path: Path) -> None:
+    only_bottom = ["--set", "peft.target_modules=['q_proj']", "--set", "peft.layers_to_transform=[0]"]
+    result = run(*small, *only_bottom, "--set", "trunk.mode=none", "--dry-run", "--save-dir", tmp_path / "out")
+    assert result.exit_code == 2 and "nothing behind it learns" in result.stderr, result.output
+
+
+def test_an_adapter_of_another_model_or_shape_is_no_place_to_go_on_from(
+    small: list[str], checkpoints: Callable[..., Path], tmp_path: Path
+) -> None:
+    command = [*small, "--set", "train.save_steps=2", "--save-dir", tmp_path]
+    assert run(*command).exit_code == 0
+    before = (tmp_path / "adapter" / "run.json").read_bytes()
+    for options, words in (
+        (["--model", checkpoints("llama", seed=7)], ["checkpoint-4 is of another model", "the model's weights"]),
+        (["--lora-rank", "4"], ["checkpoint-4 holds an adapter of another shape", "lora_A.weight is [8, 64] there, [4, 64] here"]),
+        (["--set", "peft.target_modules=['q_proj']"], ["another shape", "missing here"]),
+    ):
+        for how in ([], ["--dry-run"]):
+            result = run(*command, *options, *how, "--resume")
+            assert result.exit_code == 2, result.output
+            line = result.stderr.strip().splitlines()[-1]
+            assert all(word in line for word in words) and len(line) < 500, line
+    assert (tmp_path / "adapter" / "run.json").read_bytes() == before
+    dry = run(*command, "--lr", "0.5", "--resume", "--dry-run")
+    assert dry.exit_code == 0 and "another configuration: train.learning_rate" in dry.stdout
+
+
+def test_the_adapter_of_an_earlier_run_is_not_taken_for_that_of_one_that_was_killed(
+    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = [*small, "--set", "train.save_steps=2", "--save-dir", tmp_path]
+    assert run(*command).exit_code == 0
+    assert find_trained([tmp_path]).adapters == [tmp_path / "adapter"]
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise SystemExit
+
+    with monkeypatch.context() as patch:
+        patch.setattr("zsl.training.results.Results.save", killed)
+        run(*command)
+    with pytest.raises(ConfigError, match=r"has saved no adapter yet.*checkpoint-4, or .*adapter"):
+        find_trained([tmp_path])
+    assert find_trained([tmp_path / "adapter"]).adapters == [tmp_path / "adapter"]
+    assert "Resuming from" in run(*command).stdout
+    assert find_trained([tmp_path]).adapters == [tmp_path / "adapter"]
+
+
+@pytest.mark.parametrize("gone", ["reader", "space"])
+def test_an_output_that_goes_away_ends_no_training(small: list[str], tmp_path: Path, gone: str) -> None:
+    command = [*COMMAND, *small, "--save-dir", str(tmp_path / "out")]
+    with ExitStack() as stack:
+        full = stack.enter_context(open("/dev/full", "w")) if gone == "space" else subprocess.PIPE
+        process = subprocess.Popen(command, stdout=full, stderr=subprocess.PIPE, text=True)
+        if process.stdout is not None:
+            process.stdout.close()
+        _, said = process.communicate(timeout=200)
+    assert process.returncode == 0, said
+    assert said.count("standard output cannot be written any more") == 1 and "Traceback" not in said
+    assert len(lines_in(tmp_path / "out")) == 4 and (tmp_path / "out" / "adapter").is_dir()
 
 
 def test_quiet_says_nothing_where_nothing_is_wrong(small: list[str], tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import click
 import zsl
 from zsl.cli.errors import one_line_errors, stop_on_sigterm
 from zsl.cli.quiet import quiet_libraries
+from zsl.cli.shown import Shown
 
 # Where an option's value goes.
 FLAGS = {
@@ -94,8 +95,6 @@ def train(
             overrides["train"]["disable_tqdm"] = True
         checked = read_config(config, settings=settings, overrides=overrides)
 
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(line_buffering=True)  # a log file shows each step when it is done
         stop_on_sigterm()  # as Ctrl-C: what was trained is saved
         logging.basicConfig(level=logging.WARNING, format="zsl-train: %(message)s")
         quiet_libraries(debug=debug)
@@ -104,4 +103,7 @@ def train(
         with contextlib.ExitStack() as stack:
             if quiet:
                 stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+            elif isinstance(sys.stdout, io.TextIOWrapper):
+                sys.stdout.reconfigure(line_buffering=True)  # a log file shows each step when it is done
+                stack.enter_context(contextlib.redirect_stdout(Shown(sys.stdout)))
             train_from_config(checked, where_of(config), dry_run=dry_run)

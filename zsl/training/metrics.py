@@ -34,7 +34,7 @@ class RunMetrics:
         self._written = 0  # of the lines, those in the file
         self._cannot_write = False
         self._micro_batches: list[torch.Tensor] = []
-        lines = [json.loads(line) for line in self._lines]
+        lines = [_with_numbers(json.loads(line)) for line in self._lines]
         steps = [line for line in lines if "loss" in line]
         self.taken = 0  # steps of this process
         self.steps: list[tuple[int, float]] = [(line["step"], line["loss"]) for line in steps]
@@ -62,9 +62,14 @@ class RunMetrics:
     def add_micro_batch(self, loss: torch.Tensor) -> None:
         self._micro_batches.append(loss)
 
+    @property
+    def loss_until_now(self) -> float:
+        """Of the micro-batches since the last step."""
+        return float(sum(self._micro_batches))
+
     def end_step(self, step: int, epoch: float, measured: Mapping[str, Any]) -> None:
         """The micro-batches since the last step were this one. `measured` is what else is known of it."""
-        loss = float(sum(self._micro_batches))
+        loss = self.loss_until_now
         self._micro_batches.clear()
         self.steps.append((step, loss))
         self._epoch.append(loss)
@@ -93,7 +98,7 @@ class RunMetrics:
             self._open = None
 
     def _add(self, line: Mapping[str, Any]) -> None:
-        self._lines.append(json.dumps(line) + "\n")
+        self._lines.append(json.dumps(_without_nan(line), allow_nan=False) + "\n")
         if not self.taken:
             return  # a validation before the first step: what lies there may be another run's
         try:
@@ -119,3 +124,17 @@ class RunMetrics:
                 self.close()
                 raise
         self._written = len(self._lines)
+
+
+_LOSSES = ("loss", "eval_loss", "eval_perplexity")
+
+
+def _without_nan(line: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN and no infinity."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in line.items()
+    }
+
+
+def _with_numbers(line: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: math.nan if value is None and name in _LOSSES else value for name, value in line.items()}

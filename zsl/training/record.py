@@ -7,6 +7,7 @@ Trainer's own files to go on from there; with an adapter, what model it is of. K
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from zsl.training.config import TrainConfig
 
 RECORD = "run.json"
 MODEL_NAME = "model.name"  # a key of `RunRecord.configuration`
-DATA, WEIGHTS = "the rows of the data", "the model's weights"  # of `RunRecord.facts`
+# Of `RunRecord.facts`.
+DATA, MODEL_CONFIGURATION, WEIGHTS = "the rows of the data", "the model's configuration", "the model's weights"
 
 # What may be another one when a run goes on: where the trunk and the results are, how long to wait, what is shown, and
 # how often and how many checkpoints are kept. The numbers of a training do not depend on it.
@@ -44,6 +46,7 @@ class RunRecord(BaseModel):
 
     configuration: dict[str, Any]
     facts: dict[str, str] = {}
+    run: str = ""  # tells it from other runs, also from those of the same configuration
     finished: bool = False
     seconds: float = 0.0  # of training until then
 
@@ -51,7 +54,7 @@ class RunRecord(BaseModel):
         """What goes with an adapter: which model it is of, and how it was split. Nothing of the data."""
         configuration = {key: value for key, value in self.configuration.items() if key == MODEL_NAME}
         facts = {fact: value for fact, value in self.facts.items() if fact != DATA}
-        return RunRecord(configuration=configuration, facts=facts)
+        return RunRecord(configuration=configuration, facts=facts, run=self.run)
 
     def differences(self, here: RunRecord) -> list[str]:
         """Where the run of this record is not that of `here`, in words; none if it is the same one.
@@ -60,8 +63,17 @@ class RunRecord(BaseModel):
         """
         keys = sorted(self.configuration.keys() | here.configuration.keys())
         words = [_difference(key, self.configuration.get(key), here.configuration.get(key)) for key in keys]
-        words += [_difference(fact, there, here.facts.get(fact, there)) for fact, there in self.facts.items()]
-        return [difference for difference in words if difference]
+        return [difference for difference in words if difference] + self._differences_of(self.facts, here)
+
+    def model_differences(self, here: RunRecord) -> list[str]:
+        """Where the model of this record is not that of `here`, in words."""
+        return self._differences_of((MODEL_CONFIGURATION, WEIGHTS), here)
+
+    def _differences_of(self, facts: Iterable[str], here: RunRecord) -> list[str]:
+        both = [
+            (fact, self.facts[fact], here.facts[fact]) for fact in facts if fact in self.facts and fact in here.facts
+        ]
+        return [difference for fact, there, now in both if (difference := _difference(fact, there, now))]
 
 
 def configuration_of(config: TrainConfig) -> dict[str, Any]:

@@ -49,13 +49,14 @@ class Start:
 class RunDirectory:
     """`path` is where the run of `record` is to be done: in it are `run.json`, `metrics.jsonl` and checkpoints.
 
-    `last_checkpoint` is where the same command goes on, should this process end now.
+    `last_checkpoint` is where the same command goes on, should this process end now. `record` has the `run` of the
+    checkpoint that a run goes on from.
     """
 
     def __init__(self, path: Path, record: RunRecord) -> None:
         self.path = path
         self.last_checkpoint: Path | None = None
-        self._record = record
+        self.record = record
         self._begun = False
         self._goes_on = True
 
@@ -92,18 +93,18 @@ class RunDirectory:
         if self.last_checkpoint is None:
             for checkpoint in own_checkpoints_in(self.path):
                 remove_tree(checkpoint)
-        write_file(self.path / RECORD, as_bytes(self._record))
+        write_file(self.path / RECORD, as_bytes(self.record))
         self._begun = True
 
     def finish(self, seconds: float) -> None:
         """The run has come to its end: the same command begins a new one. Raises `OSError`."""
-        ended = self._record.model_copy(update={"finished": True, "seconds": seconds})
+        ended = self.record.model_copy(update={"finished": True, "seconds": seconds})
         write_file(self.path / RECORD, as_bytes(ended))
 
     def add_to(self, checkpoint: Path, *, metrics: str, seconds: float) -> None:
         """Write what a `Start` needs beside Trainer's files. Raises `OSError`."""
         (checkpoint / METRICS).write_text(metrics, encoding="utf-8")
-        (checkpoint / RECORD).write_bytes(as_bytes(self._record.model_copy(update={"seconds": seconds})))
+        (checkpoint / RECORD).write_bytes(as_bytes(self.record.model_copy(update={"seconds": seconds})))
 
     def made(self, checkpoint: Path) -> None:
         """A checkpoint is at its place."""
@@ -115,7 +116,7 @@ class RunDirectory:
         if self.holds_a_finished_run:
             return None
         if or_fail:
-            refuse_another_run(self.path, self._record)
+            refuse_another_run(self.path, self.record)
         return self._newest_whole(of_this_run=True, or_fail=or_fail)
 
     def _newest_whole(self, *, of_this_run: bool = False, or_fail: bool = True) -> Path | None:
@@ -148,6 +149,13 @@ class RunDirectory:
             raise ConfigError(f"{checkpoint} is no checkpoint to go on from: {reason}") from error
         metrics, record = checkpoint / METRICS, read_record(checkpoint)
         goes_on = self._is_of_this_run(record)
+        if record is not None:
+            if of_another_model := record.model_differences(self.record):
+                raise ConfigError(
+                    f"{checkpoint} is of another model, where its adapters mean nothing: {', '.join(of_another_model)}"
+                )
+            if goes_on:
+                self.record = self.record.model_copy(update={"run": record.run})
         return Start(
             checkpoint,
             step,
@@ -157,11 +165,11 @@ class RunDirectory:
             checkpoint.with_name(Path(best).name) if best else None,
             stopped,
             without_gain if goes_on else 0,
-            record.differences(self._record) if record else (),
+            record.differences(self.record) if record else (),
         )
 
     def _is_of_this_run(self, record: RunRecord | None) -> bool:
-        return record is not None and not record.differences(self._record)
+        return record is not None and not record.differences(self.record)
 
 
 def refuse_another_run(directory: Path, here: RunRecord) -> None:

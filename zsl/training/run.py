@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import secrets
+import sys
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -10,23 +12,25 @@ import torch
 import xxhash
 from datasets import Dataset
 from tqdm.contrib.logging import logging_redirect_tqdm
-from transformers import TrainingArguments, default_data_collator, set_seed
+from transformers import default_data_collator, set_seed
 
 from zsl.client.model import load_client
 from zsl.client.remote import RemoteTrunk
-from zsl.errors import ConfigError, RunFailed
+from zsl.errors import ConfigError, RunFailed, ZslError
+from zsl.split.adapter import adapter_parameters
 from zsl.split.attach import with_adapter
 from zsl.split.cut import parse_cut
 from zsl.split.reference import first_line, resolve
 from zsl.split.sides import Sides
+from zsl.training.arguments import trainer_arguments
 from zsl.training.config import TrainConfig
 from zsl.training.data.load import TrainingData, load_data
 from zsl.training.embedded import EmbeddedTrunk
-from zsl.training.foreign import make_foreign
+from zsl.training.fits import check_fits
 from zsl.training.metrics import RunMetrics
 from zsl.training.overview import communication, overview
 from zsl.training.peft_table import peft_config
-from zsl.training.record import DATA, WEIGHTS, RunRecord, configuration_of
+from zsl.training.record import DATA, MODEL_CONFIGURATION, WEIGHTS, RunRecord, configuration_of
 from zsl.training.report import final_summary
 from zsl.training.results import Results
 from zsl.training.resume import METRICS, RunDirectory, Start, held, refuse_another_run
@@ -42,10 +46,10 @@ def train_from_config(config: TrainConfig, where: str, *, dry_run: bool = False)
     have been saved.
     """
     print("Configuration", *(f"  {line}" for line in config.as_toml().splitlines()), sep="\n")
-    arguments = _arguments(config, where)
+    arguments = trainer_arguments(config, where)
     peft = peft_config(where, config.peft, checkpoints=arguments.save_strategy != "no")
     directory = Path(str(arguments.output_dir))
-    record = RunRecord(configuration=configuration_of(config))
+    record = RunRecord(configuration=configuration_of(config), run=secrets.token_hex(8))
     with ExitStack() as stack:
         stack.enter_context(held(directory))
         if config.resume_from is None:
@@ -65,6 +69,11 @@ def train_from_config(config: TrainConfig, where: str, *, dry_run: bool = False)
             model = with_adapter(base, peft)
         except ConfigError as error:
             raise ConfigError(f"{where}: [peft]: {error}") from error
+        if trunk.mode == "none" and not adapter_parameters(model, sides, "top"):
+            raise ConfigError(
+                f"{where}: no gradient comes back from the trunk (mode none), and nothing behind it learns: "
+                "put adapters on the top, or train in mode exact, through a daemon that serves backward"
+            )
         print("", overview(model, sides, reference, trunk, trunk_place), "", sep="\n")
         print("Data set", *(f"  {line}" for line in data.lines), sep="\n", flush=True)
         record = record.model_copy(update={"facts": _facts(data, trunk)})
@@ -72,21 +81,13 @@ def train_from_config(config: TrainConfig, where: str, *, dry_run: bool = False)
         # Checkpoints of the model only are no place to go on from.
         asked = False if arguments.save_only_model and config.resume_from is None else config.resume_from
         start = run.start(asked)
-        if dry_run:
-            begins = f"would go on from {start.checkpoint}" if start else "would begin at step 0"
-            print(f"\nDry run: everything is there, and the trunk answers. The training {begins}.")
-            return
-        print("\nTraining", flush=True)
         if start is not None:
-            of_steps = f" of {start.of_steps}" if start.of_steps is not None else ""
-            print(f"  Resuming from {start.checkpoint}, step {start.step}{of_steps}", flush=True)
-            if start.differences:
-                print(f"  It was made with another configuration: {', '.join(start.differences)}", flush=True)
+            check_fits(start.checkpoint, model)
             arguments.eval_on_start = False  # that was at the true start
-        elif run.holds_a_finished_run:
-            print(f"  {directory} holds a run that came to its end; what this one saves replaces it", flush=True)
         metrics = RunMetrics(run.path / METRICS, start.metrics if start else "")
-        trainer = SplitTrainer(
+        stack.enter_context(closing(metrics))
+        trainer = _trainer(
+            where,
             metrics=metrics,
             directory=run,
             extras=config.extras,
@@ -99,8 +100,35 @@ def train_from_config(config: TrainConfig, where: str, *, dry_run: bool = False)
             eval_dataset=data.validation,
             data_collator=data.collate or default_data_collator,
         )
-        stack.enter_context(closing(metrics))
-        _train(trainer, run, start, Results(model, sides, reference, directory, metrics, record), trunk)
+        if dry_run:
+            begins = f"would go on from {start.checkpoint}" if start else "would begin at step 0"
+            print(f"\nDry run: everything is there, and the trunk answers. The training {begins}.")
+        else:
+            print("\nTraining")
+        if start is not None:
+            if not dry_run:
+                of_steps = f" of {start.of_steps}" if start.of_steps is not None else ""
+                print(f"  Resuming from {start.checkpoint}, step {start.step}{of_steps}")
+            if start.differences:
+                print(f"  It was made with another configuration: {', '.join(start.differences)}")
+        elif run.holds_a_finished_run:
+            print(f"  {directory} holds a run that came to its end; what this one saves replaces it")
+        if dry_run:
+            return
+        sys.stdout.flush()
+        _train(trainer, run, start, Results(model, sides, reference, directory, metrics, run.record), trunk)
+
+
+def _trainer(where: str, **arguments: Any) -> SplitTrainer:
+    """Raises `ConfigError` for what the libraries refuse of `[train]`."""
+    try:
+        trainer = SplitTrainer(**arguments)
+        trainer.prepare()
+    except ZslError:
+        raise
+    except Exception as error:  # whatever the library comes to that an argument turns on
+        raise ConfigError(f"{where}: [train]: {first_line(error)}") from error
+    return trainer
 
 
 def _train(trainer: SplitTrainer, run: RunDirectory, start: Start | None, results: Results, trunk: RemoteTrunk) -> None:
@@ -118,6 +146,8 @@ def _train(trainer: SplitTrainer, run: RunDirectory, start: Start | None, result
         what = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error) or type(error).__name__
         saved = results.save_after_a_failure()
         raise RunFailed(f"training ended after step {metrics.last_step}: {what}; {_goes_on(run)}{saved}") from error
+    if not metrics.taken and start is None:
+        raise RunFailed("the data and [train] gave no step to take; nothing was saved")
     try:
         lines = results.save()
         metrics.finish()
@@ -139,7 +169,7 @@ def _facts(data: TrainingData, trunk: RemoteTrunk) -> dict[str, str]:
     welcome = trunk.client.welcome
     return {
         DATA: data.fingerprint or _digest(data.train, data.validation),
-        "the model's configuration": welcome.model.config_digest,
+        MODEL_CONFIGURATION: welcome.model.config_digest,
         WEIGHTS: welcome.model.weights_digest,
         "the trunk's layers": str(welcome.cut),
         "the trunk's dtype": str(welcome.dtype),
@@ -188,11 +218,3 @@ def _trunk(config: TrainConfig, dtype: torch.dtype, stack: ExitStack) -> tuple[R
 
 def _goes_on(run: RunDirectory) -> str:
     return f"the same command goes on from {run.last_checkpoint}; " if run.last_checkpoint else ""
-
-
-def _arguments(config: TrainConfig, where: str) -> TrainingArguments:
-    # Trainer lets a CPU compute in bfloat16 only if it is asked for by name.
-    device = {"use_cpu": True} if not torch.accelerator.is_available() else {}
-    arguments = make_foreign(TrainingArguments, where, "train", {**device, **config.trainer_arguments})
-    arguments.dataloader_pin_memory = arguments.dataloader_pin_memory and torch.cuda.is_available()
-    return arguments

@@ -50,6 +50,10 @@ def with_defaults(
 
 def check_together(where: str, train: Mapping[str, Any], *, overlap: int, validates: bool) -> None:
     """Raises `ConfigError` for keys that do not go together, with the defaults in their places."""
+    if train.get("output_dir") == "":
+        raise ConfigError(f"{where}: train.output_dir is empty: name a directory")
+    if train.get("eval_on_start") and not validates:
+        raise ConfigError(f"{where}: train.eval_on_start validates: set data.validation")
     best = next((key for key in (PATIENCE, KEEP_BEST) if train.get(key)), None)
     if best and not validates:
         raise ConfigError(f"{where}: train.{best} goes by the validation loss: set data.validation")

@@ -53,11 +53,19 @@ def _adapters_in(place: Path) -> list[Path]:
         raise ConfigError(f"{place}: there is no such directory")
     if (place / _ADAPTER).is_file():
         return [place]
+    checkpoints = checkpoints_in(place)
     if (place / "adapter" / _ADAPTER).is_file():  # one adapter, where its two sides may be of two saves
-        return [place / "adapter"]
-    found = [place / side for side in _SIDES if (place / side / _ADAPTER).is_file()]
+        found = [place / "adapter"]
+    else:
+        found = [place / side for side in _SIDES if (place / side / _ADAPTER).is_file()]
     if not found:
-        checkpoints = checkpoints_in(place)
         there = f"; there is {checkpoints[0]}, name that" if checkpoints else ""
         raise ConfigError(f"{place} holds no adapter{there}")
+    run, made_by = read_record(place), read_record(found[0])
+    if run is not None and made_by is not None and run.run != made_by.run:
+        of_this_run = f"{checkpoints[0]}, or " if checkpoints else ""
+        raise ConfigError(
+            f"{place} holds a run that has saved no adapter yet; what is there is of an earlier one: "
+            f"name {of_this_run}{' and '.join(map(str, found))}"
+        )
     return found

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from safetensors import SafetensorError
 from torch import nn
 from tqdm.auto import tqdm
@@ -25,6 +26,7 @@ from transformers import (
 from transformers.trainer_callback import ExportableState
 
 from zsl.client.remote import RemoteTrunk
+from zsl.errors import ConfigError, RunFailed
 from zsl.split.adapter import write_adapter
 from zsl.split.durable import aside
 from zsl.split.reference import first_line
@@ -97,6 +99,16 @@ class SplitTrainer(OverlapMixin, TokenLossMixin, Trainer):
         """The step whose adapters the model has, if the best were loaded at the end."""
         best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
         return step_of(Path(best)) if best and Path(best).is_dir() else None
+
+    def prepare(self) -> None:
+        """Make what `train` begins with, which shows whether it can. Raises `ConfigError` if it has no step."""
+        loader = self.get_train_dataloader()
+        if isinstance(self.train_dataset, Dataset) and not len(loader):
+            raise ConfigError(
+                f"there is no step to take: {len(self.train_dataset)} rows make no batch of "
+                f"{self.args.train_batch_size}, and train.dataloader_drop_last leaves out what is less"
+            )
+        self.create_optimizer()
 
     def end_at(self, start: Start) -> None:
         """Do what is left to do of a training that has taken all its steps; `train` would take one more."""
@@ -247,6 +259,20 @@ class _Show(ProgressCallback):
         self._metrics.end_step(state.global_step, float(state.epoch or 0), measure.as_line())
         if self._draws_bar(args):
             super().on_step_end(args, state, control, **kwargs)  # type: ignore[no-untyped-call]
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not args.fp16:  # there the scaler of the gradient leaves out such steps
+            self._check_finite(state.global_step + 1, kwargs["model"])
+
+    def _check_finite(self, step: int, model: nn.Module) -> None:
+        """Raises `RunFailed` before the adapters take a step by numbers that are none."""
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        named = {"loss": self._metrics.loss_until_now, "gradient": float(nn.utils.get_total_norm(gradients))}
+        for name, value in named.items():
+            if not math.isfinite(value):
+                raise RunFailed(f"the {name} of step {step} is {value}: try a lower train.learning_rate")
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
