@@ -362,6 +362,10 @@ NOT_HERE = {
     "to save nowhere": ({"modules_to_save": ["classifier"]}, "no 'classifier'; there are down_proj, embed_tokens"),
     "nothing": ({"target_modules": ["c_attn"]}, "fits nothing outside the trunk; there are down_proj"),
     "no pattern": ({"target_modules": r".*\.layers\.2\..*"}, "fits nothing outside the trunk"),
+    "a name as a pattern": (
+        {"target_modules": "q_proj"},
+        r'fits nothing outside the trunk; a string is a pattern for whole paths; write \["q_proj"\]$',
+    ),
     "not in PEFT": ({"method": "beft", "target_modules": ["norm"]}, "BEFT cannot be put on this model: Target module"),
     "no regular expression": (
         {"target_modules": "(["},
@@ -381,6 +385,15 @@ NOT_HERE = {
 def test_what_is_not_in_this_process_is_refused(keys: Keys, reason: str, models: dict[str, Models]) -> None:
     with pytest.raises(ConfigError, match=reason):
         with_adapter(models["llama"].client(), peft_config("run.toml", keys))
+
+
+@pytest.mark.parametrize("keys", [{"target_modules": "all-linear"}, {}, {"method": "ia3"}, {"method": "vera"}], ids=str)
+def test_where_every_layer_is_in_the_cut_it_is_said_what_is_left_to_adapt(
+    keys: Keys, checkpoints: Callable[..., Path]
+) -> None:
+    model = load_client_part(resolve(str(checkpoints("llama"))), parse_cut("0:6"))
+    with pytest.raises(ConfigError, match=r"as all are in the cut: .* what is left: embed_tokens, lm_head, norm$"):
+        with_adapter(model, peft_config("run.toml", keys))
 
 
 def test_a_method_with_nothing_to_train_is_refused(models: dict[str, Models]) -> None:

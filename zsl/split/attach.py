@@ -47,6 +47,11 @@ def with_adapter(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
     except _FOREIGN as error:
         if isinstance(error, ZslError):
             raise
+        if isinstance(error, ValueError) and _wants_layers_of_a_whole_trunk(model, config):
+            raise ConfigError(
+                f"{method} has no layer to adapt, as all are in the cut: make that smaller, or name in target_modules "
+                f"what is left: {', '.join(_modules(model))}"
+            ) from error
         raise ConfigError(f"{method} cannot be put on this model: {_in_words(error)}") from error
     if not any(parameter.requires_grad for parameter in adapted.parameters()):
         raise ConfigError(f"{method} finds nothing to train in this model")
@@ -115,11 +120,21 @@ def _check_names(model: PreTrainedModel, config: Any) -> None:
             if _fits(name, there) and not _fits(name, here):
                 raise ConfigError(f"{key}: {name!r} is in the trunk, which takes no adapters")
             if key == "modules_to_save" and not _fits(name, here):
-                raise ConfigError(f"{key}: there is no {name!r}; there are {_modules(model)}")
+                raise ConfigError(f"{key}: there is no {name!r}; there are {', '.join(_modules(model))}")
     targets = getattr(config, "target_modules", None)
     if targets and targets != "all-linear" and not any(check_target_module_exists(config, name) for name in here):
-        shown = targets if isinstance(targets, str) else sorted(targets)
-        raise ConfigError(f"target_modules = {shown} fits nothing outside the trunk; there are {_modules(model)}")
+        shown, known = targets if isinstance(targets, str) else sorted(targets), _modules(model)
+        hint = f"there are {', '.join(known)}"
+        if shown in known:
+            hint = f'a string is a pattern for whole paths; write ["{shown}"]'
+        raise ConfigError(f"target_modules = {shown} fits nothing outside the trunk; {hint}")
+
+
+def _wants_layers_of_a_whole_trunk(model: PreTrainedModel, config: Any) -> bool:
+    """Whether what to adapt is left to PEFT, which looks for it in layers, and all of them are in the trunk."""
+    stack = find_stack(model)
+    left_to_peft = getattr(config, "target_modules", ()) in (None, "all-linear")
+    return left_to_peft and len(trunk_layers(stack)) == len(stack.layers)
 
 
 def _in_words(error: BaseException) -> str:
@@ -145,10 +160,10 @@ def _fits(name: str, modules: Iterable[str]) -> bool:
     return any(module == name or module.endswith(f".{name}") for module in modules)
 
 
-def _modules(model: PreTrainedModel) -> str:
+def _modules(model: PreTrainedModel) -> list[str]:
     """The last names of the modules that have parameters."""
     owners = (name for name, module in model.named_modules() if any(True for _ in module.parameters(recurse=False)))
-    return ", ".join(sorted({name.rpartition(".")[2] for name in owners}))
+    return sorted({name.rpartition(".")[2] for name in owners})
 
 
 def _refuse(place: str, what: str, names: Iterable[str]) -> None:
