@@ -321,6 +321,12 @@ REFUSED = {
     "not a user's": ({"inference_mode": True}, "unknown key peft.inference_mode"),
     "not the type": ({"r": "many"}, "peft.r = 'many'"),
     "not PEFT's": ({"method": "ia3", "target_modules": ["a"], "feedforward_modules": ["b"]}, "should be a subset"),
+    "no virtual tokens": (
+        {"method": "prompt_tuning"},
+        r"peft\.num_virtual_tokens is needed for peft\.method = 'prompt_tuning'",
+    ),
+    "no length": ({"method": "adaption-prompt", "adapter_layers": 2}, r"peft\.adapter_len is needed"),
+    "no layers": ({"method": "adaption_prompt", "adapter_len": 4}, r"peft\.adapter_layers is needed"),
     "prefix tuning": ({"method": "prefix-tuning"}, "keys and values into every layer"),
     "cartridge": ({"method": "cartridge"}, "keys and values into every layer"),
     "xlora": ({"method": "xlora"}, "hidden states of every layer"),
@@ -344,6 +350,11 @@ def test_what_is_not_taken_is_refused_in_a_line(keys: Keys, reason: str) -> None
         peft_config("run.toml", keys)
     assert "\n" not in str(refused.value)
     assert str(refused.value).startswith("run.toml: ")
+
+
+def test_p_tuning_without_a_number_of_virtual_tokens_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^run\.toml: peft\.num_virtual_tokens is needed"):
+        peft_config("run.toml", {"method": "p_tuning"}, checkpoints=False)
 
 
 def test_a_method_that_no_test_holds_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

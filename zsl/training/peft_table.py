@@ -58,6 +58,12 @@ _REFUSED_INITIALIZATIONS = {
     "loftq": 'it replaces the base weights; quantize them with [model] quantize = "4bit"',
     "pissa_niter": "PEFT draws it anew when it loads the adapter, which then fits no more; write pissa",
 }
+# What PEFT counts with and has no default for.
+_NEEDED = {
+    "ADAPTION_PROMPT": ("adapter_len", "adapter_layers"),
+    "P_TUNING": ("num_virtual_tokens",),
+    "PROMPT_TUNING": ("num_virtual_tokens",),
+}
 _NOT_A_USERS = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision"}
 
 
@@ -78,6 +84,9 @@ def peft_config(where: str, table: Mapping[str, Any], *, checkpoints: bool = Tru
     if reason:
         raise ConfigError(f"{where}: peft.method = {method!r} does not work here: {reason}")
     check_keys(where, "peft", values, fields - _NOT_A_USERS)
+    for key in _NEEDED.get(kind, ()):
+        if values.get(key) is None:
+            raise ConfigError(f"{where}: peft.{key} is needed for peft.method = {method!r}")
     for key, value in values.items():
         reason = _REFUSED_KEYS.get(key) if value is not False else None
         if key == "task_type" and value != "CAUSAL_LM":
