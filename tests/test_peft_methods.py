@@ -317,7 +317,7 @@ REFUSED = {
     "misspelt": ({"method": "loraa"}, "did you mean lora"),
     "nothing like it": ({"method": "zzz"}, "unknown; there are adaption_prompt, beft"),
     "misspelt key": ({"lora_aplha": 3}, "run.toml: unknown key peft.lora_aplha; did you mean peft.lora_alpha"),
-    "another's key": ({"method": "ia3", "r": 3}, "unknown key peft.r"),
+    "another's key": ({"method": "ia3", "r": 3}, r"unknown key peft\.r \(--lora-rank\); peft\.method = 'ia3' has none"),
     "not a user's": ({"inference_mode": True}, "unknown key peft.inference_mode"),
     "not the type": ({"r": "many"}, "peft.r = 'many'"),
     "not PEFT's": ({"method": "ia3", "target_modules": ["a"], "feedforward_modules": ["b"]}, "should be a subset"),

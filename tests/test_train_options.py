@@ -65,6 +65,13 @@ def test_without_a_file_the_defaults_are_those_of_the_help() -> None:
         assert f"[default: {default}" in shown
 
 
+def test_the_help_says_how_many_rows_a_file_trains_on(tmp_path: Path) -> None:
+    assert "[default: 20; with CONFIG all, but 20 of synthetic]" in " ".join(run("--help").stdout.split())
+    file = tmp_path / "run.toml"
+    file.write_text("[data]\nname = 'python-docs'\n")
+    assert read_config(file, overrides={}).data.samples is None
+
+
 def test_another_method_without_a_file_is_not_given_the_keys_of_lora() -> None:
     config = read_config(None, settings=["peft.method=ia3"], overrides={})
     assert config.peft == {"method": "ia3"}

@@ -39,7 +39,9 @@ FLAGS = {
 @click.option(
     "--dataset", metavar="NAME", help="synthetic, python-docs, wikitext, a hub id or a file.  [default: synthetic]"
 )
-@click.option("--samples", type=click.IntRange(1), help="Rows to train on.  [default: 20]")
+@click.option(
+    "--samples", type=click.IntRange(1), help="Rows to train on.  [default: 20; with CONFIG all, but 20 of synthetic]"
+)
 @click.option("--batch-size", type=click.IntRange(1), help="Rows of a batch.  [default: 2]")
 @click.option("--max-length", type=click.IntRange(2), help="Tokens of a row.  [default: 128]")
 @click.option("--epochs", type=click.FloatRange(0, min_open=True), help="Times through the rows.  [default: 1]")

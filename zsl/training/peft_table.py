@@ -83,6 +83,8 @@ def peft_config(where: str, table: Mapping[str, Any], *, checkpoints: bool = Tru
     reason = _why_not(kind, fields, checkpoints=checkpoints)
     if reason:
         raise ConfigError(f"{where}: peft.method = {method!r} does not work here: {reason}")
+    if "r" in values and "r" not in fields:
+        raise ConfigError(f"{where}: unknown key peft.r (--lora-rank); peft.method = {method!r} has none")
     check_keys(where, "peft", values, fields - _NOT_A_USERS)
     for key in _NEEDED.get(kind, ()):
         if values.get(key) is None:
