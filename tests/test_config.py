@@ -58,6 +58,13 @@ def test_what_would_end_a_printed_line_is_printed_as_its_number() -> None:
     assert r'run_name = "a\u2028b\u0085c\u007f☕語"' in config.as_toml().splitlines()
 
 
+def test_a_token_is_not_printed(tmp_path: Path) -> None:
+    config, again = printed_and_read(tmp_path, train={"hub_token": "hf_secret", "run_name": "a"})
+    assert config.trainer_arguments["hub_token"] == "hf_secret"
+    assert "hub_token" not in config.as_toml() and "hf_secret" not in config.as_toml()
+    assert again.train == {key: value for key, value in config.train.items() if key != "hub_token"}
+
+
 def test_a_setting_that_reads_as_a_date_is_a_text() -> None:
     for text in ("2024-05-01", "07:32:00", "2024-05-01T07:32:00Z"):
         assert read_config(None, settings=[f"train.run_name={text}"], overrides={}).train["run_name"] == text

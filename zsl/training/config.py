@@ -132,10 +132,11 @@ class TrainConfig(Table):
         return {key: value for key, value in self.train.items() if key not in ours}
 
     def as_toml(self) -> str:
-        """The configuration as the TOML that would give it again."""
+        """The configuration as the TOML that would give it again, without secrets: it is for logs."""
         lines: list[str] = []
         for table, fields in self.model_dump(exclude_none=True).items():
-            lines += ["", f"[{table}]", *(toml_line(key, value) for key, value in fields.items())]
+            shown = {key: value for key, value in fields.items() if not key.endswith("_token")}
+            lines += ["", f"[{table}]", *(toml_line(key, value) for key, value in shown.items())]
         return "\n".join(lines[1:])
 
 
