@@ -81,6 +81,21 @@ def test_a_date_in_a_file_is_refused_by_its_key(tmp_path: Path) -> None:
             read_config(file, overrides={})
 
 
+def test_a_file_that_begins_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text("[data]\nsamples = 3\n", encoding="utf-8-sig")
+    assert read_config(file, overrides={}).data.samples == 3
+
+
+@pytest.mark.parametrize("text", ["model = 'gpt2'", "[[model]]\nname = 'gpt2'", "peft = 3"])
+@pytest.mark.parametrize("overrides", [{}, {"model": {"name": "gpt2"}, "peft": {"r": 3}}], ids=["file", "option"])
+def test_what_is_no_table_is_refused_with_the_file(text: str, overrides: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=rf"^{re.escape(str(file))}: (model|peft) is a table: "):
+        read_config(file, overrides=overrides)
+
+
 # --- [train] ---------------------------------------------------------------------------------------------------
 
 PATIENCE = "train.early_stopping_patience=2"

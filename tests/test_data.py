@@ -136,6 +136,12 @@ def test_a_text_is_cut_into_rows_of_one_length(
     assert some == [said, "there are more rows than data.samples takes"]
 
 
+def test_a_byte_order_mark_is_not_of_the_text(load: Callable[..., TrainingData], tmp_path: Path) -> None:
+    (tmp_path / "plain.txt").write_text(" ".join(SENTENCES))
+    (tmp_path / "marked.txt").write_text(" ".join(SENTENCES), encoding="utf-8-sig")
+    assert rows_of(load(tmp_path / "marked.txt").train) == rows_of(load(tmp_path / "plain.txt").train)
+
+
 def test_what_lies_behind_the_rows_that_were_asked_for_ends_nothing(
     load: Callable[..., TrainingData], tmp_path: Path
 ) -> None:

@@ -30,6 +30,11 @@ def test_a_key_is_enough_and_the_rest_has_defaults(file: Path) -> None:
     assert tenants.by_key("") is None
 
 
+def test_a_file_that_begins_with_a_byte_order_mark_is_read(file: Path) -> None:
+    file.write_text(ALICE, encoding="utf-8-sig")
+    assert read_tenants(file).by_key(ALICE_KEY)
+
+
 def test_quotas_are_numbers_or_sizes(file: Path) -> None:
     file.write_text(
         ALICE

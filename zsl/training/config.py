@@ -150,21 +150,23 @@ def read_config(
     """
     where = where_of(file)
     tables = _read(file) if file else {}
+    for name in TrainConfig.model_fields:
+        _table(where, tables, name)
     for setting in settings:
         table, key, value = _parse_setting(setting)
-        _lay_over(tables, table, {key: value})
+        _lay_over(where, tables, table, {key: value})
     _refuse_dates(where, "", tables)
     for table, values in overrides.items():
-        _lay_over(tables, table, values)
-    tables["peft"] = {**PEFT_DEFAULTS, **_table(tables, "peft")}
+        _lay_over(where, tables, table, values)
+    tables["peft"] = {**PEFT_DEFAULTS, **_table(where, tables, "peft")}
     for table, values in {} if file else WITHOUT_A_FILE.items():
         if table != "peft" or tables["peft"]["method"] == "lora":  # they are keys of LoRA
-            tables[table] = {**values, **_table(tables, table)}
-    data = _table(tables, "data")
+            tables[table] = {**values, **_table(where, tables, table)}
+    data = _table(where, tables, "data")
     validates, streams = bool(data.get("validation")), bool(data.get("streaming")) and data.get("samples") is None
     output_dir = f"runs/{file.stem}" if file else None
     tables["train"] = with_defaults(
-        _table(tables, "train"), output_dir=output_dir, validates=validates, streams=streams
+        _table(where, tables, "train"), output_dir=output_dir, validates=validates, streams=streams
     )
     try:
         config = TrainConfig.model_validate(tables)
@@ -194,7 +196,7 @@ def check_keys(where: str, table: str, keys: Iterable[str], known: Iterable[str]
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        tables = tomllib.loads(file.read_text(encoding="utf-8"))
+        tables = tomllib.loads(file.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"{file}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -202,15 +204,15 @@ def _read(file: Path) -> dict[str, Any]:
     return tables
 
 
-def _table(tables: Mapping[str, Any], name: str) -> dict[str, Any]:
+def _table(where: str, tables: Mapping[str, Any], name: str) -> dict[str, Any]:
     table = tables.get(name, {})
     if not isinstance(table, dict):
-        raise ConfigError(f"{name} is a table: write [{name}] and its keys below it")
+        raise ConfigError(f"{where}: {name} is a table: write [{name}] and its keys below it")
     return table
 
 
-def _lay_over(tables: dict[str, Any], table: str, values: Mapping[str, Any]) -> None:
-    tables[table] = {**_table(tables, table), **values}
+def _lay_over(where: str, tables: dict[str, Any], table: str, values: Mapping[str, Any]) -> None:
+    tables[table] = {**_table(where, tables, table), **values}
 
 
 def _parse_setting(text: str) -> tuple[str, str, Any]:

@@ -110,7 +110,7 @@ class Allowlist:
 def read_tenants(path: Path) -> Tenants:
     """The tenants in a file. Raises `ConfigError`, which names file, table and key."""
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        tables = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: there is no such file; {_HOW_TO_WRITE}") from None
     except OSError as error:

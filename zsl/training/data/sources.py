@@ -99,7 +99,7 @@ def _texts(table: DataTable, texts: dict[str, str]) -> Documents:
 
 def _read_text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise DataError(f"{file} cannot be read: {reason}") from error
