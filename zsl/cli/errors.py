@@ -14,6 +14,8 @@ import click
 
 from zsl.errors import EXIT_RUN_FAILED, ZslError
 
+_LONGEST_FOREIGN_TEXT = 300  # characters: some libraries put all that they looked at into one
+
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM came."""
@@ -46,9 +48,15 @@ def one_line_errors(command: str, *, debug: bool) -> Iterator[None]:
             if isinstance(error.__cause__, KeyboardInterrupt):
                 code = _code_of_signal(error.__cause__)
         else:
-            text, code = f"{type(error).__name__}: {error} (--debug shows where)", EXIT_RUN_FAILED
+            text, code = f"{type(error).__name__}: {_begin(str(error))} (--debug shows where)", EXIT_RUN_FAILED
         click.echo(f"{command}: {' '.join(text.split())}", err=True)
         sys.exit(code)
+
+
+def _begin(text: str) -> str:
+    """The first line of a text, which may be empty, and no more of that than a line of a terminal or three."""
+    line = (text.strip().splitlines() or [""])[0]
+    return line if len(line) <= _LONGEST_FOREIGN_TEXT else f"{line[:_LONGEST_FOREIGN_TEXT]}…"
 
 
 def _code_of_signal(error: KeyboardInterrupt) -> int:
