@@ -31,7 +31,7 @@ from zsl.training.foreign import make_foreign
 from zsl.training.metrics import RunMetrics
 from zsl.training.peft_table import peft_config
 from zsl.training.record import read_record
-from zsl.training.report import final_summary
+from zsl.training.report import final_summary, stopped_early
 from zsl.training.trained import find_trained
 from zsl.training.validation_loss import TokenLossMixin
 
@@ -127,6 +127,12 @@ def test_the_summary_goes_by_the_validation_where_there_is_one() -> None:
     said = final_summary([9.0, 8.0], 1.0, [(0, 3.0), (1, 3.5), (2, 4.0)], kept=1)
     assert "The validation loss did not fall: it rose by 1.0000." in said
     assert "step 1, the best checkpoint; at step 0 the validation loss was lower: 3.0000." in said
+
+
+def test_with_a_threshold_of_early_stopping_it_is_said_by_how_much_the_loss_was_to_fall() -> None:
+    said = stopped_early(6, 40, 2, 0.05)
+    assert said == "  stopped at step 6 of 40: no validation loss lower by more than 0.05 in 2 validations"
+    assert stopped_early(6, 40, 2) == "  stopped at step 6 of 40: no lower validation loss in 2 validations"
 
 
 def test_tensorboard_gets_what_was_measured(small: list[str], tmp_path: Path) -> None:

@@ -106,9 +106,10 @@ def validation_line(step: int, of_steps: int, loss: float, perplexity: float) ->
     return f"  step {step}/{of_steps}: validation loss {loss:.4f}, perplexity {perplexity:.2f}"
 
 
-def stopped_early(step: int, of_steps: int, patience: int) -> str:
+def stopped_early(step: int, of_steps: int, patience: int, threshold: float = 0.0) -> str:
     """That a training ended before its last step."""
-    return f"  stopped at step {step} of {of_steps}: no lower validation loss in {patience} validations"
+    lower = f"validation loss lower by more than {threshold:g}" if threshold else "lower validation loss"
+    return f"  stopped at step {step} of {of_steps}: no {lower} in {patience} validations"
 
 
 def final_summary(
