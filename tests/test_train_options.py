@@ -129,6 +129,12 @@ def test_the_summary_goes_by_the_validation_where_there_is_one() -> None:
     assert "step 1, the best checkpoint; at step 0 the validation loss was lower: 3.0000." in said
 
 
+def test_of_one_step_there_is_no_verdict_and_a_loss_that_stayed_is_not_said_to_rise() -> None:
+    assert final_summary([10.0], 1.0).splitlines()[-1] == "  average  10.0000"
+    assert final_summary([10.0, 9.0, 10.00001], 1.0).endswith("The loss did not change.")
+    assert final_summary([10.0], 1.0, [(0, 3.0), (1, 3.0)]).endswith("The validation loss did not change.")
+
+
 def test_with_a_threshold_of_early_stopping_it_is_said_by_how_much_the_loss_was_to_fall() -> None:
     said = stopped_early(6, 40, 2, 0.05)
     assert said == "  stopped at step 6 of 40: no validation loss lower by more than 0.05 in 2 validations"

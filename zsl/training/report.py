@@ -142,7 +142,7 @@ def final_summary(
         (first_step, first), (last_step, last) = validations[0], validations[-1]
         lines.append(f"  The validation loss was {first:.4f} at step {first_step}, {last:.4f} at step {last_step}.")
         lines.append(f"  {_change('validation loss', first, last)}")
-    else:
+    elif len(losses) > 1:
         lines.append(f"  {_change('loss', losses[0], losses[-1])}")
     if kept is not None and validations:
         lowest_step, lowest = min(validations, key=lambda validation: validation[1])
@@ -157,6 +157,8 @@ def final_summary(
 
 
 def _change(what: str, first: float, last: float) -> str:
+    if round(last - first, 4) == 0:
+        return f"The {what} did not change."
     if last < first:
         return f"The {what} fell by {first - last:.4f}."
     return f"The {what} did not fall: it rose by {last - first:.4f}."
