@@ -77,7 +77,7 @@ class SplitTrainer(OverlapMixin, TokenLossMixin, Trainer):
         self._checkpoints_kept, self.args.save_total_limit = self.args.save_total_limit, None
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
-        self._show = _Show(metrics, directory, self._times, extras.early_stopping_patience)
+        self._show = _Show(metrics, directory, self._times, extras)
         self.add_callback(self._show)
         if extras.early_stopping_patience is not None:
             early = EarlyStoppingCallback(extras.early_stopping_patience, extras.early_stopping_threshold)
@@ -236,11 +236,11 @@ def _reason(error: Exception) -> str:
 class _Show(ProgressCallback):
     """The progress bar of transformers, with a line per logging step, validation and epoch."""
 
-    def __init__(self, metrics: RunMetrics, directory: RunDirectory, times: StepTimes, patience: int | None) -> None:
+    def __init__(self, metrics: RunMetrics, directory: RunDirectory, times: StepTimes, extras: TrainerExtras) -> None:
         super().__init__()
         self._times = times
         self.measured = self.since_last_log = StepMeasure()
-        self._patience = patience
+        self._patience, self._threshold = extras.early_stopping_patience, extras.early_stopping_threshold
         self._metrics = metrics
         self._directory = directory
 
@@ -291,7 +291,7 @@ class _Show(ProgressCallback):
         if self._draws_bar(args):
             super().on_train_end(args, state, control, **kwargs)  # type: ignore[no-untyped-call]
         if self._patience is not None and state.global_step < state.max_steps:
-            tqdm.write(stopped_early(state.global_step, state.max_steps, self._patience))
+            tqdm.write(stopped_early(state.global_step, state.max_steps, self._patience, self._threshold))
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
