@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -108,6 +110,20 @@ def test_a_forward_only_daemon_turns_exact_into_none_with_a_warning(path: str) -
 def test_an_unknown_mode_is_refused_with_the_known_ones(endpoint: str) -> None:
     with pytest.raises(ConfigError, match="exact, straight-through, none"):
         zsl.RemoteTrunk(endpoint, mode="approximate")  # type: ignore[arg-type]
+
+
+@pytest.mark.filterwarnings("ignore")  # Dynamo's own, of what it looks at
+def test_a_compiled_model_computes_what_the_model_does(
+    path: str, trunk: zsl.RemoteTrunk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    complaints: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", complaints.append)
+    split, batch = zsl.load_client(path, trunk), batches.padded("left")
+    eager = numbers_of(split, batch)
+    split.compile(backend="eager")
+    assert differing(numbers_of(split, batch), eager) == []
+    torch.compiler.reset()
+    assert complaints == []
 
 
 def test_a_second_backward_on_a_retained_graph_gives_the_same_gradient(path: str, trunk: zsl.RemoteTrunk) -> None:

@@ -169,6 +169,7 @@ class RemoteTrunk(nn.Module):
         """
         self._call.inputs = (attention_mask, position_ids)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # what waits for a daemon is no graph
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Activations `[rows, tokens, hidden]` through the trunk; same shape, dtype and device.
 
