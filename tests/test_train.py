@@ -239,6 +239,16 @@ def assert_one_line(finished: subprocess.CompletedProcess[str], code: int, *word
         (["peft.target_modules=nothing"], 2, ["small.toml", "[peft]", "target_modules = nothing", "q_proj"]),
         (["nonsense"], 2, ["nonsense", "table.key=value"]),
         (["model.name=random:nothing"], 3, ["nothing"]),
+        (["model.name=/no/such"], 3, ["model '/no/such' cannot be loaded: there is no such directory", "hub id"]),
+        (["model.name=./no"], 3, ["model './no'", "no such directory"]),
+        (["model.name=~/no"], 3, ["model '~/no'", "no such directory"]),
+        (["model.name=~nobody-here/no"], 3, ["model '~nobody-here/no'", "no such directory"]),
+        (["model.name=a/b/c/d"], 3, ["model 'a/b/c/d'", "no such directory"]),
+        (
+            ["model.name=random:gpt2", "data.name=python-docs"],
+            3,
+            ["no tokenizer", "name a pretrained model with"],
+        ),
         (["trunk.endpoint=127.0.0.1:1", "trunk.connect_timeout_seconds=0.3"], 3, ["127.0.0.1:1", "zsl-trunkd"]),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else str(value),
@@ -277,7 +287,7 @@ def test_another_cut_or_other_weights_at_the_daemon_are_exit_3(
 def test_an_empty_text_file_is_exit_3_and_a_model_without_tokenizer_is_named(config: Path, tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text(" \n")
     assert_one_line(train(config, "--set", "data.name=empty.txt", cwd=tmp_path), 3, "empty.txt", "empty")
-    assert_one_line(train(config, "--set", "data.name=python-docs", cwd=tmp_path), 3, "tokenizer")
+    assert_one_line(train(config, "--set", "data.name=python-docs", cwd=tmp_path), 3, "has no tokenizer; name a model")
 
 
 def start_long_run(config: Path, server: str, stderr: Path) -> subprocess.Popen[str]:

@@ -8,11 +8,15 @@ random:<model_type>         transformers' default configuration of that type, wi
 
 from __future__ import annotations
 
+import os
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.utils.hub import cached_file
 
 from zsl.errors import ModelError
 from zsl.split.gguf import dequantized_directory
@@ -21,6 +25,20 @@ from zsl.split.parts import Part, read_part
 
 RANDOM_PREFIX = "random:"
 PACKAGE_PREFIX = "package:"
+# What tokenizers are usually kept in; one that loads says itself what more there is.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "sentencepiece.bpe.model",
+    "spiece.model",
+    "tekken.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+)
+_LIKE_A_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
+_WHAT_TO_GIVE = "(give a hub id, a directory, a .gguf file, package:<name> or random:<model_type>)"
 
 
 @dataclass(frozen=True)
@@ -45,16 +63,47 @@ class ModelReference:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer, with a padding token. Raises `ModelError` if it has none."""
         if self.location is None:
-            raise ModelError(f"{self.text} has random weights and no tokenizer; it can train on synthetic data only")
+            raise ModelError(
+                f"{self.text} has random weights and no tokenizer; it can train on synthetic data only; "
+                "name a pretrained model with --model"
+            )
         if self.part is not None:
             self.part.cut_for(self.text, "client")  # the trunk's part has none
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(self.location)
-        except Exception as error:  # a damaged file raises whatever the library comes to first
-            raise ModelError(f"{self.text}: its tokenizer cannot be loaded: {first_line(error)}") from error
+        tokenizer = load_tokenizer(self)
+        if tokenizer is None:
+            raise ModelError(f"{self.text} has no tokenizer; name a model that has one, or train on synthetic data")
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
+
+
+def load_tokenizer(reference: ModelReference) -> PreTrainedTokenizerBase | None:
+    """The model's tokenizer, as it is; None if it has none. Raises `ModelError` if it cannot be loaded."""
+    if reference.location is None:
+        return None
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(reference.location)
+    except Exception as error:  # a damaged file raises whatever the library comes to first
+        there = list(_present(reference.location, TOKENIZER_FILES))
+        if not there:
+            return None
+        raise ModelError(
+            f"{reference.text}: its tokenizer ({', '.join(there)}) cannot be loaded: {first_line(error)}"
+        ) from error
+    names = [*TOKENIZER_FILES, *tokenizer.vocab_files_names.values()]
+    return tokenizer if any(_present(reference.location, names)) else None  # transformers may have made an empty one
+
+
+def _present(location: str, names: Iterable[str]) -> Iterator[str]:
+    """Those of the files that there are in a directory or at the hub."""
+    for name in names:
+        if cached_file(
+            location,
+            name,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        ):
+            yield name
 
 
 def resolve(text: str) -> ModelReference:
@@ -66,10 +115,12 @@ def resolve(text: str) -> ModelReference:
         location = str(dequantized_directory(_file_in_package(text.removeprefix(PACKAGE_PREFIX))))
     elif text.endswith(".gguf"):
         location = str(dequantized_directory(Path(text).expanduser()))
-    elif Path(text).expanduser().is_dir():
-        location = str(Path(text).expanduser())
-    elif Path(text).expanduser().is_file():
+    elif (path := Path(os.path.expanduser(text))).is_dir():  # Path's own raises for a user that there is not
+        location = str(path)
+    elif path.is_file():
         raise ModelError(f"model {text!r} is a file, and not a .gguf file: name a checkpoint's directory")
+    elif not _LIKE_A_HUB_ID.fullmatch(text):
+        raise ModelError(f"model {text!r} cannot be loaded: there is no such directory {_WHAT_TO_GIVE}")
     else:
         offline = why_offline()
     try:
@@ -78,10 +129,7 @@ def resolve(text: str) -> ModelReference:
         reason = (
             f"it is not cached here, and {offline}" if offline and isinstance(error, OSError) else first_line(error)
         )
-        raise ModelError(
-            f"model {text!r} cannot be loaded: {reason} "
-            "(give a hub id, a directory, a .gguf file, package:<name> or random:<model_type>)"
-        ) from error
+        raise ModelError(f"model {text!r} cannot be loaded: {reason} {_WHAT_TO_GIVE}") from error
     return ModelReference(text, config, location, read_part(location))
 
 
