@@ -89,7 +89,10 @@ def test_welcome_states_model_cut_and_all_limits(peer: Peer) -> None:
         ({"model_type": "gpt2"}, "model_type"),
         ({"layers": 12}, "layers"),
         ({"hidden_size": 8}, "hidden_size"),
-        ({"weights_digest": "1" * 64}, "weights"),
+        (
+            {"weights_digest": "1" * 64},
+            "weights (digest dddddddddddd… at the daemon, 111111111111… at the client)",
+        ),
         ({"config_digest": "1" * 64}, "configuration"),
     ],
 )

@@ -98,5 +98,5 @@ def _difference(served: ModelIdentity, wanted: ModelIdentity) -> str:
         what, ours, theirs = "another configuration", served.config_digest, wanted.config_digest
     return (
         f"both sides have a {served.model_type} of this size, but {what} "
-        f"(digest {ours[:12]}… here, {theirs[:12]}… at the client): load the same checkpoint"
+        f"(digest {ours[:12]}… at the daemon, {theirs[:12]}… at the client): load the same checkpoint"
     )
