@@ -122,6 +122,19 @@ def test_a_run_says_itself_what_it_was_trained_on(
     assert finished.exit_code == 0 and "has other weights than the model that was trained" in finished.output
 
 
+@pytest.mark.parametrize("command", ["merge", "export"])
+def test_a_model_that_has_moved_since_is_to_be_named(command: str, adapter: Path, tmp_path: Path) -> None:
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "./gone"}))
+    for who in ("adapter", "run"):
+        finished = run(command, adapter, "--out", tmp_path / "out")
+        assert finished.exit_code == EXIT_STARTUP_FAILED and finished.output.count("\n") == 1
+        assert "model './gone' cannot be loaded" in finished.output
+        assert finished.output.endswith(f"so the {who} says: name the model with --model\n")
+        (adapter / RECORD).write_bytes(as_bytes(RunRecord(configuration={"model.name": "./gone"})))
+    assert "so the" not in run(command, adapter, "--model", "./gone", "--out", tmp_path / "out").output
+
+
 def test_the_record_of_another_run_in_the_same_directory_says_nothing_of_an_adapter(
     adapter: Path, checkpoints: Callable[..., Path], tmp_path: Path
 ) -> None:

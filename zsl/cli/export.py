@@ -9,6 +9,7 @@ import click
 from zsl import __version__
 from zsl.cli.errors import one_line_errors, stop_on_sigterm
 from zsl.cli.quiet import quiet_libraries
+from zsl.cli.trained import model_of
 
 
 @click.command()
@@ -50,10 +51,8 @@ def export(adapters: tuple[Path, ...], out: Path, model: str | None, base_model:
         quiet_libraries(debug=debug)
 
         from zsl.split.export import export as export_adapters
-        from zsl.split.reference import resolve
-        from zsl.split.union import named_model
 
-        reference = resolve(model or trained.model or named_model(trained.adapters))
+        reference = model_of(trained, model)
         facts = {**trained.facts, "zsl": __version__}
         made = export_adapters(trained.adapters, reference, out, base_model=base_model, facts=facts)
         click.echo(f"Exported {', '.join(map(str, trained.adapters))} as an adapter of the whole {reference.text}:")

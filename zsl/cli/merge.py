@@ -8,6 +8,7 @@ import click
 
 from zsl.cli.errors import one_line_errors, stop_on_sigterm
 from zsl.cli.quiet import quiet_libraries
+from zsl.cli.trained import model_of
 from zsl.split.dtypes import DTYPES
 
 
@@ -54,10 +55,8 @@ def merge(adapters: tuple[Path, ...], out: Path, model: str | None, dtype: str |
 
         from zsl.split.merge import merge as merge_adapters
         from zsl.split.output import size_bytes
-        from zsl.split.reference import resolve
-        from zsl.split.union import named_model
 
-        reference = resolve(model or trained.model or named_model(trained.adapters))
+        reference = model_of(trained, model)
         made = merge_adapters(trained.adapters, reference, out, dtype=getattr(torch, dtype) if dtype else None)
         if trained.weights_digest not in (None, made.weights_digest):
             click.echo(f"zsl merge: {reference.text} has other weights than the model that was trained", err=True)
