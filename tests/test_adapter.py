@@ -112,6 +112,12 @@ def test_the_active_adapter_is_the_one_that_is_saved(path: str, trunk: zsl.Remot
     assert PeftModel.from_pretrained(local_model(path), str(tmp_path / "adapter"))
 
 
+def test_a_model_without_peft_is_refused_by_its_class(path: str, trunk: zsl.RemoteTrunk, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"(LMHeadModel|ForCausalLM) has no adapter .* get_peft_model"):
+        zsl.save_adapter(zsl.load_client(path, trunk), tmp_path / "adapter")  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_side_without_adapters_is_a_clear_error(path: str, trunk: zsl.RemoteTrunk, tmp_path: Path) -> None:
     base = zsl.load_client(path, trunk)
     sides = Sides(base, parse_cut(CUT))

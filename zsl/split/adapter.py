@@ -46,6 +46,8 @@ def save_adapter(
     The files are written aside, brought to the disk and renamed: older ones are there until the new ones are whole.
     Raises `ModelError` if nothing is there to save, `RunFailed` if it cannot be written.
     """
+    if not hasattr(model, "get_base_model"):
+        raise ModelError(f"a {type(model).__name__} has no adapter to save: make a PeftModel of it with get_peft_model")
     target = Path(directory)
     try:
         with aside(target.parent) as written:
