@@ -181,6 +181,12 @@ def test_another_kind_of_model_is_named_with_what_differs(
     assert "--cut 2:4" in found.text["cut"]
 
 
+def test_random_weights_of_another_kind_are_not_laid_on_versions(serve: Callable[..., Daemon]) -> None:
+    found = findings("--server", serve("llama").endpoint, "--model", "random:gpt2", "--no-local-trunk")
+    assert found.failed == ["configuration", "weights"]
+    assert "versions" not in found.text["weights"] and "load the same checkpoint" in found.text["weights"]
+
+
 def test_forward_only_and_another_dtype_are_warnings() -> None:
     with EchoServer(forward_only=True, dtype="bf16") as server:
         found = findings("--server", server.endpoint)
@@ -399,6 +405,12 @@ def test_json_is_an_object_a_line() -> None:
         "found": "none is named",
         "to_do": "name one with --server HOST:PORT",
     } in lines
+
+
+@pytest.mark.parametrize("option", ["--server-key", "--client-key"])
+def test_keys_without_a_daemon_are_refused_by_name(option: str) -> None:
+    finished = run(option, "some.key")
+    assert finished.exit_code == EXIT_USAGE and f"{option} is for a daemon" in finished.output
 
 
 def test_several_daemons_are_refused_by_name() -> None:

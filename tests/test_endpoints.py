@@ -88,6 +88,7 @@ def test_what_was_seen_of_each_is_told_and_that_it_was_lost_hides_no_reason() ->
             assert tried.saw(event) is None
         tried.failed(0.0)
     text = str(tried.unreachable(10))
+    assert "(tried for 10 s)" in text and "(tried for less than 0.1 s)" in str(tried.unreachable(0.0))
     assert "at a: something listens there that does not answer" in text
     assert "at b: the connection broke" in text and "at c: nothing listens there" in text
 

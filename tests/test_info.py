@@ -83,6 +83,7 @@ def test_nothing_there_is_exit_3_and_one_line() -> None:
     assert finished.exit_code == EXIT_STARTUP_FAILED
     assert finished.output.count("\n") == 1
     assert finished.output.startswith("zsl info: no trunk daemon at tcp://127.0.0.1:1: nothing listens there")
+    assert " 0 s" not in finished.output
 
 
 def test_of_several_each_is_shown_and_one_that_answers_is_enough() -> None:

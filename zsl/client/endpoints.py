@@ -95,7 +95,8 @@ class Endpoints:
     def unreachable(self, seconds: float) -> TrunkUnreachable:
         """That none has answered in this time, and why."""
         tried = "; ".join(f"no trunk daemon at {one}: {_UNREACHABLE[why]}" for one, why in self._last_seen.items())
-        return TrunkUnreachable(f"{tried} (tried for {seconds:g} s); start one with zsl-trunkd, or check host and port")
+        how_long = f"{seconds:g} s" if seconds else "less than 0.1 s"
+        return TrunkUnreachable(f"{tried} (tried for {how_long}); start one with zsl-trunkd, or check host and port")
 
     def answered(self) -> None:
         """The current one has opened a session, and something came by it."""

@@ -36,7 +36,8 @@ class Examination:
     """The checks of this machine, of `model` if one is named, and of the daemon at `server` if there is one.
 
     `cut`: the one that the daemon must have. `local_trunk`: compare with the model's own trunk layers, if they can be
-    loaded here. Raises `ConfigError` for an endpoint that is none, or several.
+    loaded here. Raises `ConfigError` for an endpoint that is none, or several, and for
+    keys without one.
     """
 
     def __init__(
@@ -52,6 +53,9 @@ class Examination:
         endpoints = parse_endpoints(server) if server else ()
         if len(endpoints) > 1:
             raise ConfigError(f"--server {server!r}: name one daemon; for several, run it once for each")
+        if not endpoints and (server_key or client_key):
+            option = "--server-key" if server_key else "--client-key"
+            raise ConfigError(f"{option} is for a daemon: name that with --server HOST:PORT")
         self._endpoint = endpoints[0] if endpoints else None
         self._model = model
         self._cut = cut
