@@ -241,7 +241,7 @@ def test_a_row_for_each_document_ends_with_the_end_of_text_or_is_cut_off(
     data = load(write_lines(tmp_path / "texts.jsonl", [{"text": text} for text in texts]), packing=False)
     encoded = [tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] for text in texts if text]
     assert rows_of(data.train) == [tokens[:LENGTH] for tokens in encoded]
-    assert data.lines[1:] == ["2 empty texts left out", "1 texts cut off at 32 tokens"]
+    assert data.lines[1:] == ["2 empty texts left out", "1 text cut off at 32 tokens"]
     assert data.collate is not None
     assert data.collate([data.train[0], data.train[1]])["attention_mask"].sum(1).tolist() == [len(encoded[0]), LENGTH]
 
@@ -316,7 +316,7 @@ def test_conversations_whose_answer_is_out_of_reach_are_left_out_and_counted(
     assert data.lines[1:] == [
         "2 empty conversations left out",
         "2 rows left out, with nothing of an answer to learn within 32 tokens",
-        "1 conversations cut off at 32 tokens",
+        "1 conversation cut off at 32 tokens",
     ]
     with pytest.raises(DataError, match="no row to learn from"):
         load(write_lines(tmp_path / "long.jsonl", [{"messages": long}]))
@@ -596,13 +596,13 @@ def write_broken(directory: Path) -> None:
         ("two.jsonl", {"text_column": "questions"}, ["questions", "question (string), answer (string)"]),
         ("two.jsonl", {"text_column": "number"}, ["number", "no text"]),
         ("two.jsonl", {"messages_column": "answer"}, ["answer", "no lists of messages"]),
-        ("two.jsonl", {"text_column": "answer"}, ["1 tokens do not fill one row of 32", "data.packing = false"]),
+        ("two.jsonl", {"text_column": "answer"}, ["1 token does not fill one row of 32", "data.packing = false"]),
         ("numbers.csv", {}, ["numbers.csv", "n (int64)", "none of them holds text or conversations"]),
         ("blank.txt", {}, ["blank.txt is empty"]),
         ("latin.txt", {}, ["latin.txt", "not UTF-8"]),
         ("script", {}, ["script.py", "never run"]),
         ("nothing", {}, ["nothing", "data files"]),
-        ("good.jsonl", {"validation": 0.5, "packing": False, "max_length": 2}, ["leaves none of 1 rows"]),
+        ("good.jsonl", {"validation": 0.5, "packing": False, "max_length": 2}, ["leaves none of 1 row to"]),
     ],
     ids=str,
 )

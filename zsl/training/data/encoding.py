@@ -22,6 +22,11 @@ SHOWN_CHARACTERS = 60  # of a row that has no number
 Batches = Iterator[list[tuple[int | None, Any]]]
 
 
+def counted(count: int, noun: str) -> str:
+    """A number of things, in words."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
 @dataclass
 class Tally:
     """What became of the documents that gave no row, or not the whole of one."""
@@ -33,13 +38,13 @@ class Tally:
 
     def lines(self, kind: str, length: int) -> list[str]:
         """For whoever trains."""
-        what, target = ("texts", "") if kind == "text" else ("conversations", " of an answer")
+        what, target = ("text", "") if kind == "text" else ("conversation", " of an answer")
         told = [
-            (self.empty, f"empty {what} left out"),
-            (self.without_target, f"rows left out, with nothing{target} to learn within {length} tokens"),
-            (self.cut_off, f"{what} cut off at {length} tokens"),
+            (self.empty, f"empty {what}", "left out"),
+            (self.without_target, "row", f"left out, with nothing{target} to learn within {length} tokens"),
+            (self.cut_off, what, f"cut off at {length} tokens"),
         ]
-        return [f"{count:,} {words}" for count, words in told if count]
+        return [f"{counted(count, noun)} {fate}" for count, noun, fate in told if count]
 
 
 class Encoder:

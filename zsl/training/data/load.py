@@ -13,7 +13,7 @@ from datasets import Dataset
 from zsl.errors import ConfigError, DataError
 from zsl.split.reference import ModelReference
 from zsl.training.data.columns import Column, column_of
-from zsl.training.data.encoding import Encoder, Tally
+from zsl.training.data.encoding import Encoder, Tally, counted
 from zsl.training.data.rows import PadRight, TokenRow, count_tokens, hold, take
 from zsl.training.data.sources import Documents, open_documents, validation_documents
 from zsl.training.data.stream import SHUFFLE_ROWS, TokenStream
@@ -140,8 +140,9 @@ def _stream(documents: Documents, encoder: Encoder, table: DataTable) -> tuple[T
 
 def _no_row(what: str, encoder: Encoder, tally: Tally) -> str:
     if encoder.packing and tally.tokens and not tally.without_target:
+        fill = "does not fill" if tally.tokens == 1 else "do not fill"
         return (
-            f"{what}: {tally.tokens} tokens do not fill one row of {encoder.length}; lower data.max_length, "
+            f"{what}: {counted(tally.tokens, 'token')} {fill} one row of {encoder.length}; lower data.max_length, "
             "or give each text a row of its own with data.packing = false"
         )
     reasons = tally.lines(encoder.column.kind, encoder.length)
@@ -152,8 +153,7 @@ def _size(dataset: Dataset, encoder: Encoder) -> str:
     tokens, learnt = count_tokens(dataset)
     learnt_of = "" if encoder.column.kind == "text" else f", {learnt:,} of them in answers"
     length = f"{encoder.length}" if encoder.packing else f"up to {encoder.length}"
-    rows = "1 row" if len(dataset) == 1 else f"{len(dataset):,} rows"
-    return f"{rows} of {length} tokens ({tokens:,} tokens{learnt_of})"
+    return f"{counted(len(dataset), 'row')} of {length} tokens ({tokens:,} tokens{learnt_of})"
 
 
 def _validation_count(table: DataTable, samples: int) -> int:
@@ -167,6 +167,8 @@ def _divided(rows: Dataset, table: DataTable, what: str) -> tuple[Dataset, Datas
     assert isinstance(table.validation, float)
     count = max(1, round(len(rows) * table.validation))
     if count == len(rows):
-        raise DataError(f"{what}: data.validation = {table.validation} leaves none of {count} rows to train on")
+        raise DataError(
+            f"{what}: data.validation = {table.validation} leaves none of {counted(count, 'row')} to train on"
+        )
     drawn = np.random.default_rng(table.seed).permutation(len(rows))
     return take(rows, sorted(drawn[count:])), take(rows, sorted(drawn[:count][: table.validation_samples]))
