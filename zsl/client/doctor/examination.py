@@ -36,8 +36,7 @@ class Examination:
     """The checks of this machine, of `model` if one is named, and of the daemon at `server` if there is one.
 
     `cut`: the one that the daemon must have. `local_trunk`: compare with the model's own trunk layers, if they can be
-    loaded here. Raises `ConfigError` for an endpoint that is none, or several, and for
-    keys without one.
+    loaded here. Raises `ConfigError` for an endpoint that is none, or several, or for keys without one.
     """
 
     def __init__(
