@@ -273,7 +273,8 @@ def test_a_metric_that_is_no_number_is_null_in_the_file_and_nan_when_a_run_goes_
 
 def test_with_no_gradient_from_the_trunk_something_behind_it_must_learn(small: list[str], tmp_path: Path) -> None:
     only_bottom = ["--set", "peft.target_modules=['q_proj']", "--set", "peft.layers_to_transform=[0]"]
-    result = run(*small, *only_bottom, "--set", "trunk.mode=none", "--dry-run", "--save-dir", tmp_path / "out")
+    with pytest.warns(UserWarning, match="no gradient passes the trunk"):
+        result = run(*small, *only_bottom, "--set", "trunk.mode=none", "--dry-run", "--save-dir", tmp_path / "out")
     assert result.exit_code == 2 and "nothing behind it learns" in result.stderr, result.output
 
 
