@@ -7,7 +7,6 @@ import json
 import math
 import re
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from transformers import Trainer, TrainingArguments
 
 from support.data import SENTENCES, conversation, write_model
 from support.models import tiny_model
+from test_train import COMMAND
 from zsl.cli.shown import Shown
 from zsl.cli.train import train as train_command
 from zsl.errors import ConfigError, RunFailed
@@ -36,7 +36,6 @@ from zsl.training.trained import find_trained
 from zsl.training.validation_loss import TokenLossMixin
 
 ROOT = Path(__file__).parent.parent
-COMMAND = [sys.executable, "-c", "from zsl.cli.train import train; train(prog_name='zsl-train')"]
 TABLES = {"model", "trunk", "data", "peft", "train"}
 
 

@@ -88,5 +88,7 @@ def doctor(
         )
         show(examination.run())
         if failed:
-            click.echo(f"zsl doctor: {failed} {'check' if failed == 1 else 'checks'} failed", err=True)
+            from zsl.training.report import counted
+
+            click.echo(f"zsl doctor: {counted(failed, 'check')} failed", err=True)
             sys.exit(EXIT_RUN_FAILED)

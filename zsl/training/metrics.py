@@ -19,6 +19,8 @@ from zsl.split.durable import write_file
 
 logger = logging.getLogger(__name__)
 
+_LOSSES = ("loss", "eval_loss", "eval_perplexity")
+
 
 class RunMetrics:
     """The losses in full precision, and a line each in `file`; `earlier` are the lines until where a run goes on.
@@ -124,9 +126,6 @@ class RunMetrics:
                 self.close()
                 raise
         self._written = len(self._lines)
-
-
-_LOSSES = ("loss", "eval_loss", "eval_perplexity")
 
 
 def _without_nan(line: Mapping[str, Any]) -> dict[str, Any]:

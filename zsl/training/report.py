@@ -67,6 +67,11 @@ def step_line(step: int, of_steps: int, loss: float, measure: StepMeasure, secon
     return f"  step {step}/{of_steps}: loss {loss:.4f}, " + ", ".join(words for words in shown if words)
 
 
+def counted(count: int, noun: str) -> str:
+    """A number of things, in words."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
 def byte_count(number: float) -> str:
     """Bytes with a unit: `512 B`, `1.6 kB`, `23 MB`."""
     for unit in ("B", "kB", "MB", "GB"):

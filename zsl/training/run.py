@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-import sys
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -100,23 +99,27 @@ def train_from_config(config: TrainConfig, where: str, *, dry_run: bool = False)
             eval_dataset=data.validation,
             data_collator=data.collate or default_data_collator,
         )
-        if dry_run:
-            begins = f"would go on from {start.checkpoint}" if start else "would begin at step 0"
-            print(f"\nDry run: everything is there, and the trunk answers. The training {begins}.")
-        else:
-            print("\nTraining")
-        if start is not None:
-            if not dry_run:
-                of_steps = f" of {start.of_steps}" if start.of_steps is not None else ""
-                print(f"  Resuming from {start.checkpoint}, step {start.step}{of_steps}")
-            if start.differences:
-                print(f"  It was made with another configuration: {', '.join(start.differences)}")
-        elif run.holds_a_finished_run:
-            print(f"  {directory} holds a run that came to its end; what this one saves replaces it")
+        print(*_beginning(run, start, dry_run=dry_run), sep="\n", flush=True)
         if dry_run:
             return
-        sys.stdout.flush()
         _train(trainer, run, start, Results(model, sides, reference, directory, metrics, run.record), trunk)
+
+
+def _beginning(run: RunDirectory, start: Start | None, *, dry_run: bool) -> list[str]:
+    """Lines that say where the training starts, or would, and on top of what."""
+    if dry_run:
+        begins = f"would go on from {start.checkpoint}" if start else "would begin at step 0"
+        lines = ["", f"Dry run: everything is there, and the trunk answers. The training {begins}."]
+    else:
+        lines = ["", "Training"]
+        if start is not None:
+            of_steps = f" of {start.of_steps}" if start.of_steps is not None else ""
+            lines.append(f"  Resuming from {start.checkpoint}, step {start.step}{of_steps}")
+    if start is not None and start.differences:
+        lines.append(f"  It was made with another configuration: {', '.join(start.differences)}")
+    elif start is None and run.holds_a_finished_run:
+        lines.append(f"  {run.path} holds a run that came to its end; what this one saves replaces it")
+    return lines
 
 
 def _trainer(where: str, **arguments: Any) -> SplitTrainer:

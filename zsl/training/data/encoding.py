@@ -14,17 +14,13 @@ from zsl.training.data.columns import Column
 from zsl.training.data.reading import read_batches
 from zsl.training.data.rows import TokenRow, pack
 from zsl.training.data.sources import Documents
+from zsl.training.report import counted
 
 DOCUMENTS_AT_ONCE = 100
 SHOWN_CHARACTERS = 60  # of a row that has no number
 
 # Values of a column, with the numbers of their rows.
 Batches = Iterator[list[tuple[int | None, Any]]]
-
-
-def counted(count: int, noun: str) -> str:
-    """A number of things, in words."""
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 @dataclass

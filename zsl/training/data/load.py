@@ -13,12 +13,13 @@ from datasets import Dataset
 from zsl.errors import ConfigError, DataError
 from zsl.split.reference import ModelReference
 from zsl.training.data.columns import Column, column_of
-from zsl.training.data.encoding import Encoder, Tally, counted
+from zsl.training.data.encoding import Encoder, Tally
 from zsl.training.data.rows import PadRight, TokenRow, count_tokens, hold, take
 from zsl.training.data.sources import Documents, open_documents, validation_documents
 from zsl.training.data.stream import SHUFFLE_ROWS, TokenStream
 from zsl.training.data.synthetic import SYNTHETIC_SAMPLES, synthetic_language
 from zsl.training.data.table import SYNTHETIC, DataTable
+from zsl.training.report import counted
 
 
 @dataclass(frozen=True)
