@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,13 +12,13 @@ import torch
 import zsl
 from support.daemon import Daemon
 from support.models import CUT
-from test_merging import backward_work, forward_work, split_randomly, tensors
+from test_merging import backward_work, forward_work, run, split_randomly, tensors
 from zsl.errors import WrongModelError
 from zsl.split.cut import parse_cut
 from zsl.trunk.assemble import plan_trunk
 from zsl.trunk.compute import TorchCompute
-from zsl.trunk.probe import is_deterministic
-from zsl.trunk.work import Keep
+from zsl.trunk.probe import PackedForms, is_deterministic
+from zsl.trunk.work import Alone, Keep
 
 PASS_TOKENS = 64
 COMPOSITIONS = 25
@@ -37,8 +36,8 @@ def compute(request: pytest.FixtureRequest, checkpoints: Callable[..., Path]) ->
 def test_random_company_changes_no_bit_of_output_or_gradient(compute: TorchCompute, keep: Keep) -> None:
     source = random.Random(0)
     mine = forward_work(0, rows=2, tokens=9, keep=keep)
-    (done,) = compute.run([mine])
-    expected = [*tensors([done]), *tensors(list(compute.run([backward_work(mine, done, 0)])))]
+    (done,) = run(compute, [mine])
+    expected = [*tensors([done]), *tensors(list(run(compute, [backward_work(mine, done, 0)])))]
     for composition in range(COMPOSITIONS):
         room = PASS_TOKENS - mine.shape.total_tokens
         works = [mine]
@@ -47,11 +46,11 @@ def test_random_company_changes_no_bit_of_output_or_gradient(compute: TorchCompu
             room -= works[-1].shape.total_tokens
         order = split_randomly(len(works), source)
         outcomes = {
-            i: one for batch in order for i, one in zip(batch, compute.run([works[i] for i in batch]), strict=True)
+            i: one for batch in order for i, one in zip(batch, run(compute, [works[i] for i in batch]), strict=True)
         }
         found = tensors([outcomes[0]])
         for batch in split_randomly(len(works), source):
-            gradients = compute.run([backward_work(works[i], outcomes[i], i) for i in batch])
+            gradients = run(compute, [backward_work(works[i], outcomes[i], i) for i in batch])
             if 0 in batch:
                 found += tensors([gradients[batch.index(0)]])
         assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True)), composition
@@ -76,7 +75,7 @@ def test_the_self_test_would_notice() -> None:
         def gradients(self, at_output: torch.Tensor) -> torch.Tensor:
             return at_output
 
-    assert not is_deterministic(Leaky(), 16)  # type: ignore[arg-type]
+    assert not is_deterministic(Leaky(), 16, PackedForms(plain=True))  # type: ignore[arg-type]
 
 
 def test_a_client_that_insists_is_refused_by_a_daemon_that_is_not_deterministic(
@@ -102,6 +101,6 @@ def test_a_deterministic_daemon_says_so_and_serves_who_insists(
 
 
 def test_requests_longer_than_a_pass_run_alone_in_their_own_shape(compute: TorchCompute) -> None:
-    long = replace(forward_work(1, rows=3, tokens=30), keep=Keep.GRAPH)
-    (done,) = compute.run([long])
+    long = forward_work(1, rows=3, tokens=30, keep=Keep.GRAPH, sharing=Alone())
+    (done,) = run(compute, [long])
     assert len(tensors([done])) == 1

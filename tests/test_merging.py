@@ -6,7 +6,7 @@ import gc
 import random
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -29,16 +29,18 @@ from zsl.split.cut import parse_cut
 from zsl.trunk.assemble import plan_trunk
 from zsl.trunk.compute import TorchCompute
 from zsl.trunk.costs import Costs, PassCost
-from zsl.trunk.middle import Graph, Middle, Pass
+from zsl.trunk.middle import Graph, Middle
+from zsl.trunk.passes import Pass
 from zsl.trunk.products import LinearLayers, Products
 from zsl.trunk.stash import TorchStash
-from zsl.trunk.work import Done, Keep, Kind, Shape, Work
+from zsl.trunk.work import Batch, Done, Keep, Kind, Outcome, Packed, Shape, Sharing, Stacked, Work
 from zsl.wire.frames import Message
 from zsl.wire.messages import Role
 from zsl.wire.tensors import decode_tensor, encode_tensor
 
 TOLERANCE = 1e-5
 STEPS = 15
+PACKED = Packed()
 
 
 def client_model(path: str, endpoint: str, seed: int) -> PeftModel:
@@ -100,21 +102,33 @@ def compute(request: pytest.FixtureRequest, checkpoints: Callable[..., Path]) ->
     return found
 
 
+def run(compute: TorchCompute, works: Sequence[Work]) -> list[Outcome]:
+    return compute.run(Batch(tuple(works)))
+
+
 def forward_work(
-    seed: int, rows: int = 1, tokens: int = 8, *, value: float | None = None, keep: Keep = Keep.PRODUCTS
+    seed: int,
+    rows: int = 1,
+    tokens: int = 8,
+    *,
+    value: float | None = None,
+    keep: Keep = Keep.PRODUCTS,
+    sharing: Sharing = PACKED,
 ) -> Work:
     torch.manual_seed(seed)
     shape = (rows, tokens, 32)
     activations = torch.randn(shape) if value is None else torch.full(shape, value)
     buffers = {"activations": encode_tensor("activations", activations)}
-    return Work(Kind.FORWARD, buffers, Shape(rows, tokens, (tokens,) * rows), keep)  # type: ignore[arg-type]
+    return Work(Kind.FORWARD, buffers, Shape(rows, tokens, (tokens,) * rows), sharing, keep)  # type: ignore[arg-type]
 
 
 def backward_work(work: Work, done: object, seed: int) -> Work:
     assert isinstance(done, Done), done
     torch.manual_seed(seed)
     gradients = torch.randn(work.shape.rows, work.shape.tokens, 32)
-    return Work(Kind.BACKWARD, {"gradients": encode_tensor("gradients", gradients)}, work.shape, stash=done.stash)
+    return Work(
+        Kind.BACKWARD, {"gradients": encode_tensor("gradients", gradients)}, work.shape, work.sharing, stash=done.stash
+    )
 
 
 def tensors(outcomes: list[object]) -> list[torch.Tensor]:
@@ -128,8 +142,8 @@ def tensors(outcomes: list[object]) -> list[torch.Tensor]:
 
 def alone(compute: TorchCompute, work: Work, seed: int) -> list[torch.Tensor]:
     """Output and gradient of a request that shares nothing, from its graph."""
-    (done,) = compute.run([replace(work, keep=Keep.GRAPH)])
-    return [*tensors([done]), *tensors(compute.run([backward_work(work, done, seed)]))]
+    (done,) = run(compute, [replace(work, keep=Keep.GRAPH)])
+    return [*tensors([done]), *tensors(run(compute, [backward_work(work, done, seed)]))]
 
 
 MIXES = [
@@ -146,9 +160,9 @@ def test_requests_of_any_lengths_share_a_pass_and_get_what_they_get_alone(
 ) -> None:
     works = [forward_work(seed, *shape) for seed, shape in enumerate(mix)]
     expected = [alone(compute, work, seed) for seed, work in enumerate(works)]
-    done = compute.run(works)
+    done = run(compute, works)
     backs = [backward_work(work, one, seed) for seed, (work, one) in enumerate(zip(works, done, strict=True))]
-    found = zip(tensors(list(done)), tensors(list(compute.run(backs))), strict=True)
+    found = zip(tensors(list(done)), tensors(list(run(compute, backs))), strict=True)
     for ours, theirs in zip(found, expected, strict=True):
         assert all(within(TOLERANCE)(*pair) for pair in zip(ours, theirs, strict=True))
 
@@ -158,10 +172,13 @@ def test_a_family_that_does_not_pack_merges_rows_of_equal_length(
     checkpoints: Callable[..., Path], mix: list[tuple[int, int]]
 ) -> None:
     compute = compute_of(checkpoints("llama"), packs=False)
-    works = [forward_work(seed, *shape) for seed, shape in enumerate(mix)]
-    done = compute.run(works)
+    works = [
+        forward_work(seed, *shape, sharing=Stacked(8, has_mask=False, has_positions=False))
+        for seed, shape in enumerate(mix)
+    ]
+    done = run(compute, works)
     backs = [backward_work(work, one, seed) for seed, (work, one) in enumerate(zip(works, done, strict=True))]
-    found = zip(tensors(list(done)), tensors(list(compute.run(backs))), strict=True)
+    found = zip(tensors(list(done)), tensors(list(run(compute, backs))), strict=True)
     for seed, (work, ours) in enumerate(zip(works, found, strict=True)):
         assert all(within(TOLERANCE)(*pair) for pair in zip(ours, alone(compute, work, seed), strict=True))
 
@@ -180,10 +197,10 @@ def test_random_neighbours_lengths_and_order_move_nothing_by_more_than_rounding(
     expected = [alone(llama, work, seed) for seed, work in enumerate(works)]
     done: dict[int, object] = {}
     for batch in split_randomly(len(works), forwards):
-        done.update(zip(batch, llama.run([works[i] for i in batch]), strict=True))
+        done.update(zip(batch, run(llama, [works[i] for i in batch]), strict=True))
     outputs = dict(enumerate(tensors([done[i] for i in range(len(works))])))
     for batch in split_randomly(len(works), forwards):
-        gradients = tensors(list(llama.run([backward_work(works[i], done[i], i) for i in batch])))
+        gradients = tensors(list(run(llama, [backward_work(works[i], done[i], i) for i in batch])))
         for i, gradient in zip(batch, gradients, strict=True):
             assert within(TOLERANCE)(gradient, expected[i][1])
             assert within(TOLERANCE)(outputs[i], expected[i][0])
@@ -210,12 +227,12 @@ def test_what_is_kept_of_a_step_changes_the_time_of_its_backward_not_a_bit_of_it
 ) -> None:
     work = forward_work(1)
     expected = alone(compute, work, 9)
-    (done,) = compute.run([replace(work, keep=keep)])
+    (done,) = run(compute, [replace(work, keep=keep)])
     assert isinstance(done, Done) and done.stash is not None and done.stash.keep is keep
     stash: object = done.stash
     while stash is not None:  # as it is, and demoted step by step
         assert isinstance(stash, TorchStash)
-        back = compute.run([replace(backward_work(work, done, 9), stash=stash)])
+        back = run(compute, [replace(backward_work(work, done, 9), stash=stash)])
         assert torch.equal(tensors(list(back))[0], expected[1])
         stash = stash.demoted()
 
@@ -225,10 +242,10 @@ def test_requests_that_come_back_together_share_their_graph(
 ) -> None:
     works = [forward_work(seed, tokens=5 + seed, keep=Keep.GRAPH_AND_PRODUCTS) for seed in range(3)]
     expected = [alone(compute, work, seed) for seed, work in enumerate(works)]
-    done = compute.run(works)
+    done = run(compute, works)
     backs = [backward_work(works[seed], done[seed], seed) for seed in (2, 0, 1)]
     monkeypatch.setattr(Middle, "graph", lambda *_: pytest.fail("the forward was computed again"))
-    for ours, seed in zip(tensors(list(compute.run(backs))), (2, 0, 1), strict=True):
+    for ours, seed in zip(tensors(list(run(compute, backs))), (2, 0, 1), strict=True):
         assert within(TOLERANCE)(ours, expected[seed][1])
 
 
@@ -243,7 +260,7 @@ def test_those_who_shared_a_forward_go_by_its_graph_beside_others_if_that_is_che
         for seed, tokens in enumerate([8, 8, 20, 5, 5, 4])
     ]
     expected = [alone(compute, work, seed) for seed, work in enumerate(works)]
-    done = [*compute.run(works[:2]), *compute.run(works[2:5]), *compute.run(works[5:])]
+    done = [*run(compute, works[:2]), *run(compute, works[2:5]), *run(compute, works[5:])]
     again: list[int] = []
     graph = Middle.graph
 
@@ -254,7 +271,7 @@ def test_those_who_shared_a_forward_go_by_its_graph_beside_others_if_that_is_che
     monkeypatch.setattr(Middle, "graph", note)
     coming = (5, 1, 2, 0)
     backs = [backward_work(works[seed], done[seed], seed) for seed in coming]
-    for ours, seed in zip(tensors(list(compute.run(backs))), coming, strict=True):
+    for ours, seed in zip(tensors(list(run(compute, backs))), coming, strict=True):
         assert within(TOLERANCE)(ours, expected[seed][1])
     assert again == passes, "tokens that were computed again"
 
@@ -267,25 +284,25 @@ def costs_of(fixed_seconds: float) -> Costs:
 def test_who_stays_away_holds_no_more_memory_than_its_own(compute: TorchCompute) -> None:
     works = [forward_work(seed, tokens=tokens, keep=Keep.GRAPH_AND_PRODUCTS) for seed, tokens in ((0, 2), (1, 60))]
     expected = alone(compute, works[0], 0)
-    done = compute.run(works)
+    done = run(compute, works)
     stays = done[0].stash if isinstance(done[0], Done) else None
     assert isinstance(stays, TorchStash) and stays.shared is not None
-    compute.run([backward_work(works[1], done[1], 1)])
+    run(compute, [backward_work(works[1], done[1], 1)])
     assert stays.shared.graph is None and stays.shared.joined is None
     products = stays.shared.products_of(0)
     assert products is not None
     assert sum(o.untyped_storage().nbytes() for o in products.outputs) == products.nbytes <= stays.nbytes
-    assert within(TOLERANCE)(tensors(compute.run([backward_work(works[0], done[0], 0)]))[0], expected[1])
+    assert within(TOLERANCE)(tensors(run(compute, [backward_work(works[0], done[0], 0)]))[0], expected[1])
 
 
 def test_a_step_that_is_dropped_costs_its_neighbours_time_and_nothing_else(compute: TorchCompute) -> None:
     works = [forward_work(seed, keep=Keep.GRAPH_AND_PRODUCTS) for seed in range(3)]
     expected = [alone(compute, work, seed) for seed, work in enumerate(works)]
-    done = compute.run(works)
+    done = run(compute, works)
     assert isinstance(done[1], Done) and done[1].stash is not None
     done[1].stash.drop()
     backs = [backward_work(works[seed], done[seed], seed) for seed in (0, 2)]
-    for ours, seed in zip(tensors(list(compute.run(backs))), (0, 2), strict=True):
+    for ours, seed in zip(tensors(list(run(compute, backs))), (0, 2), strict=True):
         assert within(TOLERANCE)(ours, expected[seed][1])
 
 
@@ -298,9 +315,9 @@ def test_one_kernel_for_sequences_of_any_lengths_does_what_one_call_a_group_does
     works = [forward_work(seed, rows, tokens) for seed, (rows, tokens) in enumerate([(1, 7), (2, 3), (1, 3), (1, 12)])]
 
     def forward_and_backward() -> list[torch.Tensor]:
-        done = compute.run(works)
+        done = run(compute, works)
         backs = [backward_work(work, one, seed) for seed, (work, one) in enumerate(zip(works, done, strict=True))]
-        return [*tensors(done), *tensors(compute.run(backs))]
+        return [*tensors(done), *tensors(run(compute, backs))]
 
     expected = forward_and_backward()
     calls = []
@@ -329,7 +346,7 @@ def test_one_kernel_for_sequences_of_any_lengths_does_what_one_call_a_group_does
         ]
         return torch.cat(each, 1).transpose(0, 1)
 
-    monkeypatch.setattr("zsl.trunk.attention._varlen_takes", lambda query, value: True)
+    monkeypatch.setattr("zsl.trunk.attention._kernel_takes", lambda query, value: True)
     monkeypatch.setattr("zsl.trunk.attention.varlen_attn", stand_in)
     for ours, theirs in zip(forward_and_backward(), expected, strict=True):
         assert within(TOLERANCE)(ours, theirs)
@@ -342,9 +359,9 @@ def test_a_neighbour_of_nan_changes_nothing(compute: TorchCompute, bad: float) -
     poisoned = [works[0], forward_work(2, tokens=5, value=bad), works[2]]
     results = []
     for mix in (works, poisoned):
-        done = compute.run(mix)
+        done = run(compute, mix)
         backs = [backward_work(work, one, 4) for work, one in zip(mix, done, strict=True)]
-        results.append([*tensors(list(done)), *tensors(list(compute.run(backs)))])
+        results.append([*tensors(list(done)), *tensors(list(run(compute, backs)))])
     for mine in (0, 2, 3, 5):
         assert torch.equal(results[0][mine], results[1][mine])
 
@@ -352,10 +369,10 @@ def test_a_neighbour_of_nan_changes_nothing(compute: TorchCompute, bad: float) -
 def test_a_neighbour_that_leaves_between_forward_and_backward_changes_nothing(compute: TorchCompute) -> None:
     works = [forward_work(seed, tokens=5 + seed) for seed in range(3)]
     expected = [alone(compute, work, seed) for seed, work in enumerate(works)]
-    done = compute.run(works)
+    done = run(compute, works)
     backs = [backward_work(works[seed], done[seed], seed) for seed in (0, 2)]
     del done
-    for ours, seed in zip(tensors(list(compute.run(backs))), (0, 2), strict=True):
+    for ours, seed in zip(tensors(list(run(compute, backs))), (0, 2), strict=True):
         assert within(TOLERANCE)(ours, expected[seed][1])
 
 
@@ -364,8 +381,8 @@ def test_a_request_that_fails_in_a_merged_pass_fails_alone(
 ) -> None:
     good = forward_work(1)
     bad = replace(good, buffers={"activations": encode_tensor("activations", torch.randn(1, 8, 31))})
-    outcomes = compute.run([good, bad])
-    assert torch.equal(tensors(outcomes[:1])[0], tensors(list(compute.run([good])))[0])
+    outcomes = run(compute, [good, bad])
+    assert torch.equal(tensors(outcomes[:1])[0], tensors(list(run(compute, [good])))[0])
     assert getattr(outcomes[1], "code", None) == "INTERNAL"
     assert "running them one by one" in caplog.text
 
@@ -390,7 +407,7 @@ def test_the_memory_of_a_graph_is_measured_on_that_graph(compute: TorchCompute) 
     sizes = []
     for rows in (1, 4):
         for _ in range(2):  # the second of a shape is remembered
-            (done,) = compute.run([forward_work(1, rows, keep=Keep.GRAPH)])
+            (done,) = run(compute, [forward_work(1, rows, keep=Keep.GRAPH)])
             assert isinstance(done, Done) and done.stash is not None
             sizes.append(done.stash.nbytes)
             demoted = done.stash.demoted()
@@ -403,7 +420,7 @@ def test_a_graph_that_is_dropped_without_a_backward_is_freed(compute: TorchCompu
     gc.collect()
     gc.disable()  # so that only reference counts free
     try:
-        (done,) = compute.run([forward_work(1, keep=Keep.GRAPH_AND_PRODUCTS)])
+        (done,) = run(compute, [forward_work(1, keep=Keep.GRAPH_AND_PRODUCTS)])
         assert isinstance(done, Done) and isinstance(done.stash, TorchStash)
         assert done.stash.shared is not None and done.stash.shared.graph is not None
         output = weakref.ref(done.stash.shared.graph.output)

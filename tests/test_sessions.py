@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from zsl.errors import OverloadedError, QuotaError, UnknownSessionError
 from zsl.trunk.sessions import Sessions
 from zsl.trunk.tenants import Tenant
-from zsl.trunk.work import Held, Keep, Shape
+from zsl.trunk.work import Alone, Held, Keep, Shape
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def table(**changes: float) -> Sessions:
 
 
 def kept(nbytes: int, keep: Keep = Keep.INPUT) -> Held:
-    return Held(Kept(nbytes, keep), Shape(1, 1, (1,)), None)
+    return Held(Kept(nbytes, keep), Shape(1, 1, (1,)), Alone())
 
 
 def test_a_session_ends_with_its_lease_and_frees_what_it_held() -> None:

@@ -139,13 +139,14 @@ def load(model: str, cut: str) -> Callable[[torch.Tensor], tuple[torch.Tensor, G
     from zsl.split.cut import parse_cut
     from zsl.split.loading import load_trunk_part
     from zsl.split.reference import resolve
-    from zsl.trunk.middle import Middle, Pass
+    from zsl.trunk.middle import Middle
+    from zsl.trunk.passes import Rows
 
     parsed = parse_cut(cut)
     middle = Middle(load_trunk_part(resolve(model), parsed), parsed)
 
     def run(activations: torch.Tensor) -> tuple[torch.Tensor, Gradient]:
-        graph = middle.graph(Pass(activations))
+        graph = middle.graph(Rows(activations))
         return graph.output, graph.gradients
 
     return run

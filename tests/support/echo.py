@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -19,7 +18,7 @@ from zsl.trunk.costs import UNKNOWN_COSTS, BatchLimits
 from zsl.trunk.server import TrunkServer
 from zsl.trunk.settings import ServerSettings, TrunkInfo, TrunkTraits
 from zsl.trunk.tenants import Allowlist
-from zsl.trunk.work import Compute, Done, Keep, Kind, Outcome, Work
+from zsl.trunk.work import Batch, Compute, Done, Keep, Kind, Outcome, Work
 from zsl.wire.messages import Cut, FloatDtypeName, ModelIdentity
 
 HIDDEN = 4
@@ -59,11 +58,11 @@ class EchoCompute:
         self.begun = threading.Semaphore(0)
         self.traits = traits
 
-    def run(self, works: Sequence[Work]) -> list[Outcome]:
+    def run(self, batch: Batch) -> list[Outcome]:
         self.begun.release()
         assert self.gate.wait(WAIT_SECONDS), "the test never opened the gate"
-        self.batches.append([work.kind for work in works])
-        return [self._one(work) for work in works]
+        self.batches.append([work.kind for work in batch.works])
+        return [self._one(work) for work in batch.works]
 
     def _one(self, work: Work) -> Outcome:
         role = "activations" if work.kind is Kind.FORWARD else "gradients"

@@ -27,7 +27,7 @@ from zsl.trunk.failpoints import failpoint_from
 from zsl.trunk.logs import set_up_logging
 from zsl.trunk.server import TrunkServer
 from zsl.trunk.settings import ServerSettings, TrunkInfo, TrunkTraits
-from zsl.trunk.work import Done, Keep, Kind, Outcome, Work
+from zsl.trunk.work import Batch, Done, Keep, Kind, Outcome, Work
 from zsl.wire.frames import Frame, Message
 from zsl.wire.messages import Backward, Forward, Header, Result, TensorDescriptor, Welcome
 
@@ -69,8 +69,8 @@ class SquareTrunk:
 
     traits: TrunkTraits = replace(TRAITS, deterministic=True)
 
-    def run(self, works: Sequence[Work]) -> list[Outcome]:
-        return [self._one(work) for work in works]
+    def run(self, batch: Batch) -> list[Outcome]:
+        return [self._one(work) for work in batch.works]
 
     def _one(self, work: Work) -> Outcome:
         role = "activations" if work.kind is Kind.FORWARD else "gradients"

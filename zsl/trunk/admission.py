@@ -1,5 +1,6 @@
-"""Whether a request's tensors are what this trunk takes. Pure: looks at descriptors and values before anything becomes
-a torch tensor.
+"""Check that a request's tensors are what this trunk takes, and say how it may share a pass.
+
+Pure: looks at descriptors and values before anything becomes a torch tensor.
 """
 
 from __future__ import annotations
@@ -16,13 +17,16 @@ from zsl.errors import (
     TooLargeError,
     UnknownStepError,
 )
-from zsl.trunk.work import Buffers, Shape
+from zsl.trunk.settings import TrunkTraits
+from zsl.trunk.work import Alone, Buffers, Packed, Shape, Sharing, Stacked
 from zsl.wire.messages import FLOAT_DTYPES, Limits, Role, TensorDescriptor
 
 # What the exponent of an infinity or NaN looks like.
 _EXPONENTS = {"f32": (np.uint32, 0x7F80_0000), "f16": (np.uint16, 0x7C00), "bf16": (np.uint16, 0x7F80)}
 _NUMPY_DTYPES = {"i64": np.int64, "i32": np.int32, "i16": np.int16, "i8": np.int8, "u8": np.uint8, "bool": np.uint8}
 
+
+Integers = np.ndarray[tuple[int, ...], np.dtype[np.integer[Any]]]
 
 _OPTIONAL: set[Role] = {"attention_mask", "position_ids", "lengths"}
 
@@ -61,16 +65,30 @@ def check_backward(buffers: Buffers, held: Shape | None, hidden_size: int, limit
     return shape
 
 
-def merge_key(buffers: Buffers, shape: Shape, *, packs: bool) -> tuple[object, ...] | None:
-    """Requests with equal keys can share a pass: packed, whatever their lengths, or else stacked row on row.
+def sharing_of(buffers: Buffers, shape: Shape, traits: TrunkTraits) -> Sharing:
+    """How a checked request may share a pass of a trunk of these traits.
 
-    None for one that can share with nobody.
+    A request that neither packs nor has a row shape to be stacked by, that gains nothing by company, or whose bits
+    company may not change, runs alone.
+    Raises `MalformedError` or `TooLargeError` for sequences that this trunk cannot keep apart.
     """
-    if packs and shape.packable:
-        return ("packed",)
-    if "lengths" in buffers:
-        return None
-    return (shape.tokens, "attention_mask" in buffers, "position_ids" in buffers)
+    has_mask, has_positions, has_lengths = (role in buffers for role in ("attention_mask", "position_ids", "lengths"))
+    restarts = not has_mask and not has_lengths and len(shape.lengths) > shape.rows
+    packs = traits.packs and (traits.packs_masks or not has_mask) and (traits.packs_restarts or not restarts)
+    if has_lengths and not traits.packs:
+        raise MalformedError("this trunk does not pack: send rows and their attention_mask instead of lengths")
+    if not shape.fits_rows and not packs:
+        raise TooLargeError(
+            f"rows of {shape.tokens} tokens are longer than this model's positions, and this trunk cannot tell the "
+            "sequences in them apart; send shorter rows"
+        )
+    if not traits.merges or shape.total_tokens > traits.batch_limits.merge_below_tokens:
+        return Alone()
+    if packs:
+        return Packed()
+    if has_lengths or traits.deterministic:
+        return Alone()
+    return Stacked(shape.tokens, has_mask, has_positions)
 
 
 def _check_roles(buffers: Buffers, *, needed: set[Role], optional: set[Role]) -> None:
@@ -92,27 +110,35 @@ def _check_inputs(buffers: Buffers, hidden_size: int, limits: Limits) -> Shape:
         raise TooLargeError(
             f"a request of {rows} x {tokens} tokens is over {limits.max_request_tokens}; send fewer rows at once"
         )
-    lengths = _lengths(buffers, rows, tokens)
-    if max(lengths) > limits.max_row_tokens:
-        raise TooLargeError(f"rows of {max(lengths)} tokens; this model takes {limits.max_row_tokens}")
+    masked: frozenset[int] = frozenset()
     if "attention_mask" in buffers:
-        _integers(buffers, "attention_mask", {(rows, tokens)}, lowest=0, highest=1)
-    consecutive = True
+        mask = _integers(buffers, "attention_mask", {(rows, tokens)}, lowest=0, highest=1)
+        masked = frozenset(np.flatnonzero((mask.reshape(rows, tokens) == 0).any(1)).tolist())
+    positions = None
     if "position_ids" in buffers:
         shapes: set[tuple[int, ...]] = {(rows, tokens), (1, tokens)}
         positions = _integers(buffers, "position_ids", shapes, lowest=0, highest=limits.max_row_tokens - 1)
-        # Positions that start again tell sequences apart within a row: transformers masks between them.
-        consecutive = bool((np.diff(positions.reshape(-1, tokens).astype(np.int64)) == 1).all())
+    lengths = _lengths(buffers, rows, tokens, positions)
+    if max(lengths) > limits.max_row_tokens:
+        raise TooLargeError(f"sequences of {max(lengths)} tokens; this model takes {limits.max_row_tokens}")
     _check_finite(buffers)
-    if "lengths" in buffers:
-        return Shape(rows, tokens, lengths)
-    return Shape(rows, tokens, lengths, packable=consecutive and "attention_mask" not in buffers)
+    fits_rows = "lengths" in buffers or tokens <= limits.max_row_tokens
+    return Shape(rows, tokens, lengths, masked, fits_rows)
 
 
-def _lengths(buffers: Buffers, rows: int, tokens: int) -> tuple[int, ...]:
-    """The lengths of the sequences in a request: its rows, or what it says of its one row."""
+def _lengths(buffers: Buffers, rows: int, tokens: int, positions: Integers | None) -> tuple[int, ...]:
+    """The lengths of the sequences in a request: what it says about its one row, or its rows.
+
+    Without a mask, a row is one sequence as long as its positions count up by one: transformers masks between the
+    tokens where they do not (`find_packed_sequence_indices`).
+    """
     if "lengths" not in buffers:
-        return (tokens,) * rows
+        if positions is None or "attention_mask" in buffers:
+            return (tokens,) * rows
+        steps = np.diff(positions.reshape(-1, tokens).astype(np.int64))
+        starts = np.ones((rows, tokens), dtype=bool)
+        starts[:, 1:] = steps != 1
+        return tuple(np.diff(np.flatnonzero(starts), append=rows * tokens).tolist())
     if rows != 1 or "attention_mask" in buffers:
         raise BadShapeError("lengths tell apart the sequences of one row, without a mask")
     shape = buffers["lengths"][0].shape
@@ -152,9 +178,7 @@ def _check_finite(buffers: Buffers) -> None:
         )
 
 
-def _integers(
-    buffers: Buffers, role: Role, shapes: set[tuple[int, ...]], *, lowest: int, highest: int
-) -> np.ndarray[tuple[int, ...], np.dtype[np.integer[Any]]]:
+def _integers(buffers: Buffers, role: Role, shapes: set[tuple[int, ...]], *, lowest: int, highest: int) -> Integers:
     """The flat values of a tensor of integers, checked."""
     descriptor, buffer = buffers[role]
     if descriptor.dtype in FLOAT_DTYPES:

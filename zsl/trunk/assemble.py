@@ -17,7 +17,7 @@ from zsl.split.stack import layer_count
 from zsl.trunk.compute import TorchCompute
 from zsl.trunk.costs import UNKNOWN_COSTS, BatchLimits, batch_limits
 from zsl.trunk.middle import Middle
-from zsl.trunk.probe import can_pack, is_deterministic, measure_costs
+from zsl.trunk.probe import find_packed_forms, is_deterministic, measure_costs
 from zsl.trunk.settings import TrunkInfo, TrunkTraits
 from zsl.wire.messages import Cut
 from zsl.wire.tensors import float_wire_name
@@ -56,13 +56,13 @@ class TrunkPlan:
         except RuntimeError as error:
             raise StartupError(f"the trunk cannot be moved to {self.device}: {str(error).splitlines()[0]}") from error
         middle = Middle(model, self.cut)
-        packs = can_pack(middle)
+        forms = find_packed_forms(middle)
         costs = UNKNOWN_COSTS
         limits = BatchLimits()
         if deterministic:
             pass_tokens = max_batch_tokens or DETERMINISTIC_PASS_TOKENS
             limits = BatchLimits(pass_tokens, pass_tokens)
-            deterministic = packs and is_deterministic(middle, pass_tokens)
+            deterministic = forms.plain and is_deterministic(middle, pass_tokens, forms)
         elif max_batch_tokens is None or merge_below_tokens is None:
             costs = measure_costs(middle)
             limits = batch_limits(costs)
@@ -73,7 +73,9 @@ class TrunkPlan:
         traits = TrunkTraits(
             parameters=middle.parameter_count,
             merges=not middle.mixes_rows and limits.merge_below_tokens > 0,
-            packs=packs,
+            packs=forms.plain,
+            packs_masks=forms.masks,
+            packs_restarts=forms.restarts,
             deterministic=deterministic,
             costs=costs,
             batch_limits=limits,

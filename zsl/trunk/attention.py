@@ -1,27 +1,30 @@
 """Attention of a packed pass: many sequences in one row, each attending to itself only.
 
-Registered with transformers' `AttentionInterface`, so every family's own layer code calls it. The mask function
-makes one mask per length instead of one for the whole row, which would grow with its square. On CUDA, in half
-precision, one call of the flash kernel for sequences of any lengths takes the whole row. While no pass is packed the
-functions do what `sdpa` does, except that they avoid the CPU's flash kernel where its backward is slow.
+Registered with transformers' `AttentionInterface`, so every family's own layer code calls it. Sequences of equal length
+are taken for rows, and given to the attention and the mask function that the family uses by itself: padding, windows,
+soft caps and sinks stay the family's. Two kernels replace its `sdpa`: on CUDA, in half precision, one call of the flash
+kernel for sequences of any lengths; on a CPU, the matrix of scores where the flash kernel is slow or rounds otherwise
+for other company.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import inspect
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 IMPLEMENTATION = "zsl_segments"
 
@@ -34,10 +37,11 @@ VARLEN_CAPABILITY, MAX_VARLEN_DIM = (8, 0), 256
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """`count` sequences of `length` tokens, one after the other."""
+    """`count` sequences of `length` tokens; if `masked`, each with tokens that none may attend to."""
 
-    count: int
     length: int
+    masked: bool
+    count: int
 
     @property
     def tokens(self) -> int:
@@ -45,72 +49,97 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True)
-class GroupMasks:
-    """The mask of a packed pass, from the mask function to the attention function: one for each group.
+class Layout:
+    """The sequences of a packed row in groups of equal ones.
 
-    A mask is `[1, 1, length, length]`, true where a token is seen, or None for plain causal attention.
+    `order` lists the tokens as the groups have them, `back` is its inverse; None where the row has them so.
+    `seen` is False for the tokens that none may attend to, in the order of the groups.
     """
 
     groups: tuple[Group, ...]
+    order: torch.Tensor | None  # [tokens]
+    back: torch.Tensor | None  # [tokens]
+    seen: torch.Tensor | None  # [tokens], bool
+    invariant: bool  # no kernel may round otherwise for other company
+
+
+@dataclass(frozen=True, slots=True)
+class GroupMasks:
+    """The mask of a packed pass, from the mask function to the attention function: one for each group, as the family's
+    own mask function makes it."""
+
+    layout: Layout
     masks: tuple[torch.Tensor | None, ...]
-    flash: bool  # whether a flash kernel may be used
 
 
-_packing: ContextVar[tuple[tuple[Group, ...], bool] | None] = ContextVar("packing", default=None)
+@dataclass(frozen=True, slots=True)
+class _Active:
+    own: str  # the family's own implementation
+    layout: Layout | None  # None: rows as they are
 
 
-def grouped(lengths: Sequence[int]) -> tuple[Group, ...]:
-    """The groups of lengths of which equal ones are neighbours."""
-    groups: list[Group] = []
-    for length in lengths:
-        if groups and groups[-1].length == length:
-            groups[-1] = Group(groups[-1].count + 1, length)
-        else:
-            groups.append(Group(1, length))
-    return tuple(groups)
+_active: ContextVar[_Active] = ContextVar("active")
+
+
+def layout_of(
+    lengths: Sequence[int],
+    masked: frozenset[int] = frozenset(),
+    seen: torch.Tensor | None = None,
+    *,
+    invariant: bool = False,
+    device: torch.device | str = "cpu",
+) -> Layout:
+    """Group the sequences of a row by length, and by whether they have a mask (their indices in `masked`).
+
+    `seen` `[tokens]`: False for the tokens that none may attend to.
+    """
+    kinds = [(length, index in masked) for index, length in enumerate(lengths)]
+    counts = Counter(kinds)
+    groups = tuple(Group(length, has_mask, counts[length, has_mask]) for length, has_mask in sorted(counts))
+    if all(before <= after for before, after in pairwise(kinds)):
+        return Layout(groups, None, None, seen, invariant)
+    starts = list(accumulate(lengths, initial=0))
+    sorted_indices = sorted(range(len(kinds)), key=kinds.__getitem__)
+    order = torch.cat([torch.arange(starts[index], starts[index + 1]) for index in sorted_indices]).to(device)
+    return Layout(groups, order, order.argsort(), None if seen is None else seen[order], invariant)
 
 
 @contextmanager
-def segments_attention(config: Any, groups: tuple[Group, ...] | None, *, flash: bool = True) -> Iterator[None]:
-    """Within it, the model of `config` uses the attention of this file, for a row packed from `groups`.
-
-    Not `flash`: with no kernel whose rounding depends on how many sequences it is given.
-    """
-    before = config._attn_implementation
-    token = _packing.set(None if groups is None else (groups, flash))
+def segments_attention(config: Any, layout: Layout | None) -> Iterator[None]:
+    """Within it, the model of `config` uses the attention of this file, for a packed row of this layout or for rows."""
+    own = config._attn_implementation
+    token = _active.set(_Active(own, layout))
     config._attn_implementation = IMPLEMENTATION
     try:
         yield
     finally:
-        config._attn_implementation = before
-        _packing.reset(token)
+        config._attn_implementation = own
+        _active.reset(token)
 
 
 def flash_is_slow(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the flash kernel of `sdpa` is the slower one, so that even requests that run alone should not use it."""
+    """Say if the flash kernel of `sdpa` is the slower one, so that even requests that run alone should not use it."""
     return device.type == "cpu" and dtype != torch.float32
 
 
-def _mask(
-    batch_size: int, q_length: int, kv_length: int, mask_function: Any = causal_mask_function, **arguments: Any
-) -> torch.Tensor | GroupMasks | None:
+def _mask(batch_size: int, q_length: int, kv_length: int, **arguments: Any) -> torch.Tensor | GroupMasks | None:
     """A mask as transformers asks for it, or one for each group of a packed row."""
-    packing = _packing.get()
-    if packing is None:
-        return _whole_mask(batch_size, q_length, kv_length, mask_function=mask_function, **arguments)
-    groups, flash = packing
-    for irrelevant in ("attention_mask", "q_offset", "kv_offset"):
-        arguments.pop(irrelevant, None)
-    return GroupMasks(
-        groups,
-        tuple(_whole_mask(1, group.length, group.length, mask_function=mask_function, **arguments) for group in groups),
-        flash,
-    )
-
-
-def _whole_mask(batch: int, queries: int, keys: int, **arguments: Any) -> torch.Tensor | None:
-    mask: torch.Tensor | None = sdpa_mask(batch, queries, keys, **arguments)
-    return mask
+    active = _active.get()
+    own: Callable[..., torch.Tensor | None] = ALL_MASK_ATTENTION_FUNCTIONS[active.own]
+    if active.layout is None:
+        return own(batch_size, q_length, kv_length, **arguments)
+    for of_the_row in ("attention_mask", "q_offset", "kv_offset"):
+        arguments.pop(of_the_row, None)
+    masks, start = [], 0
+    for group in active.layout.groups:
+        rows, seen = 1, None
+        if group.masked:
+            assert active.layout.seen is not None
+            rows = group.count
+            seen = active.layout.seen[start : start + group.tokens].view(rows, group.length)
+        masks.append(own(rows, group.length, group.length, attention_mask=seen, **arguments))
+        start += group.tokens
+    return GroupMasks(active.layout, tuple(masks))
 
 
 def _attention(
@@ -119,26 +148,26 @@ def _attention(
     key: torch.Tensor,  # [rows, key heads, tokens, dim]
     value: torch.Tensor,
     attention_mask: torch.Tensor | GroupMasks | None,
-    scaling: float | None = None,
-    is_causal: bool | None = None,
-    softcap: float | None = None,
-    **_: Any,
+    **arguments: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention as a decoder layer of transformers asks for it: `[rows, tokens, heads, dim]`."""
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if not isinstance(attention_mask, GroupMasks):
-        return _attend(query, key, value, attention_mask, scale, causal, softcap, flash=True).transpose(1, 2), None
-    plain = softcap is None and causal and all(mask is None for mask in attention_mask.masks)
-    if plain and attention_mask.flash and _varlen_takes(query, value):
-        return _attend_at_once(query, key, value, attention_mask.groups, scale), None
-    outputs, start = [], 0
-    for group, mask in zip(attention_mask.groups, attention_mask.masks, strict=True):
-        q, k, v = (_rows_of(tensor, start, group) for tensor in (query, key, value))
-        attended = _attend(q, k, v, mask, scale, causal, softcap, flash=attention_mask.flash)
-        outputs.append(attended.transpose(1, 2).flatten(0, 1))
-        start += group.tokens
-    return torch.cat(outputs).unsqueeze(0), None  # [1, tokens, heads, dim]
+        return _attend(module, query, key, value, attention_mask, invariant=False, **arguments), None
+    layout, masks = attention_mask.layout, attention_mask.masks
+    if layout.order is not None:
+        query, key, value = (tensor[:, :, layout.order] for tensor in (query, key, value))
+    if all(mask is None for mask in masks) and not layout.invariant and _varlen_takes(module, query, value, arguments):
+        attended = _attend_at_once(query, key, value, layout.groups, _scale(query, arguments))
+    else:
+        outputs, start = [], 0
+        for group, mask in zip(layout.groups, masks, strict=True):
+            q, k, v = (_rows_of(tensor, start, group) for tensor in (query, key, value))
+            outputs.append(_attend(module, q, k, v, mask, invariant=layout.invariant, **arguments).flatten(0, 1))
+            start += group.tokens
+        attended = torch.cat(outputs)  # [tokens, heads, dim]
+    if layout.back is not None:
+        attended = attended[layout.back]
+    return attended.unsqueeze(0), None
 
 
 def _rows_of(packed: torch.Tensor, start: int, group: Group) -> torch.Tensor:
@@ -148,8 +177,54 @@ def _rows_of(packed: torch.Tensor, start: int, group: Group) -> torch.Tensor:
     return rows
 
 
-def _varlen_takes(query: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether the flash kernel for sequences of any lengths does."""
+def _attend(
+    module: nn.Module,
+    query: torch.Tensor,  # [rows, heads, length, dim]
+    key: torch.Tensor,  # [rows, key heads, length, dim]
+    value: torch.Tensor,
+    mask: torch.Tensor | None,  # as the family's own mask function makes it
+    *,
+    invariant: bool,
+    **arguments: Any,
+) -> torch.Tensor:
+    """Attention of rows, `[rows, length, heads, dim]`: the family's own, or the same by the matrix of scores."""
+    own = _active.get().own
+    slow = flash_is_slow(query.dtype, query.device) and query.shape[2] <= MAX_SCORES_LENGTH
+    if own == "sdpa" and (invariant or slow) and arguments.get("position_bias") is None:
+        causal = _is_causal(module, arguments)
+        return _attend_by_scores(query, key, value, mask, _scale(query, arguments), causal).transpose(1, 2)
+    attended: torch.Tensor
+    if own == "eager":
+        # The default of a family's own file, which its attention layer would have called.
+        attended, _ = inspect.unwrap(type(module).forward).__globals__["eager_attention_forward"](
+            module, query, key, value, mask, **arguments
+        )
+    else:
+        attended, _ = ALL_ATTENTION_FUNCTIONS[own](module, query, key, value, mask, **arguments)
+    return attended
+
+
+def _scale(query: torch.Tensor, arguments: dict[str, Any]) -> float:
+    scaling: float | None = arguments.get("scaling")
+    return query.shape[-1] ** -0.5 if scaling is None else scaling
+
+
+def _is_causal(module: nn.Module, arguments: dict[str, Any]) -> bool:
+    causal: bool | None = arguments.get("is_causal")
+    return getattr(module, "is_causal", True) if causal is None else causal
+
+
+def _varlen_takes(module: nn.Module, query: torch.Tensor, value: torch.Tensor, arguments: dict[str, Any]) -> bool:
+    """Say if the flash kernel for sequences of any lengths does what the family's own attention does."""
+    return (
+        _active.get().own == "sdpa"
+        and arguments.get("position_bias") is None
+        and _is_causal(module, arguments)
+        and _kernel_takes(query, value)
+    )
+
+
+def _kernel_takes(query: torch.Tensor, value: torch.Tensor) -> bool:
     dim = query.shape[-1]
     return (
         query.is_cuda
@@ -163,7 +238,7 @@ def _varlen_takes(query: torch.Tensor, value: torch.Tensor) -> bool:
 def _attend_at_once(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, groups: tuple[Group, ...], scale: float
 ) -> torch.Tensor:
-    """Causal attention of all sequences by one kernel: `[1, heads, tokens, dim]` to `[1, tokens, heads, dim]`."""
+    """Causal attention of all sequences by one kernel: `[1, heads, tokens, dim]` to `[tokens, heads, dim]`."""
     starts = _starts(groups, query.device)
     longest = max(group.length for group in groups)
     packed_query, packed_key, packed_value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
@@ -180,7 +255,7 @@ def _attend_at_once(
         enable_gqa=key.shape[1] != query.shape[1],
     )
     assert isinstance(attended, torch.Tensor)
-    return attended.unsqueeze(0)
+    return attended
 
 
 @lru_cache(maxsize=64)
@@ -190,50 +265,36 @@ def _starts(groups: tuple[Group, ...], device: torch.device) -> torch.Tensor:
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
 
 
-def _attend(
-    query: torch.Tensor,
-    key: torch.Tensor,
+def _attend_by_scores(
+    query: torch.Tensor,  # [rows, heads, length, dim]
+    key: torch.Tensor,  # [rows, key heads, length, dim]
     value: torch.Tensor,
-    mask: torch.Tensor | None,
+    mask: torch.Tensor | None,  # [rows or 1, 1, length, length], bool
     scale: float,
     causal: bool,
-    softcap: float | None,
-    *,
-    flash: bool,
 ) -> torch.Tensor:
-    """`[rows, heads, length, dim]`; key and value may have fewer heads."""
+    """What `scaled_dot_product_attention` gives, `[rows, heads, length, dim]`, from the matrix of scores."""
     rows, heads, length, dim = query.shape
-    slow = flash_is_slow(query.dtype, query.device) and length <= MAX_SCORES_LENGTH
-    if flash and softcap is None and not slow:
-        attended: torch.Tensor = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=mask,
-            is_causal=causal and mask is None and length > 1,
-            scale=scale,
-            enable_gqa=key.shape[1] != query.shape[1],
-        )
-        return attended
     key_heads = key.shape[1]
     shared = heads // key_heads  # query heads to a key head: they are more rows of the same product
     # [rows * key heads, shared * length, dim]
     query = query.reshape(rows * key_heads, shared * length, dim)
     key = key.reshape(rows * key_heads, length, dim)
     value = value.reshape(rows * key_heads, length, value.shape[-1])
+    blind = None
     if mask is None:
         bias = _bias_without_mask(length, shared, causal, query.dtype, query.device)
     else:
-        bias = _bias_of_mask(mask, query.dtype).repeat(1, shared, 1)
+        blind = ~mask.any(-1, keepdim=True)  # [rows or 1, 1, length, 1]: tokens that may attend to none
+        bias = torch.zeros(mask.shape, dtype=query.dtype, device=mask.device)
+        bias = bias.masked_fill(~(mask | blind), float("-inf"))[:, 0].repeat(1, shared, 1)
         if bias.shape[0] > 1:
             bias = bias.repeat_interleave(key_heads, 0)
-    if softcap is None:
-        scores = torch.baddbmm(bias, query, key.transpose(1, 2), alpha=scale)
-    else:
-        scores = torch.tanh(torch.bmm(query, key.transpose(1, 2)) * (scale / softcap)) * softcap + bias
+    scores = torch.baddbmm(bias, query, key.transpose(1, 2), alpha=scale)
     weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
-    attended = torch.bmm(weights, value)
-    return attended.view(rows, heads, length, -1)
+    attended = torch.bmm(weights, value).view(rows, heads, length, -1)
+    # As sdpa has it, a token that may attend to none gets zeros.
+    return attended if blind is None else attended.masked_fill(blind, 0)
 
 
 @lru_cache(maxsize=64)
@@ -245,12 +306,6 @@ def _bias_without_mask(
     if causal:
         bias.masked_fill_(torch.ones_like(bias, dtype=torch.bool).triu(1), float("-inf"))
     return bias.repeat(shared, 1).unsqueeze(0)
-
-
-def _bias_of_mask(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The same of a mask `[rows or 1, 1, length, length]`: `[rows or 1, length, length]`."""
-    seen = mask | ~mask.any(-1, keepdim=True)  # a token of padding may see nothing; what it computes is never used
-    return torch.zeros(seen.shape, dtype=dtype, device=mask.device).masked_fill(~seen, float("-inf"))[:, 0]
 
 
 AttentionInterface.register(IMPLEMENTATION, _attention)

@@ -12,13 +12,13 @@ from collections.abc import Sequence
 import torch
 
 from zsl.errors import InternalError, OutOfMemoryError, WireError
-from zsl.trunk.attention import grouped
 from zsl.trunk.joining import Joined, alone, packed, stacked
-from zsl.trunk.middle import Middle, Pass
+from zsl.trunk.middle import Middle
+from zsl.trunk.passes import Pass, Rows, Sequences, sequences_of
 from zsl.trunk.settings import TrunkTraits
 from zsl.trunk.stash import TorchStash, gradients_of_common_graph, stashes_of, take_products, with_common_graphs
 from zsl.trunk.transfer import Transfer
-from zsl.trunk.work import Buffers, Done, Keep, Kind, Outcome, Work
+from zsl.trunk.work import Batch, Buffers, Done, Keep, Kind, Outcome, Packed, Stacked, Work
 from zsl.wire.messages import Role
 from zsl.wire.tensors import TORCH_DTYPES, decode_tensor, encode_tensor
 
@@ -31,7 +31,7 @@ _WITH_GRAPH = (Keep.GRAPH, Keep.GRAPH_AND_PRODUCTS)
 class TorchCompute:
     """Computes forwards and backwards of one trunk, in the one thread that calls it.
 
-    Requests that share a pass are packed into one row, where the trunk packs, else stacked row on row. If it is
+    Requests that share a pass are packed into one row or stacked row on row, as their `sharing` says. If the trunk is
     deterministic, every pass that may be shared has just `max_batch_tokens` tokens, filled with zeros, so that a
     request's numbers do not depend on who shares it; longer requests run alone.
     """
@@ -42,17 +42,17 @@ class TorchCompute:
         self._pass_tokens = traits.batch_limits.max_batch_tokens if traits.deterministic else 0
         self._transfer = Transfer(middle.device)
 
-    def run(self, works: Sequence[Work]) -> list[Outcome]:
-        if len(works) > 1:
+    def run(self, batch: Batch) -> list[Outcome]:
+        if len(batch.works) > 1:
             try:
-                return list(self._run(works))
+                return list(self._run(batch))
             except Exception:
-                logger.exception("a merged pass of %d requests failed; running them one by one", len(works))
-        return [self._run_alone(work) for work in works]
+                logger.exception("a merged pass of %d requests failed; running them one by one", len(batch.works))
+        return [self._run_alone(work) for work in batch.works]
 
     def _run_alone(self, work: Work) -> Outcome:
         try:
-            return self._run([work])[0]
+            return self._run(Batch((work,)))[0]
         except WireError as error:
             return error
         except torch.OutOfMemoryError:
@@ -63,8 +63,8 @@ class TorchCompute:
             logger.exception("a %s failed", work.kind.value)
             return InternalError(f"the trunk failed in this {work.kind.value}; its log says why")
 
-    def _run(self, works: Sequence[Work]) -> list[Done]:
-        return self._forward(works) if works[0].kind is Kind.FORWARD else self._backward(works)
+    def _run(self, batch: Batch) -> list[Done]:
+        return self._forward(batch.works) if batch.kind is Kind.FORWARD else self._backward(batch.works)
 
     def _forward(self, works: Sequence[Work]) -> list[Done]:
         parts = [self._inputs(work) for work in works]
@@ -119,10 +119,16 @@ class TorchCompute:
         return groups if seconds <= from_products.seconds(all_tokens) else []
 
     def _joined(self, works: Sequence[Work], parts: Sequence[Pass]) -> Joined:
-        shared = self._pass_tokens and works[0].shape.packable and works[0].shape.total_tokens <= self._pass_tokens
-        if shared or (self.traits.packs and len(parts) > 1):
-            return packed(parts, pass_tokens=self._pass_tokens)
-        return alone(parts[0]) if len(parts) == 1 else stacked(parts)
+        """One pass of these requests, built as they may share it (a batch's works all have the same `sharing`)."""
+        sharing, shared = works[0].sharing, len(works) > 1
+        if (isinstance(sharing, Packed) and (shared or self._pass_tokens)) or not works[0].shape.fits_rows:
+            sequences = [_sequences(part, work) for part, work in zip(parts, works, strict=True)]
+            shapes = [(work.shape.rows, work.shape.tokens) for work in works]
+            return packed(sequences, shapes, pass_tokens=self._pass_tokens)
+        if isinstance(sharing, Stacked) and shared:
+            return stacked([_rows(part) for part in parts])
+        (part,) = parts
+        return alone(part)
 
     def _stash(self, work: Work) -> TorchStash:
         """What was kept for a backward, or what it brings along."""
@@ -137,17 +143,23 @@ class TorchCompute:
         roles: list[Role] = [role for role in ("activations", "attention_mask", "position_ids") if role in buffers]
         moved = self._transfer.to_device([decode_tensor(*buffers[role]) for role in roles])
         tensors = dict(zip(roles, moved, strict=True))
-        positions = tensors.get("position_ids")
-        return Pass(
-            activations=tensors["activations"].to(self._middle.dtype),
-            attention_mask=tensors.get("attention_mask"),
-            position_ids=None if positions is None else positions.long(),
-            groups=grouped(shape.lengths) if "lengths" in buffers else None,
-        )
+        activations, positions = tensors["activations"].to(self._middle.dtype), tensors.get("position_ids")
+        rows = Rows(activations, tensors.get("attention_mask"), None if positions is None else positions.long())
+        return sequences_of(rows, shape) if "lengths" in buffers else rows
 
     def _replies(self, role: Role, tensors: Sequence[torch.Tensor], dtypes: Sequence[torch.dtype]) -> list[Buffers]:
         replies = [_own(tensor.to(dtype)) for tensor, dtype in zip(tensors, dtypes, strict=True)]
         return [{role: encode_tensor(role, tensor)} for tensor in self._transfer.to_host(replies)]
+
+
+def _sequences(part: Pass, work: Work) -> Sequences:
+    return part if isinstance(part, Sequences) else sequences_of(part, work.shape)
+
+
+def _rows(part: Pass) -> Rows:
+    if not isinstance(part, Rows):
+        raise TypeError("sequences in one row have no rows to be stacked by")
+    return part
 
 
 def _own(tensor: torch.Tensor) -> torch.Tensor:

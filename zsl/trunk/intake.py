@@ -9,12 +9,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from zsl.errors import DrainingError, ForwardOnlyError, MalformedError
-from zsl.trunk.admission import check_backward, check_forward, merge_key
+from zsl.trunk.admission import check_backward, check_forward, sharing_of
 from zsl.trunk.replies import Replies, asked_by
 from zsl.trunk.scheduler import Job
 from zsl.trunk.sessions import Session, Sessions
 from zsl.trunk.settings import TrunkInfo, TrunkTraits
-from zsl.trunk.work import Buffers, Held, Kind, Shape
+from zsl.trunk.work import Alone, Buffers, Held, Kind, Shape, Sharing
 from zsl.wire.frames import Frame
 from zsl.wire.messages import Backward, Forward, Limits, WorkHeader
 
@@ -28,6 +28,7 @@ class Request:
     kind: Kind
     buffers: Buffers
     shape: Shape
+    sharing: Sharing
     keep: bool
     held: Held | None
     arrived: float
@@ -102,6 +103,7 @@ class Intake:
             held = None if complete else session.held.get(header.step)
             shape = check_backward(buffers, held.shape if held else None, hidden_size, self._limits)
             cost = self._traits.costs.backward
+        sharing = held.sharing if held else sharing_of(buffers, shape, self._traits)
         nbytes = sum(descriptor.nbytes for descriptor in header.tensors)
         self._sessions.admit(
             session,
@@ -123,17 +125,10 @@ class Intake:
             client=session.id,
             kind=kind,
             tokens=shape.total_tokens,
-            merge_key=held.merge_key if held else self._merge_key(buffers, shape),
+            merge_key=None if sharing == Alone() else sharing,
             cost_seconds=cost.seconds(shape.total_tokens),
             deadline=now + header.budget_ms / 1000,
         )
-        request = Request(session, header, kind, buffers, shape, keep, held, now, job)
+        request = Request(session, header, kind, buffers, shape, sharing, keep, held, now, job)
         self.under_way[session.id, header.request] = request
         return request
-
-    def _merge_key(self, buffers: Buffers, shape: Shape) -> tuple[object, ...] | None:
-        """With whom a request can share a pass; None if it is large enough to gain nothing."""
-        traits = self._traits
-        if not traits.merges or shape.total_tokens > traits.batch_limits.merge_below_tokens:
-            return None
-        return merge_key(buffers, shape, packs=traits.packs)

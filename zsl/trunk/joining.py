@@ -1,7 +1,8 @@
 """Many requests as one pass, and its result as many answers. Pure torch: no model, no wire.
 
-Packed: all sequences of all requests in one row, one after the other, never padded. Where a family cannot take
-that: rows on rows, for requests of equal row shape.
+Packed: all sequences of all requests in one row, one after the other, never padded. Stacked: rows on rows, for requests
+of equal row shape. Which of the two requests allow is their `Sharing` (`zsl.trunk.work`); the types here keep to it:
+packing takes `Sequences`, stacking takes `Rows`.
 """
 
 from __future__ import annotations
@@ -13,8 +14,7 @@ from typing import TypeVar
 import torch
 import torch.nn.functional as F
 
-from zsl.trunk.attention import Group, grouped
-from zsl.trunk.middle import Pass
+from zsl.trunk.passes import Pass, Rows, Sequences, joined_sequences
 from zsl.trunk.products import Products
 
 Part = TypeVar("Part")
@@ -70,30 +70,32 @@ def alone(part: Pass) -> Joined:
     return Joined(part, (0,), ((part.rows, part.tokens),))
 
 
-def packed(parts: Sequence[Pass], *, pass_tokens: int = 0) -> Joined:
-    """One row of all sequences; with `pass_tokens`, filled with zeros up to that length."""
+def packed(
+    parts: Sequence[Sequences], shapes: Sequence[tuple[int, int]] | None = None, *, pass_tokens: int = 0
+) -> Joined:
+    """One row of all sequences; with `pass_tokens`, filled with zeros up to that length.
+
+    `shapes`: rows and tokens of each request, if not one row.
+    """
     # Sequences of equal length side by side are attended to at once.
-    order = sorted(range(len(parts)), key=lambda index: _groups(parts[index])[0].length)
-    chosen = [parts[index] for index in order]
-    filling = max(0, pass_tokens - sum(part.rows * part.tokens for part in parts))
-    lengths = [group.length for part in chosen for group in _groups(part) for _ in range(group.count)]
-    activations = _filled(torch.cat([part.activations.flatten(0, 1) for part in chosen]), filling)
-    positions = [_positions(part) for part in chosen]
-    if filling:
-        lengths.append(filling)
-        positions.append(torch.arange(filling, device=activations.device))
-    inputs = Pass(activations.unsqueeze(0), None, torch.cat(positions).unsqueeze(0), grouped(lengths), pass_tokens > 0)
-    return Joined(inputs, tuple(order), tuple((part.rows, part.tokens) for part in chosen), filling)
+    order = sorted(range(len(parts)), key=lambda index: (parts[index].lengths[0], 0 in parts[index].masked))
+    filling = max(0, pass_tokens - sum(part.tokens for part in parts))
+    inputs = joined_sequences([parts[index] for index in order], filling=filling, invariant=pass_tokens > 0)
+    if shapes is None:
+        shapes = [(1, part.tokens) for part in parts]
+    return Joined(inputs, tuple(order), tuple(shapes[index] for index in order), filling)
 
 
-def stacked(parts: Sequence[Pass]) -> Joined:
+def stacked(parts: Sequence[Rows]) -> Joined:
     """Rows on rows, for requests with rows of equal length and the same tensors beside them."""
 
     def rows(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
         present = [t.expand(part.rows, -1) for t, part in zip(tensors, parts, strict=True) if t is not None]
+        if len(present) not in (0, len(parts)):
+            raise ValueError("some of the requests bring a mask or positions and some do not")
         return torch.cat(present) if present else None
 
-    inputs = Pass(
+    inputs = Rows(
         torch.cat([part.activations for part in parts]),
         rows([part.attention_mask for part in parts]),
         rows([part.position_ids for part in parts]),
@@ -104,15 +106,3 @@ def stacked(parts: Sequence[Pass]) -> Joined:
 def _filled(flat: torch.Tensor, filling: int) -> torch.Tensor:
     """`[tokens, features]` and so many tokens of zeros behind."""
     return F.pad(flat, (0, 0, 0, filling)) if filling else flat
-
-
-def _groups(part: Pass) -> tuple[Group, ...]:
-    return part.groups or (Group(part.rows, part.tokens),)
-
-
-def _positions(part: Pass) -> torch.Tensor:
-    """The position of each token `[tokens of all rows]`."""
-    if part.position_ids is not None:
-        return part.position_ids.expand(part.rows, -1).flatten()
-    device = part.activations.device
-    return torch.cat([torch.arange(group.length, device=device).repeat(group.count) for group in _groups(part)])

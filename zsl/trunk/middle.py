@@ -18,40 +18,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from zsl.split.stack import find_stack
-from zsl.trunk.attention import Group, flash_is_slow, segments_attention
+from zsl.trunk.attention import flash_is_slow, layout_of, segments_attention
+from zsl.trunk.passes import Pass, Sequences
 from zsl.trunk.products import LinearLayers, Products
 from zsl.wire.messages import Cut
 
 # Rotary embeddings whose frequencies depend on the longest row of a pass: with those a neighbour would be noticed.
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 MAX_SIZES_REMEMBERED = 1024
-
-
-@dataclass(frozen=True, slots=True)
-class Pass:
-    """What a pass is a function of, on the trunk's device.
-
-    Without `groups` the rows are as a client's model has them; with them it is one row of many sequences.
-    """
-
-    activations: torch.Tensor  # [rows, tokens, hidden], in the trunk's dtype
-    attention_mask: torch.Tensor | None = None  # [rows, tokens]
-    position_ids: torch.Tensor | None = None  # [rows or 1, tokens]
-    groups: tuple[Group, ...] | None = None
-    invariant: bool = False  # no kernel may round otherwise for other company
-
-    @property
-    def rows(self) -> int:
-        return self.activations.shape[0]
-
-    @property
-    def tokens(self) -> int:
-        return self.activations.shape[1]
-
-    @property
-    def nbytes(self) -> int:
-        tensors = (self.activations, self.attention_mask, self.position_ids)
-        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +78,11 @@ class Middle:
         return sum(parameter.numel() for parameter in self._model.parameters())
 
     @property
+    def masks_by_padding(self) -> bool:
+        """Say if what a token attends to depends on where its row's padding ends, as in chunked attention."""
+        return "chunked_attention" in (getattr(self._model.config.get_text_config(), "layer_types", None) or ())
+
+    @property
     def mixes_rows(self) -> bool:
         """Whether a row's result depends on the other rows of its pass, so that none may be merged."""
         kinds = {str(getattr(module, "rope_type", "")) for module in self._model.modules()}
@@ -136,7 +115,7 @@ class Middle:
         """A graph with the memory that it keeps, and the products for a backward that shares its pass."""
         leaf = inputs.activations.detach().requires_grad_()
         # Measured once for each form of input: to watch what autograd saves slows small passes down.
-        form = (inputs.rows, inputs.tokens, inputs.attention_mask is None, inputs.position_ids is None, inputs.groups)
+        form = _form(inputs)
         nbytes = self._graph_bytes.get(form)
         with ExitStack() as stack:
             products = None
@@ -167,13 +146,18 @@ class Middle:
         return output, sum(kept.values())
 
     def _run(self, inputs: Pass, activations: torch.Tensor) -> torch.Tensor:
-        mask = inputs.attention_mask
         attention: AbstractContextManager[None] = nullcontext()
-        if inputs.groups is not None:
+        if isinstance(inputs, Sequences):
             # Given, so that transformers does not look for sequences in the positions; it is not used.
-            mask = torch.ones(activations.shape[:2], dtype=torch.bool, device=self.device)
-        if inputs.groups is not None or self._own_attention:
-            attention = segments_attention(self._model.config, inputs.groups, flash=not inputs.invariant)
+            mask: torch.Tensor | None = torch.ones(activations.shape[:2], dtype=torch.bool, device=self.device)
+            layout = layout_of(
+                inputs.lengths, inputs.masked, inputs.seen, invariant=inputs.invariant, device=self.device
+            )
+            attention = segments_attention(self._model.config, layout)
+        else:
+            mask = inputs.attention_mask
+            if self._own_attention:
+                attention = segments_attention(self._model.config, None)
         placeholder = torch.zeros((), dtype=self.dtype, device=self.device).expand(activations.shape)
         self._entering = activations
         try:
@@ -193,6 +177,13 @@ class Middle:
 
     def _leave(self, layer: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
         self._leaving = output
+
+
+def _form(inputs: Pass) -> tuple[object, ...]:
+    """What the memory of a graph depends on."""
+    if isinstance(inputs, Sequences):
+        return (inputs.tokens, inputs.lengths, inputs.masked)
+    return (inputs.rows, inputs.tokens, inputs.attention_mask is None, inputs.position_ids is None)
 
 
 def _unpack(packed: tuple[torch.Tensor, int]) -> torch.Tensor:

@@ -35,7 +35,7 @@ from zsl.trunk.scheduler import Scheduler
 from zsl.trunk.sessions import Session, Sessions
 from zsl.trunk.settings import ServerSettings, TrunkInfo, TrunkTraits, check_wanted
 from zsl.trunk.tenants import Allowlist, Tenant
-from zsl.trunk.work import Compute, Done, Held, Keep, Outcome, Work
+from zsl.trunk.work import Alone, Batch, Compute, Done, Held, Keep, Outcome, Work
 from zsl.trunk.worker import Finished, Worker
 from zsl.wire.frames import MAGIC, Frame, decode, encode
 from zsl.wire.messages import (
@@ -371,11 +371,11 @@ class TrunkServer:
                 self._dispatch_later = loop.call_later(self._scheduler.waits_until - now, self._dispatch)
             return
         requests = [self._intake.under_way[job.key] for job in jobs]  # type: ignore[index]
-        self._worker.give(requests, [self._work(request) for request in requests])
+        self._worker.give(requests, Batch(tuple(self._work(request) for request in requests)))
 
     def _work(self, request: Request) -> Work:
         stash = request.held.stash if request.held else None
-        return Work(request.kind, request.buffers, request.shape, self._keep(request), stash)
+        return Work(request.kind, request.buffers, request.shape, request.sharing, self._keep(request), stash)
 
     def _keep(self, request: Request) -> Keep:
         """What to keep of a forward. A backward in other company than its forward needs products, else a graph."""
@@ -383,7 +383,7 @@ class TrunkServer:
             return Keep.NOTHING
         if not self._sessions.has_room:
             return Keep.INPUT
-        if request.job.merge_key is None:
+        if request.sharing == Alone():
             return Keep.GRAPH
         return Keep.PRODUCTS if self._traits.deterministic else Keep.GRAPH_AND_PRODUCTS
 
@@ -414,7 +414,7 @@ class TrunkServer:
             return
         assert isinstance(outcome, Done)
         if outcome.stash is not None:
-            held = Held(outcome.stash, request.shape, request.job.merge_key)
+            held = Held(outcome.stash, request.shape, request.sharing)
             self._sessions.hold(session, request_id, held)
         session.abandoned.discard(request_id)
         descriptors = [descriptor for descriptor, _ in outcome.buffers.values()]

@@ -27,8 +27,9 @@ class TrunkInfo:
 class TrunkTraits:
     """What is known of a trunk once it is loaded: its size, what it can do, and what its passes cost.
 
-    `merges`: requests may share a pass. `packs`: even requests of different lengths. `deterministic`: a request's
-    answer is the same bit for bit whoever shares its pass.
+    `merges`: requests may share a pass. `packs`: even requests of different lengths; `packs_masks`, `packs_restarts`:
+    those too that bring a mask, or positions that start again within a row. `deterministic`: a request's answer is the
+    same bit for bit whoever shares its pass.
     """
 
     parameters: int
@@ -37,6 +38,8 @@ class TrunkTraits:
     deterministic: bool
     costs: Costs
     batch_limits: BatchLimits
+    packs_masks: bool = False
+    packs_restarts: bool = False
 
 
 @dataclass(frozen=True, slots=True)

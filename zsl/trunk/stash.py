@@ -14,7 +14,8 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from zsl.trunk.joining import Joined
-from zsl.trunk.middle import Graph, Pass
+from zsl.trunk.middle import Graph
+from zsl.trunk.passes import Pass
 from zsl.trunk.products import Products
 from zsl.trunk.work import Keep
 

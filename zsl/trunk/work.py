@@ -5,7 +5,6 @@ No torch, no sockets: the scheduler, the sessions and the server see a computati
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
@@ -37,19 +36,43 @@ class Keep(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Rows and tokens of a request, and the lengths of the sequences in it, in order.
+    """Rows and tokens of a request, and the sequences in it, in order: its rows, or parts of rows.
 
-    `packable`: its sequences are whole and apart, so that they may stand in a packed pass beside others.
+    `masked`: the indices of the sequences with tokens that none may attend to. `fits_rows`: no row is longer than the
+    model's positions, so that the request can be computed in its own shape; else only as sequences.
     """
 
     rows: int
     tokens: int
     lengths: tuple[int, ...]
-    packable: bool = True
+    masked: frozenset[int] = frozenset()
+    fits_rows: bool = True
 
     @property
     def total_tokens(self) -> int:
         return self.rows * self.tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Alone:
+    """A request that shares a pass with none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A request whose sequences may stand in one row beside those of others, whatever the lengths."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stacked:
+    """A request whose rows may stand on those of others of the same row shape that bring the same tensors along."""
+
+    tokens: int
+    has_mask: bool
+    has_positions: bool
+
+
+Sharing = Alone | Packed | Stacked
 
 
 class Stash(Protocol):
@@ -74,11 +97,11 @@ class Stash(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """A stash in its session, with the shape of its step and the key under which its backward merges."""
+    """A stash in its session, with the shape of its step and how its backward may share a pass."""
 
     stash: Stash
     shape: Shape
-    merge_key: Hashable
+    sharing: Sharing
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +111,32 @@ class Work:
     kind: Kind
     buffers: Buffers
     shape: Shape
+    sharing: Sharing
     keep: Keep = Keep.NOTHING
     stash: Stash | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The works of one pass: one, or several of one kind that may share it in the same way.
+
+    Raises `ValueError` for others.
+    """
+
+    works: tuple[Work, ...]
+
+    def __post_init__(self) -> None:
+        ways = {(work.kind, work.sharing) for work in self.works}
+        if len(ways) != 1 or (len(self.works) > 1 and self.sharing == Alone()):
+            raise ValueError(f"these requests may not share a pass: {ways}")
+
+    @property
+    def kind(self) -> Kind:
+        return self.works[0].kind
+
+    @property
+    def sharing(self) -> Sharing:
+        return self.works[0].sharing
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +156,6 @@ class Compute(Protocol):
     @property
     def traits(self) -> TrunkTraits: ...
 
-    def run(self, works: Sequence[Work]) -> list[Outcome]:
-        """One outcome for each of the works, all of one kind and mergeable. Never raises."""
+    def run(self, batch: Batch) -> list[Outcome]:
+        """One outcome for each of the works. Never raises."""
         ...

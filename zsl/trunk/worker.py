@@ -13,7 +13,7 @@ from typing import Generic, TypeVar
 
 from zsl.errors import InternalError
 from zsl.trunk.failpoints import Failpoint
-from zsl.trunk.work import Compute, Outcome, Work
+from zsl.trunk.work import Batch, Compute, Outcome
 
 logger = logging.getLogger(__name__)
 
@@ -46,15 +46,15 @@ class Worker(Generic[Ticket]):
         self._finished = finished
         self._clock = clock
         self._loop = asyncio.get_running_loop()
-        self._batches: SimpleQueue[tuple[list[Ticket], list[Work]] | None] = SimpleQueue()
+        self._batches: SimpleQueue[tuple[list[Ticket], Batch] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="zsl-compute", daemon=True)
         self._thread.start()
         self.busy_since: float | None = None
 
-    def give(self, tickets: list[Ticket], works: list[Work]) -> None:
-        """Run these works together. Only when the worker is idle: `busy_since` is None."""
+    def give(self, tickets: list[Ticket], batch: Batch) -> None:
+        """Run a batch; each ticket stands for one of its works. Only while the worker is idle: `busy_since` is None."""
         self.busy_since = self._clock()
-        self._batches.put((tickets, works))
+        self._batches.put((tickets, batch))
 
     def busy_seconds(self, now: float) -> float:
         """For how long the pass that runs has been running; 0 while idle."""
@@ -67,18 +67,18 @@ class Worker(Generic[Ticket]):
         return not self._thread.is_alive()
 
     def _run(self) -> None:
-        while (batch := self._batches.get()) is not None:
-            tickets, works = batch
-            del batch  # or a batch's memory would stay until the next one comes
-            kind = works[0].kind.value
+        while (given := self._batches.get()) is not None:
+            tickets, batch = given
+            del given  # or a batch's memory would stay until the next one comes
+            kind = batch.kind.value
             self._failpoint.visit(f"before-{kind}")
             started = self._clock()
             try:
-                outcomes: Sequence[Outcome] = self._compute.run(works)
+                outcomes: Sequence[Outcome] = self._compute.run(batch)
             except BaseException:
                 logger.exception("the compute thread failed")
                 outcomes = [InternalError()] * len(tickets)
-            del works
+            del batch
             self._failpoint.visit(f"after-{kind}")
             finished = Finished(tickets, outcomes, started, self._clock())
             self._loop.call_soon_threadsafe(self._finish, finished)
