@@ -30,6 +30,7 @@ WITHOUT_TORCH = [
     "test_scheduler.py",
     "test_server.py",
     "test_sessions.py",
+    "test_sharing.py",
     "test_tenants.py",
     "test_wire_frames.py",
     "test_without_torch.py",

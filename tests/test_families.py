@@ -12,7 +12,7 @@ import zsl
 from support import batches
 from support.compare import differing, numbers_of, within
 from support.embedded import served
-from support.models import CONFIGS, LAYERS, local_model, with_lora
+from support.models import CONFIGS, LAYERS, POSITIONS, local_model, with_lora
 from zsl.errors import ModelError
 from zsl.split.stack import check_can_be_split
 
@@ -39,6 +39,17 @@ def test_the_split_model_is_the_local_model(family: str, checkpoints: Callable[.
         }
         assert results == {key: [] for key in BATCHES}
         assert differing(numbers_of(split, BATCHES["plain"]), numbers_of(whole, BATCHES["plain"])) == []
+        trunk.close()
+
+
+def test_a_packed_row_may_be_longer_than_the_positions_of_the_model(checkpoints: Callable[..., Path]) -> None:
+    """As TRL packs: each sequence fits, and the local model takes the row."""
+    path, batch = str(checkpoints("llama")), batches.packed((40, 30))
+    assert batch["input_ids"].shape[1] > POSITIONS
+    with served(path) as endpoint:
+        trunk = zsl.RemoteTrunk(endpoint)
+        split, whole = with_lora(zsl.load_client(path, trunk)), with_lora(local_model(path))
+        assert differing(numbers_of(split, batch), numbers_of(whole, batch), within(1e-5)) == []
         trunk.close()
 
 

@@ -14,8 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from peft import PeftModel
 from torch import nn
 
@@ -33,7 +31,7 @@ from zsl.trunk.middle import Graph, Middle
 from zsl.trunk.passes import Pass
 from zsl.trunk.products import LinearLayers, Products
 from zsl.trunk.stash import TorchStash
-from zsl.trunk.work import Batch, Done, Keep, Kind, Outcome, Packed, Shape, Sharing, Stacked, Work
+from zsl.trunk.work import Batch, Done, Keep, Kind, Outcome, Packed, Shape, Sharing, Work
 from zsl.wire.frames import Message
 from zsl.wire.messages import Role
 from zsl.wire.tensors import decode_tensor, encode_tensor
@@ -146,66 +144,6 @@ def alone(compute: TorchCompute, work: Work, seed: int) -> list[torch.Tensor]:
     return [*tensors([done]), *tensors(run(compute, [backward_work(work, done, seed)]))]
 
 
-MIXES = [
-    [(1, 8)] * 4,
-    [(1, 8), (3, 8), (2, 8)],
-    [(1, 5), (1, 17), (2, 9), (1, 1), (1, 5)],
-    [(1, 33), (1, 2), (4, 3)],
-]
-
-
-@pytest.mark.parametrize("mix", MIXES, ids=str)
-def test_requests_of_any_lengths_share_a_pass_and_get_what_they_get_alone(
-    compute: TorchCompute, mix: list[tuple[int, int]]
-) -> None:
-    works = [forward_work(seed, *shape) for seed, shape in enumerate(mix)]
-    expected = [alone(compute, work, seed) for seed, work in enumerate(works)]
-    done = run(compute, works)
-    backs = [backward_work(work, one, seed) for seed, (work, one) in enumerate(zip(works, done, strict=True))]
-    found = zip(tensors(list(done)), tensors(list(run(compute, backs))), strict=True)
-    for ours, theirs in zip(found, expected, strict=True):
-        assert all(within(TOLERANCE)(*pair) for pair in zip(ours, theirs, strict=True))
-
-
-@pytest.mark.parametrize("mix", MIXES[:2], ids=str)
-def test_a_family_that_does_not_pack_merges_rows_of_equal_length(
-    checkpoints: Callable[..., Path], mix: list[tuple[int, int]]
-) -> None:
-    compute = compute_of(checkpoints("llama"), packs=False)
-    works = [
-        forward_work(seed, *shape, sharing=Stacked(8, has_mask=False, has_positions=False))
-        for seed, shape in enumerate(mix)
-    ]
-    done = run(compute, works)
-    backs = [backward_work(work, one, seed) for seed, (work, one) in enumerate(zip(works, done, strict=True))]
-    found = zip(tensors(list(done)), tensors(list(run(compute, backs))), strict=True)
-    for seed, (work, ours) in enumerate(zip(works, found, strict=True)):
-        assert all(within(TOLERANCE)(*pair) for pair in zip(ours, alone(compute, work, seed), strict=True))
-
-
-@settings(max_examples=25)
-@given(
-    mix=st.lists(st.tuples(st.integers(1, 3), st.integers(1, 20)), min_size=1, max_size=6),
-    keep=st.sampled_from([Keep.INPUT, Keep.PRODUCTS, Keep.GRAPH_AND_PRODUCTS]),
-    forwards=st.randoms(use_true_random=False),
-)
-def test_random_neighbours_lengths_and_order_move_nothing_by_more_than_rounding(
-    llama: TorchCompute, mix: list[tuple[int, int]], keep: Keep, forwards: random.Random
-) -> None:
-    """Forwards share passes with some, backwards with others."""
-    works = [forward_work(seed, *shape, keep=keep) for seed, shape in enumerate(mix)]
-    expected = [alone(llama, work, seed) for seed, work in enumerate(works)]
-    done: dict[int, object] = {}
-    for batch in split_randomly(len(works), forwards):
-        done.update(zip(batch, run(llama, [works[i] for i in batch]), strict=True))
-    outputs = dict(enumerate(tensors([done[i] for i in range(len(works))])))
-    for batch in split_randomly(len(works), forwards):
-        gradients = tensors(list(run(llama, [backward_work(works[i], done[i], i) for i in batch])))
-        for i, gradient in zip(batch, gradients, strict=True):
-            assert within(TOLERANCE)(gradient, expected[i][1])
-            assert within(TOLERANCE)(outputs[i], expected[i][0])
-
-
 def split_randomly(count: int, source: random.Random) -> list[list[int]]:
     """The numbers below `count` in random order, in random batches."""
     order, batches = source.sample(range(count), count), []
@@ -214,11 +152,6 @@ def split_randomly(count: int, source: random.Random) -> list[list[int]]:
         batches.append(order[:size])
         del order[:size]
     return batches
-
-
-@pytest.fixture(scope="module")
-def llama(checkpoints: Callable[..., Path]) -> TorchCompute:
-    return compute_of(checkpoints("llama"))
 
 
 @pytest.mark.parametrize("keep", [Keep.INPUT, Keep.PRODUCTS, Keep.GRAPH_AND_PRODUCTS])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from zlib import crc32
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -58,6 +59,33 @@ CONFIGS: dict[str, dict[str, object]] = {
         "dropout": 0.0,
     },
     "gpt_neox": _SIZES,
+    "xglm": {
+        "vocab_size": VOCABULARY,
+        "d_model": 32,
+        "num_layers": LAYERS,
+        "attention_heads": 4,
+        "ffn_dim": 64,
+        "max_position_embeddings": POSITIONS,
+        "dropout": 0.0,
+        "attention_dropout": 0.0,
+    },
+    "biogpt": {**_SIZES, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+    "llama4_text": {
+        **_GROUPED,
+        "head_dim": 8,
+        "intermediate_size_mlp": 64,
+        "num_local_experts": 2,
+        "attention_chunk_size": 8,
+    },
+    "mixtral": {**_GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "gpt_oss": {
+        **_GROUPED,
+        "head_dim": 8,
+        "sliding_window": 8,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "layer_types": ["sliding_attention", "full_attention"] * 3,
+    },
     "olmo2": _GROUPED,
     "smollm3": _GROUPED,
 }
@@ -72,7 +100,8 @@ def tiny_model(family: str, *, seed: int = 0, **changes: object) -> PreTrainedMo
 
 def write_checkpoint(directory: Path, family: str, **how: object) -> Path:
     """The same, saved under `directory`; returned is the checkpoint's own directory."""
-    path = directory / "-".join([family, *(f"{key}-{value}" for key, value in how.items())])
+    # Short enough for a name, whatever the values are.
+    path = directory / "-".join([family, *(f"{key}-{crc32(repr(value).encode()):x}" for key, value in how.items())])
     if not path.exists():
         tiny_model(family, **how).save_pretrained(path)  # type: ignore[arg-type]
     return path
