@@ -49,7 +49,12 @@ def _trunk_step(turn: Turn, seed: int, merged: list[int], stack: ExitStack) -> S
         trunk = stack.enter_context(zsl.TrunkClient(str(turn.endpoint)))
         trunk.connect(cut=parse_cut(turn.cut))
         _note_merged(trunk, merged)
-        forward, backward = (lambda tensor: trunk.forward(tensor, keep=True)), trunk.backward
+        mask = None
+        if turn.left_padding:
+            mask = torch.ones(turn.rows, turn.tokens, dtype=torch.long)
+            mask[:, : turn.left_padding] = 0
+        forward = lambda tensor: trunk.forward(tensor, attention_mask=mask, keep=True)  # noqa: E731
+        backward = trunk.backward
 
     def step() -> StepSeconds:
         began = perf_counter()

@@ -77,6 +77,7 @@ class Plan:
             cut=self.cut,
             rows=size.rows,
             tokens=size.tokens,
+            left_padding=size.left_padding,
         )
 
 
@@ -225,7 +226,7 @@ def comma_list(parse: Callable[[str], Value]) -> Callable[..., list[Value]]:
     default="small,medium,large",
     show_default=True,
     callback=comma_list(parse_size),
-    help="Of a request: 1x16, 2x64 and 2x128, or any ROWSxTOKENS.",
+    help="Of a request: 1x16, 2x64 and 2x128, or any ROWSxTOKENS; of trunk clients also 1x4+12, 4 padded on the left.",
 )
 @click.option(
     "--against",

@@ -33,6 +33,7 @@ class Turn:
     cut: str
     rows: int
     tokens: int
+    left_padding: int = 0  # of the tokens; for `trunk` through `zsl`
 
 
 @dataclass(frozen=True)
