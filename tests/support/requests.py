@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
@@ -154,10 +155,23 @@ class GatedCompute:
             self._gate.set()
 
 
+class FailedPasses(logging.Handler):
+    """Passes that the computation logs as failed: it runs their requests one by one then, which would hide a fault."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+
 class Trunk:
-    """A served trunk, and clients enough for a request each."""
+    """A served trunk, and clients enough for a request each. `largest_pass`: how many requests shared one."""
 
     def __init__(self, compute: GatedCompute, clients: Sequence[TrunkClient]) -> None:
+        self.largest_pass = 1
+        self.failed_passes = FailedPasses()
         self.traits = compute.traits
         self.half = clients[0].welcome.dtype != "f32"
         self._compute = compute
@@ -177,6 +191,8 @@ class Trunk:
         )
         for place, (step, future) in submitted.items():
             clients[place].finish_forward(step, clients[place].wait(future))
+            assert step.answer is not None
+            self.largest_pass = max(self.largest_pass, step.answer.merged)
         return {place: step for place, (step, _) in submitted.items()}
 
     def backward_together(self, requests: dict[int, Request], steps: dict[int, Step]) -> dict[int, Answer]:
@@ -225,7 +241,11 @@ def served_trunk(
         clients = [stack.enter_context(TrunkClient(server.endpoint)) for _ in range(MAX_REQUESTS + 1)]
         for client in clients:
             client.connect()
-        yield Trunk(compute, clients)
+        trunk = Trunk(compute, clients)
+        logger = logging.getLogger("zsl.trunk.compute")
+        logger.addHandler(trunk.failed_passes)
+        stack.callback(logger.removeHandler, trunk.failed_passes)
+        yield trunk
 
 
 def _inputs(request: Request) -> dict[str, Any]:
