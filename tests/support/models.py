@@ -58,6 +58,16 @@ CONFIGS: dict[str, dict[str, object]] = {
         "dropout": 0.0,
     },
     "gpt_neox": _SIZES,
+    "xglm": {
+        "vocab_size": VOCABULARY,
+        "d_model": 32,
+        "num_layers": LAYERS,
+        "attention_heads": 4,
+        "ffn_dim": 64,
+        "max_position_embeddings": POSITIONS,
+        "dropout": 0.0,
+        "attention_dropout": 0.0,
+    },
     "olmo2": _GROUPED,
     "smollm3": _GROUPED,
 }
