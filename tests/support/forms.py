@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from .batches import tokens
@@ -85,7 +86,7 @@ def shifted(seed: int) -> Batch:
 
 
 def one_token(seed: int) -> Batch:
-    """As generation with a cache sends; no token is to be predicted."""
+    """Each row a sequence of one token, with nothing behind it that were to be predicted."""
     ids = tokens(1 + seed % MOST_ROWS, 1, seed)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)} if seed % 2 else {"input_ids": ids}
 
@@ -109,10 +110,12 @@ FORMS: dict[str, Callable[[int], Batch]] = {
 
 
 def gradients_of(model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
-    """The gradient of each trainable parameter for one batch."""
+    """The gradient of each trainable parameter for one batch; without labels each token is to predict itself."""
     model.zero_grad(set_to_none=True)
     output = model(**batch)
-    loss = output.loss if "labels" in batch else output.logits.square().mean()
+    loss = (
+        output.loss if "labels" in batch else F.cross_entropy(output.logits.flatten(0, 1), batch["input_ids"].flatten())
+    )
     loss.backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
