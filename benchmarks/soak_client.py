@@ -1,5 +1,8 @@
 """A client of the soak: trains a tiny model again and again, and writes down every gradient that it uses.
 
+Its batches have every form that trainers send (tests/support/forms.py), as its seed has it, and beside each gradient it
+writes down how far it is from the whole local model's.
+
 Its process is forked from a server that has imported torch already, so it starts at once, and may be killed at any
 moment: each round has a file of its own (tests/support/history.py), of which at most the last line is torn.
 """
@@ -9,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import random
 import time
 import warnings
 from collections.abc import Iterator
@@ -20,9 +24,10 @@ from peft import PeftModel
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 import zsl
-from support import batches
+from support.forms import FORMS, Batch, gradients_of, largest_difference
 from support.history import History, digest
-from support.models import with_lora
+from support.merged_client import note_merged
+from support.models import local_model, with_lora
 from zsl.errors import ZslError
 
 STEPS = 20  # of one round; the next begins where the first began
@@ -39,6 +44,7 @@ class Task:
 
     name: str
     trajectory: int
+    seed: int
     model: str
     endpoint: str
     directory: Path
@@ -57,14 +63,15 @@ def train_rounds(task: Task) -> None:
     trunk = zsl.RemoteTrunk(
         task.endpoint, connect_timeout_seconds=120, request_timeout_seconds=task.request_timeout_seconds
     )
-    model = with_lora(zsl.load_client(task.model, trunk))
-    start = {name: parameter.detach().clone() for name, parameter in _trainable(model)}
+    split, local = with_lora(zsl.load_client(task.model, trunk)), with_lora(local_model(task.model))
+    models = _Models(split, local, trunk.client, note_merged(trunk.client))
+    start = {name: parameter.detach().clone() for name, parameter in _trainable(split)}
     number = 0
     while task.rounds is None or number < task.rounds:
         name = f"{task.name}-{os.getpid()}-{number}"
         history = History(task.directory / f"{name}.history")
         with (task.directory / f"{name}.steps").open("w") as steps:
-            for line in _round(task, model, start, history, trunk):
+            for line in _round(task, models, start, history):
                 steps.write(line + "\n")
                 steps.flush()
         history.close()
@@ -72,31 +79,58 @@ def train_rounds(task: Task) -> None:
     trunk.close()
 
 
-def _round(
-    task: Task, model: PeftModel, start: dict[str, torch.Tensor], history: History, trunk: zsl.RemoteTrunk
-) -> Iterator[str]:
+@dataclass(frozen=True)
+class _Models:
+    """`merged`: how many requests shared the pass of each answer to `client`."""
+
+    split: PeftModel
+    local: PeftModel
+    client: zsl.TrunkClient
+    merged: list[int]
+
+
+def _round(task: Task, models: _Models, start: dict[str, torch.Tensor], history: History) -> Iterator[str]:
     """One way along the trajectory, from its beginning; ended by the first error. A line about each step."""
     client = f"trajectory {task.trajectory}"
-    trainable = _trainable(model)
-    with torch.no_grad():
-        for name, parameter in trainable:
-            parameter.copy_(start[name])
+    trainable = _trainable(models.split)
+    _set(models.split, start)
     optimizer = torch.optim.Adam([parameter for _, parameter in trainable], lr=LEARNING_RATE)
     for step in range(STEPS):
-        began, replays = time.monotonic(), trunk.client.replays
+        form, batch = _batch(task, step)
+        models.merged.clear()
+        began, replays = time.monotonic(), models.client.replays
         history.begin(client, step)
-        optimizer.zero_grad()
         try:
-            model(**batches.plain(seed=1000 * task.trajectory + step)).loss.backward()
+            gradients = gradients_of(models.split, batch)
         except ZslError as error:
             history.error(client, step, error)
             yield json.dumps({"error": type(error).__name__, "seconds": time.monotonic() - began})
             time.sleep(REST_AFTER_ERROR_SECONDS)
             return
         history.gradient(client, step, digest(_bytes(parameter.grad) for _, parameter in trainable))
+        line: dict[str, object] = {
+            "seconds": time.monotonic() - began,
+            "replays": models.client.replays - replays,
+            "shared": sum(requests > 1 for requests in models.merged),
+        }
+        _set(models.local, dict(trainable))
+        line |= {"form": form, "difference": largest_difference(gradients, gradients_of(models.local, batch))}
         optimizer.step()
-        yield json.dumps({"seconds": time.monotonic() - began, "replays": trunk.client.replays - replays})
+        yield json.dumps(line)
         time.sleep(REST_SECONDS)
+
+
+def _batch(task: Task, step: int) -> tuple[str, Batch]:
+    """The form of a step's batch, and the batch."""
+    chance = random.Random(f"{task.seed} {task.trajectory} {step}")
+    form = chance.choice(list(FORMS))
+    return form, FORMS[form](chance.randrange(2**31))
+
+
+@torch.no_grad()
+def _set(model: PeftModel, values: dict[str, torch.Tensor]) -> None:
+    for name, parameter in _trainable(model):
+        parameter.copy_(values[name])
 
 
 def _trainable(model: PeftModel) -> list[tuple[str, torch.nn.Parameter]]:

@@ -1,0 +1,41 @@
+"""TRL's trainers for preferences and rewards, several at once against one daemon: each trains as on its local model."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from support.daemon import Daemon
+from support.trl_trainer import Task, train
+
+STEPS, TRAINERS = 12, 4
+TOLERANCE = 1e-5  # of losses and norms; relative where they are over 1
+WAIT_SECONDS = 140.0
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["grpo", "dpo"])
+def test_four_trainers_at_once_have_the_local_losses_and_gradient_norms(
+    kind: Literal["grpo", "dpo"], serve: Callable[..., Daemon], checkpoints: Callable[..., Path], tmp_path: Path
+) -> None:
+    locals_ = [Task(kind, str(checkpoints("llama")), None, tmp_path, STEPS, seed) for seed in range(TRAINERS)]
+    splits = [replace(task, endpoint=serve("llama").endpoint) for task in locals_]
+    forks = multiprocessing.get_context("forkserver")
+    forks.set_forkserver_preload(["support.trl_trainer"])
+    with forks.Pool(TRAINERS) as processes:
+        expected = processes.map_async(train, locals_, chunksize=1).get(WAIT_SECONDS)
+        found = processes.map_async(train, splits, chunksize=1).get(WAIT_SECONDS)
+    assert len({tuple(log) for log in expected}) == TRAINERS, "each has data of its own"
+    wrong = [
+        (trainer, step, ours, theirs)
+        for trainer, logs in enumerate(zip(found, expected, strict=True))
+        for step, (ours, theirs) in enumerate(zip(*logs, strict=True))
+        if not all(abs(a - b) <= TOLERANCE * max(1.0, abs(b)) for a, b in zip(ours, theirs, strict=True))
+    ]
+    assert [len(log) for log in found] == [STEPS] * TRAINERS
+    assert wrong == []
