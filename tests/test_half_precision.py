@@ -21,6 +21,7 @@ from zsl.trunk.middle import Middle
 from zsl.trunk.passes import Rows
 
 EAGER = ("gemma2", "xglm")  # families that do not run sdpa
+WITHOUT_FLOAT64 = ("mixtral", "gpt_oss")  # torch's product of experts takes none
 
 # What bfloat16 can hold, 8 bits, and the few roundings of two layers.
 BFLOAT16_TOLERANCE = 0.03
@@ -53,7 +54,7 @@ def test_a_dtype_that_does_not_travel_is_refused_at_once() -> None:
         zsl.RemoteTrunk("127.0.0.1:5555", wire_dtype=torch.int8)
 
 
-@pytest.mark.parametrize("family", [family for family in CONFIGS if family not in EAGER])
+@pytest.mark.parametrize("family", [family for family in CONFIGS if family not in EAGER + WITHOUT_FLOAT64])
 def test_a_bfloat16_trunk_is_as_near_to_the_truth_as_with_sdpa(family: str, checkpoints: Callable[..., Path]) -> None:
     """Both are compared with float64: the one may not be worse than twice the other."""
     reference, cut = resolve(str(checkpoints(family))), parse_cut(CUT)
