@@ -10,15 +10,23 @@ import socket
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 import zsl
 from support.daemon import COMMAND, Daemon
+from support.echo import CUT as ECHO_CUT
+from support.echo import IDENTITY
 from support.models import CUT
-from zsl.errors import ForbiddenError, TrunkAuthError
+from zsl.cli.zsl import zsl as zsl_command
+from zsl.errors import ForbiddenError, ModelError, TrunkAuthError
 from zsl.transport.curve import read_public_key, write_key_pair
+from zsl.trunk.daemon import DaemonOptions, run_daemon
+from zsl.trunk.failpoints import failpoint_from
+from zsl.trunk.settings import TrunkInfo
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -154,6 +162,51 @@ def test_a_second_sigterm_ends_it_at_once(checkpoints: Callable[..., Path], tmp_
         daemon.signal(signal.SIGTERM)
         assert daemon.wait() == 128 + signal.SIGTERM
         del step
+
+
+def test_before_it_knows_its_model_and_while_it_reads_the_weights_it_says_that_it_loads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    seen: list[str] = []
+
+    def look() -> None:
+        checked = CliRunner().invoke(zsl_command, ["doctor", "--server", f"127.0.0.1:{port}"]).output
+        seen.append(next(line for line in checked.splitlines() if "  daemon " in line))
+
+    def load(**_: object) -> None:
+        look()
+        raise ModelError("seen enough")
+
+    def plan(*_: object, **__: object) -> SimpleNamespace:
+        look()
+        return SimpleNamespace(info=TrunkInfo(IDENTITY, ECHO_CUT, "f32", False, 64), cut=ECHO_CUT, load=load)
+
+    monkeypatch.setattr("zsl.trunk.daemon.plan_trunk", plan)
+    options = DaemonOptions(
+        model="a model",
+        cut=None,
+        host="127.0.0.1",
+        port=port,
+        dtype=torch.float32,
+        device="cpu",
+        threads=None,
+        forward_only=False,
+        stash_memory_bytes=0,
+        max_batch_tokens=None,
+        merge_below_tokens=None,
+        deterministic=False,
+        access=None,
+        failpoint=failpoint_from({}),
+        log_format="text",
+    )
+    with pytest.raises(ModelError, match="seen enough"):
+        run_daemon(options)
+    assert [line[:4] for line in seen] == ["FAIL", "FAIL"]
+    assert all("still loading its model" in line and "hangs" not in line for line in seen)
+    with socket.create_server(("127.0.0.1", port)):
+        pass
 
 
 def test_a_port_in_use_is_exit_3_with_the_port() -> None:

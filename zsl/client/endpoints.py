@@ -29,7 +29,7 @@ _UNREACHABLE: dict[LinkEvent | None, str] = {
     None: "it cannot be reached",
     LinkEvent.REFUSED: "nothing listens there",
     LinkEvent.MUTE: "something listens there that does not answer as a trunk daemon",
-    LinkEvent.UP: "something listens there that does not answer as a trunk daemon, or is still loading",
+    LinkEvent.UP: "something listens there that does not answer as a trunk daemon",
     LinkEvent.LOST: "the connection broke",
     **_KEY_ERRORS,
 }

@@ -74,7 +74,11 @@ class TrunkTable(Table):
         default=None, description="`packed`: refuse a daemon whose answers may depend on who else it serves."
     )
     connect_timeout_seconds: float = Field(
-        default=10.0, gt=0, le=LONGEST_TIMEOUT_SECONDS, description="How long the first connection may take."
+        default=10.0,
+        gt=0,
+        le=LONGEST_TIMEOUT_SECONDS,
+        description="How long the first connection may take; a daemon that says that it is still loading has "
+        "`request_timeout_seconds`.",
     )
     request_timeout_seconds: float = Field(
         default=300.0,

@@ -19,6 +19,7 @@ from zsl.transport.router import raise_file_limit
 from zsl.trunk.access import Access
 from zsl.trunk.assemble import TrunkPlan, plan_trunk
 from zsl.trunk.failpoints import Failpoint
+from zsl.trunk.loading import Loading
 from zsl.trunk.logs import LogFormat
 from zsl.trunk.memory import keep_freed_memory
 from zsl.trunk.server import TrunkServer
@@ -58,11 +59,13 @@ def run_daemon(options: DaemonOptions) -> None:
     raise_file_limit()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    plan = plan_trunk(options.model, options.cut, options.dtype, options.device, forward_only=options.forward_only)
-    asyncio.run(_serve(plan, options))
+    with Loading(options.host, options.port, options.access) as loading:  # a port in use shows at once
+        logger.info("%s: clients are told to wait while %s is loaded", loading.endpoint, options.model)
+        plan = plan_trunk(options.model, options.cut, options.dtype, options.device, forward_only=options.forward_only)
+        asyncio.run(_serve(plan, options, loading))
 
 
-async def _serve(plan: TrunkPlan, options: DaemonOptions) -> None:
+async def _serve(plan: TrunkPlan, options: DaemonOptions, loading: Loading) -> None:
     access = options.access
     server = TrunkServer(
         plan.info,
@@ -71,23 +74,25 @@ async def _serve(plan: TrunkPlan, options: DaemonOptions) -> None:
         allowlist=None if access is None else access.allowlist,
         failpoint=options.failpoint,
     )
-    endpoint = server.bind(options.host, options.port)  # before the weights: a port in use shows at once
     _obey_signals(server, reloads=access is not None)
     try:
-        if access is not None and not await refuses_unknown_keys(endpoint, access.keys.public):
-            raise StartupError("the self-test failed: a key that is on no list was let in; not serving")
         logger.info("loading layers %s of %s", plan.cut, options.model)
         # In a thread that ends: with its OpenMP threads still there beside those of the compute thread, libgomp would
         # see more threads than processors, and have them sleep at every barrier instead of spin.
-        with ThreadPoolExecutor(1, "zsl-load") as loading:
+        with ThreadPoolExecutor(1, "zsl-load") as thread:
             compute = await asyncio.get_running_loop().run_in_executor(
-                loading,
+                thread,
                 lambda: plan.load(
                     max_batch_tokens=options.max_batch_tokens,
                     merge_below_tokens=options.merge_below_tokens,
                     deterministic=options.deterministic,
                 ),
             )
+        port = loading.port
+        loading.close()
+        endpoint = server.bind(options.host, port)
+        if access is not None and not await refuses_unknown_keys(endpoint, access.keys.public):
+            raise StartupError("the self-test failed: a key that is on no list was let in; not serving")
     except BaseException:
         server.close()
         raise
