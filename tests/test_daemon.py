@@ -21,6 +21,7 @@ from support.daemon import COMMAND, Daemon
 from support.echo import CUT as ECHO_CUT
 from support.echo import IDENTITY
 from support.models import CUT
+from zsl.cli.trunkd import trunkd
 from zsl.cli.zsl import zsl as zsl_command
 from zsl.errors import ForbiddenError, ModelError, TrunkAuthError
 from zsl.transport.curve import read_public_key, write_key_pair
@@ -58,14 +59,15 @@ def test_the_ready_line_names_endpoint_model_cut_and_parameters(
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=log, text=True)
         assert process.stdout is not None
-        line = process.stdout.readline()
+        shown = [process.stdout.readline()]  # when it is there, so are the others
         process.terminate()
+        shown += process.stdout.readlines()
         assert process.wait(30) == 0
         process.stdout.close()
-    pattern = (
-        r"zsl-trunkd [\d.]+ ready on tcp://127\.0\.0\.1:\d+: .*gpt2, layers 2:4, [\d,]+ parameters, float32 on cpu"
-    )
-    assert re.match(pattern, line), line
+    first, what, *more = [line.rstrip("\n") for line in shown]
+    assert re.fullmatch(r"zsl-trunkd [\d.]+ ready on tcp://127\.0\.0\.1:\d+", first), first
+    assert re.fullmatch(rf"  {path}, layers 2:4, [\d,]+ parameters, float32 on cpu", what), what
+    assert all(line.startswith("  ") and len(line) <= 80 for line in more), more
 
 
 def test_with_no_argument_it_serves_gpt2_small_cut_2_10(tmp_path: Path) -> None:
@@ -213,6 +215,16 @@ def test_a_port_in_use_is_exit_3_with_the_port() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         assert_one_line(run("--port", port), 3, f"127.0.0.1:{port}", "in use", "--port")
+
+
+def test_an_ipv6_address_may_stand_in_brackets(monkeypatch: pytest.MonkeyPatch) -> None:
+    served: list[DaemonOptions] = []
+    monkeypatch.setattr("zsl.trunk.daemon.run_daemon", served.append)
+    monkeypatch.setattr("zsl.trunk.logs.set_up_logging", lambda *_, **__: None)
+    for host in ("[::1]", "::1"):
+        finished = CliRunner().invoke(trunkd, ["--host", host])
+        assert finished.exit_code == 0, finished.output
+    assert [options.host for options in served] == ["::1", "::1"]
 
 
 def test_an_address_outside_loopback_is_refused_unless_insecure() -> None:

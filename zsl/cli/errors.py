@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 import sys
 import traceback
@@ -12,6 +13,7 @@ from typing import NoReturn
 
 import click
 
+from zsl.cli.shown import to_nowhere
 from zsl.errors import EXIT_RUN_FAILED, ZslError
 
 _LONGEST_FOREIGN_TEXT = 300  # characters: some libraries put all that they looked at into one
@@ -41,16 +43,31 @@ def one_line_errors(command: str, *, debug: bool) -> Iterator[None]:
         click.echo(f"{command}: interrupted", err=True)
         sys.exit(_code_of_signal(error))
     except Exception as error:
+        unwritable = _end_of_output() if isinstance(error, OSError) else None
+        if unwritable is not None and unwritable.errno == errno.EPIPE:
+            sys.exit(128 + signal.SIGPIPE)  # as whoever is ended by it: its reader, `head`, has seen enough
         if debug:
             traceback.print_exc()
         if isinstance(error, ZslError):
             text, code = str(error), error.exit_code
             if isinstance(error.__cause__, KeyboardInterrupt):
                 code = _code_of_signal(error.__cause__)
+        elif unwritable is not None:
+            text, code = f"standard output cannot be written: {unwritable.strerror}", EXIT_RUN_FAILED
         else:
             text, code = f"{type(error).__name__}: {_begin(str(error))} (--debug shows where)", EXIT_RUN_FAILED
         click.echo(f"{command}: {' '.join(text.split())}", err=True)
         sys.exit(code)
+
+
+def _end_of_output() -> OSError | None:
+    """Why standard output cannot be written, if it cannot; then what waits in its buffer goes nowhere."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        to_nowhere(sys.stdout)
+        return error
+    return None
 
 
 def _begin(text: str) -> str:

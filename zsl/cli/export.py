@@ -12,7 +12,7 @@ from zsl.cli.quiet import quiet_libraries
 from zsl.cli.trained import model_of
 
 
-@click.command()
+@click.command(short_help="Make one PEFT adapter of what a training left.")
 @click.argument("adapters", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN_OR_ADAPTER…")
 @click.option(
     "--out",

@@ -10,7 +10,7 @@ from zsl.cli.errors import one_line_errors
 from zsl.errors import LoadingError, StartupError, ZslError
 
 
-@click.command()
+@click.command(short_help="Show what a daemon serves, and how busy it is.")
 @click.argument("endpoint", metavar="HOST:PORT[,…]")
 @click.option("--server-key", metavar="KEY", help="The daemon's .key file, or the key itself.")
 @click.option("--client-key", metavar="FILE", help="Your own .key_secret file.")

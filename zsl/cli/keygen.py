@@ -35,7 +35,7 @@ The client needs its secret file and the daemon's public one:
 """
 
 
-@click.command()
+@click.command(short_help="Make a key pair for a daemon or a client.")
 @click.argument("name")
 @click.option(
     "--out",

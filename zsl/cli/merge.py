@@ -12,7 +12,7 @@ from zsl.cli.trained import model_of
 from zsl.split.dtypes import DTYPES
 
 
-@click.command()
+@click.command(short_help="Write the whole model with an adapter merged into it.")
 @click.argument("adapters", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN_OR_ADAPTER…")
 @click.option(
     "--out",

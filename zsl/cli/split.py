@@ -18,7 +18,7 @@ Serve the trunk's part where its machine is, and train with the client's:
 """
 
 
-@click.command()
+@click.command(short_help="Write a model as two parts, for a daemon and its clients.")
 @click.argument("model")
 @click.argument("cut", metavar="START:STOP")
 @click.option(

@@ -9,11 +9,13 @@ import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 import zsl
 from zsl.errors import ConfigError, StartupError
+from zsl.split.words import counted
 from zsl.transport.curve import refuses_unknown_keys
 from zsl.transport.router import raise_file_limit
 from zsl.trunk.access import Access
@@ -131,8 +133,8 @@ def _obey_signals(server: TrunkServer, *, reloads: bool) -> None:
 
 
 def _say_ready(endpoint: str, plan: TrunkPlan, traits: TrunkTraits, options: DaemonOptions) -> None:
-    """One line on stdout, for people and for scripts that wait for it."""
-    facts = {
+    """On stdout, for people and for scripts that wait for its first line."""
+    facts: dict[str, Any] = {
         "endpoint": endpoint,
         "model": options.model,
         "cut": str(plan.cut),
@@ -155,12 +157,16 @@ def _say_ready(endpoint: str, plan: TrunkPlan, traits: TrunkTraits, options: Dae
     merging = "no merging"
     if facts["merge_below_tokens"]:
         merging = (
-            f"requests of up to {facts['merge_below_tokens']} tokens share passes of {facts['max_batch_tokens']}"
-            + (", deterministic" if traits.deterministic else "")
+            f"requests of up to {counted(facts['merge_below_tokens'], 'token')} share passes of "
+            f"{facts['max_batch_tokens']:,}" + (", deterministic" if traits.deterministic else "")
         )
     secured = "encrypted" if options.access is not None else "not encrypted, open to whoever reaches it"
     print(
-        f"zsl-trunkd {zsl.__version__} ready on {endpoint}: {options.model}, layers {plan.cut}, "
-        f"{traits.parameters:,} parameters, {facts['dtype']} on {plan.device}, {what}, {merging}, {secured}",
+        f"zsl-trunkd {zsl.__version__} ready on {endpoint}",
+        f"{options.model}, layers {plan.cut}, {counted(traits.parameters, 'parameter')}, "
+        f"{facts['dtype']} on {plan.device}",
+        f"{what}, {merging}",
+        secured,
+        sep="\n  ",
         flush=True,
     )
