@@ -10,7 +10,7 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
-from zsl.cli.errors import one_line_errors
+from zsl.cli.errors import one_line_errors, say
 from zsl.cli.train import train
 from zsl.cli.zsl import zsl as command
 from zsl.errors import EXIT_RUN_FAILED, EXIT_STARTUP_FAILED, RunFailed, StartupError
@@ -52,7 +52,7 @@ def code_of_writing_to(output: int, monkeypatch: pytest.MonkeyPatch) -> int | st
     with open(output, "w") as stream:
         monkeypatch.setattr("sys.stdout", stream)
         with pytest.raises(SystemExit) as ended, one_line_errors("zsl-some", debug=False):
-            click.echo("something")
+            say("something")
         assert not stream.closed and stream.write("more") and stream.flush() is None  # as at the interpreter's end
     return ended.value.code
 

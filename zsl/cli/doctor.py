@@ -13,7 +13,7 @@ from pathlib import Path
 
 import click
 
-from zsl.cli.errors import one_line_errors
+from zsl.cli.errors import one_line_errors, say
 from zsl.errors import EXIT_RUN_FAILED
 from zsl.split.words import counted
 
@@ -63,9 +63,9 @@ def doctor(
             for check in checks:
                 if as_json:
                     facts = {"check": check.name, "state": check.state, "found": check.found, "to_do": check.to_do}
-                    click.echo(json.dumps(facts))
+                    say(json.dumps(facts))
                 else:
-                    click.echo(check.line)
+                    say(check.line)
                 if debug and check.error is not None:
                     traceback.print_exception(check.error)
                 failed += check.state is State.FAIL

@@ -14,7 +14,7 @@ from typing import NoReturn
 import click
 
 from zsl.cli.shown import to_nowhere
-from zsl.errors import EXIT_RUN_FAILED, ZslError
+from zsl.errors import EXIT_RUN_FAILED, RunFailed, ZslError
 
 _LONGEST_FOREIGN_TEXT = 300  # characters: some libraries put all that they looked at into one
 
@@ -32,6 +32,17 @@ def stop_on_sigterm() -> None:
     signal.signal(signal.SIGTERM, terminate)
 
 
+def say(text: str, *, nl: bool = True) -> None:
+    """Write what a command found or did. Raises `RunFailed` where that cannot be; ends it where its reader has gone."""
+    try:
+        click.echo(text, nl=nl)
+    except OSError as error:
+        to_nowhere(sys.stdout)
+        if error.errno == errno.EPIPE:
+            sys.exit(128 + signal.SIGPIPE)  # as whoever is ended by it: its reader, `head`, has seen enough
+        raise RunFailed(f"standard output cannot be written: {error.strerror}") from error
+
+
 @contextmanager
 def one_line_errors(command: str, *, debug: bool) -> Iterator[None]:
     """Turn an exception into `command: what happened` and its exit code; that of a signal is 128 and its number."""
@@ -43,31 +54,16 @@ def one_line_errors(command: str, *, debug: bool) -> Iterator[None]:
         click.echo(f"{command}: interrupted", err=True)
         sys.exit(_code_of_signal(error))
     except Exception as error:
-        unwritable = _end_of_output() if isinstance(error, OSError) else None
-        if unwritable is not None and unwritable.errno == errno.EPIPE:
-            sys.exit(128 + signal.SIGPIPE)  # as whoever is ended by it: its reader, `head`, has seen enough
         if debug:
             traceback.print_exc()
         if isinstance(error, ZslError):
             text, code = str(error), error.exit_code
             if isinstance(error.__cause__, KeyboardInterrupt):
                 code = _code_of_signal(error.__cause__)
-        elif unwritable is not None:
-            text, code = f"standard output cannot be written: {unwritable.strerror}", EXIT_RUN_FAILED
         else:
             text, code = f"{type(error).__name__}: {_begin(str(error))} (--debug shows where)", EXIT_RUN_FAILED
         click.echo(f"{command}: {' '.join(text.split())}", err=True)
         sys.exit(code)
-
-
-def _end_of_output() -> OSError | None:
-    """Why standard output cannot be written, if it cannot; then what waits in its buffer goes nowhere."""
-    try:
-        sys.stdout.flush()
-    except OSError as error:
-        to_nowhere(sys.stdout)
-        return error
-    return None
 
 
 def _begin(text: str) -> str:

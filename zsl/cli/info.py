@@ -6,7 +6,7 @@ import json
 
 import click
 
-from zsl.cli.errors import one_line_errors
+from zsl.cli.errors import one_line_errors, say
 from zsl.errors import LoadingError, StartupError, ZslError
 
 
@@ -46,13 +46,13 @@ def info(endpoint: str, server_key: str | None, client_key: str | None, as_json:
                 else answer.as_json()
                 for one, answer in found.items()
             ]
-            click.echo(json.dumps(entries, indent=2))
+            say(json.dumps(entries, indent=2))
         elif len(found) > 1 or not errors:
             blocks = [
                 [("endpoint", one), ("state", _why_not(answer))] if isinstance(answer, ZslError) else answer.rows()
                 for one, answer in found.items()
             ]
-            click.echo("\n\n".join("\n".join(f"{key:<13}  {value}" for key, value in rows) for rows in blocks))
+            say("\n\n".join("\n".join(f"{key:<13}  {value}" for key, value in rows) for rows in blocks))
         if len(errors) == len(found):
             raise StartupError(str(errors[0]) if len(errors) == 1 else "none of them answers") from errors[0]
 
