@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 import subprocess
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -166,12 +167,18 @@ def test_a_second_sigterm_ends_it_at_once(checkpoints: Callable[..., Path], tmp_
         del step
 
 
-def test_before_it_knows_its_model_and_while_it_reads_the_weights_it_says_that_it_loads(
+def test_before_it_knows_its_model_and_while_it_reads_the_weights_it_says_that_it_loads_and_ends_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     seen: list[str] = []
+    codes: list[int] = []
+    ended = threading.Event()
+
+    def end(code: int) -> None:
+        codes.append(code)
+        ended.set()
 
     def look() -> None:
         checked = CliRunner().invoke(zsl_command, ["doctor", "--server", f"127.0.0.1:{port}"]).output
@@ -179,6 +186,8 @@ def test_before_it_knows_its_model_and_while_it_reads_the_weights_it_says_that_i
 
     def load(**_: object) -> None:
         look()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert ended.wait(30)
         raise ModelError("seen enough")
 
     def plan(*_: object, **__: object) -> SimpleNamespace:
@@ -186,6 +195,7 @@ def test_before_it_knows_its_model_and_while_it_reads_the_weights_it_says_that_i
         return SimpleNamespace(info=TrunkInfo(IDENTITY, ECHO_CUT, "f32", False, 64), cut=ECHO_CUT, load=load)
 
     monkeypatch.setattr("zsl.trunk.daemon.plan_trunk", plan)
+    monkeypatch.setattr("zsl.trunk.daemon.os._exit", end)
     options = DaemonOptions(
         model="a model",
         cut=None,
@@ -205,6 +215,7 @@ def test_before_it_knows_its_model_and_while_it_reads_the_weights_it_says_that_i
     )
     with pytest.raises(ModelError, match="seen enough"):
         run_daemon(options)
+    assert codes == [128 + signal.SIGTERM]
     assert [line[:4] for line in seen] == ["FAIL", "FAIL"]
     assert all("still loading its model" in line and "hangs" not in line for line in seen)
     with socket.create_server(("127.0.0.1", port)):

@@ -76,7 +76,7 @@ async def _serve(plan: TrunkPlan, options: DaemonOptions, loading: Loading) -> N
         allowlist=None if access is None else access.allowlist,
         failpoint=options.failpoint,
     )
-    _obey_signals(server, reloads=access is not None)
+    _obey_signals(server, loading, reloads=access is not None)
     try:
         logger.info("loading layers %s of %s", plan.cut, options.model)
         # In a thread that ends: with its OpenMP threads still there beside those of the compute thread, libgomp would
@@ -105,14 +105,17 @@ async def _serve(plan: TrunkPlan, options: DaemonOptions, loading: Loading) -> N
     logger.info("stopped")
 
 
-def _obey_signals(server: TrunkServer, *, reloads: bool) -> None:
-    """SIGTERM, SIGINT: drain; again: end at once. SIGHUP: read the list of tenants again."""
+def _obey_signals(server: TrunkServer, loading: Loading, *, reloads: bool) -> None:
+    """SIGTERM, SIGINT: drain; again, or while loading: end at once. SIGHUP: read the list of tenants again."""
     loop = asyncio.get_running_loop()
     signals: list[signal.Signals] = []
 
     def on_signal(received: signal.Signals) -> None:
         signals.append(received)
-        if len(signals) == 1:
+        if loading.is_open:
+            logger.info("%s: ending before the model is loaded", received.name)
+            os._exit(128 + received)  # the thread that loads cannot be stopped
+        elif len(signals) == 1:
             logger.info("%s: taking no new work, letting open steps end (again: end at once)", received.name)
             server.drain()
         else:

@@ -50,6 +50,11 @@ class Loading:
     def port(self) -> int:
         return int(self.endpoint.rpartition(":")[2])
 
+    @property
+    def is_open(self) -> bool:
+        """Whether nothing is served yet."""
+        return self._thread.is_alive()
+
     def __enter__(self) -> Self:
         self._thread.start()
         self._started.result()
