@@ -63,10 +63,10 @@ def train_from_config(config: TrainConfig, where: str, *, dry_run: bool = False)
         data = load_data(config.data, reference, virtual_tokens=getattr(peft, "num_virtual_tokens", None) or 0)
         if not isinstance(data.train, Dataset) and arguments.max_steps <= 0:
             raise ConfigError(f"{where}: a stream has no end to count: set train.max_steps, or data.samples")
-        # Only now, so that an error in it stands alone.
-        print("Configuration", *(f"  {line}" for line in config.as_toml().splitlines()), sep="\n", flush=True)
         set_seed(arguments.seed)
         trunk, trunk_place = _trunk(config, cut, dtype, stack)
+        # Only now, so that an error in it stands alone.
+        print("Configuration", *(f"  {line}" for line in config.as_toml().splitlines()), sep="\n", flush=True)
         stack.callback(trunk.close)
         base = load_client(reference, trunk, cut=cut, dtype=dtype, quantize=config.model.quantize)
         sides = Sides(base, trunk.client.welcome.cut)
