@@ -70,7 +70,11 @@ class ShareOrPlace(click.ParamType[float | str]):
 @click.option("--server", metavar="HOST:PORT", help="Train through this daemon.  [default: a trunk in this process]")
 @click.option("--server-key", metavar="KEY", help="The daemon's .key file, or the key itself.")
 @click.option("--client-key", metavar="FILE", help="Your own .key_secret file.")
-@click.option("--cut", metavar="START:STOP", help="The trunk's layers, START to STOP-1.  [default: the daemon's]")
+@click.option(
+    "--cut",
+    metavar="START:STOP",
+    help="The trunk's layers, START to STOP-1.  [default: the daemon's; without one all but two at each end]",
+)
 @click.option("--model", metavar="REF", help="Hub id, directory, package:NAME, random:TYPE.  [default: random:gpt2]")
 @click.option(
     "--dataset", metavar="NAME", help="synthetic, python-docs, wikitext, a hub id or a file.  [default: synthetic]"
@@ -88,7 +92,11 @@ class ShareOrPlace(click.ParamType[float | str]):
 @click.option("--max-length", type=click.IntRange(2), help="Tokens of a row.  [default: 128]")
 @click.option("--epochs", type=click.FloatRange(0, min_open=True), help="Times through the rows.  [default: 1]")
 @click.option("--steps", type=click.IntRange(1), help="Steps to take, whatever --epochs says.  [default: by --epochs]")
-@click.option("--seed", type=click.IntRange(0), help="Of the adapters' first values and the rows' order.  [default: 0]")
+@click.option(
+    "--seed",
+    type=click.IntRange(0),
+    help="Of the adapters' first values and the rows' order.  [default: 0; with CONFIG 42]",
+)
 @click.option("--lora-rank", type=click.IntRange(1), help="Rank of the LoRA adapters.  [default: 8]")
 @click.option("--lr", type=click.FloatRange(0), help="Learning rate.  [default: 1e-4]")
 @click.option(
