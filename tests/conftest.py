@@ -24,6 +24,7 @@ WITHOUT_TORCH = [
     "test_imports.py",
     "test_keygen.py",
     "test_leaks.py",
+    "test_loading.py",
     "test_mutations.py",
     "test_no_pickle.py",
     "test_router.py",

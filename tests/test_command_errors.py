@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import signal
+from pathlib import Path
+
 import click
 import pytest
 from click.testing import CliRunner, Result
 
-from zsl.cli.errors import one_line_errors
-from zsl.errors import RunFailed
+from zsl.cli.errors import one_line_errors, say
+from zsl.cli.train import train
+from zsl.cli.zsl import zsl as command
+from zsl.errors import EXIT_RUN_FAILED, EXIT_STARTUP_FAILED, RunFailed, StartupError
+from zsl.split.output import new_directory
 
 LONG = "x" * 5000
 
@@ -38,3 +45,73 @@ def test_of_a_foreign_error_the_beginning_is_told_in_a_line(text: str, shown: st
 def test_an_error_of_zsl_is_told_whole() -> None:
     ended = ended_with(RunFailed(f"first\nsecond {LONG}"))
     assert (ended.exit_code, ended.stderr) == (1, f"zsl-some: first second {LONG}\n")
+
+
+def code_of_writing_to(output: int, monkeypatch: pytest.MonkeyPatch) -> int | str | None:
+    """The exit code of a command that says something there."""
+    with open(output, "w") as stream:
+        monkeypatch.setattr("sys.stdout", stream)
+        with pytest.raises(SystemExit) as ended, one_line_errors("zsl-some", debug=False):
+            say("something")
+        assert not stream.closed and stream.write("more") and stream.flush() is None  # as at the interpreter's end
+    return ended.value.code
+
+
+def test_a_reader_that_has_seen_enough_ends_a_command_without_a_word(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    assert code_of_writing_to(writing, monkeypatch) == 128 + signal.SIGPIPE
+    assert capfd.readouterr().err == ""
+
+
+def test_an_output_without_space_is_told_in_a_line(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert code_of_writing_to(os.open("/dev/full", os.O_WRONLY), monkeypatch) == EXIT_RUN_FAILED
+    assert capfd.readouterr().err == "zsl-some: standard output cannot be written: No space left on device\n"
+
+
+def refuse(*_: object, **__: object) -> None:
+    raise PermissionError(13, "Permission denied", "/somewhere/.saving-1234")
+
+
+def test_a_folder_that_cannot_be_written_is_exit_3_with_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.mkdtemp", refuse)
+    with pytest.raises(StartupError) as raised, new_directory(tmp_path / "out"):
+        pass
+    assert str(raised.value) == f"{tmp_path} cannot be written: Permission denied; name another --out"
+    assert raised.value.exit_code == EXIT_STARTUP_FAILED
+    made = CliRunner().invoke(command, ["keygen", "alice", "--out", str(tmp_path)])
+    assert (made.exit_code, made.stdout) == (EXIT_STARTUP_FAILED, "")
+    assert made.stderr == f"zsl keygen: {tmp_path} cannot be written: Permission denied; name another --out\n"
+
+
+def test_what_fails_in_the_middle_is_told_without_the_names_of_files_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zsl.split.output.sync_tree", refuse)
+    with pytest.raises(RunFailed) as raised, new_directory(tmp_path / "out"):
+        pass
+    assert str(raised.value) == f"{tmp_path / 'out'} could not be written: Permission denied"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_list_of_commands_cuts_no_description() -> None:
+    shown = CliRunner().invoke(command, ["--help"], terminal_width=80).output
+    described = shown.partition("Commands:")[2].strip()
+    assert "..." not in described and len(described.splitlines()) == len(command.commands)
+
+
+@pytest.mark.parametrize(("name", "asked", "offered"), [("zsl", "do", "doctor"), ("zsl-train", "--se", "--server-key")])
+def test_the_commands_complete_in_the_shell_as_the_guide_says(name: str, asked: str, offered: str) -> None:
+    variable = f"_{name.upper().replace('-', '_')}_COMPLETE"
+    guide = (Path(__file__).parent.parent / "docs" / "guide.md").read_text()
+    assert f'eval "$({variable}=bash_source {name})"' in guide
+    commands: dict[str, click.Command] = {"zsl": command, "zsl-train": train}
+    words = {variable: "bash_complete", "COMP_WORDS": f"{name} {asked}", "COMP_CWORD": "1"}
+    shown = CliRunner().invoke(commands[name], prog_name=name, env=words)
+    assert shown.exit_code == 0 and f"plain,{offered}" in shown.output.splitlines()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,14 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import LoraConfig
 from transformers import TrainingArguments
 
 from zsl.errors import ConfigError
-from zsl.training.config import read_config
+from zsl.training.config import TrainConfig, TrainerExtras, read_config
 from zsl.training.foreign import make_foreign
+from zsl.training.peft_table import peft_config
+from zsl.training.unknown_keys import OTHER_NAMES
 
 
 def printed_and_read(directory: Path, **tables: dict[str, Any]) -> tuple[Any, Any]:
@@ -94,6 +98,55 @@ def test_what_is_no_table_is_refused_with_the_file(text: str, overrides: dict[st
     file.write_text(text)
     with pytest.raises(ConfigError, match=rf"^{re.escape(str(file))}: (model|peft) is a table: "):
         read_config(file, overrides=overrides)
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("peft.rank", "peft.r"),
+        ("peft.alpha", "peft.lora_alpha"),
+        ("peft.dropout", "peft.lora_dropout"),
+        ("train.lr", "train.learning_rate"),
+        ("train.epochs", "train.num_train_epochs"),
+        ("train.batch_size", "train.per_device_train_batch_size"),
+        ("data.batch_size", "train.per_device_train_batch_size"),
+        ("data.max_seq_length", "data.max_length"),
+        ("train.max_length", "data.max_length"),
+        ("trunk.server", "trunk.endpoint"),
+        ("model.path", "model.name"),
+        ("data.path", "data.name"),
+        ("train.learning_rat", "train.learning_rate"),
+    ],
+)
+def test_a_key_that_is_called_otherwise_elsewhere_is_told_by_its_name_here(written: str, meant: str) -> None:
+    table, _, key = written.partition(".")
+
+    def checked() -> None:
+        config = read_config(None, overrides={table: {key: 1}})
+        make_foreign(TrainingArguments, "the command line", "train", config.trainer_arguments)
+        peft_config("the command line", config.peft)
+
+    with pytest.raises(ConfigError) as raised:
+        checked()
+    assert str(raised.value) == f"the command line: unknown key {written}; did you mean {meant}?"
+
+
+def test_every_key_that_has_other_names_is_one() -> None:
+    known = {
+        "peft": {field.name for field in dataclasses.fields(LoraConfig)} | {"method"},
+        "train": {field.name for field in dataclasses.fields(TrainingArguments)} | TrainerExtras.model_fields.keys(),
+        **{name: TrainConfig.model_fields[name].annotation.model_fields for name in ("model", "trunk", "data")},  # type: ignore[union-attr]
+    }
+    for meant, others in OTHER_NAMES.items():
+        table, _, key = meant.partition(".")
+        assert key in known[table], meant
+        assert not set(known[table]).intersection(others) - {"peft_type"}, meant  # which peft_table refuses
+
+
+def test_a_key_of_lora_is_not_named_where_the_method_has_none() -> None:
+    with pytest.raises(ConfigError) as raised:
+        peft_config("here", {"method": "ia3", "dropout": 0.1})
+    assert "lora_dropout" not in str(raised.value) and "peft.dropout" in str(raised.value)
 
 
 # --- [train] ---------------------------------------------------------------------------------------------------

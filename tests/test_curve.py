@@ -16,7 +16,7 @@ import pytest
 import zmq
 
 from test_router import LARGE, SMALL_BUFFER, Room, cleanup, dealer, found_slow, new_router, open_room, tcp, until
-from zsl.errors import ConfigError
+from zsl.errors import ConfigError, StartupError
 from zsl.transport import curve
 from zsl.transport.curve import (
     ClientKeys,
@@ -416,7 +416,7 @@ def test_names_that_are_no_file_names_are_refused(tmp_path: Path, name: str) -> 
 
 def test_a_directory_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="no key pair could be written"):
+    with pytest.raises(StartupError, match="cannot be written: "):
         write_key_pair(tmp_path / "file" / "keys", "alice")
 
 

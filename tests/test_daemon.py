@@ -8,17 +8,27 @@ import re
 import signal
 import socket
 import subprocess
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 import zsl
 from support.daemon import COMMAND, Daemon
+from support.echo import CUT as ECHO_CUT
+from support.echo import IDENTITY
 from support.models import CUT
-from zsl.errors import ForbiddenError, TrunkAuthError
+from zsl.cli.trunkd import trunkd
+from zsl.cli.zsl import zsl as zsl_command
+from zsl.errors import ForbiddenError, ModelError, TrunkAuthError
 from zsl.transport.curve import read_public_key, write_key_pair
+from zsl.trunk.daemon import DaemonOptions, run_daemon
+from zsl.trunk.failpoints import failpoint_from
+from zsl.trunk.settings import TrunkInfo
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -50,14 +60,15 @@ def test_the_ready_line_names_endpoint_model_cut_and_parameters(
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=log, text=True)
         assert process.stdout is not None
-        line = process.stdout.readline()
+        shown = [process.stdout.readline()]  # when it is there, so are the others
         process.terminate()
+        shown += process.stdout.readlines()
         assert process.wait(30) == 0
         process.stdout.close()
-    pattern = (
-        r"zsl-trunkd [\d.]+ ready on tcp://127\.0\.0\.1:\d+: .*gpt2, layers 2:4, [\d,]+ parameters, float32 on cpu"
-    )
-    assert re.match(pattern, line), line
+    first, what, *more = [line.rstrip("\n") for line in shown]
+    assert re.fullmatch(r"zsl-trunkd [\d.]+ ready on tcp://127\.0\.0\.1:\d+", first), first
+    assert re.fullmatch(rf"  {path}, layers 2:4, [\d,]+ parameters, float32 on cpu", what), what
+    assert all(line.startswith("  ") and len(line) <= 80 for line in more), more
 
 
 def test_with_no_argument_it_serves_gpt2_small_cut_2_10(tmp_path: Path) -> None:
@@ -156,10 +167,75 @@ def test_a_second_sigterm_ends_it_at_once(checkpoints: Callable[..., Path], tmp_
         del step
 
 
+def test_before_it_knows_its_model_and_while_it_reads_the_weights_it_says_that_it_loads_and_ends_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    seen: list[str] = []
+    codes: list[int] = []
+    ended = threading.Event()
+
+    def end(code: int) -> None:
+        codes.append(code)
+        ended.set()
+
+    def look() -> None:
+        checked = CliRunner().invoke(zsl_command, ["doctor", "--server", f"127.0.0.1:{port}"]).output
+        seen.append(next(line for line in checked.splitlines() if "  daemon " in line))
+
+    def load(**_: object) -> None:
+        look()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert ended.wait(30)
+        raise ModelError("seen enough")
+
+    def plan(*_: object, **__: object) -> SimpleNamespace:
+        look()
+        return SimpleNamespace(info=TrunkInfo(IDENTITY, ECHO_CUT, "f32", False, 64), cut=ECHO_CUT, load=load)
+
+    monkeypatch.setattr("zsl.trunk.daemon.plan_trunk", plan)
+    monkeypatch.setattr("zsl.trunk.daemon.os._exit", end)
+    options = DaemonOptions(
+        model="a model",
+        cut=None,
+        host="127.0.0.1",
+        port=port,
+        dtype=torch.float32,
+        device="cpu",
+        threads=None,
+        forward_only=False,
+        stash_memory_bytes=0,
+        max_batch_tokens=None,
+        merge_below_tokens=None,
+        deterministic=False,
+        access=None,
+        failpoint=failpoint_from({}),
+        log_format="text",
+    )
+    with pytest.raises(ModelError, match="seen enough"):
+        run_daemon(options)
+    assert codes == [128 + signal.SIGTERM]
+    assert [line[:4] for line in seen] == ["FAIL", "FAIL"]
+    assert all("still loading its model" in line and "hangs" not in line for line in seen)
+    with socket.create_server(("127.0.0.1", port)):
+        pass
+
+
 def test_a_port_in_use_is_exit_3_with_the_port() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         assert_one_line(run("--port", port), 3, f"127.0.0.1:{port}", "in use", "--port")
+
+
+def test_an_ipv6_address_may_stand_in_brackets(monkeypatch: pytest.MonkeyPatch) -> None:
+    served: list[DaemonOptions] = []
+    monkeypatch.setattr("zsl.trunk.daemon.run_daemon", served.append)
+    monkeypatch.setattr("zsl.trunk.logs.set_up_logging", lambda *_, **__: None)
+    for host in ("[::1]", "::1"):
+        finished = CliRunner().invoke(trunkd, ["--host", host])
+        assert finished.exit_code == 0, finished.output
+    assert [options.host for options in served] == ["::1", "::1"]
 
 
 def test_an_address_outside_loopback_is_refused_unless_insecure() -> None:

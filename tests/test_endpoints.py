@@ -93,6 +93,12 @@ def test_what_was_seen_of_each_is_told_and_that_it_was_lost_hides_no_reason() ->
     assert "at b: the connection broke" in text and "at c: nothing listens there" in text
 
 
+def test_a_host_whose_name_is_not_known_is_told_from_one_that_is_silent() -> None:
+    tried = Endpoints(("tcp://a:1", "tcp://b:1"), resolves=lambda endpoint: endpoint == "tcp://b:1")
+    text = str(tried.unreachable(10))
+    assert "at tcp://a:1: the name of its host is not known" in text and "at tcp://b:1: it cannot be reached" in text
+
+
 def test_an_unknown_key_is_told_at_once_and_other_refusals_when_they_are_no_accident() -> None:
     tried = endpoints("a")
     assert "does not know this client's key" in str(tried.saw(LinkEvent.UNKNOWN_KEY))

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import CONFIG_MAPPING
 
 import zsl
@@ -15,6 +16,7 @@ from support.embedded import served
 from support.models import CONFIGS, LAYERS, POSITIONS, local_model, with_lora
 from zsl.errors import ModelError
 from zsl.split.stack import check_can_be_split
+from zsl.trunk.assemble import plan_trunk
 
 BATCHES = {
     "plain": batches.plain(),
@@ -84,3 +86,19 @@ def test_layers_that_need_more_than_crosses_are_refused_by_name() -> None:
 def test_a_model_with_two_stacks_is_refused_by_name() -> None:
     with pytest.raises(ModelError, match=r"t5: 2 module lists"):
         check_can_be_split(CONFIG_MAPPING["t5"]())
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_an_encoder_is_refused_by_name_before_anything_is_read(family: str) -> None:
+    for refuse in (
+        lambda: check_can_be_split(CONFIG_MAPPING[family]()),
+        lambda: plan_trunk(f"random:{family}", None, torch.float32, "cpu", forward_only=False),
+    ):
+        with pytest.raises(ModelError, match=f"^{family}: its attention is not causal"):
+            refuse()
+
+
+@pytest.mark.parametrize(("family", "reason"), [("dbrx", "cannot make this model"), ("blt", "no number of hidden")])
+def test_a_configuration_that_makes_no_model_is_refused_by_name(family: str, reason: str) -> None:
+    with pytest.raises(ModelError, match=f"^{family}: .*{reason}"):
+        check_can_be_split(CONFIG_MAPPING[family]())

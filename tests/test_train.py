@@ -111,7 +111,7 @@ def test_it_prints_what_it_does_in_order(finished_run: tuple[Path, subprocess.Co
         r"trunk +layers 2-3 +[\d,]+  embedded trunk",
         r"top +layers 4-5, head +[\d,]+  this process",
         r"bottom +[\d,]+ of [\d,]+ \(\d+\.\d\d%\)",
-        r"tcp://127\.0\.0\.1:\d+, llama \(6 layers, weights [0-9a-f]{12}\), cut 2:4, f32, mode exact",
+        r"tcp://127\.0\.0\.1:\d+\n  llama \(6 layers, weights [0-9a-f]{12}\), cut 2:4, f32, mode exact",
         r"synthetic, 12 rows of 16 tokens",
         r"step 12/12: loss \d+\.\d{4}",
         r"Epoch 1: 6 steps, loss average \d+\.\d{4}, lowest \d+\.\d{4}, highest \d+\.\d{4}",
@@ -120,6 +120,8 @@ def test_it_prints_what_it_does_in_order(finished_run: tuple[Path, subprocess.Co
         r"The loss fell by \d+\.\d{4}\.",
     ):
         assert re.search(pattern, finished.stdout), f"{pattern} is not in\n{finished.stdout}"
+    too_wide = [line for line in finished.stdout.partition("Model parts")[2].splitlines() if len(line) > 80]
+    assert too_wide == []
     assert finished.stderr == "", "no warning, and no progress bar in what is no terminal"
 
 

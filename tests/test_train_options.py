@@ -17,21 +17,23 @@ from click.testing import CliRunner, Result
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tqdm import tqdm
 from transformers import Trainer, TrainingArguments
 
 from support.data import SENTENCES, conversation, write_model
 from support.models import tiny_model
 from test_train import COMMAND
-from zsl.cli.shown import Shown
+from zsl.cli.shown import Shown, shown_while_it_can_be
 from zsl.cli.train import train as train_command
 from zsl.errors import ConfigError, RunFailed
 from zsl.training.checkpoints import put_in_place, step_of
-from zsl.training.config import read_config
+from zsl.training.config import TrainConfig, read_config
 from zsl.training.foreign import make_foreign
 from zsl.training.metrics import RunMetrics
 from zsl.training.peft_table import peft_config
 from zsl.training.record import read_record
-from zsl.training.report import final_summary, stopped_early
+from zsl.training.report import final_summary, step_line, stopped_early
+from zsl.training.step_measure import StepMeasure
 from zsl.training.trained import find_trained
 from zsl.training.validation_loss import TokenLossMixin
 
@@ -90,6 +92,56 @@ def test_every_option_reaches_the_training(small: list[str], tmp_path: Path) -> 
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_other_options_reach_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[TrainConfig] = []
+    monkeypatch.setattr("zsl.training.run.train_from_config", lambda config, *_, **__: made.append(config))
+    options = ["--server", "a:1", "--server-key", "s.key", "--client-key", "c.key_secret", "--cut", "2:4"]
+    for validation in ("0.25", "notes.txt"):
+        result = run(*options, "--dataset", "a.txt", "--steps", "7", "--seed", "3", "--validation", validation)
+        assert result.exit_code == 0, result.output
+    share, file = made
+    assert (share.trunk.server_key, share.trunk.client_key, share.trunk.cut) == ("s.key", "c.key_secret", "2:4")
+    assert (share.train["max_steps"], share.train["seed"]) == (7, 3)
+    assert (share.data.validation, file.data.validation) == (0.25, "notes.txt")
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE"])
+def test_as_one_of_several_processes_it_says_that_it_is_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "2")
+    result = run()
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith(f"zsl-train: {name}=2 ") and result.stderr.count("\n") == 1
+    monkeypatch.setenv(name, "1")
+    assert run("missing.toml").stderr.startswith("zsl-train: missing.toml: ")
+
+
+@pytest.mark.parametrize(
+    ("options", "code"),
+    [
+        (["--set", "train.learning_rate=nan"], 2),
+        (["--set", "peft.rank=3"], 2),
+        (["--cut", "4:2"], 2),
+        (["--server-key", "k"], 2),
+        (["--server", "nowhere"], 2),
+        (["--server", "a:1", "--server-key", "missing.key"], 2),
+        (["--cut", "4:9"], 3),
+        (["--model", "random:nothing"], 3),
+        (["--model", "random:bert"], 3),
+        (["--dataset", "missing.txt"], 2),
+        (["--max-length", "65"], 2),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, list) else "",
+)
+def test_an_error_in_the_configuration_is_all_that_is_shown(
+    small: list[str], options: list[str], code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = run(*small, *options)
+    assert (result.exit_code, result.stdout) == (code, ""), result.output
+    assert result.stderr.count("\n") == 1 and result.stderr.startswith("zsl-train: ")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_options_go_before_settings_and_those_before_the_file(tmp_path: Path) -> None:
     file = tmp_path / "a.toml"
     file.write_text("[data]\nsamples = 3\nmax_length = 30\n[train]\nlearning_rate = 3.0\n")
@@ -100,7 +152,7 @@ def test_options_go_before_settings_and_those_before_the_file(tmp_path: Path) ->
 def test_a_step_shows_where_its_time_went_and_what_crossed(small: list[str], tmp_path: Path) -> None:
     result = run(*small, "--save-dir", tmp_path)
     assert re.search(
-        r"step 4/4: loss [\d.]+, [\d,]+ tokens/s, .*trunk \d+%.*, 8\.\d+ kB up, 8\.\d+ kB down, 0:00 left",
+        r"step 4/4: loss [\d.]+, [\d,]+ tok/s, [a-z]+ \d+% [a-z]+ \d+%, 0:00 left\n",
         result.stdout,
     )
     assert re.search(r"Communication per step of 32 tokens\n.*\n  this run, measured +\d.*kB +\d", result.stdout)
@@ -111,6 +163,20 @@ def test_a_step_shows_where_its_time_went_and_what_crossed(small: list[str], tmp
         assert line["tokens"] == 32
         # Two tensors of 2 x 16 tokens x 32 float32 numbers each way, and their headers.
         assert 0 < line["bytes_up"] - 2 * 2 * 16 * 32 * 4 < 1500
+
+
+def test_the_line_of_a_long_run_fits_in_80_columns_and_has_the_largest_parts() -> None:
+    seconds = {"data": 0.1, "bottom": 1.0, "crossing": 7.5, "top": 1.3, "other": 0.1}
+    measure = StepMeasure(
+        steps=1,
+        tokens=123_450,
+        seconds=10.0,
+        compute_seconds=6.0,
+        **{f"{part}_seconds": value for part, value in seconds.items()},
+    )
+    line = step_line(1000, 20_000, 12.3456, measure, 11_220.0)
+    assert line == "  step 1000/20000: loss 12.3456, 12,345 tok/s, wire 15% trunk 60%, 3:07:00 left"
+    assert len(line) <= 80
 
 
 def test_a_loss_that_ran_away_is_called_that() -> None:
@@ -135,9 +201,10 @@ def test_of_one_step_there_is_no_verdict_and_a_loss_that_stayed_is_not_said_to_r
 
 
 def test_with_a_threshold_of_early_stopping_it_is_said_by_how_much_the_loss_was_to_fall() -> None:
-    said = stopped_early(6, 40, 2, 0.05)
-    assert said == "  stopped at step 6 of 40: no validation loss lower by more than 0.05 in 2 validations"
-    assert stopped_early(6, 40, 2) == "  stopped at step 6 of 40: no lower validation loss in 2 validations"
+    said = stopped_early(6, 40, 2, 1.5, threshold=0.05)
+    assert said == "  stopped at step 6 of 40: no validation loss lower than 1.5000 by more than 0.05 in 2 validations"
+    said = stopped_early(6, 40, 1, 1.5, went_by="perplexity")
+    assert said == "  stopped at step 6 of 40: no validation perplexity lower than 1.5000 in 1 validation"
 
 
 def test_tensorboard_gets_what_was_measured(small: list[str], tmp_path: Path) -> None:
@@ -196,13 +263,22 @@ def test_a_finished_run_is_replaced_and_another_configuration_named(small: list[
 
 
 def test_a_dry_run_checks_all_and_leaves_nothing(small: list[str], tmp_path: Path) -> None:
-    result = run(*small, "--save-dir", tmp_path / "out", "--dry-run")
+    result = run(*small, "--save-dir", tmp_path / "runs" / "out", "--dry-run")
     assert result.exit_code == 0, result.output
     assert "Dry run: everything is there, and the trunk answers." in result.stdout
     assert "max_length = 16" in result.stdout and "Training\n" not in result.stdout
-    assert not (tmp_path / "out").exists()
-    result = run(*small, "--dry-run", "--server", "127.0.0.1:1", "--set", "trunk.connect_timeout_seconds=0.3")
-    assert result.exit_code == 3
+    assert list(tmp_path.iterdir()) == []
+    result = run(
+        *small,
+        "--dry-run",
+        "--save-dir",
+        tmp_path / "runs" / "out",
+        "--server",
+        "127.0.0.1:1",
+        "--set",
+        "trunk.connect_timeout_seconds=0.3",
+    )
+    assert result.exit_code == 3 and list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -339,6 +415,13 @@ def test_an_output_without_space_is_given_up_with_one_warning(caplog: pytest.Log
     ]
 
 
+def test_where_standard_output_is_closed_what_is_shown_goes_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdout", None)
+    with shown_while_it_can_be():
+        tqdm.write("a step")
+        print("a step", flush=True)
+
+
 def test_quiet_says_nothing_where_nothing_is_wrong(small: list[str], tmp_path: Path) -> None:
     result = run(*small, "--save-dir", tmp_path / "out", "--quiet")
     assert (result.exit_code, result.output) == (0, "")
@@ -348,7 +431,7 @@ def test_quiet_says_nothing_where_nothing_is_wrong(small: list[str], tmp_path: P
 def test_resume_goes_on_or_fails_and_restart_begins_anew(small: list[str], tmp_path: Path) -> None:
     out = tmp_path / "out"
     nothing = run(*small, "--save-dir", out, "--resume")
-    assert nothing.exit_code == 2 and "holds no checkpoint" in nothing.stderr
+    assert nothing.exit_code == 2 and "holds no checkpoint" in nothing.stderr and "--save-dir" in nothing.stderr
     checkpoints = ["--set", "train.save_steps=2"]
     assert run(*small, *checkpoints, "--save-dir", out, "--set", "train.max_steps=3").exit_code == 0
     gone_on = run(*small, *checkpoints, "--save-dir", out, "--resume", "--set", "train.max_steps=4")
@@ -376,10 +459,10 @@ def test_it_stops_early_and_keeps_the_best(small: list[str], tmp_path: Path) -> 
     options = [word for setting in settings for word in ("--set", setting)]
     result = run(*small, *options, "--epochs", "20", "--save-dir", tmp_path)
     assert result.exit_code == 0, result.output
-    assert re.search(r"stopped at step \d+ of \d+: no lower validation loss in 2 validations", result.stdout)
     validations = [line for line in lines_in(tmp_path) if "eval_loss" in line and line["step"]]
     best = min(validations, key=lambda line: line["eval_loss"])
     assert validations[-1]["step"] == best["step"] + 4
+    assert f": no validation loss lower than {best['eval_loss']:.4f} in 2 validations" in result.stdout
     assert f"The adapters are those of step {best['step']}" in result.stdout
     kept = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     of_the_best = load_file(tmp_path / f"checkpoint-{best['step']}" / "adapter_model.safetensors")

@@ -233,6 +233,14 @@ class DrainingError(WireError):
     retry = Retry.ELSEWHERE
 
 
+class LoadingError(WireError):
+    """The daemon is still loading its model."""
+
+    code = "LOADING"
+    retry = Retry.SAME
+    exit_code = EXIT_STARTUP_FAILED
+
+
 class OutOfMemoryError(WireError):
     """The daemon's device has no memory left for this request."""
 
@@ -261,6 +269,7 @@ WIRE_ERRORS: dict[str, type[WireError]] = {
         DeadlineError,
         CancelledByClientError,
         DrainingError,
+        LoadingError,
         OutOfMemoryError,
     )
 }

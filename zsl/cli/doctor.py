@@ -13,11 +13,12 @@ from pathlib import Path
 
 import click
 
-from zsl.cli.errors import one_line_errors
+from zsl.cli.errors import one_line_errors, say
 from zsl.errors import EXIT_RUN_FAILED
+from zsl.split.words import counted
 
 
-@click.command()
+@click.command(short_help="Check this installation, or a daemon from here.")
 @click.option("--server", metavar="HOST:PORT", help="A daemon to check.  [default: only this installation]")
 @click.option("--model", metavar="REF", help="Your model, as zsl-train takes it: to be compared with the daemon's.")
 @click.option("--cut", metavar="START:STOP", help="The cut that you want.  [default: the daemon's]")
@@ -62,16 +63,17 @@ def doctor(
             for check in checks:
                 if as_json:
                     facts = {"check": check.name, "state": check.state, "found": check.found, "to_do": check.to_do}
-                    click.echo(json.dumps(facts))
+                    say(json.dumps(facts))
                 else:
-                    click.echo(check.line)
+                    say(check.line)
                 if debug and check.error is not None:
                     traceback.print_exception(check.error)
                 failed += check.state is State.FAIL
 
         if not debug:
             # What the libraries below have to say to each other is in the way of what was found.
-            logging.basicConfig(level=logging.CRITICAL)
+            logging.basicConfig(level=logging.CRITICAL, format="zsl doctor: %(message)s")
+            logging.getLogger("zsl.split").setLevel(logging.WARNING)  # it says what takes its time
             warnings.simplefilter("ignore")
             os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         show(installation_checks())  # first: what follows needs the packages
@@ -88,7 +90,5 @@ def doctor(
         )
         show(examination.run())
         if failed:
-            from zsl.training.report import counted
-
             click.echo(f"zsl doctor: {counted(failed, 'check')} failed", err=True)
             sys.exit(EXIT_RUN_FAILED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 import sys
 import traceback
@@ -12,7 +13,8 @@ from typing import NoReturn
 
 import click
 
-from zsl.errors import EXIT_RUN_FAILED, ZslError
+from zsl.cli.shown import to_nowhere
+from zsl.errors import EXIT_RUN_FAILED, RunFailed, ZslError
 
 _LONGEST_FOREIGN_TEXT = 300  # characters: some libraries put all that they looked at into one
 
@@ -28,6 +30,17 @@ def stop_on_sigterm() -> None:
         raise Terminated
 
     signal.signal(signal.SIGTERM, terminate)
+
+
+def say(text: str, *, nl: bool = True) -> None:
+    """Write what a command found or did. Raises `RunFailed` where that cannot be; ends it where its reader has gone."""
+    try:
+        click.echo(text, nl=nl)
+    except OSError as error:
+        to_nowhere(sys.stdout)
+        if error.errno == errno.EPIPE:
+            sys.exit(128 + signal.SIGPIPE)  # as whoever is ended by it: its reader, `head`, has seen enough
+        raise RunFailed(f"standard output cannot be written: {error.strerror}") from error
 
 
 @contextmanager

@@ -7,12 +7,12 @@ from pathlib import Path
 import click
 
 from zsl import __version__
-from zsl.cli.errors import one_line_errors, stop_on_sigterm
+from zsl.cli.errors import one_line_errors, say, stop_on_sigterm
 from zsl.cli.quiet import quiet_libraries
 from zsl.cli.trained import model_of
 
 
-@click.command()
+@click.command(short_help="Make one PEFT adapter of what a training left.")
 @click.argument("adapters", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN_OR_ADAPTER…")
 @click.option(
     "--out",
@@ -55,8 +55,8 @@ def export(adapters: tuple[Path, ...], out: Path, model: str | None, base_model:
         reference = model_of(trained, model)
         facts = {**trained.facts, "zsl": __version__}
         made = export_adapters(trained.adapters, reference, out, base_model=base_model, facts=facts)
-        click.echo(f"Exported {', '.join(map(str, trained.adapters))} as an adapter of the whole {reference.text}:")
+        say(f"Exported {', '.join(map(str, trained.adapters))} as an adapter of the whole {reference.text}:")
         for name, value in made.rows().items():
-            click.echo(f"  {name:<11} {value}")
-        click.echo(f"  {'base model':<11} {made.base_model or 'none named; --base-model ID lets others find it'}")
-        click.echo(f"PEFT loads it, every tensor as it was trained. It is in {out}")
+            say(f"  {name:<11} {value}")
+        say(f"  {'base model':<11} {made.base_model or 'none named; --base-model ID lets others find it'}")
+        say(f"PEFT loads it, every tensor as it was trained. It is in {out}")

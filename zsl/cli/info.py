@@ -6,11 +6,11 @@ import json
 
 import click
 
-from zsl.cli.errors import one_line_errors
-from zsl.errors import StartupError, ZslError
+from zsl.cli.errors import one_line_errors, say
+from zsl.errors import LoadingError, StartupError, ZslError
 
 
-@click.command()
+@click.command(short_help="Show what a daemon serves, and how busy it is.")
 @click.argument("endpoint", metavar="HOST:PORT[,…]")
 @click.option("--server-key", metavar="KEY", help="The daemon's .key file, or the key itself.")
 @click.option("--client-key", metavar="FILE", help="Your own .key_secret file.")
@@ -19,7 +19,7 @@ from zsl.errors import StartupError, ZslError
 def info(endpoint: str, server_key: str | None, client_key: str | None, as_json: bool, debug: bool) -> None:
     """Show what the daemon at HOST:PORT serves, how busy it is, and how far away.
 
-    Of several with commas between them, each. Exit code 3 if none answers.
+    Of several with commas between them, each. Exit code 3 if none serves: none answers, or those that do still load.
 
     \b
       zsl info 127.0.0.1:5555
@@ -41,17 +41,22 @@ def info(endpoint: str, server_key: str | None, client_key: str | None, as_json:
         errors = [answer for answer in found.values() if isinstance(answer, ZslError)]
         if as_json:
             entries = [
-                {"endpoint": one, "error": str(answer)} if isinstance(answer, ZslError) else answer.as_json()
+                {"endpoint": one, "loading": isinstance(answer, LoadingError), "error": str(answer)}
+                if isinstance(answer, ZslError)
+                else answer.as_json()
                 for one, answer in found.items()
             ]
-            click.echo(json.dumps(entries, indent=2))
+            say(json.dumps(entries, indent=2))
         elif len(found) > 1 or not errors:
             blocks = [
-                [("endpoint", one), ("state", f"does not answer: {answer}")]
-                if isinstance(answer, ZslError)
-                else answer.rows()
+                [("endpoint", one), ("state", _why_not(answer))] if isinstance(answer, ZslError) else answer.rows()
                 for one, answer in found.items()
             ]
-            click.echo("\n\n".join("\n".join(f"{key:<13}  {value}" for key, value in rows) for rows in blocks))
+            say("\n\n".join("\n".join(f"{key:<13}  {value}" for key, value in rows) for rows in blocks))
         if len(errors) == len(found):
             raise StartupError(str(errors[0]) if len(errors) == 1 else "none of them answers") from errors[0]
+
+
+def _why_not(error: ZslError) -> str:
+    """The state of a daemon that has not said what it serves."""
+    return f"loading: {error}" if isinstance(error, LoadingError) else f"does not answer: {error}"

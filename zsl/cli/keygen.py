@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from zsl.cli.errors import one_line_errors
+from zsl.cli.errors import one_line_errors, say
 
 SERVER = "server"  # the name under which `zsl-trunkd --keys DIR` looks for its own pair
 
@@ -35,7 +35,7 @@ The client needs its secret file and the daemon's public one:
 """
 
 
-@click.command()
+@click.command(short_help="Make a key pair for a daemon or a client.")
 @click.argument("name")
 @click.option(
     "--out",
@@ -65,5 +65,5 @@ def keygen(name: str, out: Path, debug: bool) -> None:
             "keep_it": "stays on the daemon's machine" if is_server else "stays with the client",
             "give_it": "for every client" if is_server else "for whoever runs the daemon",
         }
-        click.echo(FILES.format(**facts))
-        click.echo((FOR_A_SERVER if is_server else FOR_A_CLIENT).format(**facts), nl=False)
+        say(FILES.format(**facts))
+        say((FOR_A_SERVER if is_server else FOR_A_CLIENT).format(**facts), nl=False)

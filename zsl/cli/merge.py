@@ -6,13 +6,13 @@ from pathlib import Path
 
 import click
 
-from zsl.cli.errors import one_line_errors, stop_on_sigterm
+from zsl.cli.errors import one_line_errors, say, stop_on_sigterm
 from zsl.cli.quiet import quiet_libraries
 from zsl.cli.trained import model_of
 from zsl.split.dtypes import DTYPES
 
 
-@click.command()
+@click.command(short_help="Write the whole model with an adapter merged into it.")
 @click.argument("adapters", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN_OR_ADAPTER…")
 @click.option(
     "--out",
@@ -60,7 +60,7 @@ def merge(adapters: tuple[Path, ...], out: Path, model: str | None, dtype: str |
         made = merge_adapters(trained.adapters, reference, out, dtype=getattr(torch, dtype) if dtype else None)
         if trained.weights_digest not in (None, made.weights_digest):
             click.echo(f"zsl merge: {reference.text} has other weights than the model that was trained", err=True)
-        click.echo(
+        say(
             f"Merged {', '.join(map(str, trained.adapters))} ({made.method}) into {reference.text}: {out}, "
             f"{str(made.dtype).removeprefix('torch.')}, {byte_count(size_bytes(out))}, "
             f"{'with its tokenizer' if made.has_tokenizer else 'no tokenizer, as the model has none'}"

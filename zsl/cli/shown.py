@@ -5,12 +5,34 @@ Knows no torch.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 import os
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 logger = logging.getLogger(__name__)
+
+
+def to_nowhere(stream: Any) -> None:
+    """Let what is written to a stream go nowhere: what waits in its buffer too, also when the interpreter ends."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
+@contextlib.contextmanager
+def shown_while_it_can_be() -> Iterator[None]:
+    """Have standard output show each line when it is done, and let nothing end because it cannot be written."""
+    with contextlib.ExitStack() as stack:
+        if sys.stdout is None:  # closed by whoever started this
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        elif isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(line_buffering=True)  # a log file has each step when it is done
+            stack.enter_context(contextlib.redirect_stdout(Shown(sys.stdout)))
+        yield
 
 
 class Shown(io.TextIOBase):
@@ -36,8 +58,5 @@ class Shown(io.TextIOBase):
         try:
             action(*arguments)
         except OSError as error:
-            # What waits in the stream's buffer goes there too, also when the interpreter ends.
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._stream.fileno())
-            os.close(nowhere)
+            to_nowhere(self._stream)
             logger.warning("standard output cannot be written any more: %s; going on without it", error.strerror)

@@ -7,7 +7,7 @@ from shlex import quote
 
 import click
 
-from zsl.cli.errors import one_line_errors, stop_on_sigterm
+from zsl.cli.errors import one_line_errors, say, stop_on_sigterm
 from zsl.cli.quiet import quiet_libraries
 from zsl.split.dtypes import DTYPES
 
@@ -18,7 +18,7 @@ Serve the trunk's part where its machine is, and train with the client's:
 """
 
 
-@click.command()
+@click.command(short_help="Write a model as two parts, for a daemon and its clients.")
 @click.argument("model")
 @click.argument("cut", metavar="START:STOP")
 @click.option(
@@ -68,9 +68,9 @@ def split(model: str, cut: str, out: Path, dtype: str | None, debug: bool) -> No
             "trunk": layer_range(parsed.start, parsed.stop),
         }
         identity = f"{made.model.model_type}, {layers} layers, weights {made.model.weights_digest[:12]}"
-        click.echo(f"Split {model} ({identity}) at {parsed}:")
+        say(f"Split {model} ({identity}) at {parsed}:")
         for part, holds in what.items():
-            click.echo(f"  {out / part}  {byte_count(size_bytes(out / part))}: {holds}")
+            say(f"  {out / part}  {byte_count(size_bytes(out / part))}: {holds}")
             for file in sorted((out / part).iterdir()):
-                click.echo(f"    {file.name}  {byte_count(file.stat().st_size)}")
-        click.echo("\n" + NEXT.format(client=quote(str(out / "client")), trunk=quote(str(out / "trunk"))), nl=False)
+                say(f"    {file.name}  {byte_count(file.stat().st_size)}")
+        say("\n" + NEXT.format(client=quote(str(out / "client")), trunk=quote(str(out / "trunk"))), nl=False)

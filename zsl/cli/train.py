@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import logging
 import os
-import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +14,67 @@ import click
 import zsl
 from zsl.cli.errors import one_line_errors, stop_on_sigterm
 from zsl.cli.quiet import quiet_libraries
-from zsl.cli.shown import Shown
+from zsl.cli.shown import shown_while_it_can_be
+from zsl.errors import ConfigError
 
 # Where an option's value goes.
 FLAGS = {
     "server": ("trunk", "endpoint"),
+    "server_key": ("trunk", "server_key"),
+    "client_key": ("trunk", "client_key"),
+    "cut": ("trunk", "cut"),
     "model": ("model", "name"),
     "dataset": ("data", "name"),
     "samples": ("data", "samples"),
+    "validation": ("data", "validation"),
     "max_length": ("data", "max_length"),
     "batch_size": ("train", "per_device_train_batch_size"),
     "epochs": ("train", "num_train_epochs"),
+    "steps": ("train", "max_steps"),
+    "seed": ("train", "seed"),
     "lora_rank": ("peft", "r"),
     "lr": ("train", "learning_rate"),
     "save_dir": ("train", "output_dir"),
 }
 
 
+# What says of how many processes this is one, as accelerate reads it.
+WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
+def refuse_several_processes(environment: Mapping[str, str]) -> None:
+    """Raises `ConfigError` where Trainer would wait for other processes of the same training."""
+    for name in WORLD_SIZES:
+        value = environment.get(name, "")
+        if value.isdecimal() and int(value) > 1:
+            raise ConfigError(
+                f"{name}={value} in the environment makes this one of {value} processes, and zsl-train is one: "
+                f"start it without torchrun or mpirun, or unset {name}"
+            )
+
+
+class ShareOrPlace(click.ParamType[float | str]):
+    """A number, or else a name."""
+
+    name = "SHARE"
+
+    def convert(self, value: str | float, param: click.Parameter | None, ctx: click.Context | None) -> float | str:
+        try:
+            return float(value)
+        except ValueError:
+            return value
+
+
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("config", type=click.Path(dir_okay=False, path_type=Path), required=False)
 @click.option("--server", metavar="HOST:PORT", help="Train through this daemon.  [default: a trunk in this process]")
+@click.option("--server-key", metavar="KEY", help="The daemon's .key file, or the key itself.")
+@click.option("--client-key", metavar="FILE", help="Your own .key_secret file.")
+@click.option(
+    "--cut",
+    metavar="START:STOP",
+    help="The trunk's layers, START to STOP-1.  [default: the daemon's; without one all but two at each end]",
+)
 @click.option("--model", metavar="REF", help="Hub id, directory, package:NAME, random:TYPE.  [default: random:gpt2]")
 @click.option(
     "--dataset", metavar="NAME", help="synthetic, python-docs, wikitext, a hub id or a file.  [default: synthetic]"
@@ -42,9 +82,21 @@ FLAGS = {
 @click.option(
     "--samples", type=click.IntRange(1), help="Rows to train on.  [default: 20; with CONFIG all, but 20 of synthetic]"
 )
+@click.option(
+    "--validation",
+    type=ShareOrPlace(),
+    metavar="SHARE",
+    help="Rows to validate on: a share of them such as 0.1, the name of a split, or a file.  [default: none]",
+)
 @click.option("--batch-size", type=click.IntRange(1), help="Rows of a batch.  [default: 2]")
 @click.option("--max-length", type=click.IntRange(2), help="Tokens of a row.  [default: 128]")
 @click.option("--epochs", type=click.FloatRange(0, min_open=True), help="Times through the rows.  [default: 1]")
+@click.option("--steps", type=click.IntRange(1), help="Steps to take, whatever --epochs says.  [default: by --epochs]")
+@click.option(
+    "--seed",
+    type=click.IntRange(0),
+    help="Of the adapters' first values and the rows' order.  [default: 0; with CONFIG 42]",
+)
 @click.option("--lora-rank", type=click.IntRange(1), help="Rank of the LoRA adapters.  [default: 8]")
 @click.option("--lr", type=click.FloatRange(0), help="Learning rate.  [default: 1e-4]")
 @click.option(
@@ -86,6 +138,7 @@ def train(
     with one_line_errors("zsl-train", debug=debug):
         from zsl.training.config import read_config, where_of
 
+        refuse_several_processes(os.environ)
         overrides: dict[str, dict[str, Any]] = {"train": {}}
         for name, value in flags.items():
             if value is not None:
@@ -105,7 +158,6 @@ def train(
         with contextlib.ExitStack() as stack:
             if quiet:
                 stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
-            elif isinstance(sys.stdout, io.TextIOWrapper):
-                sys.stdout.reconfigure(line_buffering=True)  # a log file shows each step when it is done
-                stack.enter_context(contextlib.redirect_stdout(Shown(sys.stdout)))
+            else:
+                stack.enter_context(shown_while_it_can_be())
             train_from_config(checked, where_of(config), dry_run=dry_run)

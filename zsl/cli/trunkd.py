@@ -9,6 +9,7 @@ import click
 
 import zsl
 from zsl.cli.errors import one_line_errors
+from zsl.cli.shown import shown_while_it_can_be
 from zsl.errors import ConfigError
 from zsl.split.dtypes import DTYPES
 
@@ -123,7 +124,8 @@ def trunkd(
 ) -> None:
     """Serve the frozen middle layers of a model to clients that train around them.
 
-    Prints one line when it is ready. SIGTERM or Ctrl-C lets open steps end; a second one ends at once.
+    Says when it is ready; with --log-format json in one line. SIGTERM or Ctrl-C lets open steps end; a second one
+    ends at once.
     """
     with one_line_errors("zsl-trunkd", debug=debug):
         from zsl.split.cut import parse_cut
@@ -134,6 +136,7 @@ def trunkd(
         set_up_logging(log_format, debug=debug)  # type: ignore[arg-type]
         parsed_cut = parse_cut(cut) if cut else None
         access = read_access(keys, tenants)
+        host = host.removeprefix("[").removesuffix("]")  # as an IPv6 address stands before a port
         check_address(host, encrypted=access is not None, insecure=insecure)
         failpoint = failpoint_from(os.environ)
 
@@ -160,4 +163,5 @@ def trunkd(
             failpoint=failpoint,
             log_format=log_format,  # type: ignore[arg-type]
         )
-        run_daemon(options)
+        with shown_while_it_can_be():
+            run_daemon(options)

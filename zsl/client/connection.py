@@ -80,7 +80,8 @@ class Connection:
             hello = Hello(request=0, software="", dtype=dtype, model=model, cut=cut, resume=None)
             self._thread = threading.Thread(target=self._run, args=(hello,), name="zsl-io", daemon=True)
             self._thread.start()
-        return self._result(self._opened, self._connect_timeout_seconds)
+        # The link ends it sooner: after the first of them, unless a daemon is there that is still loading.
+        return self._result(self._opened, self._connect_timeout_seconds + self._request_timeout_seconds)
 
     @property
     def welcome(self) -> Welcome:

@@ -1,4 +1,4 @@
-"""Which daemon to try next, how soon, and why none has answered. Pure: clock and randomness come from outside.
+"""Which daemon to try next, how soon, and why none has answered. Pure: clock, chance and names come from outside.
 
 The one that answers is kept. When it is lost, the list is tried in turn, beginning with it, with pauses that grow and
 are drawn at random ("full jitter", Brooker, "Exponential Backoff and Jitter", 2015), so that the clients of a daemon
@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from zsl.errors import ConfigError, TrunkAuthError, TrunkUnreachable, ZslError
-from zsl.transport.dealer import LinkEvent, normalized_endpoint
+from zsl.transport.dealer import LinkEvent, normalized_endpoint, resolves
 
 FIRST_PAUSE_SECONDS = 0.1
 LONGEST_PAUSE_SECONDS = 2.0
@@ -29,7 +29,7 @@ _UNREACHABLE: dict[LinkEvent | None, str] = {
     None: "it cannot be reached",
     LinkEvent.REFUSED: "nothing listens there",
     LinkEvent.MUTE: "something listens there that does not answer as a trunk daemon",
-    LinkEvent.UP: "something listens there that does not answer as a trunk daemon, or is still loading",
+    LinkEvent.UP: "something listens there that does not answer as a trunk daemon",
     LinkEvent.LOST: "the connection broke",
     **_KEY_ERRORS,
 }
@@ -44,7 +44,7 @@ def parse_endpoints(text: str) -> tuple[str, ...]:
 
 
 class Endpoints:
-    """A list of daemons that serve the same trunk. `draw` gives a number from 0 to 1."""
+    """A list of daemons that serve the same trunk. `draw` gives a number from 0 to 1, `resolves` tells known hosts."""
 
     def __init__(
         self,
@@ -52,10 +52,12 @@ class Endpoints:
         *,
         longest_pause_seconds: float = LONGEST_PAUSE_SECONDS,
         draw: Callable[[], float] = random.random,
+        resolves: Callable[[str], bool] = resolves,
     ) -> None:
         self._left = list(endpoints)
         self._longest_pause_seconds = longest_pause_seconds
         self._draw = draw
+        self._resolves = resolves
         self._place = 0
         self._failures = 0  # since one answered
         self._refused_handshakes = Counter[str]()  # in a row
@@ -94,9 +96,15 @@ class Endpoints:
 
     def unreachable(self, seconds: float) -> TrunkUnreachable:
         """That none has answered in this time, and why."""
-        tried = "; ".join(f"no trunk daemon at {one}: {_UNREACHABLE[why]}" for one, why in self._last_seen.items())
+        tried = "; ".join(f"no trunk daemon at {one}: {self._reason(one)}" for one in self._last_seen)
         how_long = f"{seconds:g} s" if seconds else "less than 0.1 s"
         return TrunkUnreachable(f"{tried} (tried for {how_long}); start one with zsl-trunkd, or check host and port")
+
+    def _reason(self, endpoint: str) -> str:
+        seen = self._last_seen[endpoint]
+        if seen is None and not self._resolves(endpoint):
+            return "the name of its host is not known here"
+        return _UNREACHABLE[seen]
 
     def answered(self) -> None:
         """The current one has opened a session, and something came by it."""

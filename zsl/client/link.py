@@ -30,6 +30,7 @@ from zsl.errors import (
     DeadlineError,
     ForbiddenError,
     InternalError,
+    LoadingError,
     ProtocolVersionError,
     RequestTimeout,
     Retry,
@@ -63,7 +64,7 @@ UNREADABLE_ANSWERS = 2  # may be damage; more are not
 HELLO_AGAIN_SECONDS = 1.0  # a HELLO that has no answer is said again; the daemon knows it by its id
 DRAINING_RETRY_SECONDS = 0.5
 HELLO_RETRY_SECONDS = 0.05
-LONGEST_QUOTA_RETRY_SECONDS = 1.0
+LONGEST_HELLO_RETRY_SECONDS = 1.0
 
 
 class Link:
@@ -93,7 +94,8 @@ class Link:
         self._requests = Requests()
         self._traffic = TrafficCounter()
         self._open_by = time.monotonic() + connect_timeout_seconds
-        self._quota: ZslError | None = None
+        self._loaded_by: float | None = None  # when a daemon that is loading must be done
+        self._not_yet: ZslError | None = None  # why a daemon that answers opens no session
         self._unreadable = 0  # answers, before the first session
         self._poller: zmq.Poller | None = None
         # An attempt: a socket, which is None between two of them.
@@ -236,12 +238,13 @@ class Link:
         if error is not None:
             self._never_again(error)
         elif event not in (LinkEvent.UP, LinkEvent.MUTE):
+            self._not_yet = None
             self._attempt_failed()
 
     def _check_attempt(self, now: float) -> None:
         """Keep trying to get a session; once there was one, only requests' deadlines end that."""
         if not self._opened.done() and now >= self._open_by:
-            raise self._quota or self._endpoints.unreachable(self._connect_timeout_seconds)
+            raise self._not_yet or self._endpoints.unreachable(self._connect_timeout_seconds)
         if self._dealer is None:
             if now >= self._endpoints.not_before:
                 self.connect()
@@ -273,7 +276,7 @@ class Link:
             logger.warning("the trunk at %s answers", endpoint)
         else:
             self._opened.set_result(welcome)
-        self._quota = None
+        self._not_yet = None
         self._welcome = welcome
         self._last_session = endpoint, welcome.session
         self._carrying = Carrying(welcome, now)
@@ -447,15 +450,29 @@ class Link:
     def _on_hello_refused(self, error: WireError, retry: Retry) -> None:
         self._hello_request = None
         now = time.monotonic()
-        if retry is Retry.ELSEWHERE and self._endpoints.others:
+        if isinstance(error, LoadingError) and not self._opened.done():
+            self._wait_for_loading(now)
+        if (retry is Retry.ELSEWHERE or isinstance(error, LoadingError)) and self._endpoints.others:
             self._attempt_failed()
         elif retry is Retry.ELSEWHERE:
             self._hello_not_before = now + DRAINING_RETRY_SECONDS
         elif retry is Retry.SAME:
-            self._quota = error
-            self._hello_not_before = now + min(error.retry_after_ms / 1000, LONGEST_QUOTA_RETRY_SECONDS)
+            self._not_yet = error
+            self._hello_not_before = now + min(error.retry_after_ms / 1000, LONGEST_HELLO_RETRY_SECONDS)
         else:
             self._never_again(error)
+
+    def _wait_for_loading(self, now: float) -> None:
+        """Give a daemon that says it is loading as long as a request may take: the connect timeout is for silence."""
+        if self._loaded_by is None:
+            self._loaded_by = now + self._request_timeout_seconds
+            logger.warning(
+                "the trunk at %s is still loading its model; waiting for up to %.0f s",
+                self._endpoints.current,
+                self._request_timeout_seconds,
+            )
+        longest_silence = max(self._connect_timeout_seconds, ATTEMPT_SECONDS)
+        self._open_by = max(self._open_by, min(now + longest_silence, self._loaded_by))
 
     # --- time --------------------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ import zsl
 from zsl.client.endpoints import Endpoints
 from zsl.errors import WIRE_ERRORS, ConnectionLost, InternalError, TrunkUnreachable
 from zsl.transport.curve import ClientKeys
-from zsl.transport.dealer import Dealer, LinkEvent
+from zsl.transport.dealer import Dealer, LinkEvent, resolves
 from zsl.wire.frames import Message, decode, encode
 from zsl.wire.messages import TO_CLIENT, Bye, Error, Header, Hello, Status, StatusRequest, Welcome
 
@@ -88,6 +88,8 @@ class Probe:
     # --- the connection ----------------------------------------------------------------------------------------
 
     def _connect(self) -> None:
+        if not resolves(self.endpoint):
+            raise self._endpoints.unreachable(0.0)
         began = time.monotonic()
         give_up_at = began + CONNECT_TIMEOUT_SECONDS
         while True:

@@ -8,6 +8,7 @@ from typing import Any
 
 from zsl.client.probe import Probe
 from zsl.errors import ZslError
+from zsl.split.words import counted
 from zsl.transport.curve import ClientKeys
 from zsl.wire.messages import FloatDtypeName, Status, Welcome
 
@@ -32,33 +33,29 @@ class Serving:
         rows = [
             ("endpoint", self.endpoint),
             ("state", "takes sessions" if self.refusal is None else f"takes no new session: {self.refusal}"),
-            ("model", f"{model.model_type}, {model.layers} layers, hidden size {model.hidden_size:,}"),
+            ("model", f"{model.model_type}, {counted(model.layers, 'layer')}, hidden size {model.hidden_size:,}"),
             ("weights", model.weights_digest[:DIGEST_CHARACTERS]),
             ("configuration", model.config_digest[:DIGEST_CHARACTERS]),
-            ("cut", f"{status.cut} ({status.cut.stop - status.cut.start} of {model.layers} layers)"),
-            ("trunk", f"{status.trunk_parameters:,} parameters in {DTYPE_WORDS[status.dtype]}"),
+            ("cut", f"{status.cut} ({status.cut.stop - status.cut.start} of {counted(model.layers, 'layer')})"),
+            ("trunk", f"{counted(status.trunk_parameters, 'parameter')} in {DTYPE_WORDS[status.dtype]}"),
             ("gradient", "none: it serves forward only" if status.forward_only else "exact: forward and backward"),
         ]
         if self.welcome is not None:
             limits = self.welcome.limits
+            requests = counted(limits.max_inflight_requests, "request")
+            tokens = counted(limits.max_request_tokens, "token")
             rows += [
                 ("deterministic", "yes" if self.welcome.deterministic else "no"),
                 ("packs", "yes" if self.welcome.packs else "no"),
-                ("row", f"up to {limits.max_row_tokens:,} tokens"),
-                (
-                    "request",
-                    f"up to {limits.max_request_tokens:,} tokens, {in_units(limits.max_message_bytes)} a tensor",
-                ),
-                (
-                    "in flight",
-                    f"up to {limits.max_inflight_requests:,} requests, {in_units(limits.max_inflight_bytes)} a session",
-                ),
+                ("row", f"up to {counted(limits.max_row_tokens, 'token')}"),
+                ("request", f"up to {tokens}, {in_units(limits.max_message_bytes)} a tensor"),
+                ("in flight", f"up to {requests}, {in_units(limits.max_inflight_bytes)} a session"),
                 ("lease", f"{limits.lease_ms / 1000:g} s"),
             ]
         return [
             *rows,
             ("sessions", f"{status.sessions:,}"),
-            ("queued", f"{status.queued_requests:,} requests"),
+            ("queued", counted(status.queued_requests, "request")),
             ("held", f"{in_units(status.held_bytes)} for pending backwards"),
             ("round trip", f"{self.round_trip_seconds * 1000:.2f} ms"),
             ("software", f"zsl {status.software}"),

@@ -21,8 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from zsl.errors import ModelError, RunFailed
-from zsl.split.durable import aside, sync, sync_tree
-from zsl.split.reference import first_line
+from zsl.split.durable import aside, reason, sync, sync_tree
 from zsl.split.sides import Side, Sides
 from zsl.split.stack import Stack, find_stack
 
@@ -61,7 +60,7 @@ def save_adapter(
         sync(target)
         sync(target.parent)
     except (OSError, SafetensorError) as error:
-        raise RunFailed(f"the adapter could not be written to {target}: {first_line(error)}") from error
+        raise RunFailed(f"the adapter could not be written to {target}: {reason(error)}") from error
 
 
 def remove_adapter(directory: Path, *beside: str) -> None:
@@ -72,7 +71,7 @@ def remove_adapter(directory: Path, *beside: str) -> None:
         if directory.is_dir() and not any(directory.iterdir()):
             directory.rmdir()
     except OSError as error:
-        raise RunFailed(f"the older adapter in {directory} could not be removed: {first_line(error)}") from error
+        raise RunFailed(f"the older adapter in {directory} could not be removed: {reason(error)}") from error
 
 
 def write_adapter(

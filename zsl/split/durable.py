@@ -69,3 +69,9 @@ def sync(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def reason(error: Exception) -> str:
+    """The reason that a file could not be written, without the name that it had aside."""
+    why = error.strerror if isinstance(error, OSError) else None
+    return why or (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -7,6 +7,7 @@ never holds the weights of the other side.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import shutil
 import subprocess
@@ -15,6 +16,12 @@ import tempfile
 from pathlib import Path
 
 from zsl.errors import ModelError
+
+logger = logging.getLogger(__name__)
+
+# A random.py in the working folder must not be taken for the library's, hence -P; zsl itself is found from anywhere.
+_ROOT = str(Path(__file__).resolve().parents[2])
+_START = "import sys; sys.path.append(sys.argv[1]); from zsl.split.gguf import convert; convert(*sys.argv[2:])"
 
 
 def dequantized_directory(file: Path) -> Path:
@@ -37,10 +44,11 @@ def dequantized_directory(file: Path) -> Path:
 
 
 def _convert_aside(file: Path, directory: Path) -> None:
+    logger.warning("dequantizing %s, once: that may take minutes", file)
     directory.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=".converting-", dir=directory.parent))
     try:
-        command = [sys.executable, "-m", "zsl.split.gguf", str(file.resolve()), str(aside)]
+        command = [sys.executable, "-P", "-c", _START, _ROOT, str(file.resolve()), str(aside)]
         finished = subprocess.run(command, capture_output=True, text=True, check=False)
         if finished.returncode != 0:
             reason = (finished.stderr.strip().splitlines() or ["no reason given"])[-1]
@@ -54,11 +62,12 @@ def _convert_aside(file: Path, directory: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _convert(file: Path, directory: Path) -> None:
+def convert(file: str, directory: str) -> None:
+    """Write the checkpoint that a GGUF file stands for into a directory. Takes the memory of the whole model."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    where = {"pretrained_model_name_or_path": str(Path(file).parent), "gguf_file": Path(file).name}
     read = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
     # What was read is marked as quantized, and transformers saves no quantized GGUF model; a fresh one has no mark.
     config = read.config
@@ -68,7 +77,3 @@ def _convert(file: Path, directory: Path) -> None:
     plain.load_state_dict(read.state_dict())
     plain.save_pretrained(directory)
     AutoTokenizer.from_pretrained(**where).save_pretrained(directory)
-
-
-if __name__ == "__main__":
-    _convert(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -15,7 +15,7 @@ from zsl.split.quantize import Quantization, keep_as_loaded, quantization_config
 from zsl.split.random_weights import initialize_by_name
 from zsl.split.reference import ModelReference, first_line
 from zsl.split.slots import middle_only, with_hole
-from zsl.split.stack import base_class, causal_lm_class, check_can_be_split
+from zsl.split.stack import base_class, causal_lm_class, check_can_be_split, layer_count
 from zsl.wire.messages import Cut
 
 
@@ -55,7 +55,7 @@ def load_whole(reference: ModelReference, dtype: torch.dtype = torch.float32) ->
 
 
 def _check(reference: ModelReference, part: PartName, cut: Cut) -> None:
-    check_cut(cut, reference.config.get_text_config().num_hidden_layers)
+    check_cut(cut, layer_count(reference.config))
     check_can_be_split(reference.config)
     if reference.part is not None:
         reference.part.cut_for(reference.text, part, cut)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
 
-from zsl.errors import ConfigError, RunFailed, ZslError
-from zsl.split.durable import aside, sync, sync_tree
+from zsl.errors import ConfigError, RunFailed, StartupError, ZslError
+from zsl.split.durable import aside, reason, sync, sync_tree
 from zsl.split.reference import ModelReference, first_line, load_tokenizer
 
 
@@ -18,13 +18,19 @@ from zsl.split.reference import ModelReference, first_line, load_tokenizer
 def new_directory(target: Path) -> Iterator[Path]:
     """A directory to write in, which is moved to `target` at the end, unless something was raised.
 
-    Raises `ConfigError` if something is at `target`, but for an empty directory, and `RunFailed` for what could not
-    be written.
+    Raises `ConfigError` if something is at `target`, but for an empty directory, `StartupError` if nothing can be
+    written beside it, and `RunFailed` for what could not be written then.
     """
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise ConfigError(f"{target} is there already: name another --out, or remove it")
-    try:
-        with aside(target.absolute().parent) as hidden:
+    parent = target.absolute().parent
+    with ExitStack() as stack:
+        try:
+            taken = target.exists() and not (target.is_dir() and not any(target.iterdir()))
+            hidden = None if taken else stack.enter_context(aside(parent))
+        except OSError as error:
+            raise StartupError(f"{parent} cannot be written: {error.strerror}; name another --out") from error
+        if hidden is None:
+            raise ConfigError(f"{target} is there already: name another --out, or remove it")
+        try:
             written = hidden / target.name
             written.mkdir()
             yield written
@@ -32,11 +38,11 @@ def new_directory(target: Path) -> Iterator[Path]:
                 path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors keeps files to their owner
             sync_tree(written)
             os.rename(written, target)
-        sync(target.absolute().parent)
-    except ZslError:
-        raise
-    except (OSError, SafetensorError) as error:
-        raise RunFailed(f"{target} could not be written: {first_line(error)}") from error
+            sync(parent)
+        except ZslError:
+            raise
+        except (OSError, SafetensorError) as error:
+            raise RunFailed(f"{target} could not be written: {reason(error)}") from error
 
 
 def write_tokenizer(reference: ModelReference, directory: Path) -> bool:

@@ -40,8 +40,11 @@ class Stack:
 
 
 def layer_count(config: PreTrainedConfig) -> int:
-    """The number of decoder layers of the model that `config` describes."""
-    return int(config.get_text_config().num_hidden_layers)
+    """The number of decoder layers of the model that `config` describes. Raises `ModelError` if it states none."""
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if layers is None:
+        raise ModelError(f"{config.model_type}: its configuration states no number of hidden layers")
+    return int(layers)
 
 
 def find_stack(model: PreTrainedModel) -> Stack:
@@ -86,13 +89,23 @@ class _FirstLayerSeen(Exception):
 def check_can_be_split(config: PreTrainedConfig) -> None:
     """Raises `ModelError`, which names the architecture and the reason, for a model that zsl cannot split.
 
-    Refused: layers that do not return one tensor of the shape of their input, and layers that take a tensor
-    which cannot be rebuilt from activations, 2-D mask and positions.
+    Refused: layers that do not return one tensor of the shape of their input, layers that take a tensor which cannot
+    be rebuilt from activations, 2-D mask and positions, and layers that see the tokens behind a token.
     """
-    with torch.device("meta"):
-        model: Any = base_class(config)(config)
-        model = model.to(torch.bfloat16)
+    cls = base_class(config)
+    try:
+        with torch.device("meta"):
+            model: Any = cls(config)
+            model = model.to(torch.bfloat16)
+    except Exception as error:  # whatever an architecture raises for a configuration that lacks something
+        reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+        raise ModelError(f"{config.model_type}: transformers cannot make this model ({reason})") from error
     stack = find_stack(model)
+    # Encoders have a causal language model's class too, for a configuration that makes decoders of them.
+    if any(getattr(module, "is_causal", True) is False for module in stack.layers.modules()):
+        raise ModelError(
+            f"{config.model_type}: its attention is not causal: it is an encoder, or has one; zsl splits decoders only"
+        )
     seen: dict[str, Any] = {}
 
     def look(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

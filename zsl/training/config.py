@@ -7,9 +7,8 @@
 
 from __future__ import annotations
 
-import difflib
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +20,7 @@ from zsl.training.data.table import DataTable
 from zsl.training.table import Table
 from zsl.training.toml_text import toml_line
 from zsl.training.train_table import check_together, with_defaults
+from zsl.training.unknown_keys import unknown_key, unknown_table
 
 LONGEST_TIMEOUT_SECONDS = 7 * 24 * 3600.0
 
@@ -74,7 +74,11 @@ class TrunkTable(Table):
         default=None, description="`packed`: refuse a daemon whose answers may depend on who else it serves."
     )
     connect_timeout_seconds: float = Field(
-        default=10.0, gt=0, le=LONGEST_TIMEOUT_SECONDS, description="How long the first connection may take."
+        default=10.0,
+        gt=0,
+        le=LONGEST_TIMEOUT_SECONDS,
+        description="How long the first connection may take; a daemon that says that it is still loading has "
+        "`request_timeout_seconds`.",
     )
     request_timeout_seconds: float = Field(
         default=300.0,
@@ -186,14 +190,6 @@ def where_of(file: Path | None) -> str:
     return str(file) if file else "the command line"
 
 
-def check_keys(where: str, table: str, keys: Iterable[str], known: Iterable[str]) -> None:
-    """Raises `ConfigError` for the first key that is not known."""
-    known = set(known)
-    for key in keys:
-        if key not in known:
-            raise ConfigError(f"{where}: {_unknown_key(f'{table}.{key}', key, known, table)}")
-
-
 def _read(file: Path) -> dict[str, Any]:
     try:
         tables = tomllib.loads(file.read_text(encoding="utf-8-sig"))
@@ -247,15 +243,7 @@ def _first_problem(error: ValidationError) -> str:
     if len(path) == 1:
         if path[0] == "lora":
             return 'unknown table [lora]; write [peft] with method = "lora", the default'
-        return _unknown_key(f"[{path[0]}]", path[0], TrainConfig.model_fields, None)
+        return unknown_table(path[0], TrainConfig.model_fields)
     schema = TrainConfig.model_fields[path[0]].annotation
     assert isinstance(schema, type) and issubclass(schema, BaseModel)
-    return _unknown_key(".".join(path), path[1], schema.model_fields, path[0])
-
-
-def _unknown_key(shown: str, key: str, known: Iterable[str], table: str | None) -> str:
-    kind = "key" if table else "table"
-    near = difflib.get_close_matches(key, list(known), n=1)
-    if not near:
-        return f"unknown {kind} {shown}"
-    return f"unknown {kind} {shown}; did you mean {f'{table}.{near[0]}' if table else f'[{near[0]}]'}?"
+    return unknown_key(path[0], path[1], schema.model_fields)

@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from zsl.errors import ConfigError
 from zsl.split.reference import first_line
-from zsl.training.config import check_keys
+from zsl.training.unknown_keys import check_keys
 
 T = TypeVar("T")
 

@@ -20,7 +20,7 @@ def overview(model: PeftModel, sides: Sides, reference: ModelReference, trunk: R
     welcome = trunk.client.welcome
     parts = _parts(model, sides, reference, trunk, trunk_place)
     connection = (
-        f"Connection\n  {trunk.endpoint}, {welcome.model.model_type} "
+        f"Connection\n  {trunk.endpoint}\n  {welcome.model.model_type} "
         f"({welcome.model.layers} layers, weights {welcome.model.weights_digest[:12]}), cut {welcome.cut}, "
         f"{welcome.dtype}, mode {trunk.mode}"
     )

@@ -18,8 +18,8 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
 from zsl.errors import ConfigError
 from zsl.split.adapter import ONLY_TO_USE
-from zsl.training.config import check_keys
 from zsl.training.foreign import make_foreign
+from zsl.training.unknown_keys import check_keys
 
 _SHOWN = """
     ADAPTION_PROMPT BEFT BOFT C3A CPT DEFT DELORA FOURIERFT FROD GLORA GRALORA HIRA HRA IA3 LILY LN_TUNING LOHA LOKR

@@ -13,8 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from zsl.errors import RunFailed
-from zsl.split.durable import write_file
-from zsl.split.reference import first_line
+from zsl.split.durable import reason, write_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,8 +42,7 @@ def write_loss_plot(
         picture = _draw(_finite(steps), _finite(validations), title)
         write_file(file, picture)
     except Exception as error:  # also what a broken matplotlib raises: the run is worth more than its picture
-        reason = (error.strerror if isinstance(error, OSError) else None) or first_line(error)
-        raise RunFailed(f"the loss plot could not be written to {file}: {reason}") from error
+        raise RunFailed(f"the loss plot could not be written to {file}: {reason(error)}") from error
 
 
 def _finite(pairs: Sequence[tuple[int, float]]) -> Numbers:

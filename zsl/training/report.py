@@ -6,7 +6,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from zsl.split.words import counted as counted
 from zsl.training.step_measure import StepMeasure
+
+# Of a step's time, those that are shown: the line is to fit in a terminal of 80 columns.
+LARGEST_PARTS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,27 +53,21 @@ def epoch_summary(epoch: int, losses: Sequence[float]) -> str:
     """Average, lowest and highest loss of an epoch's steps."""
     average = sum(losses) / len(losses)
     return (
-        f"Epoch {epoch}: {len(losses)} steps, loss average {average:.4f}, lowest {min(losses):.4f}, "
+        f"Epoch {epoch}: {counted(len(losses), 'step')}, loss average {average:.4f}, lowest {min(losses):.4f}, "
         f"highest {max(losses):.4f}"
     )
 
 
 def step_line(step: int, of_steps: int, loss: float, measure: StepMeasure, seconds_left: float) -> str:
-    """The line of a logged step. Parts of less than 1 % of its time are left out; bytes are those of one step."""
+    """The line of a logged step, with the parts that took most of its time."""
+    largest = sorted(measure.part_seconds, key=lambda part: -measure.part_seconds[part])[:LARGEST_PARTS]
     parts = [
         f"{part} {seconds / measure.seconds:.0%}"
         for part, seconds in measure.part_seconds.items()
-        if measure.seconds and seconds / measure.seconds >= 0.01
+        if part in largest and measure.seconds
     ]
-    steps = max(measure.steps, 1)
-    crossed = f"{byte_count(measure.bytes_up / steps)} up, {byte_count(measure.bytes_down / steps)} down"
-    shown = [f"{measure.tokens_per_second:,.0f} tokens/s", " ".join(parts), crossed, f"{duration(seconds_left)} left"]
+    shown = [f"{measure.tokens_per_second:,.0f} tok/s", " ".join(parts), f"{duration(seconds_left)} left"]
     return f"  step {step}/{of_steps}: loss {loss:.4f}, " + ", ".join(words for words in shown if words)
-
-
-def counted(count: int, noun: str) -> str:
-    """A number of things, in words."""
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def byte_count(number: float) -> str:
@@ -111,10 +109,16 @@ def validation_line(step: int, of_steps: int, loss: float, perplexity: float) ->
     return f"  step {step}/{of_steps}: validation loss {loss:.4f}, perplexity {perplexity:.2f}"
 
 
-def stopped_early(step: int, of_steps: int, patience: int, threshold: float = 0.0) -> str:
-    """That a training ended before its last step."""
-    lower = f"validation loss lower by more than {threshold:g}" if threshold else "lower validation loss"
-    return f"  stopped at step {step} of {of_steps}: no {lower} in {patience} validations"
+def stopped_early(
+    step: int, of_steps: int, patience: int, best: float | None, *, threshold: float = 0.0, went_by: str = "loss"
+) -> str:
+    """That a training ended before its last step, and the lowest value of what early stopping goes by."""
+    lower = "lower" if best is None else f"lower than {best:.4f}"
+    by = f" by more than {threshold:g}" if threshold else ""
+    return (
+        f"  stopped at step {step} of {of_steps}: no validation {went_by} {lower}{by} "
+        f"in {counted(patience, 'validation')}"
+    )
 
 
 def final_summary(

@@ -9,9 +9,10 @@ import errno
 import fcntl
 import json
 import logging
+import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,7 +79,10 @@ class RunDirectory:
         if asked is True:
             checkpoint = self._newest_whole()
             if checkpoint is None:
-                raise ConfigError(f"train.resume_from_checkpoint = true, but {self.path} holds no checkpoint")
+                raise ConfigError(
+                    f"train.resume_from_checkpoint = true (--resume), but {self.path} holds no checkpoint: "
+                    "leave that out to begin at step 0, or name the run's directory with --save-dir"
+                )
         else:
             checkpoint = self._newest_of_this_run(or_fail=asked is None)
             if checkpoint is None and asked is not None:
@@ -189,7 +193,7 @@ def refuse_another_run(directory: Path, here: RunRecord) -> None:
 @contextmanager
 def held(directory: Path) -> Iterator[None]:
     """Make a directory, and let no other process train into it meanwhile. Raises `StartupError`."""
-    new = not directory.exists()
+    new = [path for path in (directory, *directory.parents) if not os.path.lexists(path)]
     with ExitStack() as stack:
         try:
             directory.mkdir(parents=True, exist_ok=True)
@@ -211,6 +215,9 @@ def held(directory: Path) -> Iterator[None]:
         finally:
             if new and [path.name for path in directory.glob("*")] == [LOCK]:
                 shutil.rmtree(directory, ignore_errors=True)  # it came to nothing
+                with suppress(OSError):  # one of them may hold another run by now
+                    for parent in new[1:]:
+                        parent.rmdir()
 
 
 def _checked(asked: Path) -> Path:

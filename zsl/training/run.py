@@ -21,6 +21,7 @@ from zsl.split.attach import with_adapter
 from zsl.split.cut import parse_cut
 from zsl.split.reference import first_line, resolve
 from zsl.split.sides import Sides
+from zsl.split.stack import check_can_be_split
 from zsl.training.arguments import trainer_arguments
 from zsl.training.config import TrainConfig
 from zsl.training.data.load import TrainingData, load_data
@@ -35,6 +36,7 @@ from zsl.training.results import Results
 from zsl.training.resume import METRICS, RunDirectory, Start, held, refuse_another_run
 from zsl.training.trainer import SplitTrainer
 from zsl.trunk.assemble import plan_trunk
+from zsl.wire.messages import Cut
 
 
 def train_from_config(config: TrainConfig, where: str, *, dry_run: bool = False) -> None:
@@ -44,23 +46,27 @@ def train_from_config(config: TrainConfig, where: str, *, dry_run: bool = False)
     Raises `ZslError`. One that ends a training that had begun is `RunFailed`, and the adapters of the steps until then
     have been saved.
     """
-    print("Configuration", *(f"  {line}" for line in config.as_toml().splitlines()), sep="\n")
     arguments = trainer_arguments(config, where)
     peft = peft_config(where, config.peft, checkpoints=arguments.save_strategy != "no")
     directory = Path(str(arguments.output_dir))
     record = RunRecord(configuration=configuration_of(config), run=secrets.token_hex(8))
+    cut = parse_cut(config.trunk.cut) if config.trunk.cut else None
+    if config.trunk.endpoint is None and (config.trunk.server_key or config.trunk.client_key):
+        raise ConfigError("trunk.server_key and trunk.client_key are for a daemon: name it with --server HOST:PORT")
     with ExitStack() as stack:
         stack.enter_context(held(directory))
         if config.resume_from is None:
             refuse_another_run(directory, record)  # before anything is loaded
         reference = resolve(config.model.name)
+        check_can_be_split(reference.config)
         dtype: torch.dtype = getattr(torch, config.model.dtype)
         data = load_data(config.data, reference, virtual_tokens=getattr(peft, "num_virtual_tokens", None) or 0)
         if not isinstance(data.train, Dataset) and arguments.max_steps <= 0:
             raise ConfigError(f"{where}: a stream has no end to count: set train.max_steps, or data.samples")
         set_seed(arguments.seed)
-        trunk, trunk_place = _trunk(config, dtype, stack)
-        cut = parse_cut(config.trunk.cut) if config.trunk.cut else None
+        trunk, trunk_place = _trunk(config, cut, dtype, stack)
+        # Only now, so that an error in it stands alone.
+        print("Configuration", *(f"  {line}" for line in config.as_toml().splitlines()), sep="\n", flush=True)
         stack.callback(trunk.close)
         base = load_client(reference, trunk, cut=cut, dtype=dtype, quantize=config.model.quantize)
         sides = Sides(base, trunk.client.welcome.cut)
@@ -195,14 +201,11 @@ def _digest(*parts: Any) -> str:
     return rows.hexdigest()
 
 
-def _trunk(config: TrainConfig, dtype: torch.dtype, stack: ExitStack) -> tuple[RemoteTrunk, str]:
+def _trunk(config: TrainConfig, cut: Cut | None, dtype: torch.dtype, stack: ExitStack) -> tuple[RemoteTrunk, str]:
     """The trunk to train through, and where it is in words. `stack` ends what was begun for it."""
     table = config.trunk
     endpoint, place = table.endpoint, table.endpoint
-    if endpoint is None and (table.server_key or table.client_key):
-        raise ConfigError("trunk.server_key and trunk.client_key are for a daemon: name it with --server HOST:PORT")
     if endpoint is None:
-        cut = parse_cut(table.cut) if table.cut else None
         plan = plan_trunk(config.model.name, cut, dtype, "cpu", forward_only=False)
         endpoint = stack.enter_context(EmbeddedTrunk(plan, deterministic=table.deterministic is not None)).endpoint
         place = "embedded trunk"

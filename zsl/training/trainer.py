@@ -28,7 +28,7 @@ from transformers.trainer_callback import ExportableState
 from zsl.client.remote import RemoteTrunk
 from zsl.errors import ConfigError, RunFailed
 from zsl.split.adapter import write_adapter
-from zsl.split.durable import aside
+from zsl.split.durable import aside, reason
 from zsl.split.reference import first_line
 from zsl.training.checkpoints import prune, put_in_place, step_of
 from zsl.training.config import TrainerExtras
@@ -226,10 +226,8 @@ def _real_tokens(inputs: dict[str, Any]) -> int:
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, OSError):
-        return error.strerror or first_line(error)
-    if isinstance(error, SafetensorError):
-        return first_line(error)
+    if isinstance(error, OSError | SafetensorError):
+        return reason(error)
     return f"torch could not write a file, as on a full disk ({first_line(error)})"
 
 
@@ -291,7 +289,15 @@ class _Show(ProgressCallback):
         if self._draws_bar(args):
             super().on_train_end(args, state, control, **kwargs)  # type: ignore[no-untyped-call]
         if self._patience is not None and state.global_step < state.max_steps:
-            tqdm.write(stopped_early(state.global_step, state.max_steps, self._patience, self._threshold))
+            line = stopped_early(
+                state.global_step,
+                state.max_steps,
+                self._patience,
+                state.best_metric,
+                threshold=self._threshold,
+                went_by=str(args.metric_for_best_model).removeprefix("eval_"),
+            )
+            tqdm.write(line)
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any

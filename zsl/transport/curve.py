@@ -21,7 +21,7 @@ import zmq
 import zmq.auth
 from zmq.utils import z85
 
-from zsl.errors import ConfigError
+from zsl.errors import ConfigError, StartupError
 from zsl.transport.monitor import Monitor
 
 logger = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ def is_public_key(text: str) -> bool:
 def write_key_pair(directory: Path, name: str) -> tuple[Path, Path]:
     """Make a new pair in `NAME.key` and `NAME.key_secret`; nobody but the owner can read the second, at any moment.
 
-    Raises `ConfigError` if one of them is there already, or cannot be written.
+    Raises `ConfigError` if one of them is there already, `StartupError` if they cannot be written.
     """
     if NAME.fullmatch(name) is None:
         raise ConfigError(f"{name!r} cannot name a key pair: take up to 64 letters, digits, - and _")
@@ -92,7 +92,7 @@ def write_key_pair(directory: Path, name: str) -> tuple[Path, Path]:
             for made, file in zip(written, files, strict=True):
                 made.rename(file)
     except OSError as error:
-        raise ConfigError(f"no key pair could be written to {directory}: {error.strerror}") from error
+        raise StartupError(f"{directory} cannot be written: {error.strerror}; name another --out") from error
     return files
 
 

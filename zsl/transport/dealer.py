@@ -7,6 +7,7 @@ the owner can take a fresh socket and say again what needs saying; and why none 
 from __future__ import annotations
 
 import errno
+import socket
 from collections.abc import Sequence
 from enum import Enum
 
@@ -149,3 +150,13 @@ def normalized_endpoint(text: str) -> str:
     if "/" in address or not host or not port.isdigit() or not 0 < int(port) < 2**16:
         raise ConfigError(f"endpoint {text!r}: write HOST:PORT or tcp://HOST:PORT, for example 127.0.0.1:5555")
     return f"tcp://{address}"
+
+
+def resolves(endpoint: str) -> bool:
+    """Whether the host of an endpoint is an address, or a name that this machine knows one for."""
+    host = endpoint.removeprefix("tcp://").rpartition(":")[0].strip("[]")
+    try:
+        socket.getaddrinfo(host, None)
+    except (OSError, UnicodeError):
+        return False
+    return True

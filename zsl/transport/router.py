@@ -101,10 +101,13 @@ class Router:
             self._socket.bind(f"tcp://{shown_host}:{port or '*'}")
         except zmq.ZMQError as error:
             self.close()
-            what = "the port is in use" if error.errno == errno.EADDRINUSE else error.strerror
-            raise StartupError(
-                f"cannot listen on {host}:{port}: {what}; choose another with --port (0 picks one)"
-            ) from error
+            what, to_do = error.strerror, "choose another with --port (0 picks one)"
+            if error.errno == errno.EADDRINUSE:
+                what = "the port is in use"
+            elif error.errno in (errno.EADDRNOTAVAIL, errno.ENODEV, errno.EINVAL):
+                what = "this machine has no such address"
+                to_do = "name one of its own with --host, or 0.0.0.0 for all that it has"
+            raise StartupError(f"cannot listen on {shown_host}:{port}: {what}; {to_do}") from error
         if self._authenticator is not None:
             self._connections.start()
         return self._socket.getsockopt_string(zmq.LAST_ENDPOINT)

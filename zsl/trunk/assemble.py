@@ -13,7 +13,7 @@ from zsl.split.cut import check_cut
 from zsl.split.identity import identify
 from zsl.split.loading import load_trunk_part
 from zsl.split.reference import ModelReference, resolve
-from zsl.split.stack import layer_count
+from zsl.split.stack import check_can_be_split, layer_count
 from zsl.trunk.compute import TorchCompute
 from zsl.trunk.costs import UNKNOWN_COSTS, BatchLimits, batch_limits
 from zsl.trunk.middle import Middle
@@ -86,6 +86,7 @@ class TrunkPlan:
 def plan_trunk(model: str, cut: Cut | None, dtype: torch.dtype, device: str, *, forward_only: bool) -> TrunkPlan:
     """Resolve and check everything that needs no weights. Raises `ModelError` or `StartupError`."""
     reference = resolve(model)
+    check_can_be_split(reference.config)  # before its files are read
     layers = layer_count(reference.config)
     if reference.part is not None:
         cut = reference.part.cut_for(model, "trunk", cut)

@@ -9,16 +9,19 @@ import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 import zsl
 from zsl.errors import ConfigError, StartupError
+from zsl.split.words import counted
 from zsl.transport.curve import refuses_unknown_keys
 from zsl.transport.router import raise_file_limit
 from zsl.trunk.access import Access
 from zsl.trunk.assemble import TrunkPlan, plan_trunk
 from zsl.trunk.failpoints import Failpoint
+from zsl.trunk.loading import Loading
 from zsl.trunk.logs import LogFormat
 from zsl.trunk.memory import keep_freed_memory
 from zsl.trunk.server import TrunkServer
@@ -58,11 +61,13 @@ def run_daemon(options: DaemonOptions) -> None:
     raise_file_limit()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    plan = plan_trunk(options.model, options.cut, options.dtype, options.device, forward_only=options.forward_only)
-    asyncio.run(_serve(plan, options))
+    with Loading(options.host, options.port, options.access) as loading:  # a port in use shows at once
+        logger.info("%s: clients are told to wait while %s is loaded", loading.endpoint, options.model)
+        plan = plan_trunk(options.model, options.cut, options.dtype, options.device, forward_only=options.forward_only)
+        asyncio.run(_serve(plan, options, loading))
 
 
-async def _serve(plan: TrunkPlan, options: DaemonOptions) -> None:
+async def _serve(plan: TrunkPlan, options: DaemonOptions, loading: Loading) -> None:
     access = options.access
     server = TrunkServer(
         plan.info,
@@ -71,23 +76,25 @@ async def _serve(plan: TrunkPlan, options: DaemonOptions) -> None:
         allowlist=None if access is None else access.allowlist,
         failpoint=options.failpoint,
     )
-    endpoint = server.bind(options.host, options.port)  # before the weights: a port in use shows at once
-    _obey_signals(server, reloads=access is not None)
+    _obey_signals(server, loading, reloads=access is not None)
     try:
-        if access is not None and not await refuses_unknown_keys(endpoint, access.keys.public):
-            raise StartupError("the self-test failed: a key that is on no list was let in; not serving")
         logger.info("loading layers %s of %s", plan.cut, options.model)
         # In a thread that ends: with its OpenMP threads still there beside those of the compute thread, libgomp would
         # see more threads than processors, and have them sleep at every barrier instead of spin.
-        with ThreadPoolExecutor(1, "zsl-load") as loading:
+        with ThreadPoolExecutor(1, "zsl-load") as thread:
             compute = await asyncio.get_running_loop().run_in_executor(
-                loading,
+                thread,
                 lambda: plan.load(
                     max_batch_tokens=options.max_batch_tokens,
                     merge_below_tokens=options.merge_below_tokens,
                     deterministic=options.deterministic,
                 ),
             )
+        port = loading.port
+        loading.close()
+        endpoint = server.bind(options.host, port)
+        if access is not None and not await refuses_unknown_keys(endpoint, access.keys.public):
+            raise StartupError("the self-test failed: a key that is on no list was let in; not serving")
     except BaseException:
         server.close()
         raise
@@ -98,14 +105,17 @@ async def _serve(plan: TrunkPlan, options: DaemonOptions) -> None:
     logger.info("stopped")
 
 
-def _obey_signals(server: TrunkServer, *, reloads: bool) -> None:
-    """SIGTERM, SIGINT: drain; again: end at once. SIGHUP: read the list of tenants again."""
+def _obey_signals(server: TrunkServer, loading: Loading, *, reloads: bool) -> None:
+    """SIGTERM, SIGINT: drain; again, or while loading: end at once. SIGHUP: read the list of tenants again."""
     loop = asyncio.get_running_loop()
     signals: list[signal.Signals] = []
 
     def on_signal(received: signal.Signals) -> None:
         signals.append(received)
-        if len(signals) == 1:
+        if loading.is_open:
+            logger.info("%s: ending before the model is loaded", received.name)
+            os._exit(128 + received)  # the thread that loads cannot be stopped
+        elif len(signals) == 1:
             logger.info("%s: taking no new work, letting open steps end (again: end at once)", received.name)
             server.drain()
         else:
@@ -126,8 +136,8 @@ def _obey_signals(server: TrunkServer, *, reloads: bool) -> None:
 
 
 def _say_ready(endpoint: str, plan: TrunkPlan, traits: TrunkTraits, options: DaemonOptions) -> None:
-    """One line on stdout, for people and for scripts that wait for it."""
-    facts = {
+    """On stdout, for people and for scripts that wait for its first line."""
+    facts: dict[str, Any] = {
         "endpoint": endpoint,
         "model": options.model,
         "cut": str(plan.cut),
@@ -150,12 +160,16 @@ def _say_ready(endpoint: str, plan: TrunkPlan, traits: TrunkTraits, options: Dae
     merging = "no merging"
     if facts["merge_below_tokens"]:
         merging = (
-            f"requests of up to {facts['merge_below_tokens']} tokens share passes of {facts['max_batch_tokens']}"
-            + (", deterministic" if traits.deterministic else "")
+            f"requests of up to {counted(facts['merge_below_tokens'], 'token')} share passes of "
+            f"{facts['max_batch_tokens']:,}" + (", deterministic" if traits.deterministic else "")
         )
     secured = "encrypted" if options.access is not None else "not encrypted, open to whoever reaches it"
     print(
-        f"zsl-trunkd {zsl.__version__} ready on {endpoint}: {options.model}, layers {plan.cut}, "
-        f"{traits.parameters:,} parameters, {facts['dtype']} on {plan.device}, {what}, {merging}, {secured}",
+        f"zsl-trunkd {zsl.__version__} ready on {endpoint}",
+        f"{options.model}, layers {plan.cut}, {counted(traits.parameters, 'parameter')}, "
+        f"{facts['dtype']} on {plan.device}",
+        f"{what}, {merging}",
+        secured,
+        sep="\n  ",
         flush=True,
     )

@@ -12,6 +12,7 @@ from zsl.client.probe import Probe
 from zsl.client.serving import DIGEST_CHARACTERS, DTYPE_WORDS, in_units
 from zsl.client.trunk_client import TrunkClient
 from zsl.split.reference import ModelReference
+from zsl.split.words import counted
 from zsl.wire.messages import Cut, ModelIdentity, Status
 
 ROUND_TRIPS = 20
@@ -23,7 +24,7 @@ def check_daemon(status: Status, endpoint: str) -> Check:
     model = status.model
     found = (
         f"{endpoint} serves layers {status.cut} of {model.model_type} ({model.layers} layers, hidden size "
-        f"{model.hidden_size:,}, weights {_short(model.weights_digest)}) to {status.sessions} sessions"
+        f"{model.hidden_size:,}, weights {_short(model.weights_digest)}) to {counted(status.sessions, 'session')}"
     )
     return Check("daemon", State.OK, found)
 

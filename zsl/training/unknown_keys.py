@@ -1,0 +1,70 @@
+"""Unknown keys of the configuration, and the key that was probably meant. Knows no torch."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+from zsl.errors import ConfigError
+
+# Names that other tools have for a key.
+OTHER_NAMES = {
+    "model.name": ("id", "path", "model", "model_id", "model_name", "model_name_or_path", "base_model"),
+    "model.dtype": ("torch_dtype", "precision"),
+    "model.quantize": ("quantization", "load_in_4bit", "load_in_8bit"),
+    "trunk.endpoint": ("server", "address", "host", "url"),
+    "trunk.request_timeout_seconds": ("timeout", "timeout_seconds", "request_timeout"),
+    "trunk.connect_timeout_seconds": ("connect_timeout",),
+    "data.name": ("dataset", "dataset_name", "data_files", "file", "path"),
+    "data.max_length": ("max_seq_length", "max_seq_len", "seq_len", "sequence_length", "cutoff_len", "block_size"),
+    "data.samples": ("max_samples", "max_train_samples", "rows"),
+    "data.validation": ("eval", "test", "val", "val_set_size", "validation_split", "eval_split"),
+    "data.text_column": ("text_field", "dataset_text_field", "column"),
+    "peft.method": ("type", "peft_type"),
+    "peft.r": ("rank", "lora_r", "lora_rank"),
+    "peft.lora_alpha": ("alpha",),
+    "peft.lora_dropout": ("dropout",),
+    "peft.target_modules": ("modules", "targets", "target", "lora_target", "lora_target_modules"),
+    "train.learning_rate": ("lr",),
+    "train.num_train_epochs": ("epoch", "epochs", "num_epochs"),
+    "train.max_steps": ("steps", "num_steps", "max_train_steps", "iters", "iterations"),
+    "train.per_device_train_batch_size": ("batch_size", "train_batch_size", "micro_batch_size"),
+    "train.per_device_eval_batch_size": ("eval_batch_size",),
+    "train.gradient_accumulation_steps": ("gradient_accumulation", "grad_accum", "accumulation_steps"),
+    "train.output_dir": ("save_dir", "out", "out_dir", "output", "directory"),
+    "train.lr_scheduler_type": ("scheduler", "lr_scheduler", "schedule"),
+    "train.warmup_steps": ("warmup", "warmup_ratio"),
+    "train.optim": ("optimizer",),
+    "train.max_grad_norm": ("grad_clip", "clip_grad_norm", "gradient_clipping", "max_norm"),
+    "train.early_stopping_patience": ("patience", "early_stopping"),
+    "train.resume_from_checkpoint": ("resume",),
+}
+
+
+def check_keys(where: str, table: str, keys: Iterable[str], known: Iterable[str]) -> None:
+    """Raises `ConfigError` for the first key that is not known."""
+    known = set(known)
+    for key in keys:
+        if key not in known:
+            raise ConfigError(f"{where}: {unknown_key(table, key, known)}")
+
+
+def unknown_key(table: str, key: str, known: Iterable[str]) -> str:
+    """That a table has no such key, and the one that was probably meant."""
+    known = list(known)
+    candidates = [
+        meant
+        for meant, others in OTHER_NAMES.items()
+        if key.lower() in (*others, meant.partition(".")[2])  # by its own name it stands in the wrong table
+        and (not meant.startswith(f"{table}.") or meant.partition(".")[2] in known)  # not where the method has no such
+    ]
+    candidates.sort(key=lambda meant: not meant.startswith(f"{table}."))
+    if not candidates:
+        candidates = [f"{table}.{near}" for near in difflib.get_close_matches(key, known, n=1)]
+    return f"unknown key {table}.{key}" + (f"; did you mean {candidates[0]}?" if candidates else "")
+
+
+def unknown_table(name: str, known: Iterable[str]) -> str:
+    """That there is no such table, and the one that was probably meant."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"unknown table [{name}]" + (f"; did you mean [{near[0]}]?" if near else "")
