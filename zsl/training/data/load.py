@@ -116,8 +116,8 @@ def _held(documents: Documents, encoder: Encoder, limit: int | None, key: str) -
 
 
 def _is_another(rows: Iterator[TokenRow], documents: Documents) -> bool:
-    """Whether another row follows. Not looked for in a stream, of which any part may have to be read for it."""
-    if not isinstance(documents.rows, Dataset):
+    """Whether another row follows. Not looked for in a stream of the hub, of which any part may have to be fetched."""
+    if not documents.files and not isinstance(documents.rows, Dataset):
         return False
     try:
         return next(rows, None) is not None

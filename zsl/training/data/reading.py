@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import glob
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -18,14 +16,6 @@ from huggingface_hub.utils.tqdm import disable_progress_bars
 from zsl.errors import DataError, ZslError
 from zsl.split.reference import first_line
 
-# The files of rows, and how `datasets` reads them. Any other file is a text.
-FILES_OF_ROWS: dict[str, tuple[str, dict[str, str]]] = {
-    ".jsonl": ("json", {}),
-    ".json": ("json", {}),
-    ".parquet": ("parquet", {}),
-    ".csv": ("csv", {}),
-    ".tsv": ("csv", {"sep": "\t"}),
-}
 # The number that pyarrow gives a line of JSON, in whatever part of the file it looks at.
 COUNTED_FROM_ZERO = re.compile(r"[.]? in row \d+$")
 
@@ -77,27 +67,11 @@ def _explanation(what: str, error: Exception, reader: str | None, files: Sequenc
 
 
 def _first_broken(reader: str, files: Sequence[str]) -> str | None:
-    """The first of local files that `datasets` cannot read; of JSON lines also the line."""
+    """The first of local files that `datasets` cannot read."""
     for file in files:
         try:
-            _, options = FILES_OF_ROWS.get(Path(file).suffix, (reader, {}))
-            rows = datasets.load_dataset(
-                reader, data_files=[glob.escape(file)], split="train", streaming=True, **options
-            )
-            for _ in rows:
+            for _ in datasets.load_dataset(reader, data_files=[glob.escape(file)], split="train", streaming=True):
                 pass
         except Exception:
-            line = _first_broken_line(file) if file.endswith(".jsonl") else None
-            return f"{file}, line {line}," if line else file
-    return None
-
-
-def _first_broken_line(file: str) -> int | None:
-    with Path(file).open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                if line.strip():
-                    json.loads(line)
-            except ValueError:
-                return number
+            return file
     return None
