@@ -18,7 +18,8 @@ import pytest
 from datasets import Dataset
 
 from support.data import SENTENCES, conversation, write_model
-from zsl.errors import ConfigError, DataError
+from support.models import VOCABULARY
+from zsl.errors import ConfigError, DataError, StartupError
 from zsl.split.reference import ModelReference, resolve
 from zsl.training.data.load import TrainingData, load_data
 from zsl.training.data.table import DataTable
@@ -237,3 +238,46 @@ def test_a_row_that_cannot_be_read_is_one_line_with_its_file_and_place(
         load(file)
     assert all(words in str(caught.value) for words in [f"{file}, ", *said])
     assert "\n" not in str(caught.value)
+
+
+def test_a_cache_folder_that_cannot_be_written_is_named_and_not_the_data(
+    load: Callable[..., TrainingData], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.jsonl").write_text(json_lines([{"text": TEXTS[0]}]))
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file" / "cache")
+    with pytest.raises(StartupError, match=r"file/cache cannot be written: Not a directory.*HF_DATASETS_CACHE"):
+        load(tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize("keys", [{}, {"packing": True}, {"streaming": True}], ids=str)
+def test_a_token_that_the_model_does_not_have_is_named_with_its_row_before_a_step(
+    model: ModelReference, tmp_path: Path, keys: dict[str, Any]
+) -> None:
+    path = write_model(tmp_path)
+    tokenizer = resolve(str(path)).tokenizer()
+    tokenizer.add_tokens([f"<n{number}>" for number in range(VOCABULARY - len(tokenizer))] + ["<new>"])
+    tokenizer.save_pretrained(path)
+    file = tmp_path / "a.jsonl"
+    file.write_text(json_lines([{"text": text + " <new>" * (at == 2)} for at, text in enumerate(SENTENCES)]))
+    table = DataTable(name=str(file), **{"max_length": 32, "packing": False, **keys})
+    with pytest.raises(DataError, match=f"'<new>' has the number {VOCABULARY}") as caught:
+        for _, _ in zip(load_data(table, resolve(str(path))).train, SENTENCES, strict=False):
+            pass
+    if not keys:
+        assert f"{file}, row 3 of tokens" in str(caught.value)
+    tokenizer.pad_token = "<new>"
+    tokenizer.save_pretrained(path)
+    file.write_text(json_lines([{"text": SENTENCES[0]}]))
+    if not keys:
+        with pytest.raises(DataError, match="'<new>'"):
+            load_data(table, resolve(str(path)))
+
+
+def test_rows_that_are_left_out_by_default_or_by_a_limit_are_counted(
+    load: Callable[..., TrainingData], tmp_path: Path
+) -> None:
+    assert load("synthetic", packing=None).lines[1].startswith("20 rows, as data.samples")
+    (tmp_path / "a.jsonl").write_text(json_lines([{"text": text} for text in SENTENCES[:10]]))
+    lines = load(tmp_path / "a.jsonl", validation=0.5, validation_samples=2).lines
+    assert lines[-1] == "3 rows of that share left out by data.validation_samples"
