@@ -71,7 +71,7 @@ def _problem_with_cache(error: BaseException | None) -> str | None:
         if isinstance(error, OSError):
             full = error.errno in (errno.ENOSPC, errno.EDQUOT) or "Not enough disk space" in str(error)
             for variable, folder in folders.items():
-                if full or error.errno in NOT_WRITABLE and str(error.filename).startswith(folder):
+                if full or (error.errno in NOT_WRITABLE and str(error.filename).startswith(folder)):
                     reason = error.strerror or first_line(error)
                     return (
                         f"the cache folder {folder} cannot be written: {reason}; "
