@@ -170,6 +170,14 @@ def test_texts_of_a_directory_whose_card_says_how_they_are_written_are_as_they_a
     assert learnt(tmp_path, text_column="word") == WORDS
 
 
+def test_files_of_a_directory_that_are_not_read_are_named(load: Callable[..., TrainingData], tmp_path: Path) -> None:
+    for name in ("train.jsonl", "test.jsonl", "README.md", "a.JSONL"):
+        (tmp_path / name).write_text(json_lines([{"text": TEXTS[0]}]) if "json" in name.lower() else "")
+    write_csv(tmp_path / "b.csv", {"text": TEXTS})
+    said = "split train, without 2 files of rows that no split has: a.JSONL, b.csv, 1 row"
+    assert load(tmp_path).lines[0].startswith(f"{tmp_path}, {said}")
+
+
 def test_what_is_taken_for_numbers_in_csv_is_no_text_unless_it_is_asked_for(
     learnt: Callable[..., list[str]], tmp_path: Path
 ) -> None:

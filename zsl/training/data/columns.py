@@ -77,9 +77,15 @@ def _types(documents: Documents) -> dict[str, str]:
 
 
 def _type_of_values(values: list[Any]) -> str:
-    names = {str: "string", list: "list", dict: "struct", bool: "bool", int: "int64", float: "float64"}
-    types = {names.get(type(value), type(value).__name__) for value in values if value is not None}
+    types = {_type_of_value(value) for value in values if value is not None}
     return types.pop() if len(types) == 1 else "json" if types else "null"
+
+
+def _type_of_value(value: Any) -> str:
+    if isinstance(value, list) and value and not isinstance(value[0], dict):
+        return f"list of {_type_of_value(value[0])}"
+    names = {str: "string", list: "list", dict: "struct", bool: "bool", int: "int64", float: "float64"}
+    return names.get(type(value), type(value).__name__)
 
 
 def _type_of_texts(values: list[str | None]) -> str:

@@ -24,6 +24,7 @@ from zsl.split.reference import first_line
 from zsl.training.data.files import KINDS, Kind, kind_of, read_rows, read_text
 from zsl.training.data.reading import foreign_errors, silence_libraries
 from zsl.training.data.table import NOT_FOR_A_TEXT, PYTHON_DOCS, SYNTHETIC, WIKITEXT, DataTable
+from zsl.training.report import counted
 
 WIKITEXT_ID, WIKITEXT_CONFIG = "Salesforce/wikitext", "wikitext-2-raw-v1"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -160,6 +161,8 @@ def _repository(table: DataTable, place: str, config: str | None) -> Documents:
     splits = builder.config.data_files
     if table.split not in splits:
         raise _no_split(table, splits)
+    if len(builder.builder_configs) < 2 and (others := _not_read(Path(place), splits)):
+        described += f", without {counted(len(others), 'file')} of rows that no split has: {', '.join(others[:3])}"
     files = [str(file) for file in splits[table.split]]
     if kind := _plain_kind(builder.config, files):
         return replace(_local_rows(described, kind, files), has_splits=True)
@@ -169,6 +172,13 @@ def _repository(table: DataTable, place: str, config: str | None) -> Documents:
         rows = builder.as_streaming_dataset(split=table.split)
     identity = _identity_of_files(files)
     return Documents(described, rows, identity, has_splits=True, reader=builder.name, files=tuple(files))
+
+
+def _not_read(directory: Path, splits: Any) -> list[str]:
+    """Files of rows that `datasets` leaves out, as those whose suffix is not that of most."""
+    read = {str(file) for files in splits.values() for file in files}
+    files = (file for file in sorted(directory.rglob("*")) if kind_of(file) not in (None, "text") and file.is_file())
+    return [str(file.relative_to(directory)) for file in files if str(file) not in read]
 
 
 def _plain_kind(config: Any, files: list[str]) -> Kind | None:
