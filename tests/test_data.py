@@ -133,7 +133,7 @@ def test_a_text_is_cut_into_rows_of_one_length(
     assert data.collate is None and data.validation is None and data.fingerprint is None
     some = load(tmp_path / "moon.txt", samples=2).lines
     said = f"{tmp_path / 'moon.txt'}, 2 rows of 32 tokens (64 tokens)"
-    assert some == [said, "there are more rows than data.samples takes"]
+    assert some == [said, "there are more rows than data.samples takes: 2 rows"]
 
 
 def test_a_byte_order_mark_is_not_of_the_text(load: Callable[..., TrainingData], tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_what_lies_behind_the_rows_that_were_asked_for_ends_nothing(
     rows = [{"messages": TURNS}, {"messages": TURNS}, {"messages": [{"role": "user"}]}]
     write_lines(tmp_path / "chat.jsonl", rows)
     data = load(tmp_path / "chat.jsonl", samples=2)
-    assert len(data.train) == 2 and data.lines[-1] == "there are more rows than data.samples takes"
+    assert len(data.train) == 2 and data.lines[-1] == "there are more rows than data.samples takes: 2 rows"
     with pytest.raises(DataError, match="row 3"):
         load(tmp_path / "chat.jsonl")
 
@@ -597,7 +597,7 @@ def write_broken(directory: Path) -> None:
         ("two.jsonl", {"text_column": "number"}, ["number", "no text"]),
         ("two.jsonl", {"messages_column": "answer"}, ["answer", "no lists of messages"]),
         ("two.jsonl", {"text_column": "answer"}, ["1 token does not fill one row of 32", "data.packing = false"]),
-        ("numbers.csv", {}, ["numbers.csv", "n (int64)", "none of them holds text or conversations"]),
+        ("numbers.csv", {}, ["numbers.csv", "n (number)", "none of them holds text or conversations"]),
         ("blank.txt", {}, ["blank.txt is empty"]),
         ("latin.txt", {}, ["latin.txt", "not UTF-8"]),
         ("script", {}, ["script.py", "never run"]),
@@ -703,7 +703,7 @@ from zsl.training.data.table import DataTable
 model = resolve(sys.argv[1])
 for keys in map(json.loads, sys.argv[2:]):
     try:
-        data = load_data(DataTable(max_length=32, **keys), model)
+        data = load_data(DataTable(**{"max_length": 32, **keys}), model)
         rows = [list(map(int, row["input_ids"])) for row, _ in zip(data.train, range(8))]
         print(json.dumps({"lines": data.lines, "rows": rows}))
     except ZslError as error:
@@ -742,6 +742,13 @@ def test_a_data_set_of_the_hub_is_read_streamed_and_used_again_without_the_hub(
     write_repository(hub / "Salesforce" / "wikitext", card=card)
     (hub / "org" / "script").mkdir()
     (hub / "org" / "script" / "script.py").write_text("1 / 0")
+    (hub / "org" / "words" / "data").mkdir(parents=True)
+    (hub / "org" / "words" / "README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files: data/train-*\n---\n"
+    )
+    words = "text\n" + "".join(f"{word}\n" for word in ("NA", "no", "007", "null"))
+    (hub / "org" / "words" / "data" / "train-0.csv").write_text(words)
+    as_written = {"name": "org/words", "packing": False, "max_length": 8}
     expected = rows_of(load(repository).train)
     with hub_of(hub, gated="org/gated") as endpoint:
         there = probe(
@@ -757,8 +764,12 @@ def test_a_data_set_of_the_hub_is_read_streamed_and_used_again_without_the_hub(
                 {"name": "org/nothing"},
                 {"name": "org/gated"},
                 {"name": "org/script"},
+                as_written,
+                {**as_written, "streaming": True, "samples": 4},
             ],
         )
+    of_words = there[8:10]
+    del there[8:10]
     assert there[0]["rows"] == there[1]["rows"] == there[2]["rows"] == expected
     assert there.pop(2)["lines"][0].startswith("wikitext (Salesforce/wikitext), configuration wikitext-2-raw-v1, split")
     assert there[0]["lines"] == [
@@ -771,8 +782,15 @@ def test_a_data_set_of_the_hub_is_read_streamed_and_used_again_without_the_hub(
         assert found["error"] == "DataError" and said in found["said"]
         assert "\n" not in found["said"]
     gone = probe(
-        model, endpoint, home, [{"name": "org/moon"}, {"name": "org/moon", "config": "chat"}, {"name": "org/other"}]
+        model,
+        endpoint,
+        home,
+        [{"name": "org/moon"}, {"name": "org/moon", "config": "chat"}, {"name": "org/other"}, as_written],
     )
+    of_words.append(gone.pop(3))
+    (tmp_path / "words.csv").write_text(words)
+    in_a_file = rows_of(load(tmp_path / "words.csv", packing=False).train)
+    assert [found["rows"] for found in of_words] == [in_a_file] * 3 and len(in_a_file) == 4
     assert gone[0]["rows"] == expected
     assert "as cached here" in gone[0]["lines"][0]
     assert gone[1]["error"] == "DataError" and "'chat'; it has plain (cached here)" in gone[1]["said"]

@@ -9,6 +9,7 @@ import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,7 +29,9 @@ from zsl.cli.train import train as train_command
 from zsl.errors import ConfigError, RunFailed
 from zsl.training.checkpoints import put_in_place, step_of
 from zsl.training.config import TrainConfig, read_config
+from zsl.training.data.rows import TokenRow, hold
 from zsl.training.foreign import make_foreign
+from zsl.training.limits import check_limits
 from zsl.training.metrics import RunMetrics
 from zsl.training.peft_table import peft_config
 from zsl.training.record import read_record
@@ -36,6 +39,7 @@ from zsl.training.report import final_summary, step_line, stopped_early
 from zsl.training.step_measure import StepMeasure
 from zsl.training.trained import find_trained
 from zsl.training.validation_loss import TokenLossMixin
+from zsl.trunk.settings import ServerSettings
 
 ROOT = Path(__file__).parent.parent
 TABLES = {"model", "trunk", "data", "peft", "train"}
@@ -307,6 +311,38 @@ def test_what_would_fail_in_the_training_is_said_before_it_also_in_a_dry_run(
     line = result.stderr.strip().splitlines()[-1]
     assert all(word in line for word in words), line
     assert list(tmp_path.iterdir()) == []
+
+
+def test_rows_and_batches_that_the_daemon_will_refuse_are_said_in_a_dry_run(small: list[str]) -> None:
+    for key, more in (
+        ("train", ["--samples", "2049", "--batch-size", "2049"]),
+        (
+            "eval",
+            ["--samples", "2049", "--set", "data.validation=0.5", "--set", "train.per_device_eval_batch_size=2049"],
+        ),
+    ):
+        result = run(*small, *more, "--dry-run")
+        assert result.exit_code == 2, result.output
+        assert f"32,768 at once: lower train.per_device_{key}_batch_size" in result.stderr
+
+
+def test_the_longest_rows_of_a_batch_are_held_against_the_limits() -> None:
+    info: Any = SimpleNamespace(max_row_tokens=64, model=SimpleNamespace(hidden_size=8))
+    limits = ServerSettings(max_request_tokens=100).limits(info)
+    rows = hold(TokenRow.of_text([1] * length) for length in (10, 60, 3, 38))
+
+    def check(rows: Any, batch_size: int, *, virtual_tokens: int = 0, packs: bool = True) -> None:
+        check_limits(rows, batch_size, limits, key="k", row_tokens=50, virtual_tokens=virtual_tokens, packs=packs)
+
+    check(rows, 2)
+    check(None, 2)
+    for wrong in ({"batch_size": 3}, {"batch_size": 2, "packs": False}, {"batch_size": 2, "virtual_tokens": 2}):
+        with pytest.raises(ConfigError, match=r"100 at once: lower train\.k"):
+            check(rows, **wrong)
+    with pytest.raises(ConfigError, match="100 at once"):
+        check(None, 3)
+    with pytest.raises(ConfigError, match=r"65 tokens, .* 64 at most: lower data\.max_length"):
+        check(rows, 1, virtual_tokens=5)
 
 
 def test_data_that_make_no_batch_leave_what_was_trained_as_it_is(small: list[str], tmp_path: Path) -> None:

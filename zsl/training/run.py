@@ -27,6 +27,7 @@ from zsl.training.config import TrainConfig
 from zsl.training.data.load import TrainingData, load_data
 from zsl.training.embedded import EmbeddedTrunk
 from zsl.training.fits import check_fits
+from zsl.training.limits import check_limits
 from zsl.training.metrics import RunMetrics
 from zsl.training.overview import communication, overview
 from zsl.training.peft_table import peft_config
@@ -60,7 +61,8 @@ def train_from_config(config: TrainConfig, where: str, *, dry_run: bool = False)
         reference = resolve(config.model.name)
         check_can_be_split(reference.config)
         dtype: torch.dtype = getattr(torch, config.model.dtype)
-        data = load_data(config.data, reference, virtual_tokens=getattr(peft, "num_virtual_tokens", None) or 0)
+        virtual_tokens = getattr(peft, "num_virtual_tokens", None) or 0
+        data = load_data(config.data, reference, virtual_tokens=virtual_tokens)
         if not isinstance(data.train, Dataset) and arguments.max_steps <= 0:
             raise ConfigError(f"{where}: a stream has no end to count: set train.max_steps, or data.samples")
         set_seed(arguments.seed)
@@ -81,6 +83,20 @@ def train_from_config(config: TrainConfig, where: str, *, dry_run: bool = False)
             )
         print("", overview(model, sides, reference, trunk, trunk_place), "", sep="\n")
         print("Data set", *(f"  {line}" for line in data.lines), sep="\n", flush=True)
+        for rows, key in (
+            (data.train, "per_device_train_batch_size"),
+            (data.validation, "per_device_eval_batch_size"),
+        ):
+            if rows is not None:
+                check_limits(
+                    rows,
+                    getattr(arguments, key),
+                    trunk.client.welcome.limits,
+                    key=key,
+                    row_tokens=config.data.max_length,
+                    virtual_tokens=virtual_tokens,
+                    packs=trunk.client.welcome.packs,
+                )
         record = record.model_copy(update={"facts": _facts(data, trunk)})
         run = RunDirectory(directory, record)
         # Checkpoints of the model only are no place to go on from.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Literal
 
 from datasets import Features, Value
@@ -13,8 +14,10 @@ from zsl.training.data.sources import Documents
 from zsl.training.data.table import DataTable
 
 STRINGS = ("string", "large_string", "string_view")
+NUMBER = "number"  # of a file that knows text only: learnt where it is asked for
 # What a column can be said to hold without a look at its rows: a mix of types, or nothing.
 OPEN = ("json", "null")
+ROWS_LOOKED_AT = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +40,7 @@ def column_of(documents: Documents, table: DataTable) -> Column:
         raise DataError(f"{what} has no rows")
     listed = ", ".join(f"{name} ({kind})" for name, kind in types.items())
     if asked := table.messages_column or table.text_column:
-        key, kinds = ("messages_column", ("list",)) if table.messages_column else ("text_column", STRINGS)
+        key, kinds = ("messages_column", ("list",)) if table.messages_column else ("text_column", (*STRINGS, NUMBER))
         if asked not in types:
             raise DataError(f"data.{key} = {asked!r}: {what} has the columns {listed}")
         if types[asked] not in (*kinds, *OPEN):
@@ -47,7 +50,7 @@ def column_of(documents: Documents, table: DataTable) -> Column:
     if types.get("messages") in ("list", *OPEN):
         return Column("messages", "messages")
     strings = [name for name, kind in types.items() if kind in STRINGS]
-    if types.get("text") in (*STRINGS, *OPEN):
+    if types.get("text") in (*STRINGS, NUMBER, *OPEN):
         return Column("text", "text")
     if len(strings) == 1:
         return Column(strings[0], "text")
@@ -59,20 +62,41 @@ def column_of(documents: Documents, table: DataTable) -> Column:
 
 
 def _types(documents: Documents) -> dict[str, str]:
+    """Each column's type in a word: the data set's own, or that of its first rows where it has none."""
     what = documents.described
     features: Features | None = documents.rows.features
-    if features is not None:
+    of_text = documents.reader in ("csv", "tsv")
+    if features is not None and not of_text:
         return {name: _type_of(feature) for name, feature in features.items()}
     with foreign_errors(what, reader=documents.reader, files=documents.files):
-        first: dict[str, Any] | None = next(iter(documents.rows), None)
-    if first is None:
+        rows: list[dict[str, Any]] = list(islice(documents.rows, ROWS_LOOKED_AT))
+    if not rows:
         raise DataError(f"{what} has no rows")
-    names = {str: "string", list: "list", dict: "struct", type(None): "null"}
-    return {name: names.get(type(value), type(value).__name__) for name, value in first.items()}
+    columns = {name: [row.get(name) for row in rows] for row in rows for name in row}
+    return {name: _type_of_texts(values) if of_text else _type_of_values(values) for name, values in columns.items()}
+
+
+def _type_of_values(values: list[Any]) -> str:
+    types = {_type_of_value(value) for value in values if value is not None}
+    return types.pop() if len(types) == 1 else "json" if types else "null"
+
+
+def _type_of_value(value: Any) -> str:
+    if isinstance(value, list) and value and not isinstance(value[0], dict):
+        return f"list of {_type_of_value(value[0])}"
+    names = {str: "string", list: "list", dict: "struct", bool: "bool", int: "int64", float: "float64"}
+    return names.get(type(value), type(value).__name__)
+
+
+def _type_of_texts(values: list[str | None]) -> str:
+    texts = [value for value in values if value]
+    try:
+        return NUMBER if [float(text) for text in texts] else "null"
+    except ValueError:
+        return "string"
 
 
 def _type_of(feature: Any) -> str:
-    """A column's type in a word."""
     if isinstance(feature, Value):
         return str(feature.dtype)
     if isinstance(feature, dict):

@@ -72,6 +72,10 @@ class Encoder:
             else:
                 tally.without_target += 1
 
+    def token(self, number: int) -> str:
+        """The token of a number, as the tokenizer writes it."""
+        return str(self._tokenizer.convert_ids_to_tokens(number))
+
     def _cut_off(self, sequences: Iterator[TokenRow], tally: Tally) -> Iterator[TokenRow]:
         for sequence in sequences:
             tally.cut_off += len(sequence.input_ids) > self.length

@@ -52,8 +52,9 @@ def load_data(table: DataTable, reference: ModelReference, *, virtual_tokens: in
         raise ConfigError(
             f"data.max_length = {table.max_length}: {reference.text} takes at most {positions} tokens a row{in_front}"
         )
+    vocabulary = int(config.vocab_size)
     if table.name == SYNTHETIC:
-        return _synthetic(table, config.vocab_size)
+        return _synthetic(table, vocabulary)
     if reference.location is None:
         reference.tokenizer()  # says that there is none, before anything is read
     documents = open_documents(table)
@@ -63,18 +64,23 @@ def load_data(table: DataTable, reference: ModelReference, *, virtual_tokens: in
     if isinstance(table.validation, str):
         others = validation_documents(table, table.validation, documents)
         encoders.append(_encoder(others, table, reference))
-        validation, (first, *more) = _held(others, encoders[-1], table.validation_samples, "validation_samples")
+        validation, (first, *more) = _held(
+            others, encoders[-1], vocabulary, table.validation_samples, "validation_samples"
+        )
         about_validation = [f"validation: {first}", *more]
     collate = None if all(encoder.packing for encoder in encoders) else PadRight(encoder.pad_token_id)
     if table.streams:
-        stream, fingerprint, lines = _stream(documents, encoder, table)
+        stream, fingerprint, lines = _stream(documents, encoder, vocabulary, table)
         return TrainingData(stream, validation, collate, [*lines, *about_validation], fingerprint)
     both = table.samples and table.samples + _validation_count(table, table.samples)
-    train, lines = _held(documents, encoder, both, "samples")
+    train, lines = _held(documents, encoder, vocabulary, both, "samples")
     if isinstance(table.validation, float):
+        held = len(train)
         train, validation = _divided(train, table, documents.described)
         lines[0] = f"{documents.described}, {_size(train, encoder)}"
         about_validation = [f"validation: {_size(validation, encoder)} of the same data, not trained on"]
+        if left_out := held - len(train) - len(validation):
+            about_validation.append(f"{counted(left_out, 'row')} of that share left out by data.validation_samples")
     return TrainingData(train, validation, collate, [*lines, *about_validation])
 
 
@@ -82,7 +88,9 @@ def _synthetic(table: DataTable, vocabulary: int) -> TrainingData:
     write = synthetic_language(table.max_length, vocabulary, table.seed)
     samples = table.samples or SYNTHETIC_SAMPLES
     train = hold(map(TokenRow.of_text, write(samples)))
-    lines = [f"{SYNTHETIC}, {len(train):,} rows of {table.max_length} tokens"]
+    lines = [f"{SYNTHETIC}, {counted(len(train), 'row')} of {table.max_length} tokens"]
+    if table.samples is None:
+        lines.append(f"{SYNTHETIC_SAMPLES} rows, as data.samples says no other number")
     validation = None
     if count := _validation_count(table, samples):
         validation = hold(map(TokenRow.of_text, write(count)), table.validation_samples)
@@ -98,26 +106,45 @@ def _encoder(documents: Documents, table: DataTable, reference: ModelReference) 
     return Encoder(column, reference.tokenizer(), reference.text, length=table.max_length, packing=table.packing)
 
 
-def _held(documents: Documents, encoder: Encoder, limit: int | None, key: str) -> tuple[Dataset, list[str]]:
+def _rows(
+    encoder: Encoder, vocabulary: int, documents: Documents, tally: Tally, *, shuffled: bool = False
+) -> Iterator[TokenRow]:
+    """The rows of `documents`, checked for tokens that a model of so many does not have."""
+    for number, row in enumerate(encoder.rows(documents, tally, shuffled=shuffled), 1):
+        # Padding counts: it is embedded too. Labels are tokens of the row.
+        used = row.input_ids if encoder.packing else [*row.input_ids, encoder.pad_token_id]
+        if (token := max(used)) >= vocabulary:
+            where = "a row" if shuffled else f"row {number}"
+            raise DataError(
+                f"{documents.described}, {where} of tokens: the tokenizer's {encoder.token(token)!r} has the number "
+                f"{token}, and the model has {vocabulary:,} tokens; take the tokenizer that belongs to the model, or "
+                "give it the tokens (resize_token_embeddings) and save it"
+            )
+        yield row
+
+
+def _held(
+    documents: Documents, encoder: Encoder, vocabulary: int, limit: int | None, key: str
+) -> tuple[Dataset, list[str]]:
     """The first rows, in memory, at most the `limit` that `key` sets, and what to say of them.
 
     Raises `DataError` if there are none.
     """
     tally = Tally()
     what = documents.described
-    rows = encoder.rows(documents, tally)
+    rows = _rows(encoder, vocabulary, documents, tally)
     dataset = hold(rows, limit)
     about = tally.lines(encoder.column.kind, encoder.length)
     if limit is not None and len(dataset) == limit and _is_another(rows, documents):
-        about.append(f"there are more rows than data.{key} takes")
+        about.append(f"there are more rows than data.{key} takes: {counted(limit, 'row')}")
     if not len(dataset):
         raise DataError(_no_row(what, encoder, tally))
     return dataset, [f"{what}, {_size(dataset, encoder)}", *about]
 
 
 def _is_another(rows: Iterator[TokenRow], documents: Documents) -> bool:
-    """Whether another row follows. Not looked for in a stream, of which any part may have to be read for it."""
-    if not isinstance(documents.rows, Dataset):
+    """Whether another row follows. Not looked for in a stream of the hub, of which any part may have to be fetched."""
+    if not documents.files and not isinstance(documents.rows, Dataset):
         return False
     try:
         return next(rows, None) is not None
@@ -125,15 +152,17 @@ def _is_another(rows: Iterator[TokenRow], documents: Documents) -> bool:
         return True  # one that could not be used, and need not be
 
 
-def _stream(documents: Documents, encoder: Encoder, table: DataTable) -> tuple[TokenStream, str, list[str]]:
+def _stream(
+    documents: Documents, encoder: Encoder, vocabulary: int, table: DataTable
+) -> tuple[TokenStream, str, list[str]]:
     """The stream, its fingerprint and what to say of it. Raises `DataError` if it gives no row."""
     tally = Tally()
     what = documents.described
-    first = next(encoder.rows(documents, tally), None)
+    first = next(_rows(encoder, vocabulary, documents, tally), None)
     if first is None:
         raise DataError(_no_row(what, encoder, tally))
     known = f"{documents.identity} {first.input_ids} {first.labels}"
-    stream = TokenStream(documents, partial(encoder.rows, tally=Tally(), shuffled=True), seed=table.seed)
+    stream = TokenStream(documents, partial(_rows, encoder, vocabulary, tally=Tally(), shuffled=True), seed=table.seed)
     length = f"{encoder.length} tokens" if encoder.packing else f"up to {encoder.length} tokens"
     line = f"{what}, read while it is trained on, rows of {length}, shuffled among {SHUFFLE_ROWS:,} documents"
     return stream, xxhash.xxh3_128(known.encode()).hexdigest(), [line]

@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import glob
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import datasets
 from datasets.exceptions import DatasetNotFoundError
+from huggingface_hub import constants
 from huggingface_hub.utils import logging
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
-from zsl.errors import DataError, ZslError
+from zsl.errors import DataError, StartupError, ZslError
 from zsl.split.reference import first_line
 
-# The files of rows, and how `datasets` reads them. Any other file is a text.
-FILES_OF_ROWS: dict[str, tuple[str, dict[str, str]]] = {
-    ".jsonl": ("json", {}),
-    ".json": ("json", {}),
-    ".parquet": ("parquet", {}),
-    ".csv": ("csv", {}),
-    ".tsv": ("csv", {"sep": "\t"}),
-}
 # The number that pyarrow gives a line of JSON, in whatever part of the file it looks at.
 COUNTED_FROM_ZERO = re.compile(r"[.]? in row \d+$")
+NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
 
 def silence_libraries() -> None:
@@ -40,12 +33,17 @@ def silence_libraries() -> None:
 
 @contextmanager
 def foreign_errors(what: str, *, reader: str | None = None, files: Sequence[str] = ()) -> Iterator[None]:
-    """Turn any error of the block into `DataError`, which names `what`, or the broken one of its local `files`."""
+    """Turn any error of the block into `DataError`, which names `what`, or the broken one of its local `files`.
+
+    `StartupError` for a cache folder that cannot be written.
+    """
     try:
         yield
     except ZslError:
         raise
     except Exception as error:
+        if about_cache := _problem_with_cache(error):
+            raise StartupError(about_cache) from error
         raise DataError(_explanation(what, error, reader, files)) from error
 
 
@@ -60,6 +58,27 @@ def read_batches(
         if batch is None:
             return
         yield batch
+
+
+def _problem_with_cache(error: BaseException | None) -> str | None:
+    """The cause, if it is a folder that the libraries keep their files in and not the data."""
+    folders = {
+        "HF_DATASETS_CACHE": str(datasets.config.HF_DATASETS_CACHE),
+        "HF_HUB_CACHE": constants.HF_HUB_CACHE,
+        "HF_HOME": constants.HF_HOME,
+    }
+    while error is not None:
+        if isinstance(error, OSError):
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT) or "Not enough disk space" in str(error)
+            for variable, folder in folders.items():
+                if full or (error.errno in NOT_WRITABLE and str(error.filename).startswith(folder)):
+                    reason = error.strerror or first_line(error)
+                    return (
+                        f"the cache folder {folder} cannot be written: {reason}; "
+                        f"name another one in the environment variable {variable}"
+                    )
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _explanation(what: str, error: Exception, reader: str | None, files: Sequence[str]) -> str:
@@ -77,27 +96,11 @@ def _explanation(what: str, error: Exception, reader: str | None, files: Sequenc
 
 
 def _first_broken(reader: str, files: Sequence[str]) -> str | None:
-    """The first of local files that `datasets` cannot read; of JSON lines also the line."""
+    """The first of local files that `datasets` cannot read."""
     for file in files:
         try:
-            _, options = FILES_OF_ROWS.get(Path(file).suffix, (reader, {}))
-            rows = datasets.load_dataset(
-                reader, data_files=[glob.escape(file)], split="train", streaming=True, **options
-            )
-            for _ in rows:
+            for _ in datasets.load_dataset(reader, data_files=[glob.escape(file)], split="train", streaming=True):
                 pass
         except Exception:
-            line = _first_broken_line(file) if file.endswith(".jsonl") else None
-            return f"{file}, line {line}," if line else file
-    return None
-
-
-def _first_broken_line(file: str) -> int | None:
-    with Path(file).open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                if line.strip():
-                    json.loads(line)
-            except ValueError:
-                return number
+            return file
     return None

@@ -1,27 +1,32 @@
 """Where documents come from: texts, files of rows, directories, the hub. Knows no tokens.
 
-Everything but a text is read by `datasets`.
+What lies on this machine is read anew each time: the cache of `datasets` knows a file by its name and time only, and so
+takes a changed file whose time was kept (`cp -p`, `rsync -t`, tar) for the old one.
 """
 
 from __future__ import annotations
 
 import glob
 import re
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import datasets
-from datasets import Dataset, IterableDataset
+import fsspec  # type: ignore[import-untyped]
+import pandas as pd  # type: ignore[import-untyped]
+from datasets import Dataset, Features, IterableDataset, Value
 
 from zsl.errors import ConfigError, DataError
 from zsl.split.hub import why_offline
 from zsl.split.reference import first_line
-from zsl.training.data.reading import FILES_OF_ROWS, foreign_errors, silence_libraries
+from zsl.training.data.files import KINDS, Kind, kind_of, read_rows, read_text
+from zsl.training.data.reading import foreign_errors, silence_libraries
 from zsl.training.data.table import NOT_FOR_A_TEXT, PYTHON_DOCS, SYNTHETIC, WIKITEXT, DataTable
+from zsl.training.report import counted
 
 WIKITEXT_ID, WIKITEXT_CONFIG = "Salesforce/wikitext", "wikitext-2-raw-v1"
-TEXT_FILES = (".txt", ".md", ".rst", ".text")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -34,8 +39,8 @@ class Documents:
     identity: str  # what tells apart two data sets of the same name, as far as that is known without reading them
     is_text: bool = False  # one column, `text`, with a whole file in each row
     has_splits: bool = False
-    reader: str | None = None  # that of `datasets` for local `files`, to find the one that cannot be read
-    files: tuple[str, ...] = ()
+    reader: str | None = None  # of files of rows
+    files: tuple[str, ...] = ()  # that lie on this machine
 
 
 def open_documents(table: DataTable) -> Documents:
@@ -53,8 +58,7 @@ def open_documents(table: DataTable) -> Documents:
         return _files(table, files)
     if table.name == WIKITEXT:
         return _repository(table, WIKITEXT_ID, table.config or WIKITEXT_CONFIG)
-    is_path = Path(table.name).suffix in (*FILES_OF_ROWS, *TEXT_FILES)
-    if HUB_ID.fullmatch(table.name) and not is_path:
+    if HUB_ID.fullmatch(table.name) and not kind_of(table.name):
         return _repository(table, table.name, table.config)
     known = f"{SYNTHETIC}, {PYTHON_DOCS}, {WIKITEXT}, a hub id org/name"
     raise ConfigError(f"data.name = {table.name!r}: no such data set ({known}) and no such file")
@@ -66,7 +70,7 @@ def validation_documents(table: DataTable, place: str, documents: Documents) -> 
         return open_documents(
             table.model_copy(update={"name": place, "config": None, "split": "train", "streaming": False})
         )
-    if documents.has_splits and "/" not in place and Path(place).suffix not in (*FILES_OF_ROWS, *TEXT_FILES):
+    if documents.has_splits and "/" not in place and not kind_of(place):
         return open_documents(table.model_copy(update={"split": place}))
     splits = "" if documents.has_splits else f", and {table.name} has no splits"
     raise ConfigError(f"data.validation = {place!r}: no such file{splits}")
@@ -97,35 +101,38 @@ def _texts(table: DataTable, texts: dict[str, str]) -> Documents:
     return Documents(described, Dataset.from_dict({"text": list(texts.values())}), "", is_text=True)
 
 
-def _read_text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise DataError(f"{file} cannot be read: {reason}") from error
-
-
 def _files(table: DataTable, files: list[Path]) -> Documents:
-    suffixes = sorted({file.suffix for file in files if file.suffix in FILES_OF_ROWS})
-    if not suffixes:
-        return _texts(table, {str(file): _read_text(file) for file in files})
-    reader, options = FILES_OF_ROWS[suffixes[0]]
-    if any(FILES_OF_ROWS.get(file.suffix) != (reader, options) for file in files):
-        kinds = ", ".join(sorted({file.suffix or "none" for file in files}))
-        raise ConfigError(f"data.name = {table.name!r}: files of one kind are needed, and these are {kinds}")
+    kinds = {kind_of(file) for file in files}
+    kind = kinds.pop()
+    if kinds:
+        suffixes = ", ".join(sorted({file.suffix or "none" for file in files}))
+        raise ConfigError(f"data.name = {table.name!r}: files of one kind are needed, and these are {suffixes}")
+    if kind is None:
+        rows = ", ".join(suffix for suffix, kind in KINDS.items() if kind != "text")
+        raise ConfigError(
+            f"{files[0]}: its suffix does not say what is in it. Rename or convert it: a text is .txt, .text, .md, "
+            f".markdown or .rst, rows are {rows}; all but .parquet may be .gz, .bz2, .xz or .zst"
+        )
+    if kind == "text":
+        return _texts(table, {str(file): read_text(str(file)) for file in files})
     if given := table.given(["config", "split"]):
         raise ConfigError(f"data.{given[0]} has no meaning for data.name = {table.name!r}, which names files")
     paths = [str(file.resolve()) for file in files]
     for path in paths:
         if not Path(path).stat().st_size:
             raise DataError(f"{path} is empty")
-    with foreign_errors(table.name, reader=reader, files=paths):
-        builder = datasets.load_dataset_builder(
-            reader, data_files={"train": [glob.escape(path) for path in paths]}, **options
-        )
-        rows = _rows(table, builder)
     described = table.name if len(files) == 1 else f"{table.name} ({len(files)} files)"
-    return Documents(described, rows, _identity_of_files(builder), reader=reader, files=tuple(paths))
+    return _local_rows(described, kind, paths)
+
+
+def _local_rows(described: str, kind: Kind, files: list[str]) -> Documents:
+    with foreign_errors(described, reader=kind, files=files):
+        if kind == "parquet":
+            builder = datasets.load_dataset_builder(kind, data_files=[glob.escape(file) for file in files])
+            rows = builder.as_streaming_dataset(split="train")
+        else:
+            rows = IterableDataset.from_generator(read_rows, gen_kwargs={"files": files, "kind": kind})
+    return Documents(described, rows, _identity_of_files(files), reader=kind, files=tuple(files))
 
 
 def _repository(table: DataTable, place: str, config: str | None) -> Documents:
@@ -135,23 +142,85 @@ def _repository(table: DataTable, place: str, config: str | None) -> Documents:
     what = f"data set {table.name!r}"
     with foreign_errors(what):
         try:
-            builder = datasets.load_dataset_builder(place, config)
+            builder = datasets.load_dataset_builder(place, config) if is_local else _of_hub(place, config, offline)
         except ConnectionError as error:
             raise DataError(f"data set {place!r} is not cached here, and {offline or first_line(error)}") from error
         except ValueError as error:
             if listed := re.search(r"onfig.*\[(.*)\]", str(error), re.DOTALL):
                 raise DataError(_about_configurations(what, config, listed[1], cached=bool(offline))) from error
             raise
-    files = [str(file) for of_split in (builder.config.data_files or {}).values() for file in of_split]
-    with foreign_errors(what, reader=builder.name, files=files if is_local else ()):
-        rows = _rows(table, builder)
     described = table.name if is_local or place == table.name else f"{table.name} ({place})"
     if builder.config.name != "default":
         described += f", configuration {builder.config.name}"
     described += f", split {table.split}" + (" (as cached here)" if offline else "")
-    identity = _identity_of_files(builder) if is_local else f"{place} {builder.hash}"
-    documents = Documents(described, rows, identity, has_splits=True)
-    return replace(documents, reader=builder.name, files=tuple(files)) if is_local else documents
+    if not is_local:
+        with foreign_errors(what):
+            rows = _rows(table, builder)
+        reader = builder.info.builder_name
+        return Documents(described, rows, f"{place} {builder.hash}", has_splits=True, reader=reader)
+    splits = builder.config.data_files
+    if table.split not in splits:
+        raise _no_split(table, splits)
+    if len(builder.builder_configs) < 2 and (others := _not_read(Path(place), splits)):
+        described += f", without {counted(len(others), 'file')} of rows that no split has: {', '.join(others[:3])}"
+    files = [str(file) for file in splits[table.split]]
+    if kind := _plain_kind(builder.config, files):
+        return replace(_local_rows(described, kind, files), has_splits=True)
+    with foreign_errors(what):
+        if builder.name == "csv":
+            builder = _of_texts(place, config)
+        rows = builder.as_streaming_dataset(split=table.split)
+    identity = _identity_of_files(files)
+    return Documents(described, rows, identity, has_splits=True, reader=builder.name, files=tuple(files))
+
+
+def _not_read(directory: Path, splits: Any) -> list[str]:
+    """Files of rows that `datasets` leaves out, as those whose suffix is not that of most."""
+    read = {str(file) for files in splits.values() for file in files}
+    files = (file for file in sorted(directory.rglob("*")) if kind_of(file) not in (None, "text") and file.is_file())
+    return [str(file.relative_to(directory)) for file in files if str(file) not in read]
+
+
+def _plain_kind(config: Any, files: list[str]) -> Kind | None:
+    """Kind of the files of a directory, where its card says nothing of how they are to be read."""
+    kinds = {kind_of(file) for file in files}
+    same = {key: getattr(config, key) for key in ("name", "version", "data_dir", "data_files", "description")}
+    if kinds == {"tsv"}:
+        same["sep"] = "\t"
+    if len(kinds) > 1 or kinds <= {"text", None} or config != type(config)(**same):
+        return None
+    return kinds.pop()
+
+
+def _of_hub(place: str, config: str | None, offline: str | None) -> Any:
+    if offline:  # a data set that is cached does not say that it is CSV before it is found
+        with suppress(ConnectionError, ValueError):
+            return datasets.load_dataset_builder(place, config, cache_dir=_cache_of_texts())
+    builder = datasets.load_dataset_builder(place, config)
+    if builder.info.builder_name != "csv":
+        return builder
+    if offline:
+        raise DataError(f"data set {place!r} is cached here without its texts NA, null and the like, and {offline}")
+    return _of_texts(place, config)
+
+
+def _cache_of_texts() -> str:
+    """Folder apart from the rows that pandas made of the same files."""
+    return str(Path(datasets.config.HF_DATASETS_CACHE) / "csv-as-written")
+
+
+def _of_texts(place: str, config: str | None) -> Any:
+    """CSV files with each value as it is written. Left alone, pandas takes NA for nothing and 007 for 7."""
+    builder = datasets.load_dataset_builder(place, config, cache_dir=_cache_of_texts())
+    file = str(next(iter(builder.config.data_files.values()))[0])
+    options = {**builder.config.pd_read_csv_kwargs, "chunksize": None, "nrows": 1}
+    with fsspec.open(file, compression="infer") as lines:
+        first = pd.read_csv(lines, **options)
+    if not isinstance(first.index, pd.RangeIndex):  # pandas names them from the right
+        raise DataError(f"{file}: its rows have more fields than its header")
+    builder.config.features = builder.info.features = Features({name: Value("string") for name in first.columns})
+    builder.config.keep_default_na, builder.config.na_values = False, [""]
+    return builder
 
 
 def _rows(table: DataTable, builder: Any) -> Dataset | IterableDataset:
@@ -168,7 +237,11 @@ def _rows(table: DataTable, builder: Any) -> Dataset | IterableDataset:
         except ValueError:
             if table.split in splits:
                 raise DataError(f"{table.name} has no rows") from None
-    raise DataError(f"data set {table.name!r} has no split {table.split!r}; it has {', '.join(map(str, splits))}")
+    raise _no_split(table, splits)
+
+
+def _no_split(table: DataTable, splits: Any) -> DataError:
+    return DataError(f"data set {table.name!r} has no split {table.split!r}; it has {', '.join(map(str, splits))}")
 
 
 def _about_configurations(what: str, config: str | None, listed: str, *, cached: bool) -> str:
@@ -178,6 +251,6 @@ def _about_configurations(what: str, config: str | None, listed: str, *, cached:
     return f"{what} has no configuration {config!r}; it has {there_is}"
 
 
-def _identity_of_files(builder: Any) -> str:
-    files = builder.config.data_files or {}
-    return str({str(split): [*map(str, paths), *paths.origin_metadata] for split, paths in files.items()})
+def _identity_of_files(files: list[str]) -> str:
+    stats = ((file, Path(file).stat()) for file in files)
+    return str([(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats])

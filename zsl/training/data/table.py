@@ -37,9 +37,11 @@ class DataTable(Table):
     name: str = Field(
         default=SYNTHETIC,
         min_length=1,
-        description="The data set: `synthetic`, `python-docs`, `wikitext`, a hub id `org/name`, or the path of a text, "
-        "`.jsonl`, `.json`, `.parquet`, `.csv` or `.tsv` file (or a pattern for several), or of a directory that is "
-        "laid out as the hub lays out a data set; a path that exists is preferred to a hub id.",
+        description="The data set: `synthetic`, `python-docs`, `wikitext`, a hub id `org/name`, or the path of a text "
+        "(`.txt`, `.md`, `.rst`), of a file of rows (`.jsonl`, `.ndjson`, `.json`, `.csv`, `.tsv`, `.parquet`; a "
+        "pattern for several; all but Parquet may be `.gz`, `.bz2`, `.xz` or `.zst`), or of a directory that is "
+        "laid out as the hub lays out a data set; a path that exists is preferred to a hub id. Values of CSV are "
+        "texts as they are written.",
     )
     config: str | None = Field(
         default=None, min_length=1, description="The data set's configuration, where it has more than one."
