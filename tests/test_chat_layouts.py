@@ -171,6 +171,9 @@ def test_a_prompt_and_its_completion_need_no_chat_template_where_they_are_texts(
     data = load([*rows, {"prompt": "the owl", "completion": " "}, {"prompt": None, "completion": "a"}], None)
     assert learnt(data, model(None).tokenizer()) == [" sees<eos>", "the moon<eos>"]
     assert data.lines[1:] == ["2 empty completions left out"]
+    merged = load([{"prompt": "the m", "completion": "oon"}, *rows], None)
+    assert learnt(merged, model(None).tokenizer())[0] == " moon<eos>"
+    assert merged.lines[1:] == ["1 completion with a first token that begins in the prompt"]
 
 
 @pytest.mark.parametrize(
@@ -203,15 +206,16 @@ def test_a_string_beside_a_layout_that_is_not_learnt_is_not_taken_for_the_text(
 
 def test_columns_that_are_not_used_are_listed(load: Load) -> None:
     row = {"messages": CHAT, "tools": [], "text": "a", "id": 3}
-    assert load([row]).lines[1:] == ["not used: column text, id"]
-    assert load([row], text_column="text", packing=False).lines[1:] == ["not used: column messages, tools, id"]
-    assert "not used: column text, id" in load([row], streaming=True).lines
+    assert load([row]).lines[1:] == ["not used: columns text, id"]
+    assert load([row], text_column="text", packing=False).lines[1:] == ["not used: columns messages, tools, id"]
+    assert "not used: columns text, id" in load([row], streaming=True).lines
 
 
 @pytest.mark.parametrize(
     ("row", "said"),
     [
         ({"conversations": sharegpt(CHAT, user="narrator")}, ["message 2", "'narrator'", "human"]),
+        ({"conversations": [{"from": ["human"], "value": "a"}]}, ["message 1", "human"]),
         ({"messages": [CHAT[1], {"role": "assistant", "content": None}]}, ["message 2", "role and content"]),
         ({"messages": [{"role": "user", "content": None, "tool_calls": [CALL]}]}, ["message 1", "role and content"]),
         ({"messages": [{"role": "user", "content": 3}]}, ["message 1", "int"]),
@@ -260,6 +264,9 @@ def test_what_a_template_leaves_out_is_counted(load: Load) -> None:
     opened = "1 conversation begun by the assistant, whose first message is not learnt"
     assert load([{"messages": [greeting, *CHAT[1:]]}], PLAIN).lines[1:] == [opened]
     assert load([{"messages": [greeting, *CHAT[1:]]}], MARKED).lines[1:] == []
+    thought = {**CHAT[2], "reasoning_content": "a thought"}
+    said = "1 message that the model's chat template leaves out or rewrites"
+    assert load([{"messages": [*CHAT[:2], thought]}], MARKED).lines[1:] == [said]
 
 
 def test_an_answer_without_an_end_to_learn_is_counted(load: Load) -> None:
@@ -287,14 +294,16 @@ def test_tools_are_written_by_the_template_that_the_tokenizer_has_for_them(
     assert sum(label != NO_LABEL for label in row.labels) > len(tokenizer(ANSWERS[0])["input_ids"]) + 1
 
 
-@pytest.mark.parametrize("marked", ["{{ m.content + '\n' }}", "{{ '\n ' + m.content }}"])
-def test_white_space_that_is_in_no_token_ends_or_begins_a_marked_answer(marked: str) -> None:
+@pytest.mark.parametrize("written", ["{{ m.content + '\\n' }}", "{{ '\\n ' + m.content }}"])
+@pytest.mark.parametrize("marked", [True, False])
+def test_white_space_that_is_in_no_token_ends_or_begins_an_answer(written: str, marked: bool) -> None:
     """transformers' own mask then goes on to the end of the row, or stops before the answer and all that follow."""
     tokenizer = tiny_tokenizer()
+    said = f"{{% generation %}}{written}{{% endgeneration %}}" if marked else written
     tokenizer.chat_template = (
-        "{% for m in messages %}{{ ' <|' + m.role + '|> ' }}{% if m.role == 'assistant' %}{% generation %}"
-        + marked
-        + "{% endgeneration %}{% else %}{{ m.content + '\n' }}{% endif %}{% endfor %}"
+        "{% for m in messages %}{{ ' <|' + m.role + '|> ' }}"
+        f"{{% if m.role == 'assistant' %}}{said}{{% else %}}{{{{ m.content + '\n' }}}}{{% endif %}}{{% endfor %}}"
+        "{% if add_generation_prompt %}{{ ' <|assistant|> ' }}{% endif %}"
     )
     talk = conversation(words(10, 11), words(20, 21)) + conversation(words(30, 31), words(40, 41))
     row = conversation_encoder(tokenizer, "tiny")(talk)

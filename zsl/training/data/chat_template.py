@@ -18,6 +18,8 @@ from zsl.split.reference import first_line
 from zsl.training.data.conversations import Conversation, texts_of
 
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+# The keys of what was thought before the answer, as transformers gives it to templates.
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 QUOTED = re.compile(r"""['"]said['"]""")  # as Python and JSON write it
 
 
@@ -82,7 +84,8 @@ class ChatTemplate:
         text = self.text(conversation)
         messages, variables = conversation.messages, conversation.variables
         for message in messages:
-            if not all(_is_in(text, said) for said in texts_of(message.get("content", ""))):
+            thoughts = [message[key] for key in THOUGHTS if isinstance(message.get(key), str)]
+            if not all(_is_in(text, said) for said in [*texts_of(message.get("content", "")), *thoughts]):
                 yield "message"
         if "tools" in variables and text == self._text_or_none(
             replace(conversation, variables={key: value for key, value in variables.items() if key != "tools"})

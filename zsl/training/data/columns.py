@@ -39,7 +39,8 @@ class Column:
 
     def lines(self) -> list[str]:
         """For whoever trains."""
-        return [f"not used: column {', '.join(self.unused)}"] if self.unused else []
+        columns = "column" if len(self.unused) == 1 else "columns"
+        return [f"not used: {columns} {', '.join(self.unused)}"] if self.unused else []
 
 
 def column_of(documents: Documents, table: DataTable) -> Column:

@@ -59,7 +59,7 @@ def _message(number: int, given: Any) -> dict[str, Any]:
         raise DataError(f"message {number}: a message without role and content")
     message = {key: value for key, value in given.items() if value is not None}
     if "from" in message and "role" not in message:
-        speaker = message.pop("from")
+        speaker = str(message.pop("from"))
         if speaker not in ROLES:
             raise DataError(f"message {number} is from {speaker!r}, and known are {', '.join(ROLES)}; rename it")
         message["role"] = ROLES[speaker]

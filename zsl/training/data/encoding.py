@@ -37,6 +37,7 @@ class Tally:
     cut_off: int = 0
     tail: int = 0  # tokens behind the last packed row
     begun_twice: int = 0
+    merged: int = 0
     endless: int = 0
     left_out: Counter[str] = field(default_factory=Counter)  # by the chat template
 
@@ -51,6 +52,7 @@ class Tally:
             (self.tail, "token", "left out, which fill no row at the end"),
             (self.endless, what, f"with no {'end-of-text token' if kind == 'text' else 'special token'} to end by"),
             (self.begun_twice, what, "with a begin-of-text token of its own, which is written once"),
+            (self.merged, what, "with a first token that begins in the prompt"),
             (self.left_out["message"], "message", "that the model's chat template leaves out or rewrites"),
             (self.left_out["tools"], what, "with tools that the model's chat template leaves out"),
             (self.left_out["opening"], what, "begun by the assistant, whose first message is not learnt"),
@@ -171,6 +173,7 @@ class Encoder:
         elif input_ids[-1:] != [self._end]:
             input_ids.append(self._end)
         shared = shared_length(before, input_ids)
+        tally.merged += before[shared:] not in ([], [self._end])
         return TokenRow(input_ids, [*[NO_LABEL] * shared, *input_ids[shared:]])
 
     def _batches(self, documents: Documents, tally: Tally, *, numbered: bool) -> Batches:
