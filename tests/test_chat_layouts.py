@@ -26,6 +26,7 @@ from zsl.training.data.conversations import Conversation, messages_of
 from zsl.training.data.load import TrainingData, load_data
 from zsl.training.data.rows import NO_LABEL
 from zsl.training.data.table import DataTable
+from zsl.training.report import counted
 
 # As those that write tools, calls and a variable of the row; a call, as an answer, is marked.
 WITH_TOOLS = (
@@ -310,18 +311,30 @@ def test_white_space_that_is_in_no_token_ends_or_begins_an_answer(written: str, 
     assert tokenizer.convert_ids_to_tokens([n for n in row.labels if n != NO_LABEL]) == ["w20", "w21", "w40", "w41"]
 
 
-def test_a_text_that_begins_with_the_begin_of_text_token_has_it_once(
-    load: Load, model: Callable[..., ModelReference], tmp_path: Path
+@pytest.mark.parametrize(
+    ("adds", "texts", "once"),
+    [
+        ("<bos> $A <eos>", ["the moon", "<bos>the moon", "the moon<eos>", "<bos>the moon<eos>"], 3),
+        ("<bos> $A", ["the moon", "the moon<eos>", "<bos>the moon"], 1),
+        ("$A", ["<bos>the moon", "<bos>the moon<eos>"], 0),
+    ],
+)
+def test_special_tokens_that_the_tokenizer_adds_and_a_text_has_are_written_once(
+    tmp_path: Path, adds: str, texts: list[str], once: int
 ) -> None:
-    path = write_model(tmp_path / "begins")
+    path = write_model(tmp_path / "adds")
     tokenizer = resolve(str(path)).tokenizer()
-    begin = [("<bos>", tokenizer.bos_token_id)]
-    single = processors.TemplateProcessing(single="<bos> $A", special_tokens=begin)  # type: ignore[call-arg,arg-type]
+    begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    specials: Any = [("<bos>", begin), ("<eos>", end)]
+    single = processors.TemplateProcessing(single=adds, special_tokens=specials)  # type: ignore[call-arg]
     tokenizer.backend_tokenizer.post_processor = single
     tokenizer.save_pretrained(path)
-    file = tmp_path / "rows.jsonl"
-    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("the moon", "<bos>the moon")))
-    data = load_data(DataTable(name=str(file), max_length=64, packing=False), resolve(str(path)))
-    one, other = tokens_and_labels(data.train)
-    assert one == other and one[0].count(tokenizer.bos_token_id) == 1
-    assert data.lines[1:] == ["1 text with a begin-of-text token of its own, which is written once"]
+    said = tokenizer("the moon", add_special_tokens=False)["input_ids"]
+    for noun, row in (("text", {"text": "{}"}), ("completion", {"prompt": "", "completion": "{}"})):
+        file = tmp_path / f"{noun}.jsonl"
+        file.write_text("".join(json.dumps(row).replace("{}", text) + "\n" for text in [*texts, "<eos>"]))
+        data = load_data(DataTable(name=str(file), max_length=64, packing=False), resolve(str(path)))
+        assert [ids for ids, _ in tokens_and_labels(data.train)][: len(texts)] == [[begin, *said, end]] * len(texts)
+        with_eos = once + (adds == "<bos> $A <eos>")
+        told = f"{counted(with_eos, noun)} with special tokens at an end that the tokenizer adds, written once"
+        assert [line for line in data.lines if "written once" in line] == ([told] if with_eos else [])

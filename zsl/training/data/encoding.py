@@ -36,7 +36,7 @@ class Tally:
     without_target: int = 0
     cut_off: int = 0
     tail: int = 0  # tokens behind the last packed row
-    begun_twice: int = 0
+    twice: int = 0
     merged: int = 0
     endless: int = 0
     left_out: Counter[str] = field(default_factory=Counter)  # by the chat template
@@ -51,7 +51,7 @@ class Tally:
             (self.cut_off, what, f"cut off at {length} tokens"),
             (self.tail, "token", "left out, which fill no row at the end"),
             (self.endless, what, f"with no {'end-of-text token' if kind == 'text' else 'special token'} to end by"),
-            (self.begun_twice, what, "with a begin-of-text token of its own, which is written once"),
+            (self.twice, what, "with special tokens at an end that the tokenizer adds, written once"),
             (self.merged, what, "with a first token that begins in the prompt"),
             (self.left_out["message"], "message", "that the model's chat template leaves out or rewrites"),
             (self.left_out["tools"], what, "with tools that the model's chat template leaves out"),
@@ -77,8 +77,11 @@ class Encoder:
         self.pad_token_id = int(tokenizer.pad_token_id or 0)
         self._tokenizer = tokenizer
         self._model = model
-        self._begin = tokenizer.bos_token_id if tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id] else None
         self._end = tokenizer.eos_token_id
+        added = list(tokenizer("")["input_ids"])  # to every text
+        self._begin = tokenizer.bos_token_id
+        self._begins = added[:1] == [self._begin]
+        self._ends = added[int(self._begins) :][-1:] == [self._end]
         # Completions may be texts.
         self._chat = conversation_encoder(tokenizer, model) if column.kind == "messages" else None
 
@@ -128,9 +131,13 @@ class Encoder:
 
     def _tokenized(self, texts: list[str], tally: Tally) -> Iterator[list[int]]:
         for input_ids in self._tokenizer(texts)["input_ids"]:
-            twice = self._begin is not None and input_ids[:2] == [self._begin] * 2
-            tally.begun_twice += twice
-            yield list(input_ids[1:] if twice else input_ids)
+            tokens = list(input_ids)
+            if self._begins and tokens[:2] == [self._begin] * 2:
+                del tokens[0]
+            if self._ends and tokens[-2:] == [self._end] * 2:
+                del tokens[-1]
+            tally.twice += len(tokens) < len(input_ids)
+            yield tokens
 
     def _answers(self, documents: Documents, batches: Batches, tally: Tally) -> Iterator[TokenRow]:
         """A sequence for each conversation or completion that is not empty."""
@@ -166,8 +173,8 @@ class Encoder:
 
     def _completion(self, prompt: str, completion: str, tally: Tally) -> TokenRow:
         """One text of both, and the end-of-text token. Learnt is what its tokens do not share with the prompt's."""
-        before, input_ids = self._tokenized([prompt, prompt + completion], twice := Tally())
-        tally.begun_twice += twice.begun_twice > 0
+        before, input_ids = self._tokenized([prompt, prompt + completion], of_both := Tally())
+        tally.twice += of_both.twice > 0
         if self._end is None:
             tally.endless += 1
         elif input_ids[-1:] != [self._end]:
