@@ -33,7 +33,7 @@ class ConversationEncoder:
             return self._encode(conversation)(self.template, self.specials, conversation)
 
     def left_out(self, conversation: Conversation | Messages) -> list[str]:
-        """What is neither read nor learnt, a word for each: `message` and `tools` of the template, `opening` here."""
+        """Name each part that is neither read nor learnt: `message` and `tools` of the template, `opening` here."""
         conversation = self._taken(conversation)
         with template_errors():
             found = list(self.template.left_out(conversation))
@@ -52,7 +52,7 @@ class ConversationEncoder:
 
 
 def conversation_encoder(tokenizer: PreTrainedTokenizerBase, model: str) -> ConversationEncoder:
-    """The encoder for a model's tokenizer. Raises `DataError` for one without a template."""
+    """Make the encoder for a model's tokenizer. Raises `DataError` for one without a template."""
     try:
         template = ChatTemplate.of(tokenizer)
     except ValueError:
@@ -66,13 +66,13 @@ def conversation_encoder(tokenizer: PreTrainedTokenizerBase, model: str) -> Conv
 
 
 def shared_length(one: Sequence[Any], other: Sequence[Any]) -> int:
-    """How far two texts, or two lists of tokens, begin alike."""
+    """Count the characters or tokens that two sequences share at their start."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def _tokens(template: ChatTemplate, conversation: Conversation) -> tuple[list[int], list[tuple[int, int]]]:
-    """The tokens, and the characters of each."""
+    """Give the tokens, and the characters of each."""
     encoded: Any = template.tokenizer.apply_chat_template(
         conversation.messages,
         return_dict=True,
@@ -118,12 +118,12 @@ def _by_characters(template: ChatTemplate, specials: set[int], conversation: Con
 
 
 def _held(spans: list[tuple[int, int]], start: int, end: int) -> list[int]:
-    """The tokens that hold something of these characters."""
+    """Give the indices of the tokens that hold something of these characters."""
     return [at for at, (first, last) in enumerate(spans) if first < end and last > start]
 
 
 def _spans(offsets: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The characters of each token. Where `offsets` leave white space out, a token of nothing else gets it back."""
+    """Give the characters of each token; one of white space alone gets back what `offsets` leave out."""
     spans, until = [], 0
     for start, end in offsets:
         spans.append((start, end) if start < end else (min(start, until), max(end, until)))

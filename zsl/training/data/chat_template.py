@@ -33,7 +33,7 @@ class ChatTemplate:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
-        """Raises `ValueError` for a tokenizer that has none."""
+        """Look at what the template takes. Raises `ValueError` for a tokenizer that has none."""
         tokenizer.get_chat_template()
         template = cls(tokenizer)
         text, of_parts = (
@@ -44,7 +44,7 @@ class ChatTemplate:
         return cls(tokenizer, takes_text="said" in text or not takes_parts, takes_parts=takes_parts)
 
     def taken(self, conversation: Conversation) -> Conversation:
-        """The conversation with contents as the template takes them: some write a list as Python does, or no text."""
+        """Give contents the type that the template takes: some write a list as Python does, others no text."""
         messages = [
             {**message, "content": self._content(message["content"])} if "content" in message else message
             for message in conversation.messages
@@ -57,16 +57,16 @@ class ChatTemplate:
         return content if self.takes_parts else "".join(texts_of(content))
 
     def text(self, conversation: Conversation, until: int | None = None, *, ask: bool = False) -> str:
-        """The text of the messages before `until`, and with `ask` the header that asks for another one."""
+        """Write the messages before `until`, and with `ask` the header that asks for another one."""
         messages, variables = conversation.messages[:until], conversation.variables
         return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask, **variables))
 
     def is_marked(self, conversation: Conversation) -> bool:
-        """Whether the template for this conversation marks what the assistant says."""
+        """Tell if the template for this conversation marks the assistant's answers."""
         return GENERATION_MARK.search(self._source(conversation)) is not None
 
     def marks(self, conversation: Conversation) -> list[tuple[int, int]]:
-        """The characters that are marked.
+        """Find the characters that are marked.
 
         Not by transformers' mask of tokens, which goes on to the row's end if a mark's last character is of no token.
         """
@@ -77,7 +77,7 @@ class ChatTemplate:
         return marks
 
     def left_out(self, conversation: Conversation) -> Iterator[str]:
-        """What the text lacks or has otherwise, a word for each: `message`, `tools`.
+        """Name each part that the text lacks or has otherwise: `message`, `tools`.
 
         Raises `DataError` if that is a call of a tool: the model would learn to say nothing.
         """

@@ -26,7 +26,7 @@ NAME_IT = "name the one to learn from with data.text_column or data.messages_col
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """The column, what it holds, which others a row is made of too, and those that are not used."""
+    """Names a column and its kind, the columns that are read beside it, and those that are not used."""
 
     name: str
     kind: Literal["text", "messages", "completion"]
@@ -38,13 +38,13 @@ class Column:
         return "prompt" if self.kind == "completion" else None
 
     def lines(self) -> list[str]:
-        """For whoever trains."""
+        """Tell the columns that are not used."""
         columns = "column" if len(self.unused) == 1 else "columns"
         return [f"not used: {columns} {', '.join(self.unused)}"] if self.unused else []
 
 
 def column_of(documents: Documents, table: DataTable) -> Column:
-    """The column that `table` names, or else that of a known layout, `text`, or the only one that could be learnt from.
+    """Find the column that `table` names, or that of a known layout, `text`, or the only one that could be learnt from.
 
     Raises `DataError`, which lists the columns, if there is none of that name, if it holds something else, or if
     several could be meant.
@@ -101,7 +101,7 @@ def _known(types: dict[str, str], listed: str) -> tuple[str, Literal["text", "me
 
 
 def _chosen(types: dict[str, str]) -> str:
-    """A way to learn from preferences."""
+    """Say how to learn from preferences."""
     if "prompt" in types:
         return "to learn the chosen answers, rename chosen to completion and leave rejected out"
     key = "messages_column" if types["chosen"] == "list" else "text_column"
@@ -122,7 +122,7 @@ def _types(documents: Documents) -> dict[str, str]:
 
 
 def _type_of(feature: Any) -> str:
-    """A column's type in a word or three."""
+    """Name a column's type."""
     if isinstance(feature, Value):
         return str(feature.dtype)
     if isinstance(feature, dict):

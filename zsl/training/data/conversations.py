@@ -24,7 +24,7 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Messages, of which those behind the first `prompt` are learnt from, and the template's `variables`."""
+    """Holds messages, of which those behind the first `prompt` are learnt from, and the template's `variables`."""
 
     messages: Messages
     prompt: int = 0
@@ -32,7 +32,7 @@ class Conversation:
 
 
 def conversation_of(row: Mapping[str, Any], column: Column) -> Conversation:
-    """The conversation in `row`. Raises `DataError`, which says what is wrong with it."""
+    """Read the conversation in `row`. Raises `DataError`, which says what is wrong with it."""
     prompt = messages_of(row[column.prompt]) if column.prompt else []
     messages = messages_of(row[column.name])
     given = _json(row, "chat_template_kwargs", dict) or {}
@@ -43,7 +43,7 @@ def conversation_of(row: Mapping[str, Any], column: Column) -> Conversation:
 
 
 def messages_of(value: Any) -> Messages:
-    """The messages of a list, or of JSON text, each with `role` and what it says, without keys that hold nothing."""
+    """Read the messages of a list or of JSON text: each with a role and content or tool_calls, without empty keys."""
     if isinstance(value, str):
         try:
             value = json.loads(value)
@@ -76,7 +76,7 @@ def _message(number: int, given: Any) -> dict[str, Any]:
 
 
 def _content(number: int, content: Any) -> str | list[dict[str, str]]:
-    """A text, or parts that are texts."""
+    """Check that a content is a text, or parts that are texts."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
@@ -93,12 +93,12 @@ def _content(number: int, content: Any) -> str | list[dict[str, str]]:
 
 
 def texts_of(content: str | list[dict[str, str]]) -> list[str]:
-    """The texts of a content."""
+    """List the texts of a content."""
     return [content] if isinstance(content, str) else [part["text"] for part in content]
 
 
 def _json(row: Mapping[str, Any], name: str, kind: type) -> Any:
-    """A value of `row` that may be written as JSON text."""
+    """Read a value of `row` that may be written as JSON text."""
     value = row.get(name)
     if isinstance(value, str):
         try:

@@ -140,7 +140,7 @@ class Encoder:
             yield tokens
 
     def _answers(self, documents: Documents, batches: Batches, tally: Tally) -> Iterator[TokenRow]:
-        """A sequence for each conversation or completion that is not empty."""
+        """Make a sequence of each conversation or completion that is not empty."""
         for rows in batches:
             for number, row in rows:
                 try:
@@ -172,7 +172,7 @@ class Encoder:
         return sequence
 
     def _completion(self, prompt: str, completion: str, tally: Tally) -> TokenRow:
-        """One text of both, and the end-of-text token. Learnt is what its tokens do not share with the prompt's."""
+        """Join both and the end-of-text token; the tokens that are not the prompt's are learnt."""
         before, input_ids = self._tokenized([prompt, prompt + completion], of_both := Tally())
         tally.twice += of_both.twice > 0
         if self._end is None:
