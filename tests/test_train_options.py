@@ -607,8 +607,11 @@ def test_a_run_goes_on_from_another_ones_checkpoint_and_looks_for_its_own_best(
         assert kept is not None and int(kept[1]) > step_of(checkpoint)
 
 
-@pytest.mark.parametrize("method", ["lora", "prompt_tuning"])
-def test_the_validation_loss_is_the_mean_over_all_tokens_that_are_predicted(method: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("method", "smoothing"), [("lora", 0.0), ("prompt_tuning", 0.0), ("lora", 0.3)])
+def test_the_validation_loss_is_the_mean_over_all_tokens_that_are_predicted(
+    method: str, smoothing: float, tmp_path: Path
+) -> None:
+    """Of the cross-entropy, also where the training's loss is smoothed."""
     config: Any = LoraConfig(r=2, target_modules=["q_proj"])
     if method == "prompt_tuning":
         config = PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
@@ -620,7 +623,10 @@ def test_the_validation_loss_is_the_mean_over_all_tokens_that_are_predicted(meth
         pass
 
     arguments = TrainingArguments(str(tmp_path), per_device_eval_batch_size=2, report_to="none", use_cpu=True)
-    measured = Validates(model=model, args=arguments, eval_dataset=rows).evaluate()["eval_loss"]
+    arguments.label_smoothing_factor = smoothing
+    trainer = Validates(model=model, args=arguments, eval_dataset=rows)
+    measured = trainer.evaluate()["eval_loss"]
+    assert (trainer.label_smoother is not None) == bool(smoothing), "the training's loss is as it was asked for"
     model.eval()
     with torch.no_grad():
         batch = torch.stack([row["input_ids"] for row in rows])

@@ -21,7 +21,10 @@ else:
 
 
 class TokenLossMixin(_Base):
-    """Put in front of `Trainer`: a validation's loss is the mean over the tokens that are predicted, of all batches."""
+    """Put in front of `Trainer`: a validation's loss is the mean over the tokens that are predicted, of all batches.
+
+    It is the cross-entropy, also where the training's loss is smoothed.
+    """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -43,7 +46,11 @@ class TokenLossMixin(_Base):
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *arguments: Any, **options: Any) -> Any:
         labels: torch.Tensor | None = inputs.get("labels")
-        loss, logits, predicted = super().prediction_step(model, inputs, *arguments, **options)
+        smoother, self.label_smoother = self.label_smoother, None
+        try:
+            loss, logits, predicted = super().prediction_step(model, inputs, *arguments, **options)
+        finally:
+            self.label_smoother = smoother
         if loss is not None and labels is not None:
             learnt = labels != NO_LABEL  # [rows, tokens]
             behind_the_first = float(learnt[:, 1:].sum())

@@ -2,132 +2,159 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from zsl.errors import DataError
-from zsl.split.reference import first_line
+from zsl.training.data.chat_template import ChatTemplate, template_errors
+from zsl.training.data.conversations import Conversation, Messages
 from zsl.training.data.rows import NO_LABEL, TokenRow
 
-GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
-
-Messages = list[dict[str, Any]]
-Encode = Callable[[PreTrainedTokenizerBase, set[int], Messages], TokenRow]
+Encode = Callable[[ChatTemplate, set[int], Conversation], TokenRow]
 
 
-def conversation_encoder(tokenizer: PreTrainedTokenizerBase, model: str) -> Callable[[Messages], TokenRow]:
-    """What makes tokens of a conversation, with the answers and the end of each as labels.
+@dataclass(frozen=True)
+class ConversationEncoder:
+    """Makes tokens of a conversation, with the answers and the end of each as labels.
 
-    Where the template marks what the assistant says (`{% generation %}`) those are its marks. Raises `DataError` for
-    a tokenizer without a template; what is returned raises it for a conversation that the template does not take, and
-    can be sent to another process.
+    Where the template marks what the assistant says (`{% generation %}`) those are its marks. Can be sent to another
+    process. Raises `DataError` for a conversation that the template does not take.
     """
+
+    template: ChatTemplate
+    specials: set[int]
+
+    def __call__(self, conversation: Conversation | Messages) -> TokenRow:
+        conversation = self._taken(conversation)
+        with template_errors():
+            return self._encode(conversation)(self.template, self.specials, conversation)
+
+    def left_out(self, conversation: Conversation | Messages) -> list[str]:
+        """Name each part that is neither read nor learnt: `message` and `tools` of the template, `opening` here."""
+        conversation = self._taken(conversation)
+        with template_errors():
+            found = list(self.template.left_out(conversation))
+            opens = conversation.messages[0]["role"] == "assistant" and not conversation.prompt
+            if opens and self._encode(conversation) is not _by_marks:
+                found.append("opening")
+        return found
+
+    def _taken(self, given: Conversation | Messages) -> Conversation:
+        return self.template.taken(given if isinstance(given, Conversation) else Conversation(given))
+
+    def _encode(self, conversation: Conversation) -> Encode:
+        if not self.template.tokenizer.is_fast:
+            return _by_prefixes
+        return _by_marks if self.template.is_marked(conversation) else _by_characters
+
+
+def conversation_encoder(tokenizer: PreTrainedTokenizerBase, model: str) -> ConversationEncoder:
+    """Make the encoder for a model's tokenizer. Raises `DataError` for one without a template."""
     try:
-        template = tokenizer.get_chat_template()
+        template = ChatTemplate.of(tokenizer)
     except ValueError:
         raise DataError(
             f"{model} has no chat template, so conversations cannot be written as it reads them; take an instruct "
             "model, put a chat_template.jinja beside its tokenizer, or train on a text with data.text_column"
         ) from None
-    encode: Encode = _by_prefixes
-    if tokenizer.is_fast:
-        encode = _by_marks if GENERATION_MARK.search(template) else _by_characters
     specials = set(tokenizer.all_special_ids)
     specials |= {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-
-    return partial(_encoded, encode, tokenizer, specials)
-
-
-def problem_with(messages: Any) -> str | None:
-    """Why this is no conversation, in words."""
-    if not isinstance(messages, list):
-        return f"{type(messages).__name__}, not a list of messages"
-    for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
-            return "a message without role and content"
-    return None
+    return ConversationEncoder(template, specials)
 
 
-def _encoded(encode: Encode, tokenizer: PreTrainedTokenizerBase, specials: set[int], messages: Messages) -> TokenRow:
-    try:
-        return encode(tokenizer, specials, messages)
-    except (TemplateError, ValueError, TypeError, KeyError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"the model's chat template does not take it: {first_line(error)}") from error
+def shared_length(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """Count the characters or tokens that two sequences share at their start."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
-def _by_marks(tokenizer: PreTrainedTokenizerBase, specials: set[int], messages: Messages) -> TokenRow:
-    encoded: Any = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
-    input_ids = list(encoded["input_ids"])
-    learnt = zip(input_ids, encoded["assistant_masks"], strict=True)
-    return TokenRow(input_ids, [token if mask else NO_LABEL for token, mask in learnt])
+def _tokens(template: ChatTemplate, conversation: Conversation) -> tuple[list[int], list[tuple[int, int]]]:
+    """Give the tokens, and the characters of each."""
+    encoded: Any = template.tokenizer.apply_chat_template(
+        conversation.messages,
+        return_dict=True,
+        tokenizer_kwargs={"return_offsets_mapping": True},
+        **conversation.variables,
+    )
+    return list(encoded["input_ids"]), _spans(encoded["offset_mapping"])
 
 
-def _by_characters(tokenizer: PreTrainedTokenizerBase, specials: set[int], messages: Messages) -> TokenRow:
+def _by_marks(template: ChatTemplate, specials: set[int], conversation: Conversation) -> TokenRow:
+    input_ids, spans = _tokens(template, conversation)
+    begin = 0
+    if conversation.prompt:
+        text, before = template.text(conversation), template.text(conversation, conversation.prompt, ask=True)
+        if not text.startswith((before, template.text(conversation, conversation.prompt))):
+            raise _not_found(conversation.prompt)
+        begin = shared_length(before, text)
+    labels = [NO_LABEL] * len(input_ids)
+    for start, end in template.marks(conversation):
+        for at in _held(spans, max(start, begin), end):
+            labels[at] = input_ids[at]
+    return TokenRow(input_ids, labels)
+
+
+def _by_characters(template: ChatTemplate, specials: set[int], conversation: Conversation) -> TokenRow:
     """An answer is what its message adds to the text of the conversation before it and the header that asks for it.
 
     Every token that holds something of it is learnt: the first may begin in the header, where that ends with white
     space and the answer begins with some.
     """
-
-    def text_of(part: Messages, *, ask: bool = False) -> str:
-        return str(tokenizer.apply_chat_template(part, tokenize=False, add_generation_prompt=ask))
-
-    encoded: Any = tokenizer.apply_chat_template(
-        messages, return_dict=True, tokenizer_kwargs={"return_offsets_mapping": True}
-    )
-    input_ids = list(encoded["input_ids"])
-    spans = _spans(encoded["offset_mapping"])
-    text = text_of(messages)
+    input_ids, spans = _tokens(template, conversation)
+    text = template.text(conversation)
     labels = [NO_LABEL] * len(input_ids)
-    for index in _answers(messages):
-        before, until = text_of(messages[:index], ask=True), text_of(messages[: index + 1])
+    for index in _answers(conversation):
+        before, until = template.text(conversation, index, ask=True), template.text(conversation, index + 1)
         if not (text.startswith(before) and text.startswith(until)):
             raise _not_found(index)
-        held = [at for at, (start, end) in enumerate(spans) if start < len(until) and end > len(before)]
-        if held:
+        if held := _held(spans, len(before), len(until)):
             start, end = held[0], held[-1] + 1
-            stop = _end_of_turn(tokenizer, specials, input_ids[:end], start)
+            stop = _end_of_turn(template.tokenizer, specials, input_ids[:end], start)
             labels[start:stop] = input_ids[start:stop]
     return TokenRow(input_ids, labels)
 
 
+def _held(spans: list[tuple[int, int]], start: int, end: int) -> list[int]:
+    """Give the indices of the tokens that hold something of these characters."""
+    return [at for at, (first, last) in enumerate(spans) if first < end and last > start]
+
+
 def _spans(offsets: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The characters of each token. Some tokenizers leave spaces out of `offsets`; each then belongs to the next."""
+    """Give the characters of each token; one of white space alone gets back what `offsets` leave out."""
     spans, until = [], 0
     for start, end in offsets:
-        spans.append((min(start, until), max(end, until)))
+        spans.append((start, end) if start < end else (min(start, until), max(end, until)))
         until = max(end, until)
     return spans
 
 
-def _by_prefixes(tokenizer: PreTrainedTokenizerBase, specials: set[int], messages: Messages) -> TokenRow:
+def _by_prefixes(template: ChatTemplate, specials: set[int], conversation: Conversation) -> TokenRow:
     """As `_by_characters`, where a tokenizer does not tell the characters of its tokens: by what it makes of parts."""
 
-    def tokens_of(part: Messages, *, ask: bool = False) -> list[int]:
-        return list(tokenizer.apply_chat_template(part, return_dict=False, add_generation_prompt=ask))
+    def tokens_of(until: int | None = None, *, ask: bool = False) -> list[int]:
+        messages, variables = conversation.messages[:until], conversation.variables
+        return list(
+            template.tokenizer.apply_chat_template(messages, return_dict=False, add_generation_prompt=ask, **variables)
+        )
 
-    input_ids = tokens_of(messages)
+    input_ids = tokens_of()
     labels = [NO_LABEL] * len(input_ids)
-    for index in _answers(messages):
-        before = tokens_of(messages[:index], ask=True)
-        until = tokens_of(messages[: index + 1])
+    for index in _answers(conversation):
+        before, until = tokens_of(index, ask=True), tokens_of(index + 1)
         if input_ids[: len(before)] != before or input_ids[: len(until)] != until:
             raise _not_found(index)
-        stop = _end_of_turn(tokenizer, specials, until, len(before))
+        stop = _end_of_turn(template.tokenizer, specials, until, len(before))
         labels[len(before) : stop] = input_ids[len(before) : stop]
     return TokenRow(input_ids, labels)
 
 
-def _answers(messages: Messages) -> list[int]:
-    """Where the assistant speaks. What it says before anybody else is no answer."""
-    return [index for index, message in enumerate(messages) if message["role"] == "assistant" and index > 0]
+def _answers(conversation: Conversation) -> list[int]:
+    """Where the assistant speaks behind the prompt. What it says before anybody else is no answer."""
+    first = max(conversation.prompt, 1)
+    return [at for at, message in enumerate(conversation.messages) if message["role"] == "assistant" and at >= first]
 
 
 def _not_found(index: int) -> DataError:

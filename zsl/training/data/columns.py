@@ -1,4 +1,4 @@
-"""Which column of a data set is learnt from."""
+"""Which columns of a data set are learnt from, by the layouts that TRL and ShareGPT gave names to."""
 
 from __future__ import annotations
 
@@ -18,18 +18,36 @@ NUMBER = "number"  # of a file that knows text only: learnt where it is asked fo
 # What a column can be said to hold without a look at its rows: a mix of types, or nothing.
 OPEN = ("json", "null")
 ROWS_LOOKED_AT = 100
+TEXTS = (*STRINGS, NUMBER, *OPEN)
+CONVERSATIONS = ("list", *TEXTS)  # lists of messages, also as JSON text
+CONVERSATION_NAMES = ("messages", "conversations")
+OF_A_CHAT = ("tools", "chat_template_kwargs")
+# Where one of these is, a column of strings is not the text merely because it is the only one.
+OF_A_LAYOUT = {*CONVERSATION_NAMES, "prompt", "completion", "completions", "chosen", "rejected"}
+NAME_IT = "name the one to learn from with data.text_column or data.messages_column"
 
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """The column, and whether it holds texts or conversations."""
+    """Names a column and its kind, the columns that are read beside it, and those that are not used."""
 
     name: str
-    kind: Literal["text", "messages"]
+    kind: Literal["text", "messages", "completion"]
+    beside: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
+
+    @property
+    def prompt(self) -> str | None:
+        return "prompt" if self.kind == "completion" else None
+
+    def lines(self) -> list[str]:
+        """Tell the columns that are not used."""
+        columns = "column" if len(self.unused) == 1 else "columns"
+        return [f"not used: {columns} {', '.join(self.unused)}"] if self.unused else []
 
 
 def column_of(documents: Documents, table: DataTable) -> Column:
-    """The column that `table` names, or the one that says it by its name or type.
+    """Find the column that `table` names, or that of a known layout, `text`, or the only one that could be learnt from.
 
     Raises `DataError`, which lists the columns, if there is none of that name, if it holds something else, or if
     several could be meant.
@@ -38,27 +56,59 @@ def column_of(documents: Documents, table: DataTable) -> Column:
     types = _types(documents)
     if not types:
         raise DataError(f"{what} has no rows")
-    listed = ", ".join(f"{name} ({kind})" for name, kind in types.items())
-    if asked := table.messages_column or table.text_column:
-        key, kinds = ("messages_column", ("list",)) if table.messages_column else ("text_column", (*STRINGS, NUMBER))
-        if asked not in types:
-            raise DataError(f"data.{key} = {asked!r}: {what} has the columns {listed}")
-        if types[asked] not in (*kinds, *OPEN):
-            wanted = "lists of messages" if table.messages_column else "text"
-            raise DataError(f"data.{key} = {asked!r}: the column holds no {wanted}; {what} has the columns {listed}")
-        return Column(asked, "messages" if table.messages_column else "text")
-    if types.get("messages") in ("list", *OPEN):
-        return Column("messages", "messages")
+    listed = f"{what} has the columns " + ", ".join(f"{name} ({kind})" for name, kind in types.items())
+    name, kind = _asked(table, types, what, listed) or _known(types, listed)
+    others = {"text": (), "messages": OF_A_CHAT, "completion": ("prompt", *OF_A_CHAT)}[kind]
+    beside = tuple(other for other in others if other in types)
+    return Column(name, kind, beside, tuple(other for other in types if other not in (name, *beside)))
+
+
+def _asked(
+    table: DataTable, types: dict[str, str], what: str, listed: str
+) -> tuple[str, Literal["text", "messages"]] | None:
+    asked = table.messages_column or table.text_column
+    if not asked:
+        return None
+    of_messages = table.messages_column is not None
+    key = "messages_column" if of_messages else "text_column"
+    if asked not in types:
+        raise DataError(f"data.{key} = {asked!r}: {listed}")
+    if types[asked] not in (CONVERSATIONS if of_messages else TEXTS):
+        wanted = "lists of messages" if of_messages else "text"
+        raise DataError(f"data.{key} = {asked!r}: the column holds no {wanted}; {listed}")
+    return asked, "messages" if of_messages else "text"
+
+
+def _known(types: dict[str, str], listed: str) -> tuple[str, Literal["text", "messages", "completion"]]:
+    for name in CONVERSATION_NAMES:
+        if types.get(name) in CONVERSATIONS:
+            return name, "messages"
+    if "chosen" in types and "rejected" in types:
+        raise DataError(f"{listed}: chosen and rejected are preferences, which are not learnt; {_chosen(types)}")
+    if types.get("prompt") in CONVERSATIONS and types.get("completion") in CONVERSATIONS:
+        if types.get("label") == "bool":
+            raise DataError(
+                f"{listed}: the label says which completions are good, and all would be learnt; write those that are "
+                "to be learnt to a file without it"
+            )
+        return "completion", "completion"
+    if types.get("text") in TEXTS:
+        return "text", "text"
     strings = [name for name, kind in types.items() if kind in STRINGS]
-    if types.get("text") in (*STRINGS, NUMBER, *OPEN):
-        return Column("text", "text")
-    if len(strings) == 1:
-        return Column(strings[0], "text")
-    if not strings and not {"list", *OPEN}.intersection(types.values()):
-        raise DataError(f"{what} has the columns {listed}: none of them holds text or conversations")
-    raise DataError(
-        f"{what} has the columns {listed}: name the one to learn from with data.text_column or data.messages_column"
-    )
+    could_hold_more = [kind for kind in types.values() if kind in ("json", "struct") or kind.startswith("list")]
+    if len(strings) == 1 and not could_hold_more and not types.keys() & OF_A_LAYOUT:
+        return strings[0], "text"
+    if not strings and not could_hold_more and "null" not in types.values():
+        raise DataError(f"{listed}: none of them holds text or conversations")
+    raise DataError(f"{listed}: {NAME_IT}")
+
+
+def _chosen(types: dict[str, str]) -> str:
+    """Say how to learn from preferences."""
+    if "prompt" in types:
+        return "to learn the chosen answers, rename chosen to completion and leave rejected out"
+    key = "messages_column" if types["chosen"] == "list" else "text_column"
+    return f'to learn the chosen ones, set data.{key} = "chosen"'
 
 
 def _types(documents: Documents) -> dict[str, str]:
@@ -97,9 +147,13 @@ def _type_of_texts(values: list[str | None]) -> str:
 
 
 def _type_of(feature: Any) -> str:
+    """Name a column's type."""
     if isinstance(feature, Value):
         return str(feature.dtype)
     if isinstance(feature, dict):
         return "struct"
     name = type(feature).__name__
-    return {"LargeList": "list", "Sequence": "list"}.get(name, name.lower())
+    if name not in ("List", "LargeList", "Sequence"):
+        return name.lower()
+    held = getattr(feature.feature, "dtype", "null") if isinstance(feature.feature, Value) else "null"
+    return "list" if held == "null" else f"list of {held}"

@@ -67,11 +67,14 @@ def load_data(table: DataTable, reference: ModelReference, *, virtual_tokens: in
         validation, (first, *more) = _held(
             others, encoders[-1], vocabulary, table.validation_samples, "validation_samples"
         )
-        about_validation = [f"validation: {first}", *more]
+        unused = [] if encoders[-1].column == encoder.column else encoders[-1].column.lines()
+        about_validation = [f"validation: {first}", *more, *unused]
     collate = None if all(encoder.packing for encoder in encoders) else PadRight(encoder.pad_token_id)
     if table.streams:
         stream, fingerprint, lines = _stream(documents, encoder, vocabulary, table)
-        return TrainingData(stream, validation, collate, [*lines, *about_validation], fingerprint)
+        return TrainingData(
+            stream, validation, collate, [*lines, *encoder.column.lines(), *about_validation], fingerprint
+        )
     both = table.samples and table.samples + _validation_count(table, table.samples)
     train, lines = _held(documents, encoder, vocabulary, both, "samples")
     if isinstance(table.validation, float):
@@ -81,7 +84,7 @@ def load_data(table: DataTable, reference: ModelReference, *, virtual_tokens: in
         about_validation = [f"validation: {_size(validation, encoder)} of the same data, not trained on"]
         if left_out := held - len(train) - len(validation):
             about_validation.append(f"{counted(left_out, 'row')} of that share left out by data.validation_samples")
-    return TrainingData(train, validation, collate, [*lines, *about_validation])
+    return TrainingData(train, validation, collate, [*lines, *encoder.column.lines(), *about_validation])
 
 
 def _synthetic(table: DataTable, vocabulary: int) -> TrainingData:
@@ -181,7 +184,9 @@ def _no_row(what: str, encoder: Encoder, tally: Tally) -> str:
 
 def _size(dataset: Dataset, encoder: Encoder) -> str:
     tokens, learnt = count_tokens(dataset)
-    learnt_of = "" if encoder.column.kind == "text" else f", {learnt:,} of them in answers"
+    places = {"messages": "answers", "completion": "completions"}
+    place = places.get(encoder.column.kind)
+    learnt_of = f", {learnt:,} of them in {place}" if place else ""
     length = f"{encoder.length}" if encoder.packing else f"up to {encoder.length}"
     return f"{counted(len(dataset), 'row')} of {length} tokens ({tokens:,} tokens{learnt_of})"
 

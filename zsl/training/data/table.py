@@ -50,13 +50,16 @@ class DataTable(Table):
     text_column: str | None = Field(
         default=None,
         min_length=1,
-        description="The column that holds the text; without it `text`, or else the only column of strings.",
+        description="The column that holds the text; without it `text`, or else the only column of strings, where the "
+        "other columns hold neither lists nor tables and none is named as in a layout of chats.",
     )
     messages_column: str | None = Field(
         default=None,
         min_length=1,
-        description="The column that holds conversations, lists of messages with `role` and `content`, of which only "
-        "the assistant's answers are learnt; without it `messages`, where there is such a column.",
+        description="The column that holds conversations, lists of messages with `role` and `content` (or ShareGPT's "
+        "`from` and `value`), of which only the assistant's answers are learnt; without it `messages`, "
+        "`conversations`, or `prompt` and `completion`, texts or messages, of which the completion is learnt. The chat "
+        "template is given `tools` and `chat_template_kwargs`, where there are such columns.",
     )
     streaming: bool = Field(
         default=False,
@@ -67,7 +70,7 @@ class DataTable(Table):
         default=None,
         description="Whether documents are put one after another (texts with the end-of-text token between them) and "
         "cut into rows of exactly `max_length` tokens, instead of a row for each, cut off at `max_length`; without it "
-        "true for text and false for conversations.",
+        "true for text and false for conversations and completions.",
     )
     validation: Annotated[float | str | None, BeforeValidator(_share_or_place)] = Field(
         default=None,
