@@ -60,6 +60,12 @@ def find_stack(model: PreTrainedModel) -> Stack:
     return found[0]
 
 
+def embedding_rows(model: Any) -> int | None:
+    """The tokens that a model has embeddings for."""
+    weight = getattr(model.get_input_embeddings(), "weight", None)
+    return None if weight is None else int(weight.shape[0])
+
+
 def causal_lm_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """The transformers class of the whole model, as `AutoModelForCausalLM` picks it. Raises `ModelError`."""
     return _mapped(MODEL_FOR_CAUSAL_LM_MAPPING, config, "causal language model")
