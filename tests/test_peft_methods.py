@@ -417,6 +417,8 @@ def test_an_adapter_with_weights_on_the_trunks_layers_is_not_loaded(models: dict
     get_peft_model(models["llama"].whole(), config).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=r"on the trunk's layers: base_model\S+layers\.2\..* and 13 more"):
         load_adapter(models["llama"].client(), tmp_path)
+    with pytest.raises(ModelError, match=r"layers\.2\..*zsl merge"):
+        PeftModel.from_pretrained(models["llama"].client(), tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -15,16 +15,16 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import Trainer, TrainingArguments
 
 from support.data import SENTENCES, conversation, write_model
-from support.models import tiny_model
+from support.models import local_model, tiny_model
 from test_train import COMMAND
 from zsl.cli.shown import Shown
 from zsl.cli.train import train as train_command
-from zsl.errors import ConfigError, RunFailed
+from zsl.errors import EXIT_USAGE, ConfigError, RunFailed
 from zsl.training.checkpoints import put_in_place, step_of
 from zsl.training.config import read_config
 from zsl.training.foreign import make_foreign
@@ -296,6 +296,26 @@ def test_an_adapter_of_another_model_or_shape_is_no_place_to_go_on_from(
     assert (tmp_path / "adapter" / "run.json").read_bytes() == before
     dry = run(*command, "--lr", "0.5", "--resume", "--dry-run")
     assert dry.exit_code == 0 and "another configuration: train.learning_rate" in dry.stdout
+
+
+def test_a_local_checkpoint_with_more_than_this_side_takes_is_refused_before_the_training(
+    small: list[str], tmp_path: Path
+) -> None:
+    local = tmp_path / "checkpoint-2"
+    targets = ["q_proj", "v_proj"]
+    model = get_peft_model(local_model(small[1]), LoraConfig(r=8, target_modules=targets, modules_to_save=["lm_head"]))
+    model.save_pretrained(local)
+    (local / "trainer_state.json").write_text('{"global_step": 2, "max_steps": 2}')
+    command = [*small, "--set", f"peft.target_modules={targets}", "--set", f"train.resume_from_checkpoint={local}"]
+    weights = load_file(local / "adapter_model.safetensors")
+    for unwanted, words in (
+        ((), "has weights on the trunk's layers, 8 of 25, as base_model.model.model.layers.2."),
+        ((".2.", ".3."), "base_model.model.lm_head.weight is [211, 32] there, missing here"),
+    ):
+        kept = {name: tensor + 1 for name, tensor in weights.items() if not any(map(name.__contains__, unwanted))}
+        save_file(kept, local / "adapter_model.safetensors")
+        result = run(*command, "--dry-run", "--save-dir", tmp_path / "out")
+        assert result.exit_code == EXIT_USAGE and words in result.stderr, result.output
 
 
 def test_the_adapter_of_an_earlier_run_is_not_taken_for_that_of_one_that_was_killed(

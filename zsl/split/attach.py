@@ -22,6 +22,8 @@ from transformers.pytorch_utils import Conv1D
 
 from zsl.errors import ConfigError, ModelError, ZslError
 from zsl.split.adapter import ONLY_TO_USE
+from zsl.split.no_weights import MERGE_FIRST
+from zsl.split.peft_model import active_adapter, unwrapped
 from zsl.split.reference import first_line
 from zsl.split.stack import Stack, find_stack
 
@@ -67,6 +69,7 @@ def load_adapter(model: PreTrainedModel, directory: str | Path, *, is_trainable:
     The model is changed in place. Raises `ModelError` if the adapter has weights on the trunk's layers, which PEFT
     would drop without a word, if it lacks some, if it cannot be read, or be trained on.
     """
+    model = unwrapped(model)
     place = str(directory)
     stack = find_stack(model)
     inside = tuple(f".{stack.name}.{index}." for index in trunk_layers(stack))
@@ -76,11 +79,14 @@ def load_adapter(model: PreTrainedModel, directory: str | Path, *, is_trainable:
             raise ModelError(f"the adapter in {place} does not hold all that {config.peft_type.value} trains")
         weights = load_peft_weights(place, device="cpu")
         _refuse(
-            place, "weights on the trunk's layers", {name for name in weights if any(map(name.__contains__, inside))}
+            place,
+            "weights on the trunk's layers",
+            {name for name in weights if any(map(name.__contains__, inside))},
+            MERGE_FIRST,
         )
         config.inference_mode = not is_trainable
         adapted: PeftModel = get_peft_model(model, config)
-        name = adapted.active_adapter
+        name = active_adapter(adapted)
         wanted = get_peft_model_state_dict(adapted, adapter_name=name, save_embedding_layers=False)
         # PEFT's own files may hold embeddings beside the adapter.
         _refuse(place, "weights that fit nothing", weights.keys() - wanted.keys() - adapted.state_dict().keys())
@@ -166,8 +172,8 @@ def _modules(model: PreTrainedModel) -> list[str]:
     return sorted({name.rpartition(".")[2] for name in owners})
 
 
-def _refuse(place: str, what: str, names: Iterable[str]) -> None:
+def _refuse(place: str, what: str, names: Iterable[str], instead: str = "") -> None:
     found = sorted(names)
     if found:
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-        raise ModelError(f"the adapter in {place} has {what}: {', '.join(found[:3])}{more}")
+        raise ModelError(f"the adapter in {place} has {what}: {', '.join(found[:3])}{more}{instead and '; '}{instead}")
