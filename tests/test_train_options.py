@@ -219,6 +219,7 @@ def test_a_dry_run_checks_all_and_leaves_nothing(small: list[str], tmp_path: Pat
         ("eval_on_start=true", ["eval_on_start", "data.validation"]),
         ("optim=galore_adamw", ["[train]", "galore"]),
         ("output_dir=", ["output_dir", "name a directory"]),
+        ("push_to_hub=true", ["train.push_to_hub", "hf upload"]),
     ],
 )
 @pytest.mark.parametrize("how", [["--dry-run"], []], ids=["dry", "real"])

@@ -22,11 +22,13 @@ from transformers.pytorch_utils import Conv1D
 
 from zsl.errors import ConfigError, ModelError, ZslError
 from zsl.split.adapter import ONLY_TO_USE
+from zsl.split.hub import why_offline
 from zsl.split.no_weights import MERGE_FIRST
 from zsl.split.peft_model import active_adapter, unwrapped
 from zsl.split.reference import first_line
 from zsl.split.stack import Stack, find_stack
 
+_LIKE_AN_ADAPTERS_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 # What PEFT, and torch below it, raise for a configuration that does not fit the model.
 _FOREIGN = (ValueError, TypeError, AttributeError, LookupError, RuntimeError, ImportError, re.error)
 
@@ -71,6 +73,11 @@ def load_adapter(model: PreTrainedModel, directory: str | Path, *, is_trainable:
     """
     model = unwrapped(model)
     place = str(directory)
+    offline = None
+    if not Path(place).is_dir():
+        if not _LIKE_AN_ADAPTERS_HUB_ID.fullmatch(place):
+            raise ModelError(f"the adapter in {place} cannot be loaded: there is no such directory")
+        offline = why_offline()  # asked here once; PEFT would wait for the hub for tens of seconds
     stack = find_stack(model)
     inside = tuple(f".{stack.name}.{index}." for index in trunk_layers(stack))
     try:
@@ -95,7 +102,8 @@ def load_adapter(model: PreTrainedModel, directory: str | Path, *, is_trainable:
     except (OSError, SafetensorError, *_FOREIGN) as error:
         if isinstance(error, ModelError):
             raise
-        raise ModelError(f"the adapter in {place} cannot be loaded: {_in_words(error)}") from error
+        reason = f"there is no such directory, it is not cached here, and {offline}" if offline else _in_words(error)
+        raise ModelError(f"the adapter in {place} cannot be loaded: {reason}") from error
     return adapted if is_trainable else adapted.eval()
 
 
