@@ -165,6 +165,14 @@ def test_a_resized_model_goes_on_from_its_adapter_and_another_is_refused(
         load_adapter(client(path), tmp_path / "adapter")
 
 
+def test_what_was_loaded_is_saved_again(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
+    path = checkpoints("llama")
+    zsl.save_adapter(trained(path, {"target_modules": ["q_proj"]}, also=("model.norm.weight",)), tmp_path / "one")
+    zsl.save_adapter(load_adapter(client(path), tmp_path / "one"), tmp_path / "two")
+    one, two = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("one", "two"))
+    assert one == two
+
+
 def test_a_head_that_is_missing_beside_resized_embeddings_is_refused(
     checkpoints: Callable[..., Path], tmp_path: Path
 ) -> None:

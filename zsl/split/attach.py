@@ -73,15 +73,10 @@ def load_adapter(model: PreTrainedModel, directory: str | Path, *, is_trainable:
     """
     model = unwrapped(model)
     place = str(directory)
-    offline = None
-    if not Path(place).is_dir():
-        if not _LIKE_AN_ADAPTERS_HUB_ID.fullmatch(place):
-            raise ModelError(f"the adapter in {place} cannot be loaded: there is no such directory")
-        offline = why_offline()  # asked here once; PEFT would wait for the hub for tens of seconds
+    config: Any = read_adapter_config(place)
     stack = find_stack(model)
     inside = tuple(f".{stack.name}.{index}." for index in trunk_layers(stack))
     try:
-        config: Any = PeftConfig.from_pretrained(place)
         if is_trainable and config.peft_type in ONLY_TO_USE:
             raise ModelError(f"the adapter in {place} does not hold all that {config.peft_type.value} trains")
         weights = load_peft_weights(place, device="cpu")
@@ -99,12 +94,27 @@ def load_adapter(model: PreTrainedModel, directory: str | Path, *, is_trainable:
         _refuse(place, "weights that fit nothing", weights.keys() - wanted.keys() - adapted.state_dict().keys())
         _refuse(place, "no weights where its configuration wants some", wanted.keys() - weights.keys())
         set_peft_model_state_dict(adapted, weights, adapter_name=name)
+        adapted.loaded_base_weights = weights.keys() - wanted.keys()
     except (OSError, SafetensorError, *_FOREIGN) as error:
         if isinstance(error, ModelError):
             raise
+        raise ModelError(f"the adapter in {place} cannot be loaded: {_in_words(error)}") from error
+    return adapted if is_trainable else adapted.eval()
+
+
+def read_adapter_config(place: str) -> PeftConfig:
+    """The configuration of the adapter in a directory, or of a hub id. Raises `ModelError`."""
+    offline = None
+    if not Path(place).is_dir():
+        if not _LIKE_AN_ADAPTERS_HUB_ID.fullmatch(place):
+            raise ModelError(f"the adapter in {place} cannot be loaded: there is no such directory")
+        offline = why_offline()  # asked here once; PEFT would wait for the hub for tens of seconds
+    try:
+        config: PeftConfig = PeftConfig.from_pretrained(place)
+    except (OSError, *_FOREIGN) as error:
         reason = f"there is no such directory, it is not cached here, and {offline}" if offline else _in_words(error)
         raise ModelError(f"the adapter in {place} cannot be loaded: {reason}") from error
-    return adapted if is_trainable else adapted.eval()
+    return config
 
 
 def trunk_layers(stack: Stack) -> list[int]:

@@ -43,7 +43,8 @@ def active_adapter(model: PeftModel) -> str:
 def base_weights(model: PeftModel, saved: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The weights of the base model that its checkpoint does not have: those that were trained, and resized embeddings.
 
-    By their names in the PEFT model, without those in `saved`, the adapter's own.
+    So are those that `load_adapter` found in a file. By their names in the PEFT model, without those in `saved`, the
+    adapter's own.
     """
     base: Any = model.get_base_model()
     loaded = getattr(base, "embedding_rows", None)  # of a split model
@@ -52,6 +53,7 @@ def base_weights(model: PeftModel, saved: Mapping[str, torch.Tensor]) -> dict[st
         for layer in (base.get_input_embeddings(), base.get_output_embeddings()):
             if layer is not None and not isinstance(layer, ModulesToSaveWrapper):
                 resized.update(map(id, layer.parameters()))
+    from_a_file = getattr(model, "loaded_base_weights", ())
     in_the_file = {tensor.data_ptr() for tensor in saved.values()}
     configs: Any = model.peft_config
     kinds = (PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type) for config in configs.values())
@@ -63,7 +65,7 @@ def base_weights(model: PeftModel, saved: Mapping[str, torch.Tensor]) -> dict[st
     return {
         name: parameter.detach()
         for name, parameter in model.named_parameters(remove_duplicate=False)
-        if (parameter.requires_grad or id(parameter) in resized)
+        if (parameter.requires_grad or id(parameter) in resized or name in from_a_file)
         and name not in saved
         and parameter.data_ptr() not in in_the_file
         and not of_an_adapter(name)
