@@ -24,7 +24,7 @@ from support.models import local_model, tiny_model
 from test_train import COMMAND
 from zsl.cli.shown import Shown
 from zsl.cli.train import train as train_command
-from zsl.errors import EXIT_USAGE, ConfigError, RunFailed
+from zsl.errors import EXIT_STARTUP_FAILED, EXIT_USAGE, ConfigError, RunFailed
 from zsl.training.checkpoints import put_in_place, step_of
 from zsl.training.config import read_config
 from zsl.training.foreign import make_foreign
@@ -390,6 +390,30 @@ def test_a_validation_has_its_own_loss_and_perplexity(small: list[str], tmp_path
 
 
 STOPS_EARLY = ["data.validation=0.25", "train.early_stopping_patience=2", "train.save_steps=2", "train.logging_steps=1"]
+
+
+def test_a_training_goes_on_from_the_adapter_of_another(
+    small: list[str], checkpoints: Callable[..., Path], tmp_path: Path
+) -> None:
+    command = [*small, "--set", "data.validation=0.25", "--lr", "0.1"]
+    first = run(*command, "--lora-rank", "4", "--save-dir", tmp_path / "first")
+    assert first.exit_code == 0, first.output
+    finished = run(*command, "--adapter", tmp_path / "first", "--save-dir", tmp_path / "second")
+    assert finished.exit_code == 0, finished.output
+    before, after = (
+        [x["eval_loss"] for x in lines_in(tmp_path / name) if "eval_loss" in x] for name in ("first", "second")
+    )
+    assert after[0] == before[-1] != before[0] and after[-1] != after[0]
+    one, other = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("first", "second"))
+    assert one.keys() == other.keys() and not any(torch.equal(one[name], other[name]) for name in one)
+    for options, code, words in (
+        (["--lora-rank", "8"], EXIT_USAGE, "leave out peft.r"),
+        (["--model", checkpoints("llama", seed=7)], EXIT_USAGE, "trained on other weights"),
+        (["--adapter", tmp_path / "nowhere"], EXIT_STARTUP_FAILED, "there is no such directory"),
+    ):
+        result = run(*command, "--adapter", tmp_path / "first", *options, "--save-dir", tmp_path / "out")
+        assert result.exit_code == code and words in result.stderr, result.output
+    assert not (tmp_path / "out").exists()
 
 
 def test_it_stops_early_and_keeps_the_best(small: list[str], tmp_path: Path) -> None:

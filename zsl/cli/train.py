@@ -27,6 +27,7 @@ FLAGS = {
     "batch_size": ("train", "per_device_train_batch_size"),
     "epochs": ("train", "num_train_epochs"),
     "lora_rank": ("peft", "r"),
+    "adapter": ("peft", "adapter"),
     "lr": ("train", "learning_rate"),
     "save_dir": ("train", "output_dir"),
 }
@@ -46,6 +47,7 @@ FLAGS = {
 @click.option("--max-length", type=click.IntRange(2), help="Tokens of a row.  [default: 128]")
 @click.option("--epochs", type=click.FloatRange(0, min_open=True), help="Times through the rows.  [default: 1]")
 @click.option("--lora-rank", type=click.IntRange(1), help="Rank of the LoRA adapters.  [default: 8]")
+@click.option("--adapter", metavar="DIR", help="Go on from this adapter, or that of this run, instead of a new one.")
 @click.option("--lr", type=click.FloatRange(0), help="Learning rate.  [default: 1e-4]")
 @click.option(
     "--save-dir",
