@@ -125,6 +125,7 @@ def test_what_is_saved_exported_and_merged_has_the_models_embeddings(
     for name in ("export", "merge"):
         finished = run(name, tmp_path / "adapter", "--model", path, "--out", tmp_path / name)
         assert finished.exit_code == 0, finished.output
+    assert (f"embeddings are of {MORE} tokens" in finished.stderr) == (rows is not None)
     ids = NEW_IDS if rows else IDS
     expected = expected_logits(model, path, ids)
     for adapter in ("adapter", "export"):

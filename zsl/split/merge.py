@@ -30,12 +30,13 @@ TOLERANCE = {torch.float16: 0.05, torch.bfloat16: 0.1}
 
 @dataclass(frozen=True)
 class Merged:
-    """What was written. `weights_digest` is that of the model before."""
+    """What was written. `weights_digest` is that of the model before; `rows` its tokens now, if it was resized."""
 
     method: str
     dtype: torch.dtype
     weights_digest: str
     has_tokenizer: bool
+    rows: int | None
 
 
 def merge(
@@ -71,7 +72,7 @@ def merge(
         merged.save_pretrained(written)
         _check_same(load_whole(resolve(str(written)), dtype), merged)
         weights_digest = identify(reference).weights_digest
-    return Merged(method, dtype, weights_digest, has_tokenizer)
+    return Merged(method, dtype, weights_digest, has_tokenizer, adapter.rows)
 
 
 def _own_dtype(reference: ModelReference) -> torch.dtype:
