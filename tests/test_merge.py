@@ -123,6 +123,18 @@ def test_a_run_says_itself_what_it_was_trained_on(
 
 
 @pytest.mark.parametrize("command", ["merge", "export"])
+def test_a_model_of_another_configuration_is_refused(
+    command: str, adapter: Path, checkpoints: Callable[..., Path], tmp_path: Path
+) -> None:
+    facts = {"the model's configuration": identify(resolve(str(checkpoints("llama")))).config_digest}
+    (adapter / RECORD).write_bytes(as_bytes(RunRecord(configuration={}, facts=facts)))
+    other = checkpoints("llama", rms_norm_eps=1e-3)  # of the same shapes
+    finished = run(command, adapter, "--model", other, "--out", tmp_path / "out")
+    assert finished.exit_code == EXIT_STARTUP_FAILED and "another configuration" in finished.output
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["merge", "export"])
 def test_a_model_that_has_moved_since_is_to_be_named(command: str, adapter: Path, tmp_path: Path) -> None:
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "./gone"}))

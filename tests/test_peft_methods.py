@@ -417,6 +417,8 @@ def test_an_adapter_with_weights_on_the_trunks_layers_is_not_loaded(models: dict
     get_peft_model(models["llama"].whole(), config).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=r"on the trunk's layers: base_model\S+layers\.2\..* and 13 more"):
         load_adapter(models["llama"].client(), tmp_path)
+    with pytest.raises(ModelError, match=r"layers\.2\..*zsl merge"):
+        PeftModel.from_pretrained(models["llama"].client(), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -442,9 +444,15 @@ def test_an_adapter_whose_configuration_is_damaged_is_not_loaded(models: dict[st
         load_adapter(models["llama"].client(), tmp_path)
 
 
-def test_no_adapter_is_not_loaded(models: dict[str, Models], tmp_path: Path) -> None:
+def test_no_adapter_is_not_loaded(models: dict[str, Models], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ModelError, match="cannot be loaded"):
         load_adapter(models["llama"].client(), tmp_path)
+    with pytest.raises(ModelError, match=r"some/where cannot be loaded: there is no such directory.*HF_HUB_OFFLINE"):
+        load_adapter(models["llama"].client(), "some/where")
+    monkeypatch.setattr("zsl.split.attach.PeftConfig", None)  # nothing is asked
+    for name in ("nosuch", "./no/such", "a/b/c"):
+        with pytest.raises(ModelError, match=r"there is no such directory$"):
+            load_adapter(models["llama"].client(), name)
 
 
 Quantized = Callable[[Any, Keys], tuple[PeftModel, PeftModel]]

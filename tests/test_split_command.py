@@ -12,7 +12,12 @@ import torch
 from click.testing import CliRunner, Result
 from safetensors import safe_open
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
 
 import zsl
 from support import batches
@@ -26,9 +31,11 @@ from zsl.cli.zsl import zsl as command
 from zsl.errors import EXIT_RUN_FAILED, EXIT_STARTUP_FAILED, EXIT_USAGE, ModelError, WrongModelError
 from zsl.split.cut import parse_cut
 from zsl.split.divide import divide
-from zsl.split.identity import identify
+from zsl.split.identity import identify, part_digest
 from zsl.split.loading import load_client_part, load_trunk_part, load_whole
+from zsl.split.parts import RECORD, Part
 from zsl.split.reference import ModelReference, resolve
+from zsl.split.tensor_files import TensorFiles
 from zsl.training.config import read_config
 from zsl.training.run import train_from_config
 from zsl.trunk.assemble import plan_trunk
@@ -119,6 +126,38 @@ def test_each_part_loads_what_the_whole_checkpoint_gives_its_side(
             assert all(torch.equal(here[name], there[name]) for name in here)
 
 
+def test_a_part_does_not_load_as_a_whole_checkpoint(parts: Callable[[str], Path]) -> None:
+    """As TRL makes a reference model by the name that the model was loaded from."""
+    for part in ("client", "trunk"):
+        with pytest.raises(OSError, match=r"no file named model\.safetensors"):
+            AutoModelForCausalLM.from_pretrained(parts("llama") / part)
+
+
+def test_a_part_whose_files_have_the_names_of_a_whole_checkpoints_is_read_too(copied: Path) -> None:
+    directory = copied / "client"
+    expected = load_client_part(resolve(str(directory)), HOLE).state_dict()
+    (directory / "model.part.safetensors").rename(directory / "model.safetensors")
+    part = Part.model_validate_json((directory / RECORD).read_bytes()).model_copy(update={"format": 1})
+    digest = part_digest(part, (directory / "config.json").read_bytes(), TensorFiles(str(directory)).digest())
+    (directory / RECORD).write_text(part.model_copy(update={"digest": digest}).model_dump_json())
+    assert identify(resolve(str(directory))) == part.model
+    loaded = load_client_part(resolve(str(directory)), HOLE).state_dict()
+    assert all(torch.equal(loaded[name], expected[name]) for name in expected)
+
+
+def test_a_classifier_is_not_taken_for_a_language_model(tmp_path: Path) -> None:
+    path = tmp_path / "reward"
+    AutoModelForSequenceClassification.from_config(tiny_model("gpt2").config).save_pretrained(path)
+    for load in (
+        lambda: load_client_part(resolve(str(path)), HOLE),
+        lambda: load_trunk_part(resolve(str(path)), HOLE),
+        lambda: load_whole(resolve(str(path))),
+    ):
+        with pytest.raises(ModelError, match="GPT2ForSequenceClassification"):
+            load()
+    assert run("split", path, CUT, "--out", tmp_path / "parts").exit_code == EXIT_STARTUP_FAILED
+
+
 def test_the_command_shows_what_it_wrote_and_what_to_type_next(
     checkpoints: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -134,7 +173,7 @@ def test_the_command_shows_what_it_wrote_and_what_to_type_next(
         assert words in finished.output
     assert {file.name for file in (tmp_path / "two" / "trunk").iterdir()} == {
         "config.json",
-        "model.safetensors",
+        "model.part.safetensors",
         "zsl.json",
     }
     assert [path.name for path in tmp_path.iterdir()] == ["two"]
@@ -146,9 +185,10 @@ def test_large_parts_are_written_as_several_files(checkpoints: Callable[..., Pat
     for part in ("client", "trunk"):
         directory = tmp_path / "two" / part
         assert len(list(directory.glob("*.safetensors"))) > 1
-        assert json.loads((directory / "model.safetensors.index.json").read_text())["weight_map"].keys() == names_in(
-            directory
-        )
+        index = json.loads((directory / "model.safetensors.index.part.json").read_text())
+        assert index["weight_map"].keys() == names_in(directory)
+        with pytest.raises(OSError, match=r"no file named model\.safetensors"):
+            AutoModelForCausalLM.from_pretrained(directory)
         assert identify(resolve(str(directory))) == identify(reference)
     # And what was split can itself be in several files.
     tiny_model("llama").save_pretrained(tmp_path / "sharded", max_shard_size="40KB")
@@ -226,14 +266,14 @@ def test_a_training_without_a_daemon_says_that_a_part_needs_one(parts: Callable[
 
 
 def flip_a_bit(part: Path) -> None:
-    file = part / "model.safetensors"
+    file = part / "model.part.safetensors"
     content = bytearray(file.read_bytes())
     content[-5] ^= 1
     file.write_bytes(content)
 
 
 def cut_short(part: Path) -> None:
-    file = part / "model.safetensors"
+    file = part / "model.part.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
 
 
@@ -253,7 +293,7 @@ def edit(file: str, old: str, new: str) -> Callable[[Path], None]:
         (cut_short, "cannot be read"),
         (edit("zsl.json", '"start": 2', '"start": 1'), "damaged"),
         (edit("zsl.json", '"weights_digest": "', '"weights_digest": "0'), "not as zsl split wrote it"),
-        (edit("zsl.json", '"format": 1', '"format": 2'), "not as zsl split wrote it"),
+        (edit("zsl.json", '"format": 2', '"format": 3'), "not as zsl split wrote it"),
         (edit("zsl.json", '"format"', '"from": 1, "format"'), "not as zsl split wrote it"),
         (edit("zsl.json", "{", ""), "not as zsl split wrote it"),
         (edit("config.json", '"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'), "damaged"),

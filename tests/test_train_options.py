@@ -16,17 +16,17 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
 from transformers import Trainer, TrainingArguments
 
 from support.data import SENTENCES, conversation, write_model
-from support.models import tiny_model
+from support.models import local_model, tiny_model
 from test_train import COMMAND
 from zsl.cli.shown import Shown, shown_while_it_can_be
 from zsl.cli.train import train as train_command
-from zsl.errors import ConfigError, RunFailed
+from zsl.errors import EXIT_STARTUP_FAILED, EXIT_USAGE, ConfigError, RunFailed
 from zsl.training.checkpoints import put_in_place, step_of
 from zsl.training.config import TrainConfig, read_config
 from zsl.training.data.rows import TokenRow, hold
@@ -299,6 +299,7 @@ def test_a_dry_run_checks_all_and_leaves_nothing(small: list[str], tmp_path: Pat
         ("eval_on_start=true", ["eval_on_start", "data.validation"]),
         ("optim=galore_adamw", ["[train]", "galore"]),
         ("output_dir=", ["output_dir", "name a directory"]),
+        ("push_to_hub=true", ["train.push_to_hub", "hf upload"]),
     ],
 )
 @pytest.mark.parametrize("how", [["--dry-run"], []], ids=["dry", "real"])
@@ -410,6 +411,26 @@ def test_an_adapter_of_another_model_or_shape_is_no_place_to_go_on_from(
     assert dry.exit_code == 0 and "another configuration: train.learning_rate" in dry.stdout
 
 
+def test_a_local_checkpoint_with_more_than_this_side_takes_is_refused_before_the_training(
+    small: list[str], tmp_path: Path
+) -> None:
+    local = tmp_path / "checkpoint-2"
+    targets = ["q_proj", "v_proj"]
+    model = get_peft_model(local_model(small[1]), LoraConfig(r=8, target_modules=targets, modules_to_save=["lm_head"]))
+    model.save_pretrained(local)
+    (local / "trainer_state.json").write_text('{"global_step": 2, "max_steps": 2}')
+    command = [*small, "--set", f"peft.target_modules={targets}", "--set", f"train.resume_from_checkpoint={local}"]
+    weights = load_file(local / "adapter_model.safetensors")
+    for unwanted, words in (
+        ((), "has weights on the trunk's layers, 8 of 25, as base_model.model.model.layers.2."),
+        ((".2.", ".3."), "base_model.model.lm_head.weight is [211, 32] there, missing here"),
+    ):
+        kept = {name: tensor + 1 for name, tensor in weights.items() if not any(map(name.__contains__, unwanted))}
+        save_file(kept, local / "adapter_model.safetensors")
+        result = run(*command, "--dry-run", "--save-dir", tmp_path / "out")
+        assert result.exit_code == EXIT_USAGE and words in result.stderr, result.output
+
+
 def test_the_adapter_of_an_earlier_run_is_not_taken_for_that_of_one_that_was_killed(
     small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -488,6 +509,30 @@ def test_a_validation_has_its_own_loss_and_perplexity(small: list[str], tmp_path
 
 
 STOPS_EARLY = ["data.validation=0.25", "train.early_stopping_patience=2", "train.save_steps=2", "train.logging_steps=1"]
+
+
+def test_a_training_goes_on_from_the_adapter_of_another(
+    small: list[str], checkpoints: Callable[..., Path], tmp_path: Path
+) -> None:
+    command = [*small, "--set", "data.validation=0.25", "--lr", "0.1"]
+    first = run(*command, "--lora-rank", "4", "--save-dir", tmp_path / "first")
+    assert first.exit_code == 0, first.output
+    finished = run(*command, "--adapter", tmp_path / "first", "--save-dir", tmp_path / "second")
+    assert finished.exit_code == 0, finished.output
+    before, after = (
+        [x["eval_loss"] for x in lines_in(tmp_path / name) if "eval_loss" in x] for name in ("first", "second")
+    )
+    assert after[0] == before[-1] != before[0] and after[-1] != after[0]
+    one, other = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("first", "second"))
+    assert one.keys() == other.keys() and not any(torch.equal(one[name], other[name]) for name in one)
+    for options, code, words in (
+        (["--lora-rank", "8"], EXIT_USAGE, "leave out peft.r"),
+        (["--model", checkpoints("llama", seed=7)], EXIT_USAGE, "trained on other weights"),
+        (["--adapter", tmp_path / "nowhere"], EXIT_STARTUP_FAILED, "there is no such directory"),
+    ):
+        result = run(*command, "--adapter", tmp_path / "first", *options, "--save-dir", tmp_path / "out")
+        assert result.exit_code == code and words in result.stderr, result.output
+    assert not (tmp_path / "out").exists()
 
 
 def test_it_stops_early_and_keeps_the_best(small: list[str], tmp_path: Path) -> None:

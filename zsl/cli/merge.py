@@ -60,6 +60,12 @@ def merge(adapters: tuple[Path, ...], out: Path, model: str | None, dtype: str |
         made = merge_adapters(trained.adapters, reference, out, dtype=getattr(torch, dtype) if dtype else None)
         if trained.weights_digest not in (None, made.weights_digest):
             click.echo(f"zsl merge: {reference.text} has other weights than the model that was trained", err=True)
+        if made.rows is not None:
+            click.echo(
+                f"zsl merge: the adapter's embeddings are of {made.rows} tokens, and so is the checkpoint; "
+                "a tokenizer with the new ones is not in it: save yours there",
+                err=True,
+            )
         say(
             f"Merged {', '.join(map(str, trained.adapters))} ({made.method}) into {reference.text}: {out}, "
             f"{str(made.dtype).removeprefix('torch.')}, {byte_count(size_bytes(out))}, "

@@ -33,6 +33,7 @@ FLAGS = {
     "steps": ("train", "max_steps"),
     "seed": ("train", "seed"),
     "lora_rank": ("peft", "r"),
+    "adapter": ("peft", "adapter"),
     "lr": ("train", "learning_rate"),
     "save_dir": ("train", "output_dir"),
 }
@@ -98,6 +99,7 @@ class ShareOrPlace(click.ParamType[float | str]):
     help="Of the adapters' first values and the rows' order.  [default: 0; with CONFIG 42]",
 )
 @click.option("--lora-rank", type=click.IntRange(1), help="Rank of the LoRA adapters.  [default: 8]")
+@click.option("--adapter", metavar="DIR", help="Go on from this adapter, or that of this run, instead of a new one.")
 @click.option("--lr", type=click.FloatRange(0), help="Learning rate.  [default: 1e-4]")
 @click.option(
     "--save-dir",

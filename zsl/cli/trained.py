@@ -14,8 +14,20 @@ if TYPE_CHECKING:
 def model_of(trained: Trained, named: str | None) -> ModelReference:
     """The model that is `named`, else the one that the run, or the adapter, says.
 
-    Raises `ConfigError` if there is none, `ModelError` if it cannot be loaded.
+    Raises `ConfigError` if there is none, `ModelError` if it cannot be loaded, or is not the one that was trained.
     """
+    from zsl.split.identity import config_digest
+
+    reference = _resolved(trained, named)
+    if trained.config_digest not in (None, config_digest(reference.config)):
+        raise ModelError(
+            f"{reference.text} has another configuration than the model that was trained"
+            f"{f', {trained.model}' if trained.model and named else ''}: name that one with --model"
+        )
+    return reference
+
+
+def _resolved(trained: Trained, named: str | None) -> ModelReference:
     from zsl.split.reference import resolve
     from zsl.split.union import named_model
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any, Literal, Self, get_args
 
 import torch
-from torch import nn
 from torch.autograd.function import once_differentiable
 
 from zsl.client.endpoints import parse_endpoints
@@ -29,6 +28,7 @@ from zsl.client.trunk_client import (
     read_answer,
 )
 from zsl.errors import ConfigError, InternalError, ModelError, WrongModelError
+from zsl.split.no_weights import NoWeights
 from zsl.wire.frames import Message
 from zsl.wire.messages import Cut, ModelIdentity, Welcome
 from zsl.wire.tensors import TORCH_DTYPES, float_wire_name
@@ -37,7 +37,7 @@ GradientMode = Literal["exact", "straight-through", "none"]
 CrossingEvent = tuple[Literal["forward", "backward"], Literal["begins", "ended"]]
 
 
-class RemoteTrunk(nn.Module):
+class RemoteTrunk(NoWeights):
     """The layers `[start, stop)` of a model, computed by the daemon at `endpoint`.
 
     `endpoint` may be several, with commas between them, of daemons that serve the same trunk: when one is gone, the

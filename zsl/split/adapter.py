@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 
 from zsl.errors import ModelError, RunFailed
 from zsl.split.durable import aside, reason, sync, sync_tree
+from zsl.split.peft_model import active_adapter, base_weights, unwrapped
 from zsl.split.sides import Side, Sides
 from zsl.split.stack import Stack, find_stack
 
@@ -38,13 +39,15 @@ def save_adapter(
     only: Side | None = None,
     beside: Mapping[str, bytes] | None = None,
 ) -> None:
-    """Write the adapter of a split model as a PEFT adapter of the whole one.
+    """Write the active adapter of a split model as a PEFT adapter of the whole one.
 
+    Weights of the base model that were trained, and embeddings that were resized, go into the same file.
     `base_model` is the hub id that the file shall name. With `sides` and `only`, just the part of that side. `beside`
     are further files, by name, that go with it.
     The files are written aside, brought to the disk and renamed: older ones are there until the new ones are whole.
     Raises `ModelError` if nothing is there to save, `RunFailed` if it cannot be written.
     """
+    model = unwrapped(model)
     if not hasattr(model, "get_base_model"):
         raise ModelError(f"a {type(model).__name__} has no adapter to save: make a PeftModel of it with get_peft_model")
     target = Path(directory)
@@ -84,10 +87,17 @@ def write_adapter(
 ) -> None:
     """Write the two files of an adapter into an empty directory, in place.
 
-    Raises `ModelError` if there are no weights to write, or if the part of a side cannot stand alone.
+    Raises `ModelError` if there are no weights to write, if several adapters are active, or if the part of a side
+    cannot stand alone.
     """
-    config: Any = copy.deepcopy(model.peft_config[model.active_adapter])
-    state = get_peft_model_state_dict(model, adapter_name=model.active_adapter, save_embedding_layers=False)
+    name = active_adapter(model)
+    config: Any = copy.deepcopy(model.peft_config[name])
+    state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    state |= base_weights(model, state)
+    if compiled := next((key for key in state if "_orig_mod." in key), None):
+        raise ModelError(
+            f"{compiled} is inside a compiled module, and PEFT would not find it: compile the PeftModel as a whole"
+        )
 
     def wanted(name: str) -> bool:
         return sides is None or only is None or only in _sides_of(name, config, sides)
@@ -178,7 +188,7 @@ def _sides_of(name: str, config: PeftConfig, sides: Sides) -> tuple[Side, ...]:
 
 def adapter_parameters(model: PeftModel, sides: Sides, side: Side) -> int:
     """The number of trainable parameters on a side. What layers of both share counts on both."""
-    config = model.peft_config[model.active_adapter]
+    config = model.peft_config[active_adapter(model)]
     return sum(
         parameter.numel()
         for name, parameter in model.named_parameters()

@@ -22,9 +22,13 @@ from transformers.pytorch_utils import Conv1D
 
 from zsl.errors import ConfigError, ModelError, ZslError
 from zsl.split.adapter import ONLY_TO_USE
+from zsl.split.hub import why_offline
+from zsl.split.no_weights import MERGE_FIRST
+from zsl.split.peft_model import active_adapter, unwrapped
 from zsl.split.reference import first_line
 from zsl.split.stack import Stack, find_stack
 
+_LIKE_AN_ADAPTERS_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 # What PEFT, and torch below it, raise for a configuration that does not fit the model.
 _FOREIGN = (ValueError, TypeError, AttributeError, LookupError, RuntimeError, ImportError, re.error)
 
@@ -67,30 +71,50 @@ def load_adapter(model: PreTrainedModel, directory: str | Path, *, is_trainable:
     The model is changed in place. Raises `ModelError` if the adapter has weights on the trunk's layers, which PEFT
     would drop without a word, if it lacks some, if it cannot be read, or be trained on.
     """
+    model = unwrapped(model)
     place = str(directory)
+    config: Any = read_adapter_config(place)
     stack = find_stack(model)
     inside = tuple(f".{stack.name}.{index}." for index in trunk_layers(stack))
     try:
-        config: Any = PeftConfig.from_pretrained(place)
         if is_trainable and config.peft_type in ONLY_TO_USE:
             raise ModelError(f"the adapter in {place} does not hold all that {config.peft_type.value} trains")
         weights = load_peft_weights(place, device="cpu")
         _refuse(
-            place, "weights on the trunk's layers", {name for name in weights if any(map(name.__contains__, inside))}
+            place,
+            "weights on the trunk's layers",
+            {name for name in weights if any(map(name.__contains__, inside))},
+            MERGE_FIRST,
         )
         config.inference_mode = not is_trainable
         adapted: PeftModel = get_peft_model(model, config)
-        name = adapted.active_adapter
+        name = active_adapter(adapted)
         wanted = get_peft_model_state_dict(adapted, adapter_name=name, save_embedding_layers=False)
         # PEFT's own files may hold embeddings beside the adapter.
         _refuse(place, "weights that fit nothing", weights.keys() - wanted.keys() - adapted.state_dict().keys())
         _refuse(place, "no weights where its configuration wants some", wanted.keys() - weights.keys())
         set_peft_model_state_dict(adapted, weights, adapter_name=name)
+        adapted.loaded_base_weights = weights.keys() - wanted.keys()
     except (OSError, SafetensorError, *_FOREIGN) as error:
         if isinstance(error, ModelError):
             raise
         raise ModelError(f"the adapter in {place} cannot be loaded: {_in_words(error)}") from error
     return adapted if is_trainable else adapted.eval()
+
+
+def read_adapter_config(place: str) -> PeftConfig:
+    """The configuration of the adapter in a directory, or of a hub id. Raises `ModelError`."""
+    offline = None
+    if not Path(place).is_dir():
+        if not _LIKE_AN_ADAPTERS_HUB_ID.fullmatch(place):
+            raise ModelError(f"the adapter in {place} cannot be loaded: there is no such directory")
+        offline = why_offline()  # asked here once; PEFT would wait for the hub for tens of seconds
+    try:
+        config: PeftConfig = PeftConfig.from_pretrained(place)
+    except (OSError, *_FOREIGN) as error:
+        reason = f"there is no such directory, it is not cached here, and {offline}" if offline else _in_words(error)
+        raise ModelError(f"the adapter in {place} cannot be loaded: {reason}") from error
+    return config
 
 
 def trunk_layers(stack: Stack) -> list[int]:
@@ -166,8 +190,8 @@ def _modules(model: PreTrainedModel) -> list[str]:
     return sorted({name.rpartition(".")[2] for name in owners})
 
 
-def _refuse(place: str, what: str, names: Iterable[str]) -> None:
+def _refuse(place: str, what: str, names: Iterable[str], instead: str = "") -> None:
     found = sorted(names)
     if found:
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-        raise ModelError(f"the adapter in {place} has {what}: {', '.join(found[:3])}{more}")
+        raise ModelError(f"the adapter in {place} has {what}: {', '.join(found[:3])}{more}{instead and '; '}{instead}")

@@ -24,11 +24,11 @@ from zsl.split.hollow import hollow_model
 from zsl.split.identity import identify, part_digest
 from zsl.split.loading import check_part_loads, load_whole
 from zsl.split.output import new_directory, write_tokenizer
-from zsl.split.parts import RECORD, Part, PartName
+from zsl.split.parts import RECORD, VARIANT, Part, PartName
 from zsl.split.reference import ModelReference, resolve
 from zsl.split.slots import layers_pattern
 from zsl.split.stack import check_can_be_split, find_stack, layer_count
-from zsl.split.tensor_files import TensorFiles
+from zsl.split.tensor_files import TensorFiles, weight_files
 from zsl.wire.messages import Cut, ModelIdentity
 
 MAX_SHARD_SIZE = "5GB"
@@ -127,13 +127,15 @@ def _copy(location: str, name: str, directory: Path) -> Path | None:
 
 def _write_tensors(source: TensorFiles, names: Sequence[str], directory: Path, max_shard_size: str) -> None:
     outlines = {name: source.outline(name) for name in names}
-    shards = split_torch_state_dict_into_shards(outlines, max_shard_size=max_shard_size)
+    shards = split_torch_state_dict_into_shards(
+        outlines, max_shard_size=max_shard_size, filename_pattern=f"model.{VARIANT}{{suffix}}.safetensors"
+    )
     for file, in_it in shards.filename_to_tensors.items():
         tensors = {name: source.read(name) for name in in_it}
         save_file(tensors, directory / file, metadata={"format": "pt"})
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
-        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        (directory / weight_files(VARIANT)[1]).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _check(directory: Path, model: ModelIdentity) -> None:

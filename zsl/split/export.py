@@ -23,7 +23,7 @@ from zsl.split.hollow import hollow_model
 from zsl.split.output import new_directory
 from zsl.split.reference import ModelReference, first_line
 from zsl.split.stack import find_stack
-from zsl.split.union import Adapter, narrowed, read_adapter, union
+from zsl.split.union import Adapter, embedding_names, narrowed, read_adapter, union
 
 # What PEFT says of a file that does not hold what its configuration asks for.
 _MISSING = "Found missing adapter keys"
@@ -125,14 +125,19 @@ def write_whole_adapter(
 
 def _check_loads(adapter: Adapter, reference: ModelReference, directory: Path) -> None:
     """Raises `ModelError` unless PEFT, on the whole model, finds just these tensors in a directory, bit for bit."""
+    hollow = adapter.hollow(reference.config)
+    if adapter.rows is not None and (lacking := set(embedding_names(hollow)) - adapter.weights):
+        raise ModelError(
+            f"{adapter.place} is of a model that was resized to {adapter.rows} tokens, and lacks {lacking.pop()}"
+        )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.filterwarnings("error", _MISSING)
             loaded: Any = PeftModel.from_pretrained(
-                hollow_model(reference.config), str(directory), autocast_adapter_dtype=False, torch_device="cpu"
+                hollow, str(directory), autocast_adapter_dtype=False, torch_device="cpu"
             )
-    except (UserWarning, OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+    except (UserWarning, OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
         raise ModelError(
             f"PEFT does not load {adapter.place} on a whole {reference.config.model_type} model: {first_line(error)}"
         ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 
 import torch
 from torch import nn
@@ -11,17 +12,25 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from zsl.split.stack import causal_lm_class
 
 
-def hollow_model(config: PreTrainedConfig) -> PreTrainedModel:
+def hollow_model(
+    config: PreTrainedConfig, *, rows: int | None = None, loadable: Collection[str] = ()
+) -> PreTrainedModel:
     """The causal language model of a configuration, on the CPU, with zeros for weights.
 
     Each matrix is one number, seen as often as there are elements: PEFT puts real adapters beside it, as it does not
-    on the meta device. Vectors have memory of their own, as some methods write into them.
+    on the meta device. Vectors have memory of their own, as some methods write into them, and so have the parameters
+    named in `loadable`. With `rows`, that many tokens have embeddings.
     """
+    config = copy.deepcopy(config)
+    if rows is not None:
+        config.get_text_config().vocab_size = rows
     with torch.device("meta"):
-        model: PreTrainedModel = causal_lm_class(config)._from_config(copy.deepcopy(config), dtype=torch.float32)
-    for module in model.modules():
+        model: PreTrainedModel = causal_lm_class(config)._from_config(config, dtype=torch.float32)
+    for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            module.register_parameter(name, nn.Parameter(_zeros(parameter), requires_grad=False))
+            real = f"{path}.{name}" in loadable
+            value = torch.zeros(parameter.shape) if real else _zeros(parameter)
+            module.register_parameter(name, nn.Parameter(value, requires_grad=False))
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, _zeros(buffer))
     model.tie_weights()

@@ -46,12 +46,13 @@ def identify(reference: ModelReference) -> ModelIdentity:
         model_type=config.model_type,
         layers=layer_count(config),
         hidden_size=config.get_text_config().hidden_size,
-        config_digest=_config_digest(config),
+        config_digest=config_digest(config),
         weights_digest=weights,
     )
 
 
-def _config_digest(config: PreTrainedConfig) -> str:
+def config_digest(config: PreTrainedConfig) -> str:
+    """A digest of the fields of a configuration that the trunk's numbers depend on."""
     fields = {
         name: value
         for name, value in config.to_diff_dict().items()
@@ -78,7 +79,7 @@ def part_digest(part: Part, config: bytes, tensors_digest: str) -> str:
 
 def _check_not_damaged(text: str, part: Part, location: str) -> None:
     config = Path(str(cached_file(location, "config.json"))).read_bytes()
-    if part_digest(part, config, TensorFiles(location).digest()) != part.digest:
+    if part_digest(part, config, TensorFiles(location, variant=part.variant).digest()) != part.digest:
         raise ModelError(
             f"{part.described(text)}, but damaged: its tensors, config.json and {RECORD} are not together what "
             "zsl split wrote; split the model again, or copy the part again"

@@ -89,6 +89,7 @@ def _load(
             config=reference.config,
             dtype=dtype,
             use_safetensors=True,
+            variant=reference.part.variant if reference.part is not None else None,
             output_loading_info=True,
             quantization_config=quantization,
             device_map=device,

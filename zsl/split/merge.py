@@ -21,6 +21,7 @@ from zsl.split.identity import identify
 from zsl.split.loading import load_whole
 from zsl.split.output import new_directory, write_tokenizer
 from zsl.split.reference import ModelReference, first_line, resolve
+from zsl.split.union import embedding_names
 
 PROBE_TOKENS = 8
 # How far, of the largest logit, those of the merged model may be from the adapter's.
@@ -29,12 +30,13 @@ TOLERANCE = {torch.float16: 0.05, torch.bfloat16: 0.1}
 
 @dataclass(frozen=True)
 class Merged:
-    """What was written. `weights_digest` is that of the model before."""
+    """What was written. `weights_digest` is that of the model before; `rows` its tokens now, if it was resized."""
 
     method: str
     dtype: torch.dtype
     weights_digest: str
     has_tokenizer: bool
+    rows: int | None
 
 
 def merge(
@@ -64,11 +66,13 @@ def merge(
         with aside(written) as directory:
             write_whole_adapter(adapter, reference, directory)
             model = load_whole(reference, dtype)
+            if adapter.rows is not None:
+                model.resize_token_embeddings(adapter.rows, mean_resizing=False)  # theirs are in the adapter
             merged = _merged(model, directory, method)
         merged.save_pretrained(written)
         _check_same(load_whole(resolve(str(written)), dtype), merged)
         weights_digest = identify(reference).weights_digest
-    return Merged(method, dtype, weights_digest, has_tokenizer)
+    return Merged(method, dtype, weights_digest, has_tokenizer, adapter.rows)
 
 
 def _own_dtype(reference: ModelReference) -> torch.dtype:
@@ -85,7 +89,11 @@ def _untie(adapted: nn.Module, config: PreTrainedConfig) -> None:
             for name, parameter in list(module.named_parameters(recurse=False)):
                 if holders[parameter] > 1:
                     module.register_parameter(name, nn.Parameter(parameter.detach().clone()))
-                    config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
+                    _say_untied(config)
+
+
+def _say_untied(config: PreTrainedConfig) -> None:
+    config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
 
 
 def _merged(model: PreTrainedModel, directory: Path, method: str) -> PreTrainedModel:
@@ -96,8 +104,10 @@ def _merged(model: PreTrainedModel, directory: Path, method: str) -> PreTrainedM
             expected = adapted(input_ids=ids).logits.float()
             _untie(adapted, model.config)
             merged: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
+            if len(embedding_names(merged)) > 1:  # one of two that were tied was trained as a copy
+                _say_untied(merged.config)
             difference = (merged(input_ids=ids).logits.float() - expected).abs().max() / expected.abs().max()
-    except (NotImplementedError, AttributeError, ValueError, TypeError, RuntimeError) as error:
+    except (NotImplementedError, AttributeError, LookupError, ValueError, TypeError, RuntimeError) as error:
         raise ModelError(f"PEFT cannot merge this {method} adapter: {first_line(error)}") from error
     if not difference <= TOLERANCE.get(model.dtype, 1e-3):
         raise ModelError(f"merged by PEFT, this {method} adapter gives logits that differ by {difference:.1%}")

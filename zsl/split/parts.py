@@ -16,21 +16,32 @@ from zsl.errors import ModelError
 from zsl.wire.messages import Cut, Digest, ModelIdentity
 
 RECORD = "zsl.json"
+# In the names of a part's files of weights, so that a plain `from_pretrained`, which would fill the part up with random
+# layers, does not find them.
+VARIANT = "part"
 
 PartName = Literal["client", "trunk"]
 
 
 class Part(BaseModel):
-    """What `zsl.json` holds. `digest` is over all else in it, over `config.json`, and over the part's tensors."""
+    """What `zsl.json` holds. `digest` is over all else in it, over `config.json`, and over the part's tensors.
+
+    In `format` 1 the weights had the names of a whole checkpoint's.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
-    format: Literal[1] = 1
+    format: Literal[1, 2] = 2
     part: PartName
     cut: Cut
     model: ModelIdentity  # of the whole
     hub_id: str | None = Field(default=None, max_length=200)
     digest: Digest
+
+    @property
+    def variant(self) -> str | None:
+        """What `from_pretrained` is to look for in the names of the files of weights."""
+        return VARIANT if self.format == 2 else None
 
     def cut_for(self, text: str, wanted: PartName, cut: Cut | None = None) -> Cut:
         """The cut of this part, which `text` names, as it is to be used for `wanted`; `cut`, if one was asked for.

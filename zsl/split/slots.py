@@ -16,11 +16,12 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from zsl.errors import ModelError
-from zsl.split.stack import Stack, find_stack, layer_count
+from zsl.split.no_weights import NoWeights
+from zsl.split.stack import Stack, embedding_rows, find_stack, layer_count
 from zsl.wire.messages import Cut
 
 
-class PassThrough(nn.Module):
+class PassThrough(NoWeights):
     """Stands in the slot of a layer that the other side holds: returns its input."""
 
     def __init__(self, layer: nn.Module) -> None:
@@ -64,6 +65,8 @@ def with_hole(cls: type[PreTrainedModel], cut: Cut) -> type[PreTrainedModel]:
 
     def carve(model: PreTrainedModel, stack: Stack) -> None:
         _pass_through(stack, range(cut.start, cut.stop))
+        made_of: Any = model
+        made_of.embedding_rows = embedding_rows(model)  # resized ones are saved with an adapter
 
     made: Any = _carved(cls, range(cut.start, cut.stop), carve)
     made.save_pretrained = made.push_to_hub = _refuse_to_save

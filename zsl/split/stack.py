@@ -21,6 +21,10 @@ from zsl.errors import ModelError
 REBUILT_BY_THE_TRUNK = frozenset({"hidden_states", "attention_mask", "position_ids", "position_embeddings"})
 
 
+# How transformers calls classes with a head for the next token.
+_LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+
+
 @dataclass(frozen=True)
 class Stack:
     """Where the decoder layers are. `name` is the path of the `ModuleList` within the model."""
@@ -63,6 +67,12 @@ def find_stack(model: PreTrainedModel) -> Stack:
     return found[0]
 
 
+def embedding_rows(model: Any) -> int | None:
+    """The tokens that a model has embeddings for."""
+    weight = getattr(model.get_input_embeddings(), "weight", None)
+    return None if weight is None else int(weight.shape[0])
+
+
 def causal_lm_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """The transformers class of the whole model, as `AutoModelForCausalLM` picks it. Raises `ModelError`."""
     return _mapped(MODEL_FOR_CAUSAL_LM_MAPPING, config, "causal language model")
@@ -79,7 +89,20 @@ def _mapped(mapping: Any, config: PreTrainedConfig, kind: str) -> type[PreTraine
     except KeyError:
         raise ModelError(f"{config.model_type}: transformers has no {kind} class for this type") from None
     cls: type[PreTrainedModel] = found[0] if isinstance(found, tuple | list) else found
+    _check_is_language_model(config)
     return cls
+
+
+def _check_is_language_model(config: PreTrainedConfig) -> None:
+    """Raises `ModelError` for a checkpoint whose head gives no next token: a classifier, a reward model."""
+    said = config.architectures or []
+    base: Any = MODEL_MAPPING.get(type(config), ())
+    bases = {cls.__name__ for cls in (base if isinstance(base, tuple | list) else (base,))}
+    if said and not any(name.endswith(_LANGUAGE_MODELS) or name in bases for name in said):
+        raise ModelError(
+            f"the checkpoint is of a {', '.join(said)}, whose head zsl would leave out: name one of a causal language "
+            "model"
+        )
 
 
 class _FirstLayerSeen(Exception):

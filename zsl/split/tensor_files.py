@@ -19,15 +19,16 @@ from zsl.split.reference import first_line
 class TensorFiles:
     """The safetensors of the checkpoint at `location`: a directory, or a hub id. `names` are in order.
 
-    With `dtype`, tensors of floating point are given in it. Raises `ModelError`.
+    `variant` is that of `from_pretrained`. With `dtype`, tensors of floating point are given in it.
+    Raises `ModelError`.
     """
 
-    def __init__(self, location: str, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, location: str, dtype: torch.dtype | None = None, *, variant: str | None = None) -> None:
         self._location = location
         self._dtype = dtype
         self._file_of: dict[str, Path] = {}
         with self._readable():
-            for file in _files(location):
+            for file in _files(location, variant):
                 with safe_open(file, framework="pt") as weights:
                     self._file_of.update(dict.fromkeys(weights.keys(), file))
         self.names = sorted(self._file_of)
@@ -65,11 +66,18 @@ class TensorFiles:
             raise ModelError(f"model {self._location!r}: its weights cannot be read: {first_line(error)}") from error
 
 
-def _files(location: str) -> list[Path]:
-    single = cached_file(location, "model.safetensors", _raise_exceptions_for_missing_entries=False)
+def weight_files(variant: str | None) -> tuple[str, str]:
+    """The names of a single file of weights, and of the index of several."""
+    inserted = f".{variant}" if variant else ""
+    return f"model{inserted}.safetensors", f"model.safetensors.index{inserted}.json"
+
+
+def _files(location: str, variant: str | None) -> list[Path]:
+    single, index = (
+        cached_file(location, name, _raise_exceptions_for_missing_entries=False) for name in weight_files(variant)
+    )
     if single is not None:
         return [Path(single)]
-    index = cached_file(location, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
     if index is None:
         raise ModelError(f"model {location!r} has no safetensors weights; zsl reads no pickled ones")
     shards, _ = get_checkpoint_shard_files(location, index)

@@ -42,7 +42,7 @@ def put_in_place(written: Path, place: Path) -> None:
     Raises `OSError`.
     """
     files = sorted(path for path in written.rglob("*") if path.is_file())
-    sums = {file.relative_to(written).as_posix(): _checksum(file) for file in files}
+    sums = {file.relative_to(written).as_posix(): checksum(file) for file in files}
     (written / CHECKSUMS).write_text(json.dumps(sums, indent=1) + "\n", encoding="utf-8")
     sync_tree(written)
     if place.exists():
@@ -58,7 +58,7 @@ def damage_of(checkpoint: Path) -> str | None:
         if not sums:
             return f"{CHECKSUMS} is empty"
         for name, expected in sums.items():
-            if _checksum(checkpoint / name) != expected:
+            if checksum(checkpoint / name) != expected:
                 return f"{name} is not as it was written"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
@@ -83,7 +83,8 @@ def prune(directory: Path, newest: int, *, limit: int | None, keep: Collection[i
             remove_tree(path)
 
 
-def _checksum(file: Path) -> str:
+def checksum(file: Path) -> str:
+    """A digest of a file's content. Raises `OSError`."""
     digest = xxhash.xxh3_128()
     with file.open("rb") as content:
         while block := content.read(1 << 20):

@@ -24,6 +24,7 @@ from zsl.training.unknown_keys import unknown_key, unknown_table
 
 LONGEST_TIMEOUT_SECONDS = 7 * 24 * 3600.0
 
+ADAPTER = "adapter"  # a key of `[peft]`
 PEFT_DEFAULTS: dict[str, Any] = {"method": "lora"}
 # What is trained without a file.
 WITHOUT_A_FILE: dict[str, dict[str, Any]] = {
@@ -120,6 +121,14 @@ class TrainConfig(Table):
         return TrainerExtras.model_validate({k: v for k, v in self.train.items() if k in TrainerExtras.model_fields})
 
     @property
+    def adapter(self) -> str | None:
+        """The adapter that the training goes on from, if `[peft]` names one. Raises `ConfigError`."""
+        named = self.peft.get(ADAPTER)
+        if named is not None and not (isinstance(named, str) and named):
+            raise ConfigError(f"peft.{ADAPTER} = {named!r}: a directory, or a hub id, is needed")
+        return named
+
+    @property
     def resume_from(self) -> str | bool | None:
         """What `[train]` says of where to start: a checkpoint, whether to, or nothing. Raises `ConfigError`."""
         asked = self.train.get("resume_from_checkpoint")
@@ -162,9 +171,13 @@ def read_config(
     _refuse_dates(where, "", tables)
     for table, values in overrides.items():
         _lay_over(where, tables, table, values)
-    tables["peft"] = {**PEFT_DEFAULTS, **_table(where, tables, "peft")}
+    peft = _table(where, tables, "peft")
+    if ADAPTER in peft and len(peft) > 1:
+        others = ", ".join(f"peft.{key}" for key in peft if key != ADAPTER)
+        raise ConfigError(f"{where}: peft.{ADAPTER} goes on from an adapter as that is: leave out {others}, or it")
+    tables["peft"] = peft if ADAPTER in peft else {**PEFT_DEFAULTS, **peft}
     for table, values in {} if file else WITHOUT_A_FILE.items():
-        if table != "peft" or tables["peft"]["method"] == "lora":  # they are keys of LoRA
+        if table != "peft" or tables["peft"].get("method") == "lora":  # they are keys of LoRA
             tables[table] = {**values, **_table(where, tables, table)}
     data = _table(where, tables, "data")
     validates, streams = bool(data.get("validation")), bool(data.get("streaming")) and data.get("samples") is None

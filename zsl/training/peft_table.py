@@ -103,6 +103,14 @@ def peft_config(where: str, table: Mapping[str, Any], *, checkpoints: bool = Tru
     return made
 
 
+def check_method(where: str, config: Any, *, checkpoints: bool = True) -> None:
+    """Raises `ConfigError` if the method of an adapter that there is does not work through a trunk."""
+    kind = str(config.peft_type.value)
+    reason = _why_not(kind, {field.name for field in dataclasses.fields(config)}, checkpoints=checkpoints)
+    if reason:
+        raise ConfigError(f"{where}: an adapter of the method {kind.lower()} does not work here: {reason}")
+
+
 def _why_not(kind: str, fields: set[str], *, checkpoints: bool) -> str | None:
     """Why a method does not work through a trunk or in zsl-train, or None if it does."""
     tuner = {str(key.value): found for key, found in PEFT_TYPE_TO_TUNER_MAPPING.items()}.get(kind)

@@ -17,7 +17,7 @@ from zsl.client.model import load_client
 from zsl.client.remote import RemoteTrunk
 from zsl.errors import ConfigError, RunFailed, ZslError
 from zsl.split.adapter import adapter_parameters
-from zsl.split.attach import with_adapter
+from zsl.split.attach import load_adapter, read_adapter_config, with_adapter
 from zsl.split.cut import parse_cut
 from zsl.split.reference import first_line, resolve
 from zsl.split.sides import Sides
@@ -25,12 +25,13 @@ from zsl.split.stack import check_can_be_split
 from zsl.training.arguments import trainer_arguments
 from zsl.training.config import TrainConfig
 from zsl.training.data.load import TrainingData, load_data
+from zsl.training.earlier_adapter import EarlierAdapter
 from zsl.training.embedded import EmbeddedTrunk
 from zsl.training.fits import check_fits
 from zsl.training.limits import check_limits
 from zsl.training.metrics import RunMetrics
 from zsl.training.overview import communication, overview
-from zsl.training.peft_table import peft_config
+from zsl.training.peft_table import check_method, peft_config
 from zsl.training.record import DATA, MODEL_CONFIGURATION, WEIGHTS, RunRecord, configuration_of
 from zsl.training.report import final_summary
 from zsl.training.results import Results
@@ -48,7 +49,13 @@ def train_from_config(config: TrainConfig, where: str, *, dry_run: bool = False)
     have been saved.
     """
     arguments = trainer_arguments(config, where)
-    peft = peft_config(where, config.peft, checkpoints=arguments.save_strategy != "no")
+    adapter = EarlierAdapter.found(config.adapter) if config.adapter else None
+    checkpoints = arguments.save_strategy != "no"
+    if adapter is not None:
+        peft = read_adapter_config(adapter.place)
+        check_method(where, peft, checkpoints=checkpoints)
+    else:
+        peft = peft_config(where, config.peft, checkpoints=checkpoints)
     directory = Path(str(arguments.output_dir))
     record = RunRecord(configuration=configuration_of(config), run=secrets.token_hex(8))
     cut = parse_cut(config.trunk.cut) if config.trunk.cut else None
@@ -73,7 +80,11 @@ def train_from_config(config: TrainConfig, where: str, *, dry_run: bool = False)
         base = load_client(reference, trunk, cut=cut, dtype=dtype, quantize=config.model.quantize)
         sides = Sides(base, trunk.client.welcome.cut)
         try:
-            model = with_adapter(base, peft)
+            if adapter is not None:
+                adapter.check_is_of(trunk.client.welcome.model)
+                model = load_adapter(base, adapter.place, is_trainable=True)
+            else:
+                model = with_adapter(base, peft)
         except ConfigError as error:
             raise ConfigError(f"{where}: [peft]: {error}") from error
         if trunk.mode == "none" and not adapter_parameters(model, sides, "top"):
@@ -97,7 +108,7 @@ def train_from_config(config: TrainConfig, where: str, *, dry_run: bool = False)
                     virtual_tokens=virtual_tokens,
                     packs=trunk.client.welcome.packs,
                 )
-        record = record.model_copy(update={"facts": _facts(data, trunk)})
+        record = record.model_copy(update={"facts": _facts(data, trunk) | (adapter.facts if adapter else {})})
         run = RunDirectory(directory, record)
         # Checkpoints of the model only are no place to go on from.
         asked = False if arguments.save_only_model and config.resume_from is None else config.resume_from

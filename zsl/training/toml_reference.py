@@ -38,6 +38,10 @@ keys are those of that method's own configuration class (`LoraConfig`, `IA3Confi
 DoRA is `method = "lora"` with `use_dora = true`, rsLoRA the same with `use_rslora = true`. A method that cannot work
 through a trunk is refused by name.
 
+`adapter` goes on from an adapter that there is, and is then the only key: the directory of a run or of an adapter, or a
+hub id. On the command line that is `--adapter`. Steps, optimizer and learning rate begin anew; a run that was
+ended goes on without it.
+
 """
 TRAIN = """\
 ## `[train]`

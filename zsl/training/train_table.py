@@ -52,6 +52,11 @@ def check_together(where: str, train: Mapping[str, Any], *, overlap: int, valida
     """Raises `ConfigError` for keys that do not go together, with the defaults in their places."""
     if train.get("output_dir") == "":
         raise ConfigError(f"{where}: train.output_dir is empty: name a directory")
+    if train.get("push_to_hub"):
+        raise ConfigError(
+            f"{where}: train.push_to_hub: zsl-train uploads nothing; leave it out, and upload the adapter that it "
+            "saves with `hf upload ORG/NAME DIR`"
+        )
     if train.get("eval_on_start") and not validates:
         raise ConfigError(f"{where}: train.eval_on_start validates: set data.validation")
     best = next((key for key in (PATIENCE, KEEP_BEST) if train.get(key)), None)

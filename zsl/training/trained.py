@@ -11,7 +11,7 @@ from pathlib import Path
 
 from zsl.errors import ConfigError, ModelError
 from zsl.training.checkpoints import checkpoints_in
-from zsl.training.record import MODEL_NAME, WEIGHTS, read_record
+from zsl.training.record import MODEL_CONFIGURATION, MODEL_NAME, WEIGHTS, read_record
 
 _ADAPTER = "adapter_config.json"
 _SIDES = ("bottom_lora", "top_lora")
@@ -22,30 +22,35 @@ _SHOWN = {"the trunk's layers": "cut", "the trunk's mode": "gradient mode"}
 @dataclass(frozen=True)
 class Trained:
     """`adapters` are the directories that hold one. `model` is the reference that they were trained on, where a run
-    says it, `weights_digest` that of its weights, and `facts` what there is to show.
+    says it, `weights_digest` that of its weights, `config_digest` that of its configuration, and `facts` what there is
+    to show.
     """
 
     adapters: Sequence[Path]
     model: str | None = None
     weights_digest: str | None = None
+    config_digest: str | None = None
     facts: dict[str, str] = field(default_factory=dict)
 
 
 def find_trained(places: Sequence[Path]) -> Trained:
     """The adapters in `places`: directories of runs, of checkpoints, or of adapters.
 
-    Raises `ConfigError` for a place that holds none, `ModelError` for adapters that were trained on different weights.
+    Raises `ConfigError` for a place that holds none, `ModelError` for adapters that were trained on different models.
     """
     adapters = [adapter for place in places for adapter in _adapters_in(place)]
     records = [record for adapter in adapters if (record := read_record(adapter)) is not None]
-    digests = {record.facts[WEIGHTS] for record in records if WEIGHTS in record.facts}
-    if len(digests) > 1:
-        raise ModelError("these adapters were trained on different weights; they are not of one model")
+    digests = {}
+    for fact in (WEIGHTS, MODEL_CONFIGURATION):
+        found = {record.facts[fact] for record in records if fact in record.facts}
+        if len(found) > 1:
+            raise ModelError(f"these adapters differ in {fact}; they are not of one model")
+        digests[fact] = next(iter(found), None)
     facts = {}
     for record in records:
         facts.update({shown: record.facts[fact] for fact, shown in _SHOWN.items() if fact in record.facts})
     models = [str(record.configuration[MODEL_NAME]) for record in records if MODEL_NAME in record.configuration]
-    return Trained(adapters, models[0] if models else None, next(iter(digests), None), facts)
+    return Trained(adapters, models[0] if models else None, digests[WEIGHTS], digests[MODEL_CONFIGURATION], facts)
 
 
 def _adapters_in(place: Path) -> list[Path]:

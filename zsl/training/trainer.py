@@ -29,6 +29,7 @@ from zsl.client.remote import RemoteTrunk
 from zsl.errors import ConfigError, RunFailed
 from zsl.split.adapter import write_adapter
 from zsl.split.durable import aside, reason
+from zsl.split.peft_model import active_adapter
 from zsl.split.reference import first_line
 from zsl.training.checkpoints import prune, put_in_place, step_of
 from zsl.training.config import TrainerExtras
@@ -117,7 +118,7 @@ class SplitTrainer(OverlapMixin, TokenLossMixin, Trainer):
         self.state = TrainerState.load_from_json(str(start.checkpoint / "trainer_state.json"))
         self.state.best_model_checkpoint = str(checkpoint) if keeps_the_best else None
         model: Any = self.model
-        model.load_adapter(str(checkpoint), model.active_adapter, is_trainable=True)
+        model.load_adapter(str(checkpoint), active_adapter(model), is_trainable=True)
 
     def close_progress_bar(self) -> None:
         """End the bar's line, so that what is printed next stands on its own; needed after a failure."""
