@@ -213,6 +213,7 @@ def _trunk(config: TrainConfig, dtype: torch.dtype, stack: ExitStack) -> tuple[R
         mode=table.mode,
         wire_dtype=getattr(torch, table.wire_dtype) if table.wire_dtype else None,
         deterministic=table.deterministic,
+        padding=table.padding,
         connect_timeout_seconds=table.connect_timeout_seconds,
         request_timeout_seconds=table.request_timeout_seconds,
     )
