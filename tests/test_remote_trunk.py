@@ -15,6 +15,7 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import nn
+from torch.autograd import forward_ad
 
 import zsl
 from support import batches
@@ -238,6 +239,13 @@ def test_what_is_kept_of_an_inference_tensor_is_not_changed_by_writes(trunk: zsl
         activations.zero_()
         assert torch.equal(sent, before)
         assert trunk.client.backward(step, gradients).tensor.abs().sum() > 0
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # torch's own, when it is first used
+def test_forward_mode_differentiation_is_refused_not_taken_for_zero(trunk: zsl.RemoteTrunk) -> None:
+    hidden = torch.zeros(1, 2, 32)
+    with forward_ad.dual_level(), pytest.raises(ModelError, match="forward-mode"):
+        trunk(forward_ad.make_dual(hidden, torch.ones_like(hidden)))
 
 
 def test_leaving_its_context_closes_it(endpoint: str) -> None:

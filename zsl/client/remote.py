@@ -14,6 +14,7 @@ from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from zsl.client.crossing import CallInputs, Crossing, PaddingMode, crossing_of
@@ -202,6 +203,8 @@ class RemoteTrunk(nn.Module):
             packs=self.client.welcome.packs,
             padding=self.padding,
         )
+        if forward_ad.unpack_dual(hidden_states).tangent is not None:
+            raise ModelError("forward-mode differentiation does not pass the trunk; use backward")
         self._warn_of_autocast(hidden_states)
         wants_gradient = torch.is_grad_enabled() and hidden_states.requires_grad and self.mode != "none"
         lane = current_lane()
