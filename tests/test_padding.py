@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,8 @@ from support.compare import differing, numbers_of, within
 from support.daemon import Daemon
 from support.models import local_model, with_lora
 from support.relay import Relay
-from zsl.client.padding import find_real_tokens
-from zsl.errors import PaddingGradientError
+from zsl.client.padding import find_real_tokens, has_labels_on_padding
+from zsl.errors import ModelError, PaddingGradientError
 from zsl.wire.frames import KIND, MAGIC, MAJOR, decode
 from zsl.wire.messages import TO_DAEMON, Forward, MessageType
 
@@ -97,13 +98,75 @@ def test_a_mask_of_ones_beside_positions_that_start_again_is_kept(
     assert differing_from_the_whole_model(checkpoints("llama"), serve("llama"), batch) == []
 
 
+@pytest.mark.parametrize("mode", ["exact", "straight-through"])
 def test_a_loss_that_depends_on_padding_is_an_error_not_a_wrong_gradient(
-    serve: Callable[..., Daemon], checkpoints: Callable[..., Path]
+    mode: Any, serve: Callable[..., Daemon], checkpoints: Callable[..., Path]
 ) -> None:
-    trunk = zsl.RemoteTrunk(serve("llama").endpoint)
+    trunk = zsl.RemoteTrunk(serve("llama").endpoint, mode=mode)
     model = with_lora(zsl.load_client(str(checkpoints("llama")), trunk))
     batch = batches.padded("right")
-    batch["labels"] = batch["input_ids"]
-    with pytest.raises(PaddingGradientError, match="-100"):
-        model(**batch).loss.backward()
+    del batch["labels"]
+    with pytest.raises(PaddingGradientError, match="padding"):
+        model(**batch).logits.sum().backward()
     trunk.close()
+
+
+def padded_with_labels() -> dict[str, Any]:
+    """The last row has no real token at all."""
+    batch = batches.padded("right")
+    batch["attention_mask"][2] = 0
+    return {**batch, "labels": batches.tokens(3, 16)}
+
+
+@pytest.mark.filterwarnings("ignore:mode is 'none'")
+@pytest.mark.parametrize("mode", ["exact", "straight-through", "none"])
+def test_labels_on_padding_count_as_on_the_whole_model(
+    mode: Any, serve: Callable[..., Daemon], checkpoints: Callable[..., Path]
+) -> None:
+    path, batch = str(checkpoints("llama")), padded_with_labels()
+    with zsl.RemoteTrunk(serve("llama").endpoint, mode=mode) as trunk:
+        split, whole = with_lora(zsl.load_client(path, trunk)), with_lora(local_model(path))
+        with torch.no_grad():
+            assert torch.equal(split(**batch).loss, whole(**batch).loss)
+        different = differing(numbers_of(split, batch), numbers_of(whole, batch))
+    if mode == "exact":
+        assert different == []
+    assert [name for name in different if not re.search(r"layers\.[01]\.", name)] == [], "the top's numbers are exact"
+
+
+def test_labels_on_real_tokens_only_let_padding_stay_at_home() -> None:
+    batch = batches.padded("right")
+    mask = batch["attention_mask"]
+    assert not has_labels_on_padding([batch["labels"]], mask)
+    assert has_labels_on_padding([batch["labels"], batches.tokens(3, 16)], mask)
+    assert has_labels_on_padding([batch["labels"][:, 1:]], mask), "labels of another shape may stand anywhere"
+
+
+def test_padding_that_is_sent_gives_the_local_bits_at_every_position(
+    serve: Callable[..., Daemon], checkpoints: Callable[..., Path]
+) -> None:
+    path, batch = str(checkpoints("llama")), batches.padded("right")
+    with zsl.RemoteTrunk(serve("llama").endpoint, padding="send") as trunk:
+        split, whole = with_lora(zsl.load_client(path, trunk)), with_lora(local_model(path))
+        assert differing(numbers_of(split, batch), numbers_of(whole, batch)) == []
+        with torch.no_grad():
+            assert torch.equal(split(**batch).logits, whole(**batch).logits)
+            trunk.padding = "drop"
+            assert not torch.equal(split(**batch).logits, whole(**batch).logits)
+
+
+def test_a_mask_or_positions_of_another_shape_than_the_batch_are_refused(
+    serve: Callable[..., Daemon], checkpoints: Callable[..., Path]
+) -> None:
+    with zsl.RemoteTrunk(serve("llama").endpoint) as trunk:
+        trunk.connect()
+        batch = torch.zeros(2, 8, 32)
+        for mask, positions in (
+            (torch.ones(2, 6), None),
+            (torch.ones(1, 8), None),
+            ({"full_attention": None}, None),
+            (None, torch.arange(6).unsqueeze(0)),
+        ):
+            trunk.observe_inputs(mask, positions)  # type: ignore[arg-type]
+            with pytest.raises(ModelError, match="cannot cross"):
+                trunk(batch)

@@ -15,13 +15,14 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import nn
+from torch.autograd import forward_ad
 
 import zsl
 from support import batches
 from support.compare import differing, numbers_of
 from support.embedded import served
 from support.models import LAYERS, local_model, with_lora
-from zsl.errors import BadShapeError, ConfigError, ModelError, WrongModelError
+from zsl.errors import BadShapeError, ClosedError, ConfigError, ModelError, WrongModelError
 from zsl.split.stack import find_stack
 from zsl.wire.messages import Cut
 
@@ -110,6 +111,8 @@ def test_a_forward_only_daemon_turns_exact_into_none_with_a_warning(path: str) -
 def test_an_unknown_mode_is_refused_with_the_known_ones(endpoint: str) -> None:
     with pytest.raises(ConfigError, match="exact, straight-through, none"):
         zsl.RemoteTrunk(endpoint, mode="approximate")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="drop, send"):
+        zsl.RemoteTrunk(endpoint, padding="keep")  # type: ignore[arg-type]
 
 
 @pytest.mark.filterwarnings("ignore")  # Dynamo's own, of what it looks at
@@ -208,6 +211,58 @@ def test_a_cache_is_refused_by_name(path: str, trunk: zsl.RemoteTrunk) -> None:
     model.config.output_hidden_states = True
     with pytest.raises(ModelError, match="output_hidden_states"):
         model(input_ids=batches.tokens(1, 4))
+
+
+def test_continuous_batching_is_refused_by_name(path: str, trunk: zsl.RemoteTrunk) -> None:
+    model = with_lora(zsl.load_client(path, trunk))
+    with pytest.raises(ModelError, match="generate_batch"):
+        model.generate_batch([[3, 4, 5]])
+
+
+def test_inference_mode_gives_the_local_numbers_and_training_goes_on_after_it(
+    path: str, trunk: zsl.RemoteTrunk
+) -> None:
+    split, whole = with_lora(zsl.load_client(path, trunk)), with_lora(local_model(path))
+    with torch.inference_mode():
+        assert torch.equal(split(**batches.plain()).logits, whole(**batches.plain()).logits)
+    assert differing(numbers_of(split, batches.plain()), numbers_of(whole, batches.plain())) == []
+
+
+def test_what_is_kept_of_an_inference_tensor_is_not_changed_by_writes(trunk: zsl.RemoteTrunk) -> None:
+    with torch.inference_mode():
+        activations = torch.randn(1, 8, 32)
+        gradients = torch.ones_like(activations)
+        step = trunk.client.forward(activations, keep=True)
+        sent = step.inputs()["activations"]
+        assert sent is not None
+        before = sent.clone()
+        activations.zero_()
+        assert torch.equal(sent, before)
+        assert trunk.client.backward(step, gradients).tensor.abs().sum() > 0
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # torch's own, when it is first used
+def test_forward_mode_differentiation_is_refused_not_taken_for_zero(trunk: zsl.RemoteTrunk) -> None:
+    hidden = torch.zeros(1, 2, 32)
+    with forward_ad.dual_level(), pytest.raises(ModelError, match="forward-mode"):
+        trunk(forward_ad.make_dual(hidden, torch.ones_like(hidden)))
+
+
+def test_leaving_its_context_closes_it(endpoint: str) -> None:
+    with zsl.RemoteTrunk(endpoint) as trunk:
+        trunk(torch.zeros(1, 2, 32))
+    with pytest.raises(ClosedError):
+        trunk(torch.zeros(1, 2, 32))
+
+
+def test_autocast_is_warned_of_once(path: str, trunk: zsl.RemoteTrunk) -> None:
+    model = zsl.load_client(path, trunk)
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.warns(UserWarning, match="autocast to torch.bfloat16"):
+            model(input_ids=batches.tokens(1, 4))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model(input_ids=batches.tokens(1, 4))
 
 
 def test_a_4_d_mask_is_refused_by_shape(path: str, trunk: zsl.RemoteTrunk) -> None:

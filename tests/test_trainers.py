@@ -306,6 +306,7 @@ def test_checkpointing_asks_the_trunk_once_each_way_for_a_micro_batch(
     assert asked == ["forward", "backward"] * 6
 
 
+@pytest.mark.filterwarnings("ignore:autocast to:UserWarning")
 def test_autocast_to_bfloat16_differs_from_the_local_one_by_its_precision(models: Models, tmp_path: Path) -> None:
     """The trunk's layers are not under the client's autocast: they are more precise than the local ones, not less."""
     full, split, local = (
@@ -482,6 +483,7 @@ def test_a_loop_with_accelerate_is_the_local_one(models: Models) -> None:
     assert differing(accelerated(models.split()), accelerated(models.local())) == []
 
 
+@pytest.mark.filterwarnings("ignore:autocast to:UserWarning")
 def test_a_loop_with_accelerates_autocast_is_the_local_one_but_for_its_precision(models: Models) -> None:
     split, local = (accelerated(model, mixed_precision="bf16") for model in (models.split(), models.local()))
     assert split.losses == pytest.approx(local.losses, rel=BFLOAT16_ROUNDING)

@@ -67,8 +67,8 @@ class ChangedError(ZslError, RuntimeError):
 
 
 class PaddingGradientError(ZslError, ValueError):
-    """The loss depends on padded positions, which do not cross to the trunk. Give them the label -100, as
-    transformers' data collators do, or leave out the attention mask."""
+    """The loss depends on padded positions, which did not cross to the trunk. Leave them out of the loss, as labels of
+    -100 do, or let padding cross: RemoteTrunk(padding="send"), trunk.padding = "send"."""
 
     def __init__(self) -> None:
         super().__init__(" ".join(str(type(self).__doc__).split()))

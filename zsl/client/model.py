@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,10 +24,14 @@ from zsl.wire.messages import Cut
 _REFUSED = {
     "use_cache": "the trunk keeps no keys and values; pass use_cache=False",
     "past_key_values": "the trunk keeps no keys and values; pass use_cache=False",
-    "output_hidden_states": "the hidden states inside the trunk stay there",
-    "output_attentions": "the attentions inside the trunk stay there",
-    "output_router_logits": "the routers inside the trunk stay there, and the loss would lack their share",
+    "output_hidden_states": "the hidden states inside the trunk stay there; "
+    "for those of your own layers register forward hooks on them",
+    "output_attentions": "the attentions inside the trunk stay there; "
+    "for those of your own layers register forward hooks on them",
+    "output_router_logits": "the routers inside the trunk stay there, and the loss would lack their share; "
+    "leave it out, and for TRL's trainers set router_aux_loss_coef=0.0",
 }
+_LABELS = ("labels", "shift_labels")  # as the losses of transformers call them
 
 
 def load_client(
@@ -57,13 +63,19 @@ def put_trunk(model: PreTrainedModel, trunk: RemoteTrunk, cut: Cut) -> None:
     stack = find_stack(model)
     copy_plain_attributes(stack.layers[cut.start], trunk)
     stack.layers[cut.start] = trunk
+    trunk.in_model = True
     # The module that runs the layers. A causal language model may call it without its base model in between.
     runner = model.get_submodule(stack.parent_name)
-    signature = inspect.signature(runner.forward)
+    arguments_of_model, arguments_of_runner = _arguments_of(model), _arguments_of(runner)
+    call = threading.local()
+
+    def note_labels(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        arguments = arguments_of_model(args, kwargs)
+        call.labels = tuple(arguments[name] for name in _LABELS if arguments.get(name) is not None)
 
     def observe(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        arguments = signature.bind(*args, **kwargs).arguments
-        arguments = {**arguments, **arguments.pop("kwargs", {})}
+        arguments = arguments_of_runner(args, kwargs)
+        labels = call.__dict__.pop("labels", ())
         for name, reason in _REFUSED.items():
             asked = arguments.get(name)
             if asked or (asked is None and getattr(module.config, name, False)):
@@ -71,7 +83,20 @@ def put_trunk(model: PreTrainedModel, trunk: RemoteTrunk, cut: Cut) -> None:
         # Found anew in each call: a copy of the model has a copy of the trunk.
         in_slot = getattr(module, stack.leaf_name)[cut.start]
         if isinstance(in_slot, RemoteTrunk):  # `Sides` runs the model with nothing in the hole
-            in_slot.observe_inputs(arguments.get("attention_mask"), arguments.get("position_ids"))
+            in_slot.observe_inputs(arguments.get("attention_mask"), arguments.get("position_ids"), labels)
 
-    trunk.in_model = True
+    model.register_forward_pre_hook(note_labels, with_kwargs=True)
     runner.register_forward_pre_hook(observe, with_kwargs=True)
+
+
+def _arguments_of(module: Any) -> Callable[[tuple[Any, ...], dict[str, Any]], dict[str, Any]]:
+    """Make the function that gives the arguments of a module's call by their names."""
+    signature = inspect.signature(module.forward)
+
+    def arguments_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        if not args:
+            return kwargs
+        arguments = signature.bind(*args, **kwargs).arguments
+        return {**arguments, **arguments.pop("kwargs", {})}
+
+    return arguments_of

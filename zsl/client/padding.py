@@ -1,16 +1,19 @@
 """Leave the padding at home: of a padded batch only the real tokens cross, as one row of sequences.
 
-What the layers behind the trunk compute of a padded position is never used (its attention weights are zero, its
-label is ignored), so zeros stand there.
+What the layers behind the trunk compute of a padded position is not used (its attention weights are zero, its
+label is ignored), so zeros stand there. A batch with labels on its padding crosses whole.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 
 from zsl.errors import PaddingGradientError
+
+NO_LABEL = -100  # what transformers' losses leave out
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,3 +60,11 @@ def find_real_tokens(attention_mask: torch.Tensor, position_ids: torch.Tensor | 
     order = [row for row in lengths.argsort(stable=True).tolist() if lengths[row]]
     index = torch.cat([row * tokens + torch.arange(int(lengths[row])) for row in order])
     return RealTokens(index, lengths[order].int(), positions.flatten()[index].int().unsqueeze(0))
+
+
+def has_labels_on_padding(labels: Iterable[torch.Tensor], attention_mask: torch.Tensor) -> bool:
+    """Whether a loss on these labels, each `[rows, tokens]`, may depend on padded positions."""
+    padding = attention_mask.detach() == 0
+    return any(
+        each.shape != padding.shape or bool((padding & (each != NO_LABEL).to(padding.device)).any()) for each in labels
+    )

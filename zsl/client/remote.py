@@ -10,26 +10,24 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Literal, Self, get_args
 
 import torch
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
+from zsl.client.crossing import CallInputs, Crossing, PaddingMode, crossing_of
 from zsl.client.endpoints import parse_endpoints
 from zsl.client.keys import read_client_keys
 from zsl.client.overlap import Deferred, Lane, current_lane
-from zsl.client.padding import RealTokens, find_real_tokens
 from zsl.client.trunk_client import (
     CONNECT_TIMEOUT_SECONDS,
     REQUEST_TIMEOUT_SECONDS,
-    Step,
     TrunkClient,
     read_answer,
 )
-from zsl.errors import ConfigError, InternalError, ModelError, WrongModelError
+from zsl.errors import ConfigError, ModelError, WrongModelError
 from zsl.split.no_weights import NoWeights
-from zsl.wire.frames import Message
 from zsl.wire.messages import Cut, ModelIdentity, Welcome
 from zsl.wire.tensors import TORCH_DTYPES, float_wire_name
 
@@ -53,9 +51,11 @@ class RemoteTrunk(NoWeights):
 
     `wire_dtype`: what activations and gradients are sent in, if not in the model's own dtype: bfloat16 halves the
     bytes of float32, at the price of its precision. `deterministic="packed"`: refuse a daemon whose answers may depend,
-    by rounding, on who else it serves.
+    by rounding, on who else it serves. `padding="send"`: padding behind real tokens crosses too, so that a padded
+    batch has the local model's bits, and its logits at padded positions; "drop" leaves it out.
 
-    Safe to call from several threads. A copy shares the connection, a pickle leaves it behind and connects again.
+    A context manager, which closes it. Safe to call from several threads. A copy shares the connection, a pickle
+    leaves it behind and connects again.
     """
 
     def __init__(
@@ -67,18 +67,21 @@ class RemoteTrunk(NoWeights):
         mode: GradientMode = "exact",
         wire_dtype: torch.dtype | None = None,
         deterministic: Literal["packed"] | None = None,
+        padding: PaddingMode = "drop",
         connect_timeout_seconds: float = CONNECT_TIMEOUT_SECONDS,
         request_timeout_seconds: float = REQUEST_TIMEOUT_SECONDS,
     ) -> None:
         super().__init__()
-        if mode not in get_args(GradientMode):
-            raise ConfigError(f"mode {mode!r}: one of {', '.join(get_args(GradientMode))}")
+        for name, given, known in (("mode", mode, GradientMode), ("padding", padding, PaddingMode)):
+            if given not in get_args(known):
+                raise ConfigError(f"{name} {given!r}: one of {', '.join(get_args(known))}")
         self.endpoint = ",".join(parse_endpoints(endpoint))
         self.mode: GradientMode = mode
         self.wire_dtype = wire_dtype
         if wire_dtype is not None:
             float_wire_name(wire_dtype)  # raises for one that does not travel
         self.deterministic = deterministic
+        self.padding: PaddingMode = padding
         self._how: dict[str, Any] = {
             "server_key": server_key,
             "client_key": client_key,  # the path, not what is in it
@@ -88,6 +91,7 @@ class RemoteTrunk(NoWeights):
         read_client_keys(server_key, client_key)  # raises for what is missing
         self._wanted: tuple[ModelIdentity | None, Cut | None, torch.dtype] = (None, None, torch.float32)
         self.in_model = False  # set where the model brings mask and positions by `observe_inputs`
+        self._warned_of_autocast = False
         self._client: TrunkClient | None = None
         self._connecting = threading.Lock()
         self._call = threading.local()
@@ -160,14 +164,25 @@ class RemoteTrunk(NoWeights):
         if self._client is not None:
             self._client.close()
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
     # --- the call ----------------------------------------------------------------------------------------------
 
-    def observe_inputs(self, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None) -> None:
-        """Remember what the model was called with, for the trunk that rebuilds masks and positions of it.
+    def observe_inputs(
+        self,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        labels: tuple[torch.Tensor, ...] = (),
+    ) -> None:
+        """Remember the arguments of the model's call, for the trunk that rebuilds masks and positions of them.
 
         The mask `[rows, tokens]` does not reach a layer, so a hook on the model brings it here; see `load_client`.
         """
-        self._call.inputs = (attention_mask, position_ids)
+        self._call.inputs = CallInputs(attention_mask, position_ids, labels)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # what waits for a daemon is no graph
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -176,20 +191,21 @@ class RemoteTrunk(NoWeights):
         Raises `ZslError`. What a decoder layer gets beside them is rebuilt by the trunk and ignored here.
         """
         # Used once: what another call was made with must never stand in for this one's.
-        inputs = self._call.__dict__.pop("inputs", None)
+        inputs: CallInputs | None = self._call.__dict__.pop("inputs", None)
         if inputs is None and self.in_model:
             raise ModelError(
                 "the model ran its layers without the call that brings mask and positions; zsl cannot split it"
             )
-        attention_mask, position_ids = inputs or (None, None)
-        if attention_mask is not None and attention_mask.ndim != 2:
-            raise ModelError(
-                f"an attention mask of shape {tuple(attention_mask.shape)} cannot cross to the trunk; "
-                "give the one of shape [rows, tokens]"
-            )
-        if attention_mask is not None and attention_mask.is_floating_point():
-            attention_mask = (attention_mask != 0).long()  # PEFT's, which puts ones of float32 in front of it
-        crossing = self._crossing(hidden_states, attention_mask, position_ids)
+        crossing = crossing_of(
+            inputs or CallInputs(),
+            hidden_states,
+            self.wire_dtype or hidden_states.dtype,
+            packs=self.client.welcome.packs,
+            padding=self.padding,
+        )
+        if forward_ad.unpack_dual(hidden_states).tangent is not None:
+            raise ModelError("forward-mode differentiation does not pass the trunk; use backward")
+        self._warn_of_autocast(hidden_states)
         wants_gradient = torch.is_grad_enabled() and hidden_states.requires_grad and self.mode != "none"
         lane = current_lane()
         if wants_gradient and lane is not None:
@@ -202,18 +218,17 @@ class RemoteTrunk(NoWeights):
             step = crossing.forward(client, activations, keep=False)
             return crossing.received(step.output, hidden_states)
 
-    def _crossing(
-        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None
-    ) -> _Crossing:
-        """How a batch crosses: its real tokens only, where the trunk takes that."""
-        wire_dtype = self.wire_dtype or hidden_states.dtype
-        if attention_mask is not None and self.client.welcome.packs:
-            real = find_real_tokens(attention_mask, position_ids)
-            if real is not None:
-                return _Crossing(wire_dtype, None, real.position_ids, real)
-            if position_ids is None and bool(attention_mask.all()):
-                attention_mask = None  # says nothing
-        return _Crossing(wire_dtype, attention_mask, position_ids, None)
+    def _warn_of_autocast(self, hidden_states: torch.Tensor) -> None:
+        """Warn, once, that the trunk does not compute under the caller's autocast."""
+        device = hidden_states.device.type
+        if self._warned_of_autocast or not torch.is_autocast_enabled(device):
+            return
+        self._warned_of_autocast = True
+        warnings.warn(
+            f"autocast to {torch.get_autocast_dtype(device)} does not reach the trunk, which computes in "
+            f"{TORCH_DTYPES[self.client.welcome.dtype]}: losses and weights will differ from the local model's",
+            stacklevel=1,
+        )
 
     def extra_repr(self) -> str:
         if self._client is None:
@@ -249,61 +264,14 @@ def _noted(on_crossing: Callable[[CrossingEvent], None], direction: Literal["for
     on_crossing((direction, "ended"))
 
 
-@dataclass(frozen=True, slots=True)
-class _Crossing:
-    """How one batch crosses to the trunk and back."""
-
-    wire_dtype: torch.dtype
-    attention_mask: torch.Tensor | None  # [rows, tokens]
-    position_ids: torch.Tensor | None  # [rows or 1, tokens]
-    real: RealTokens | None
-
-    def sent(self, batch: torch.Tensor) -> torch.Tensor:
-        """A tensor `[rows, tokens, hidden]` as it is sent: on the CPU. On a GPU this waits for what computes it."""
-        return (batch if self.real is None else self.real.gather(batch)).to(self.wire_dtype).cpu()
-
-    def received(self, tensor: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
-        """What came back, with shape, dtype and device of `batch`. Raises `InternalError` for another shape."""
-        rows, tokens, hidden = batch.shape
-        expected = (rows, tokens, hidden) if self.real is None else (1, len(self.real.index), hidden)
-        if tuple(tensor.shape) != expected:
-            raise InternalError(f"the trunk answered with a tensor of {tuple(tensor.shape)}, {expected} is due")
-        if self.real is None:
-            return tensor.to(batch.device, batch.dtype)
-        return self.real.scatter(tensor, batch)
-
-    def sent_gradients(self, gradients: torch.Tensor) -> torch.Tensor:
-        """Gradients at the trunk's output as they are sent. Raises `PaddingGradientError`."""
-        if self.real is not None:
-            self.real.check_padding_has_no_gradient(gradients)
-        return self.sent(gradients)
-
-    @property
-    def _beside(self) -> dict[str, torch.Tensor | None]:
-        """What crosses beside the activations."""
-        return {
-            "attention_mask": self.attention_mask,
-            "position_ids": self.position_ids,
-            "lengths": None if self.real is None else self.real.lengths,
-        }
-
-    def submit_forward(
-        self, client: TrunkClient, activations: torch.Tensor, *, keep: bool
-    ) -> tuple[Step, Future[Message]]:
-        return client.submit_forward(activations, keep=keep, **self._beside)
-
-    def forward(self, client: TrunkClient, activations: torch.Tensor, *, keep: bool) -> Step:
-        return client.forward(activations, keep=keep, **self._beside)
-
-
 class _TrunkFunction(torch.autograd.Function):
     """The trunk in autograd. The trunk's input is saved as autograd saves tensors, so that `retain_graph`, a second
     backward and the freeing of memory are as with any other operation."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_states: torch.Tensor, remote: RemoteTrunk, crossing: _Crossing) -> torch.Tensor:
+    def forward(ctx: Any, hidden_states: torch.Tensor, remote: RemoteTrunk, crossing: Crossing) -> torch.Tensor:
         ctx.exact = remote.mode == "exact"
-        ctx.on_crossing = remote.on_crossing
+        ctx.on_crossing, ctx.crossing = remote.on_crossing, crossing
         client, activations = remote.client, crossing.sent(hidden_states.detach())
         with _noted(remote.on_crossing, "forward"):
             step = crossing.forward(client, activations, keep=ctx.exact)
@@ -311,25 +279,26 @@ class _TrunkFunction(torch.autograd.Function):
         if ctx.exact:
             ctx.save_for_backward(hidden_states)
             step.forget_tensors()
-            ctx.client, ctx.step, ctx.crossing = client, step, crossing
+            ctx.client, ctx.step = client, step
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        crossing: Crossing = ctx.crossing
+        crossing.check_gradients(gradients)
         if not ctx.exact:
             ctx.on_crossing(("backward", "ended"))
             return gradients, None, None
         (hidden_states,) = ctx.saved_tensors
-        crossing: _Crossing = ctx.crossing
-        sent, activations = crossing.sent_gradients(gradients), crossing.sent(hidden_states.detach())
+        sent, activations = crossing.sent(gradients), crossing.sent(hidden_states.detach())
         with _noted(ctx.on_crossing, "backward"):
             answer = ctx.client.backward(ctx.step, sent, activations=activations)
             return crossing.received(answer.tensor, hidden_states), None, None
 
 
 def _through_lane(
-    lane: Lane[Any], remote: RemoteTrunk, crossing: _Crossing, hidden_states: torch.Tensor
+    lane: Lane[Any], remote: RemoteTrunk, crossing: Crossing, hidden_states: torch.Tensor
 ) -> torch.Tensor:
     """The way through the trunk of one of several micro-batches: a leaf, whose gradient is brought back later."""
     exact, client = remote.mode == "exact", remote.client
@@ -339,8 +308,9 @@ def _through_lane(
     output = crossing.received(step.output, hidden_states).requires_grad_()
 
     def submit(gradients: torch.Tensor) -> Future[Any]:
+        crossing.check_gradients(gradients)
         if exact:
-            return client.submit_backward(step, crossing.sent_gradients(gradients))
+            return client.submit_backward(step, crossing.sent(gradients))
         passed: Future[Any] = Future()
         passed.set_result(gradients)
         return passed

@@ -72,7 +72,7 @@ class Step:
         self.answer: Answer | None = None
         self._connection = connection
         self._activations: torch.Tensor | None = activations
-        self._version = activations._version
+        self._version = _version(activations)
         # Copies: they are small, and a mask that is written after the forward must not change the backward.
         self._attention_mask = None if attention_mask is None else attention_mask.clone()
         self._position_ids = None if position_ids is None else position_ids.clone()
@@ -88,10 +88,11 @@ class Step:
 
         Raises `ChangedError` if the activations were written since.
         """
-        if activations is None and self._activations is not None and self._activations._version != self._version:
+        kept = self._activations
+        if activations is None and kept is not None and _version(kept) != self._version:
             raise ChangedError("the activations of this step were written in place since its forward")
         return {
-            "activations": self._activations if activations is None else activations,
+            "activations": kept if activations is None else activations,
             "attention_mask": self._attention_mask,
             "position_ids": self._position_ids,
             "lengths": self._lengths,
@@ -219,6 +220,8 @@ class TrunkClient:
         keep: bool,
     ) -> tuple[Step, Build, int]:
         """A step, what makes its FORWARD, and the bytes of that."""
+        if keep and activations.is_inference():
+            activations = activations.clone()  # it has no version that would show a write
         step = Step(self._connection, activations, attention_mask, position_ids, lengths)
         request = step.request
         encoded = encode_tensors(step.inputs())
@@ -294,6 +297,11 @@ class TrunkClient:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.endpoint!r})"
+
+
+def _version(tensor: torch.Tensor) -> int | None:
+    """The count of writes to a tensor; None for one made under `torch.inference_mode()`, which has none."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def read_answer(message: Message, role: Role) -> Answer:

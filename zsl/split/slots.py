@@ -70,6 +70,7 @@ def with_hole(cls: type[PreTrainedModel], cut: Cut) -> type[PreTrainedModel]:
 
     made: Any = _carved(cls, range(cut.start, cut.stop), carve)
     made.save_pretrained = made.push_to_hub = _refuse_to_save
+    made.init_continuous_batching = _refuse_continuous_batching
     carved: type[PreTrainedModel] = made
     return carved
 
@@ -121,6 +122,13 @@ def _refuse_to_save(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
         "random ones in their places. Save its adapter with zsl.save_adapter, and make of that what loads without zsl "
         "with `zsl export` or `zsl merge`. Without PEFT: save model.state_dict() with safetensors, and give a Trainer "
         "save_strategy='no'"
+    )
+
+
+def _refuse_continuous_batching(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+    raise ModelError(
+        "continuous batching (generate_batch) is not supported by a split model: the trunk keeps no keys and values. "
+        "Use generate, which runs without them; for TRL set use_transformers_continuous_batching=False"
     )
 
 

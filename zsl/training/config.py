@@ -74,6 +74,10 @@ class TrunkTable(Table):
     deterministic: Literal["packed"] | None = Field(
         default=None, description="`packed`: refuse a daemon whose answers may depend on who else it serves."
     )
+    padding: Literal["drop", "send"] = Field(
+        default="drop",
+        description="`send`: padding behind real tokens crosses too; a padded batch then has the local model's bits.",
+    )
     connect_timeout_seconds: float = Field(
         default=10.0,
         gt=0,

@@ -243,6 +243,7 @@ def _trunk(config: TrainConfig, cut: Cut | None, dtype: torch.dtype, stack: Exit
         mode=table.mode,
         wire_dtype=getattr(torch, table.wire_dtype) if table.wire_dtype else None,
         deterministic=table.deterministic,
+        padding=table.padding,
         connect_timeout_seconds=table.connect_timeout_seconds,
         request_timeout_seconds=table.request_timeout_seconds,
     )

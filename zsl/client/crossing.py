@@ -1,0 +1,112 @@
+"""Decide how one batch crosses to the trunk, and bring it there and back. Knows no autograd."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from zsl.client.padding import RealTokens, find_real_tokens, has_labels_on_padding
+from zsl.client.trunk_client import Step, TrunkClient
+from zsl.errors import InternalError, ModelError
+from zsl.wire.frames import Message
+
+PaddingMode = Literal["drop", "send"]
+
+
+@dataclass(frozen=True, slots=True)
+class CallInputs:
+    """Arguments of the model's call that do not reach a layer."""
+
+    attention_mask: torch.Tensor | None = None  # [rows, tokens]
+    position_ids: torch.Tensor | None = None  # [rows or 1, tokens]
+    labels: tuple[torch.Tensor, ...] = ()  # each [rows, tokens]
+
+    def check(self, rows: int, tokens: int) -> None:
+        """Raises `ModelError` for a mask or positions that do not fit a batch `[rows, tokens, hidden]`."""
+        mask, positions = self.attention_mask, self.position_ids
+        if mask is not None and not isinstance(mask, torch.Tensor):
+            raise ModelError(
+                f"an attention mask of type {type(mask).__name__} cannot cross to the trunk; "
+                "give a tensor of shape [rows, tokens]"
+            )
+        if mask is not None and tuple(mask.shape) != (rows, tokens):
+            raise ModelError(
+                f"an attention mask of shape {tuple(mask.shape)} cannot cross to the trunk; "
+                f"give the one of shape [rows, tokens], here ({rows}, {tokens})"
+            )
+        if positions is not None and tuple(positions.shape) not in {(rows, tokens), (1, tokens)}:
+            raise ModelError(
+                f"position_ids of shape {tuple(positions.shape)} cannot cross to the trunk; "
+                f"give them as [rows, tokens], here ({rows}, {tokens})"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Crossing:
+    """How one batch crosses to the trunk and back."""
+
+    wire_dtype: torch.dtype
+    attention_mask: torch.Tensor | None  # [rows, tokens]
+    position_ids: torch.Tensor | None  # [rows or 1, tokens]
+    real: RealTokens | None
+
+    def sent(self, batch: torch.Tensor) -> torch.Tensor:
+        """A tensor `[rows, tokens, hidden]` as it is sent: on the CPU. On a GPU this waits for what computes it."""
+        return (batch if self.real is None else self.real.gather(batch)).to(self.wire_dtype).cpu()
+
+    def received(self, tensor: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
+        """What came back, with shape, dtype and device of `batch`. Raises `InternalError` for another shape."""
+        rows, tokens, hidden = batch.shape
+        expected = (rows, tokens, hidden) if self.real is None else (1, len(self.real.index), hidden)
+        if tuple(tensor.shape) != expected:
+            raise InternalError(f"the trunk answered with a tensor of {tuple(tensor.shape)}, {expected} is due")
+        if self.real is None:
+            return tensor.to(batch.device, batch.dtype)
+        return self.real.scatter(tensor, batch)
+
+    def check_gradients(self, gradients: torch.Tensor) -> None:
+        """Raises `PaddingGradientError` if the loss depends on padding that did not cross."""
+        if self.real is not None:
+            self.real.check_padding_has_no_gradient(gradients)
+
+    @property
+    def _beside(self) -> dict[str, torch.Tensor | None]:
+        """What crosses beside the activations."""
+        return {
+            "attention_mask": self.attention_mask,
+            "position_ids": self.position_ids,
+            "lengths": None if self.real is None else self.real.lengths,
+        }
+
+    def submit_forward(
+        self, client: TrunkClient, activations: torch.Tensor, *, keep: bool
+    ) -> tuple[Step, Future[Message]]:
+        return client.submit_forward(activations, keep=keep, **self._beside)
+
+    def forward(self, client: TrunkClient, activations: torch.Tensor, *, keep: bool) -> Step:
+        return client.forward(activations, keep=keep, **self._beside)
+
+
+def crossing_of(
+    inputs: CallInputs, batch: torch.Tensor, wire_dtype: torch.dtype, *, packs: bool, padding: PaddingMode
+) -> Crossing:
+    """How a batch `[rows, tokens, hidden]` crosses: without its padding, if the trunk `packs` and nothing needs it.
+
+    Raises `ModelError` for a mask or positions that cannot cross.
+    """
+    inputs.check(*batch.shape[:2])
+    mask, positions = inputs.attention_mask, inputs.position_ids
+    if mask is not None and mask.is_floating_point():
+        mask = (mask != 0).long()  # PEFT's, which puts ones of float32 in front of it
+    if mask is None or not packs:
+        return Crossing(wire_dtype, mask, positions, None)
+    if padding == "drop" and not has_labels_on_padding(inputs.labels, mask):
+        real = find_real_tokens(mask, positions)
+        if real is not None:
+            return Crossing(wire_dtype, None, real.position_ids, real)
+    if positions is None and bool(mask.all()):
+        mask = None  # says nothing
+    return Crossing(wire_dtype, mask, positions, None)
