@@ -60,6 +60,10 @@ def test_every_option_that_is_named_is_one_of_the_command() -> None:
     named = 0
     for page in PAGES:
         for span in re.findall(r"`([^`\n]+)`", prose_of(page)):
+            bench = re.match(r"bin/bench (\w+)(.*)", span)
+            if bench:
+                source = (ROOT / f"benchmarks/{bench[1]}.py").read_text()
+                assert [word for word in re.findall(r"--[a-z-]+", bench[2]) if f'"{word}"' not in source] == [], span
             first = re.match(r"(?:bin/)?(zsl-train|zsl-trunkd|zsl [a-z]+)\b", span)
             if first is None and not span.startswith("--"):
                 continue
