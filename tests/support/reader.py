@@ -101,13 +101,14 @@ class Reader:
             self.run(command)
 
     def run(self, command: str) -> None:
-        substituted = re.fullmatch(r'eval "\$\((.*)\)"', command)
-        environment, words = words_of(substituted[1] if substituted else command.partition(" && ")[0])
+        for_the_shell = re.fullmatch(r'eval "\$\((.*)\)"|(.*) \| source', command)
+        inner = for_the_shell and (for_the_shell[1] or for_the_shell[2])
+        environment, words = words_of(inner or command.partition(" && ")[0])
         name, arguments = words[0], words[1:]
         program = PROGRAMS.get(name.removeprefix("bin/"))
         if program is not None:
             shown = self._invoke(program, name.removeprefix("bin/"), arguments, environment)
-            assert not substituted or "complete" in shown, shown
+            assert not for_the_shell or "complete" in shown, shown
         elif name in ("bin/bench", ".venv/bin/python"):
             script = ROOT / (f"benchmarks/{arguments[0]}.py" if name == "bin/bench" else arguments[0])
             missing = [word for word in arguments if word.startswith("-") and f'"{word}"' not in script.read_text()]
