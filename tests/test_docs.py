@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from support.pages import LANGUAGES, PAGES, ROOT, TRANSLATED, blocks_of, prose_of
+from zsl.cli.train import train
+from zsl.cli.trunkd import trunkd
+from zsl.cli.zsl import zsl
 from zsl.training.toml_reference import toml_reference
 
-ROOT = Path(__file__).parent.parent
 NAMED = re.compile(r"`(?:bin/test )?(?:tests/)?(test_\w+)(?:\.py)?(?: -k (\w+))?`")
 DOCUMENTS = ["README.md", "README.zh-CN.md", "docs/reliability.md", "docs/security.md", "docs/batching.md"]
 
@@ -31,30 +34,69 @@ def test_every_test_that_is_named_is_there(document: str) -> None:
     assert missing == []
 
 
-@pytest.mark.parametrize(
-    "document", sorted(ROOT.glob("*.md")) + sorted(ROOT.glob("docs/*.md")), ids=lambda path: path.name
-)
+@pytest.mark.parametrize("document", PAGES, ids=lambda path: path.name)
 def test_every_file_that_is_linked_to_is_there(document: Path) -> None:
     links = re.findall(r"\]\(([^)#:]+)\)", document.read_text())
     assert [link for link in links if not (document.parent / link).exists()] == []
 
 
-def code_by_section(document: str) -> list[tuple[list[str], set[str]]]:
-    """Of each section of a Markdown file: the lines of its examples, without comments, and what is in backticks."""
+def test_every_block_says_what_it_is() -> None:
+    """Commands, a file, a program, or text to look at: tests/test_pages.py runs all but the last."""
+    assert sum(len(blocks_of(page)) for page in PAGES) > 30
+    unknown = {block.language for page in PAGES for block in blocks_of(page)} - LANGUAGES
+    assert unknown == set()
+    indented = [page.name for page in PAGES if re.search(r"(^|\n)\n    \S", prose_of(page))]
+    assert indented == []
+
+
+def test_every_option_that_is_named_is_one_of_the_command() -> None:
+    commands = {**{f"zsl {name}": command for name, command in zsl.commands.items()}, "zsl-train": train}
+    commands["zsl-trunkd"] = trunkd
+    options = {
+        name: {text for parameter in command.params for text in (*parameter.opts, *parameter.secondary_opts)}
+        for name, command in commands.items()
+    }
+    everybodys = {"--help", "--version"}.union(*options.values())
+    named = 0
+    for page in PAGES:
+        for span in re.findall(r"`([^`\n]+)`", prose_of(page)):
+            bench = re.match(r"bin/bench (\w+)(.*)", span)
+            if bench:
+                source = (ROOT / f"benchmarks/{bench[1]}.py").read_text()
+                assert [word for word in re.findall(r"--[a-z-]+", bench[2]) if f'"{word}"' not in source] == [], span
+            first = re.match(r"(?:bin/)?(zsl-train|zsl-trunkd|zsl [a-z]+)\b", span)
+            if first is None and not span.startswith("--"):
+                continue
+            known = options[first[1]] if first else everybodys
+            found = set(re.findall(r"(?<!\S)--?[a-z][a-z-]*", span))
+            assert found <= known, f"{page.name}: `{span}`"
+            named += len(found)
+    assert named > 30
+
+
+def shape_of(page: Path) -> list[tuple[list[str], set[str]]]:
+    """Of each section of a page: the lines of its blocks, without comments, and what is in backticks."""
     sections = []
-    for section in re.split(r"^## ", (ROOT / document).read_text(), flags=re.MULTILINE):
+    for section in re.split(r"^##+ ", page.read_text(), flags=re.MULTILINE):
         prose, *blocks = re.split(r"^```", section, flags=re.MULTILINE)
         examples, prose = blocks[0::2], "".join([prose, *blocks[1::2]])
-        lines = re.findall(r"^    .*$", prose, flags=re.MULTILINE) + "".join(examples).splitlines()
-        sections.append(([re.sub(r"\s*# .*", "", line) for line in lines], set(re.findall(r"`([^`\n]+)`", prose))))
+        lines = [re.sub(r"\s*# .*", "", line) for line in "".join(examples).splitlines()]
+        sections.append((lines, set(re.findall(r"`([^`\n]+)`", prose))))
     return sections
 
 
-def test_both_readmes_have_the_same_commands_examples_and_names_section_by_section() -> None:
-    english, chinese = code_by_section("README.md"), code_by_section("README.zh-CN.md")
+@pytest.mark.parametrize("page", TRANSLATED, ids=lambda page: page.name)
+def test_a_translation_has_the_blocks_and_names_of_its_page_section_by_section(page: Path) -> None:
+    translation = TRANSLATED[page]
+    english, chinese = shape_of(page), shape_of(translation)
     assert len(english) > 5 and len(english) == len(chinese)
     for in_english, in_chinese in zip(english, chinese, strict=True):
         assert in_chinese == in_english
+    assert f"]({translation.name})" in page.read_text() and f"]({page.name})" in translation.read_text()
+
+
+def test_translated_are_the_pages_of_a_first_day() -> None:
+    assert {page.name for page in TRANSLATED} == {"README.md", "first-run.md", "guide.md"}
 
 
 def test_the_reference_of_the_configuration_is_that_of_the_schema() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import stat
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from support.loaded import zsl_and_what_it_loads
+from zsl.cli.train import train
+from zsl.cli.trunkd import trunkd
 from zsl.cli.zsl import zsl
 from zsl.errors import EXIT_USAGE
 from zsl.transport.curve import read_key_pair
@@ -38,9 +41,31 @@ def test_a_clients_lines_are_those_of_tenants_toml(tmp_path: Path) -> None:
 def test_a_servers_pair_comes_with_the_command_that_takes_it(tmp_path: Path) -> None:
     finished = run("keygen", "server", "--out", str(tmp_path))
     assert finished.exit_code == 0, finished.output
-    assert f"zsl-trunkd --host 0.0.0.0 --keys {tmp_path} --tenants tenants.toml" in finished.output
+    assert f"--keys {tmp_path} --tenants tenants.toml" in finished.output
     assert "[tenants." not in finished.output
     assert read_key_pair(tmp_path / "server.key_secret").public.decode() in finished.output
+
+
+@pytest.mark.parametrize("name", ["server", "alice"])
+def test_the_printed_commands_name_a_model_or_a_configuration_and_the_files_where_they_are(
+    name: str, tmp_path: Path
+) -> None:
+    place = tmp_path / "my keys"
+    shown = run("keygen", name, "--out", str(place)).output
+    commands = [shlex.split(line) for line in shown.splitlines() if re.match(r"  zsl-(train|trunkd) ", line)]
+    assert len(commands) == 1
+    (command,) = commands
+    if name == "server":
+        given = trunkd.make_context("zsl-trunkd", command[1:]).params
+        assert (given["keys"], given["model"]) == (place, "MODEL")
+    else:
+        given = train.make_context("zsl-train", command[1:]).params
+        assert given["config"] == Path("CONFIG.toml")
+        assert given["settings"] == (
+            f"trunk.server_key={place}/server.key",
+            f"trunk.client_key={place}/alice.key_secret",
+        )
+        assert f'server_key="{place}/server.key", client_key="{place}/alice.key_secret"' in shown
 
 
 def test_without_out_the_files_go_to_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

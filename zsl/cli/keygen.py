@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 
 import click
 
@@ -18,8 +19,8 @@ Made a key pair:
 FOR_A_SERVER = """\
 Its public key is {key}
 
-Start the daemon with it, and with a list of the clients that it takes:
-  zsl-trunkd --host 0.0.0.0 --keys {directory} --tenants tenants.toml
+Start the daemon with it, with your model, and with a list of the clients that it takes:
+  zsl-trunkd --model MODEL --host 0.0.0.0 --keys {directory} --tenants tenants.toml
 
 Each client makes its own pair with `zsl keygen NAME`, which shows the lines that belong in tenants.toml.
 """
@@ -29,9 +30,9 @@ In the daemon's tenants.toml (send the daemon SIGHUP, and it reads that again):
 [tenants.{name}]
 public_key = "{key}"
 
-The client needs its secret file and the daemon's public one:
-  zsl-train … --server HOST:PORT --set trunk.server_key=server.key --set trunk.client_key={secret}
-  zsl.RemoteTrunk("HOST:PORT", server_key="server.key", client_key="{secret}")
+The client needs its secret file, and the daemon's public one beside it:
+  zsl-train CONFIG.toml --server HOST:PORT {settings}
+  zsl.RemoteTrunk("HOST:PORT", {arguments})
 """
 
 
@@ -56,12 +57,15 @@ def keygen(name: str, out: Path, debug: bool) -> None:
 
         public, secret = write_key_pair(out, name)
         is_server = name == SERVER
+        both = {"server_key": out / f"{SERVER}.key", "client_key": secret}
         facts = {
             "name": name,
             "key": read_public_key(str(public)).decode(),
-            "directory": out,
+            "directory": quote(str(out)),
             "public": str(public).ljust(len(str(secret))),
             "secret": secret,
+            "settings": " ".join(f"--set trunk.{key}={quote(str(file))}" for key, file in both.items()),
+            "arguments": ", ".join(f'{key}="{file}"' for key, file in both.items()),
             "keep_it": "stays on the daemon's machine" if is_server else "stays with the client",
             "give_it": "for every client" if is_server else "for whoever runs the daemon",
         }

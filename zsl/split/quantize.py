@@ -24,7 +24,7 @@ def quantization_config(reference: ModelReference, bits: Quantization, dtype: to
     if hasattr(reference.config, "quantization_config"):
         raise ModelError(f"model {reference.text!r} is quantized already; leave out quantize")
     if find_spec("bitsandbytes") is None:
-        raise ModelError(f"quantize = {bits!r} needs bitsandbytes: pip install 'zsl[quantized]'")
+        raise ModelError(f"quantize = {bits!r} needs bitsandbytes: pip install bitsandbytes")
     if bits == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(

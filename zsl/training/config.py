@@ -46,7 +46,7 @@ class ModelTable(Table):
     )
     dtype: DtypeName = Field(default="float32", description="The dtype of bottom and top.")
     quantize: Literal["4bit", "8bit"] | None = Field(
-        default=None, description="The linear layers of bottom and top in 4 or 8 bits; needs `zsl[quantized]`."
+        default=None, description="The linear layers of bottom and top in 4 or 8 bits; needs bitsandbytes."
     )
 
 

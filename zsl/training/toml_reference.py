@@ -52,16 +52,22 @@ The keys of transformers' `TrainingArguments`, whose documentation is theirs, an
 DEFAULTS = """\
 Where the file says nothing, `zsl-train` says this:
 
+```toml
 {train}
+```
 
 with `data.validation`:
 
+```toml
 {validation}
+```
 
 where the best adapters are kept (`load_best_model_at_end`, or `early_stopping_patience`), there is a validation
 whenever there is a checkpoint. Without a file:
 
+```toml
 {without}
+```
 """
 
 
@@ -122,7 +128,7 @@ def _values(field: FieldInfo) -> str:
 
 def _code(values: dict[str, Any], table: str | None = None) -> str:
     prefix = f"{table}." if table else ""
-    return "\n".join(f"    {prefix}{key} = {_toml(value)}" for key, value in values.items())
+    return "\n".join(f"{prefix}{key} = {_toml(value)}" for key, value in values.items())
 
 
 def _toml(value: Any) -> str:

@@ -13,6 +13,7 @@ from packaging.specifiers import SpecifierSet
 import zsl
 from zsl.client.doctor.check import Check, State, attempt
 
+DISTRIBUTION = "zsl-split"  # on PyPI, `zsl` is another project
 # The extras that a user may want; the others are for work on zsl itself.
 NEEDED_FOR = {
     "gguf": "models in .gguf files",
@@ -25,7 +26,7 @@ NEEDED_FOR = {
 def installation_checks() -> Iterator[Check]:
     """Python, zsl, each package that zsl asks for, and each that an extra adds."""
     try:
-        own = metadata.metadata("zsl")
+        own = metadata.metadata(DISTRIBUTION)
     except metadata.PackageNotFoundError:
         yield Check(
             "zsl", State.WARN, f"{zsl.__version__}, not installed as a package", "pip install -e . where it lies"

