@@ -122,7 +122,7 @@ def test_something_else_on_the_port_is_named_in_time() -> None:
 
 def test_an_unknown_host_is_named_in_time() -> None:
     with TrunkClient("no-such-host.invalid:5555", connect_timeout_seconds=0.5) as client:
-        with pytest.raises(TrunkUnreachable, match=r"no-such-host\.invalid:5555: it cannot be reached"):
+        with pytest.raises(TrunkUnreachable, match=r"no-such-host\.invalid:5555: the name of its host is not known"):
             client.connect()
 
 

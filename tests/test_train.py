@@ -181,7 +181,7 @@ def test_through_a_daemon_the_losses_are_those_of_the_embedded_trunk(
     server = serve("llama").endpoint.removeprefix("tcp://")
     finished = train(config, "--server", server, "--save-dir", tmp_path / "out", cwd=tmp_path)
     assert finished.returncode == 0, finished.stderr
-    assert f"tcp://{server}, llama" in finished.stdout
+    assert f"  tcp://{server}\n  llama" in finished.stdout
     assert losses_in(tmp_path / "out") == losses_in(finished_run[0])
 
 
