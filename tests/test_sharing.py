@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from support.echo import HIDDEN, TRAITS
-from zsl.errors import BadShapeError, MalformedError, TooLargeError
+from zsl.errors import BadShapeError, MalformedError, NonFiniteError, TooLargeError
 from zsl.trunk.admission import check_forward, sharing_of
 from zsl.trunk.costs import BatchLimits
 from zsl.trunk.settings import ServerSettings, TrunkInfo, TrunkTraits
@@ -121,3 +121,26 @@ def test_works_that_may_not_share_a_pass_make_no_batch() -> None:
     ):
         with pytest.raises(ValueError, match="share a pass"):
             Batch(works)
+
+
+def test_a_request_over_the_limits_or_without_tokens_is_refused() -> None:
+    limits = LIMITS.model_copy(update={"max_request_tokens": 6})
+    assert check_forward(request(2, 3), HIDDEN, limits).total_tokens == 6
+    with pytest.raises(TooLargeError):
+        check_forward(request(7, 1), HIDDEN, limits)
+    for wrong in ((0, 1, HIDDEN), (1, 0, HIDDEN), (1, HIDDEN)):
+        buffer = np.zeros(wrong, dtype=np.float32).tobytes()
+        descriptor = TensorDescriptor(role="activations", dtype="f32", shape=wrong, nbytes=len(buffer))
+        with pytest.raises(BadShapeError):
+            shape({"activations": (descriptor, memoryview(buffer))})
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bits"), [("f32", 0x7F800000), ("f32", 0x7FC00000), ("f16", 0x7C00), ("bf16", 0x7F80)]
+)
+def test_an_activation_that_is_not_finite_is_refused_with_its_place(dtype: str, bits: int) -> None:
+    values = np.zeros((2, 3, HIDDEN), dtype=np.uint32 if dtype == "f32" else np.uint16)
+    values[1, 2, 0] = bits
+    descriptor = TensorDescriptor(role="activations", dtype=dtype, shape=values.shape, nbytes=values.nbytes)  # type: ignore[arg-type]
+    with pytest.raises(NonFiniteError, match="row 1, token 2"):
+        shape({"activations": (descriptor, values.data.cast("B"))})
