@@ -127,7 +127,7 @@ def test_a_request_over_the_limits_or_without_tokens_is_refused() -> None:
     limits = LIMITS.model_copy(update={"max_request_tokens": 6})
     assert check_forward(request(2, 3), HIDDEN, limits).total_tokens == 6
     with pytest.raises(TooLargeError):
-        check_forward(request(7, 1), HIDDEN, limits)
+        check_forward(request(3, 3), HIDDEN, limits)
     for wrong in ((0, 1, HIDDEN), (1, 0, HIDDEN), (1, HIDDEN)):
         buffer = np.zeros(wrong, dtype=np.float32).tobytes()
         descriptor = TensorDescriptor(role="activations", dtype="f32", shape=wrong, nbytes=len(buffer))
