@@ -1,10 +1,10 @@
-"""The daemon's ROUTER: it receives all, follows its connections, cuts the right ones, and knows who does not read."""
+"""The daemon's ROUTER: it receives all, bounds what a peer can make it hold, cuts the right connections, and knows who
+does not read."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import resource
 import socket
 import subprocess
@@ -12,22 +12,23 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
 
 import pytest
 import zmq
 
 from zsl.errors import StartupError
-from zsl.transport.connections import Connections
-from zsl.transport.router import OTHER_FILES, Router
-from zsl.transport.unsent import MIN_READ_BYTES_PER_SECOND, SLOW_READER_SECONDS
-from zsl.wire.frames import Frame
+from zsl.transport.connection import HANDSHAKE_SECONDS, MIN_BYTES_PER_SECOND, SLOW_SECONDS
+from zsl.transport.router import OTHER_FILES, STRANGER_MESSAGE_BYTES, STRANGER_SECONDS, Router
+from zsl.wire.frames import HEAD_FRAMES, Frame
+from zsl.wire.messages import MAX_TENSORS
 
 WAIT_SECONDS = 20.0
 SMALL_BUFFER = 1 << 16
+MOST_FRAMES = HEAD_FRAMES + MAX_TENSORS
 LARGE = bytes(8 << 20)  # more than the kernel's buffers take, when a peer does not read
-LARGE_SECONDS = SLOW_READER_SECONDS + len(LARGE) / MIN_READ_BYTES_PER_SECOND
+LARGE_SECONDS = SLOW_SECONDS + len(LARGE) / MIN_BYTES_PER_SECOND
 # ZMTP 3.0 with the mechanism NULL: greeting, then READY as a DEALER.
 GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x00" + b"NULL".ljust(20, b"\0") + bytes(32)
 READY = b"\x04\x1c\x05READY\x0bSocket-Type\x00\x00\x00\x06DEALER"
@@ -118,8 +119,12 @@ def tcp(cleanup: ExitStack, endpoint: str, sent: bytes = b"") -> socket.socket:
     return connection
 
 
-def say_as_zeromq(connection: socket.socket, text: bytes) -> None:
+async def say_as_zeromq(connection: socket.socket, text: bytes) -> None:
     """Shake hands by hand, and send one message; what comes then is read only if someone does."""
+    await asyncio.to_thread(_say_as_zeromq, connection, text)
+
+
+def _say_as_zeromq(connection: socket.socket, text: bytes) -> None:
     connection.sendall(GREETING + READY)
     exactly(connection, len(GREETING))
     _, nbytes = exactly(connection, 2)
@@ -222,11 +227,11 @@ async def test_bytes_that_are_no_zeromq_stop_nobody(
         GREETING[:20],
     ):
         tcp(cleanup, room.endpoint, sent)
-    # As in ZMTP 1.0, this is a whole message of one frame; it arrives, and whoever receives it has to check it.
-    tcp(cleanup, room.endpoint, b"\x01\x00\x06\x00ZMTP1")
-    await room.heard(b"ZMTP1")
+    old = tcp(cleanup, room.endpoint, b"\x01\x00\x06\x00ZMTP1")  # in ZMTP 1.0, a whole message
     dealer(room.endpoint).send(b"hello")
     await room.heard(b"hello")
+    await until(lambda: was_cut(old))
+    assert room.texts == [b"hello"]
 
 
 # --- connections -----------------------------------------------------------------------------------------------------
@@ -241,7 +246,7 @@ async def test_it_counts_connections_that_say_nothing_too(cleanup: ExitStack, op
     await until(lambda: room.router.connections == 0)
 
 
-async def test_over_the_most_connections_the_newest_is_cut_and_the_others_are_served(
+async def test_when_all_places_are_taken_the_oldest_without_a_session_is_cut(
     cleanup: ExitStack,
     open_room: Callable[..., Room],
     dealer: Callable[..., zmq.Socket[bytes]],
@@ -249,25 +254,35 @@ async def test_over_the_most_connections_the_newest_is_cut_and_the_others_are_se
 ) -> None:
     caplog.set_level(logging.WARNING, "zsl.transport")
     room = open_room(max_connections=3)
-    first = dealer(room.endpoint)
-    first.send(b"first")
-    await room.heard(b"first")
+    member = dealer(room.endpoint)
+    member.send(b"member")
+    room.router.hold(await room.heard(b"member"))
     silent = [tcp(cleanup, room.endpoint) for _ in range(2)]
     await until(lambda: room.router.connections == 3)
-    for _ in range(5):
-        newest = tcp(cleanup, room.endpoint)
-        await until(lambda: was_cut(newest))  # noqa: B023 (awaited here)
-    await until(lambda: room.router.connections == 3)
-    assert not any(was_cut(connection) for connection in silent)
-    first.send(b"still there")
+    for number in range(5):
+        silent.append(tcp(cleanup, room.endpoint))
+        await until(lambda: was_cut(silent[number]))  # noqa: B023 (awaited here)
+    assert room.router.connections == 3
+    dealer(room.endpoint).send(b"new")
+    await room.heard(b"new")
+    member.send(b"still there")
     await room.heard(b"still there")
-    assert len([record for record in caplog.records if "turned away" in record.message]) == 1
+    assert len([record for record in caplog.records if "connections are taken" in record.message]) == 1
 
-    silent[0].close()
-    dealer(room.endpoint).send(b"in the free place")
-    await room.heard(b"in the free place")
+
+async def test_members_keep_their_places_and_a_newcomer_is_turned_away(
+    cleanup: ExitStack, open_room: Callable[..., Room], dealer: Callable[..., zmq.Socket[bytes]]
+) -> None:
+    room = open_room(max_connections=2)
+    members = [dealer(room.endpoint) for _ in range(2)]
+    for number, member in enumerate(members):
+        member.send(b"%d" % number)
+        room.router.hold(await room.heard(b"%d" % number))
     newest = tcp(cleanup, room.endpoint)
     await until(lambda: was_cut(newest))
+    room.router.release(await room.heard(b"0"))
+    dealer(room.endpoint).send(b"new")
+    await room.heard(b"new")
 
 
 async def test_there_are_no_more_connections_than_open_files_allow(
@@ -276,11 +291,204 @@ async def test_there_are_no_more_connections_than_open_files_allow(
     with monkeypatch.context() as patched:
         patched.setattr(resource, "getrlimit", lambda _: (OTHER_FILES + 2, 4096))
         room = open_room()
-    for _ in range(2):
-        tcp(cleanup, room.endpoint)
-    await until(lambda: room.router.connections == 2)
-    newest = tcp(cleanup, room.endpoint)
-    await until(lambda: was_cut(newest))
+    connections = [tcp(cleanup, room.endpoint) for _ in range(3)]
+    await until(lambda: was_cut(connections[0]))
+    assert room.router.connections == 2
+
+
+async def test_silence_without_a_session_and_an_unfinished_handshake_end(
+    cleanup: ExitStack, open_room: Callable[..., Room]
+) -> None:
+    now = [0.0]
+    room = open_room(clock=lambda: now[0])
+    half, silent, member = (tcp(cleanup, room.endpoint) for _ in range(3))
+    for connection, text in ((silent, b"silent"), (member, b"member")):
+        await say_as_zeromq(connection, text)
+        await room.heard(text)
+    room.router.hold(await room.heard(b"member"))
+    now[0] = HANDSHAKE_SECONDS + 1
+    await until(lambda: was_cut(half))
+    assert not was_cut(silent)
+    now[0] = STRANGER_SECONDS + 1
+    await until(lambda: was_cut(silent))
+    assert not was_cut(member)
+
+
+# --- what a peer can make it hold ------------------------------------------------------------------------------------
+
+
+def properties(**named: bytes) -> bytes:
+    return b"".join(
+        bytes((len(name),)) + name.encode() + len(value).to_bytes(4, "big") + value
+        for name, value in {"Socket-Type": b"DEALER", **named}.items()
+    )
+
+
+def ready(data: bytes) -> bytes:
+    body = b"\x05READY" + data
+    return b"\x06" + len(body).to_bytes(8, "big") + body
+
+
+READIES = {
+    "an identity": ready(properties(Identity=b"claimed")),
+    "an identity as given by a ROUTER": ready(properties(Identity=b"\0\0\0\0\1")),
+    "an identity of 255 bytes": ready(properties(Identity=b"x" * 255)),
+    "a property of 64 KiB": ready(properties(X=bytes(1 << 16))),
+    "many properties": ready(properties(**{f"x{i}": b"" for i in range(200)})),
+    "a property twice": ready(properties() * 2),
+    "a property cut short": ready(properties()[:-1]),
+    "a length of four gigabytes": ready(b"\x01x\xff\xff\xff\xff"),
+    "another type": ready(properties(**{"Socket-Type": b"SUB"})),
+    "no type": ready(b""),
+    "a command without its name": b"\x04\x01\x09",
+    "an empty command": b"\x04\x00",
+    "a message": b"\x00\x01x",
+    "a length over all": b"\x06" + b"\xff" * 8,
+    "reserved flags": b"\x08\x00",
+    "a command in parts": b"\x05\x00",
+}
+
+
+@pytest.mark.parametrize("sent", READIES.values(), ids=READIES)
+async def test_a_handshake_that_no_client_of_ours_makes_ends_the_connection(
+    sent: bytes, cleanup: ExitStack, open_room: Callable[..., Room]
+) -> None:
+    room = open_room()
+    connection = tcp(cleanup, room.endpoint, GREETING + sent + b"\x00\x05hello")
+    await until(lambda: was_cut(connection))
+    await until(lambda: room.router.connections == 0)
+    assert room.messages == []
+
+
+MESSAGES = {
+    "empty frames without end": b"\x01\x00" * 1000,
+    "a frame too many": b"\x01\x01x" * MOST_FRAMES + b"\x00\x01x",
+    "a frame over all": b"\x02" + (STRANGER_MESSAGE_BYTES + 1).to_bytes(8, "big"),
+    "frames of too many bytes": (b"\x03" + STRANGER_MESSAGE_BYTES.to_bytes(8, "big") + bytes(STRANGER_MESSAGE_BYTES))
+    * 3,
+    "a length of exabytes": b"\x03" + b"\x7f" + b"\xff" * 7,
+    "an unknown command": b"\x04\x0a\x09SUBSCRIBE",
+    "a large command": b"\x06\x00\x00\x00\x00\x00\x00\x01\x00",
+    "a ping with a long context": b"\x04\x18\x04PING\x00\x00" + b"c" * 17,
+    "a ping cut short": b"\x04\x06\x04PING\x00",
+}
+
+
+@pytest.mark.parametrize("sent", MESSAGES.values(), ids=MESSAGES)
+async def test_what_is_over_the_bounds_of_a_message_ends_the_connection_before_it_is_held(
+    sent: bytes, cleanup: ExitStack, open_room: Callable[..., Room]
+) -> None:
+    room = open_room()
+    connection = tcp(cleanup, room.endpoint)
+    await say_as_zeromq(connection, b"hello")
+    await room.heard(b"hello")
+    with suppress(ConnectionError):  # it may end in the middle
+        connection.sendall(sent)
+    await until(lambda: was_cut(connection))
+    assert room.texts == [b"hello"]
+
+
+async def test_a_member_may_send_large_messages_and_a_stranger_may_not(
+    open_room: Callable[..., Room], dealer: Callable[..., zmq.Socket[bytes]]
+) -> None:
+    room = open_room(max_message_bytes=len(LARGE))
+    client = dealer(room.endpoint)
+    client.send(b"hello")
+    peer = await room.heard(b"hello")
+    room.router.hold(peer)
+    client.send_multipart([b"large", LARGE])
+    assert await room.heard(b"large") == peer
+    assert room.messages[-1][2] == [b"large", LARGE]
+    room.router.release(peer)
+    client.send_multipart([b"large again", LARGE])
+    await until(lambda: not room.router.is_connected(peer))
+    assert b"large again" not in room.texts
+
+
+async def test_large_frames_wait_while_there_is_no_memory_for_them(
+    cleanup: ExitStack, open_room: Callable[..., Room]
+) -> None:
+    room = open_room(max_receiving_bytes=1 << 20)
+    half, other = (tcp(cleanup, room.endpoint) for _ in range(2))
+    for connection, text in ((half, b"half"), (other, b"other")):
+        await say_as_zeromq(connection, text)
+        room.router.hold(await room.heard(text))
+    frame = b"\x02" + (4 << 20).to_bytes(8, "big")
+    await asyncio.to_thread(half.sendall, frame + bytes(2 << 20))
+    connections = room.router._connections.values()
+    await until(lambda: sum(connection.receiving_bytes for connection in connections) >= 2 << 20)
+    sending = asyncio.create_task(asyncio.to_thread(other.sendall, frame + bytes(4 << 20)))
+    await until(lambda: room.router._parked)
+    assert len(room.messages) == 2
+    await asyncio.to_thread(half.sendall, bytes(2 << 20))
+    await until(lambda: len(room.messages) == 4)
+    await sending
+
+
+async def test_a_message_that_comes_too_slowly_ends_the_connection(
+    cleanup: ExitStack, open_room: Callable[..., Room]
+) -> None:
+    now = [0.0]
+    room = open_room(clock=lambda: now[0])
+    connection = tcp(cleanup, room.endpoint)
+    await say_as_zeromq(connection, b"hello")
+    peer = await room.heard(b"hello")
+    room.router.hold(peer)
+    connection.sendall(b"\x01\x01x\x00")
+    await until(lambda: room.router._connections[peer].receiving_bytes)
+    now[0] = SLOW_SECONDS + 1
+    await until(lambda: was_cut(connection))
+
+
+async def test_a_ping_is_answered_with_its_context(cleanup: ExitStack, open_room: Callable[..., Room]) -> None:
+    room = open_room()
+    connection = tcp(cleanup, room.endpoint)
+    await say_as_zeromq(connection, b"hello")
+    await room.heard(b"hello")
+    connection.sendall(b"\x04\x0a\x04PING\x00\x00abc")
+    answer = await asyncio.to_thread(exactly, connection, 10)
+    assert answer == b"\x04\x08\x04PONGabc"
+
+
+async def test_libzmq_s_own_heartbeats_keep_a_connection(
+    open_room: Callable[..., Room], dealer: Callable[..., zmq.Socket[bytes]]
+) -> None:
+    room = open_room()
+    client = dealer(room.endpoint, heartbeat_ivl=10, heartbeat_timeout=1000)
+    client.send(b"one")
+    peer = await room.heard(b"one")
+    heard = room.router._connections[peer].heard_at
+    await until(lambda: room.router._connections[peer].heard_at > heard + 0.05)
+    client.send(b"two")
+    assert await room.heard(b"two") == peer
+
+
+async def test_strangers_wait_for_their_share_and_members_do_not(
+    open_room: Callable[..., Room], dealer: Callable[..., zmq.Socket[bytes]]
+) -> None:
+    """The clock moves when a stranger's message is handled: each takes a second."""
+    now = [0.0]
+    room = open_room(clock=lambda: now[0])
+    kept = room.router._receive
+    assert kept is not None
+
+    def receive(peer: bytes, tenant: str, frames: list[Frame]) -> None:
+        now[0] += float(bytes(frames[0]) == b"flood")
+        kept(peer, tenant, frames)
+
+    member, stranger = dealer(room.endpoint), dealer(room.endpoint)
+    member.send(b"member")
+    room.router.hold(await room.heard(b"member"))
+    stranger.send(b"stranger")
+    await room.heard(b"stranger")
+    room.router._receive = receive
+    stranger.send(b"flood")
+    await room.heard(b"flood")
+    stranger.send(b"flood again")  # nine seconds and more from now
+    for number in range(20):
+        member.send(b"member %d" % number)
+        await room.heard(b"member %d" % number)
+    assert b"flood again" not in room.texts
 
 
 async def test_two_hundred_silent_connections_stop_no_client(
@@ -316,54 +524,6 @@ async def test_cut_ends_the_connection_of_that_peer_only(
     assert await room.heard(b"done") == await room.heard(b"again")
 
 
-async def test_a_late_message_gives_its_peer_no_hold_on_the_connection_that_followed(cleanup: ExitStack) -> None:
-    context = cleanup.enter_context(zmq.Context())
-    router = context.socket(zmq.ROUTER)
-    cleanup.callback(router.close, 0)
-    gone: list[bytes] = []
-    connections = Connections(context, router, max_connections=10, gone=gone.append)
-    cleanup.callback(connections.close)
-    endpoint = f"tcp://127.0.0.1:{router.bind_to_random_port('tcp://127.0.0.1')}"
-    connections.start()
-
-    def received() -> tuple[bytes, int]:
-        assert router.poll(WAIT_SECONDS * 1000)
-        peer, frame = router.recv_multipart(copy=False)
-        return peer.bytes, frame.get(zmq.MessageOption.SRCFD)
-
-    successor = socket.socket()  # made before the descriptor gets free, so that only the router can take it
-    successor.settimeout(WAIT_SECONDS)
-    cleanup.callback(successor.close)
-    ended = tcp(cleanup, endpoint)
-    say_as_zeromq(ended, b"a")
-    late, descriptor = received()
-    ended.shutdown(socket.SHUT_RDWR)
-    await until(lambda: not is_open(descriptor))
-    successor.connect(address_of(endpoint))
-    say_as_zeromq(successor, b"b")
-    peer, again = received()
-    assert again == descriptor, "the system gave it another; this test needs the same"
-
-    connections.heard(late, descriptor)  # only now does the loop come to it
-    connections.cut(late)
-    assert connections.knows(late) is False
-    connections.heard_all()
-    connections.heard(peer, descriptor)
-    assert connections.knows(peer)
-    assert not was_cut(successor)
-    connections.cut(peer)
-    await until(lambda: was_cut(successor))
-    await until(lambda: gone == [peer])
-
-
-def is_open(descriptor: int) -> bool:
-    try:
-        os.fstat(descriptor)
-    except OSError:
-        return False
-    return True
-
-
 # --- peers that do not read ------------------------------------------------------------------------------------------
 
 
@@ -386,7 +546,7 @@ async def test_a_peer_that_does_not_read_is_found_and_others_are_served_meanwhil
 ) -> None:
     now = [0.0]
     room = open_room(clock=lambda: now[0])
-    say_as_zeromq(tcp(cleanup, room.endpoint), b"slow")
+    await say_as_zeromq(tcp(cleanup, room.endpoint), b"slow")
     slow_peer = await room.heard(b"slow")
     other = dealer(room.endpoint)
     other.send(b"other")
@@ -416,7 +576,7 @@ async def test_a_peer_that_reads_a_little_is_not_slow(cleanup: ExitStack, open_r
     now = [0.0]
     room = open_room(clock=lambda: now[0])
     connection = tcp(cleanup, room.endpoint)
-    say_as_zeromq(connection, b"hello")
+    await say_as_zeromq(connection, b"hello")
     peer = await room.heard(b"hello")
     for _ in range(3):
         room.router.send(peer, [b"head", LARGE])
@@ -424,7 +584,7 @@ async def test_a_peer_that_reads_a_little_is_not_slow(cleanup: ExitStack, open_r
     before = room.router.unsent_bytes(peer)
     read = 0
     while read < len(LARGE):
-        read += len(connection.recv(1 << 20))
+        read += len(await asyncio.to_thread(connection.recv, 1 << 20))
     await until(lambda: room.router.unsent_bytes(peer) < before)
     assert room.router.slow_peers(now[0]) == []
     await found_slow(room.router, peer, now)

@@ -13,6 +13,7 @@ from typing import Any, Self
 import numpy as np
 
 from zsl.errors import InternalError
+from zsl.transport.connection import State
 from zsl.transport.curve import KeyPair
 from zsl.trunk.costs import UNKNOWN_COSTS, BatchLimits
 from zsl.trunk.server import TrunkServer
@@ -123,8 +124,9 @@ class EchoServer:
 
     @property
     def connections_of_peers(self) -> int:
-        """How many connections have said something and are there."""
-        return len(self.server._router._connections._of_peer)
+        """How many connections have shaken hands and are there."""
+        connections = list(self.server._router._connections.values())
+        return sum(connection.state is State.OPEN for connection in connections)
 
     @property
     def held_bytes(self) -> int:

@@ -45,11 +45,16 @@ _LINK_EVENTS: dict[int, LinkEvent] = {
     zmq.EVENT_HANDSHAKE_SUCCEEDED: LinkEvent.UP,
     zmq.EVENT_DISCONNECTED: LinkEvent.LOST,
     zmq.EVENT_CONNECTED: LinkEvent.MUTE,  # until its handshake has succeeded
-    zmq.EVENT_HANDSHAKE_FAILED_AUTH: LinkEvent.UNKNOWN_KEY,
     zmq.EVENT_CLOSED: LinkEvent.REFUSED,  # a connection attempt that failed
 }
-# With each comes the reason: an errno, or one of libzmq's PROTOCOL_ERROR.
-_FAILED_HANDSHAKES = (zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL, zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL)
+# With each comes the reason: an errno, one of libzmq's PROTOCOL_ERROR, or what the server said.
+_FAILED_HANDSHAKES = (
+    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL,
+    zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL,
+    zmq.EVENT_HANDSHAKE_FAILED_AUTH,
+)
+# As the server's ERROR has them: see `zsl.transport.mechanisms`.
+_REFUSALS = {400: LinkEvent.UNKNOWN_KEY, 500: LinkEvent.WRONG_SERVER_KEY}
 
 
 class Dealer:
@@ -107,6 +112,8 @@ class Dealer:
         if happened is None:
             return None
         event, value = happened
+        if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+            return _REFUSALS.get(value, LinkEvent.MUTE)
         return self._why_no_handshake(value) if event in _FAILED_HANDSHAKES else _LINK_EVENTS.get(event)
 
     def skip_events(self) -> None:
@@ -115,27 +122,21 @@ class Dealer:
             pass
 
     def _why_no_handshake(self, reason: int) -> LinkEvent:
-        """Both ends of libzmq give up once they have read the other's greeting and cannot agree. Who is first closes;
-        whether the other has read the greeting by then, and so knows the reason, is chance (in 100 trials each,
-        over loopback, libzmq 4.3.5):
+        """An end that cannot agree with the other's greeting closes the connection. Whether this one has read that
+        greeting by then, and so knows the reason, is chance:
 
-            client          server          the client's event, and its value
-            with keys       without         PROTOCOL, MECHANISM_MISMATCH (78); NO_DETAIL, EPIPE (22)
-            without         with keys       PROTOCOL, MECHANISM_MISMATCH (19); NO_DETAIL, EPIPE (81)
-            with keys       another key     NO_DETAIL, EPIPE (100): the server cannot open the client's first message
-            unknown key     with keys       AUTH, 400
+            this end        the server      the event, and its value
+            with keys       without         PROTOCOL, MECHANISM_MISMATCH; NO_DETAIL, EPIPE
+            without         with keys       PROTOCOL, MECHANISM_MISMATCH; NO_DETAIL, EPIPE
             any             not ZeroMQ      NO_DETAIL, with EPIPE, ECONNRESET or after HANDSHAKE_IVL EAGAIN; or nothing
+            any             full            NO_DETAIL, with EPIPE or ECONNRESET; or nothing
         """
         if reason == zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH:
             return LinkEvent.OTHER_MECHANISM
         if reason not in (errno.EPIPE, errno.ECONNRESET):
             return LinkEvent.MUTE
         offered = offered_mechanism(self._endpoint, timeout_seconds=GREETING_SECONDS)
-        if offered is None:
-            return LinkEvent.MUTE
-        if offered != self._mechanism:
-            return LinkEvent.OTHER_MECHANISM
-        return LinkEvent.WRONG_SERVER_KEY if self._mechanism == "CURVE" else LinkEvent.MUTE
+        return LinkEvent.MUTE if offered in (None, self._mechanism) else LinkEvent.OTHER_MECHANISM
 
     def close(self, *, linger_ms: int = LINGER_MS) -> None:
         """Close the socket, and the monitor before it."""

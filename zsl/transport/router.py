@@ -1,34 +1,52 @@
-"""The daemon's ROUTER socket on an asyncio loop: receives, sends, and knows who is too slow to be sent to.
+"""The daemon's ROUTER on an asyncio loop: accepts DEALERs, receives, sends, and knows who is too slow to be sent to.
 
-With keys it is encrypted, and who gets in is asked of `allowed`. What its connections do is followed in
-`zsl.transport.connections`, what they have not read in `zsl.transport.unsent`.
+It speaks ZMTP itself (`zmtp`, `mechanisms`, `connection`), not by libzmq, whose ROUTER lets a peer choose the address
+that answers go to, holds a message without end, and ends the process on some of what a peer can do.
+
+A connection that carries a session is a member, every other one a stranger. Strangers have small messages, few seconds
+of silence, the places that are left, and a bounded share of the loop; so whatever they send, members are served.
 """
 
 from __future__ import annotations
 
+import asyncio
 import errno
+import logging
 import resource
+import selectors
+import socket
 import time
 from collections.abc import Callable, Sequence
-
-import zmq
+from concurrent.futures import ThreadPoolExecutor
 
 from zsl.errors import StartupError
-from zsl.transport.connections import Connections
-from zsl.transport.curve import KeyPair, encrypt_server
-from zsl.transport.reading import Reader
-from zsl.transport.unsent import TRACKED_BYTES, Unsent
-from zsl.transport.zap import Authenticator
-from zsl.wire.frames import MAX_HEADER_BYTES, Frame
+from zsl.transport.connection import Connection, MessageLimits, State
+from zsl.transport.curve import KeyPair
+from zsl.transport.mechanisms import Curve, Mechanism, Null
+from zsl.transport.places import those_to_go
+from zsl.wire.frames import HEAD_FRAMES, MAX_HEADER_BYTES, Frame
+from zsl.wire.messages import MAX_TENSORS
 
-LINGER_MS = 2_000
-HANDSHAKE_MS = 5_000
-HEARTBEAT_MS = 5_000
-HEARTBEAT_TIMEOUT_MS = 120_000  # a heartbeat queues behind the large message that is being sent
-RECEIVE_HWM_MESSAGES = 16
+logger = logging.getLogger(__name__)
+
+LINGER_SECONDS = 2.0
 BACKLOG = 1024  # when a daemon comes back, all its clients connect at once
 MAX_OPEN_FILES = 65_536
-OTHER_FILES = 128  # of the process: the model's, the log's, ZeroMQ's own
+OTHER_FILES = 128  # of the process: the model's, the log's, the loop's own
+SCRATCH_BYTES = 64 * 1024
+CRYPTO_THREADS = 2
+
+# Activations, gradients, masks and positions of the largest request.
+FRAMES_OF_THE_LARGEST = 4
+STRANGER_MESSAGE_BYTES = 32 * 1024
+STRANGER_SECONDS = 30.0  # of silence
+ACCEPTED_PER_TURN = 16
+TURN_SECONDS = 0.002  # of strangers
+# While there are members, strangers have this share of the loop's time, and may save up so much of it.
+STRANGERS_SHARE = 0.1
+MAX_ALLOWANCE_SECONDS = 0.05
+HOUSEKEEPING_SECONDS = 1.0
+WARNING_SECONDS = 10.0
 
 # The peer, the tenant's public key ("" without keys), the frames.
 Receiver = Callable[[bytes, str, list[Frame]], None]
@@ -38,8 +56,9 @@ class Router:
     """A bound ROUTER. On the loop `receive(peer, tenant, frames)` is called for each message that comes in, and
     `received()` when those that had arrived together are through.
 
-    `keys`, and `allowed(public key)` for each client that connects, come together; then `bind` belongs on the loop.
-    `clock` gives seconds.
+    A peer is one connection: its name ends with it and is never given again. `keys`, and `allowed(public key)` for each
+    client that connects, come together. `max_receiving_bytes` is for messages that have come in part. `clock` gives
+    seconds.
     """
 
     def __init__(
@@ -48,43 +67,44 @@ class Router:
         max_message_bytes: int,
         send_hwm_messages: int,
         max_connections: int,
+        max_receiving_bytes: int = 1 << 30,
         keys: KeyPair | None = None,
         allowed: Callable[[str], bool] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._context = zmq.Context(io_threads=1)  # `Connections` relies on it
-        self._socket = self._context.socket(zmq.ROUTER)
-        for option, value in (
-            (zmq.LINGER, LINGER_MS),
-            (zmq.MAXMSGSIZE, max(max_message_bytes, MAX_HEADER_BYTES + 1)),
-            (zmq.RCVHWM, RECEIVE_HWM_MESSAGES),
-            (zmq.SNDHWM, send_hwm_messages),
-            (zmq.ROUTER_MANDATORY, 1),
-            (zmq.BACKLOG, BACKLOG),
-            (zmq.HANDSHAKE_IVL, HANDSHAKE_MS),
-            (zmq.HEARTBEAT_IVL, HEARTBEAT_MS),
-            (zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS),
-            (zmq.HEARTBEAT_TTL, HEARTBEAT_TIMEOUT_MS),
-            (zmq.TCP_KEEPALIVE, 1),
-        ):
-            self._socket.setsockopt(option, value)
         assert (keys is None) == (allowed is None), "keys and who is allowed come together"
-        self._encrypted = keys is not None
-        self._authenticator: Authenticator | None = None
-        if keys is not None and allowed is not None:
-            encrypt_server(self._socket, keys)
-            self._authenticator = Authenticator(self._context, allowed)
-        self._unsent = Unsent(clock)
-        self._connections = Connections(
-            self._context,
-            self._socket,
-            max_connections=min(max_connections, _connections_that_can_be()),
-            gone=self._unsent.forget,
-            clock=clock,
-        )
-        self._reader = Reader(self._socket, self._take, self._taken)
-        self._receive: Receiver
-        self._received: Callable[[], None]
+        self._keys = keys
+        self._allowed = allowed
+        self._clock = clock
+        self._send_hwm_messages = send_hwm_messages
+        self._max_connections = min(max_connections, _connections_that_can_be())
+        self._max_receiving_bytes = max_receiving_bytes
+        frame_bytes = max(max_message_bytes, MAX_HEADER_BYTES + 1)
+        frames = HEAD_FRAMES + MAX_TENSORS
+        self._member_limits = MessageLimits(frames, frame_bytes, FRAMES_OF_THE_LARGEST * frame_bytes)
+        stranger_bytes = min(frame_bytes, STRANGER_MESSAGE_BYTES)
+        self._stranger_limits = MessageLimits(frames, stranger_bytes, 2 * stranger_bytes)
+        self._executor = None if keys is None else ThreadPoolExecutor(CRYPTO_THREADS, "zsl-curve")
+        self._scratch = memoryview(bytearray(SCRATCH_BYTES))
+        self._listening: socket.socket | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._receive: Receiver | None = None
+        self._received: Callable[[], None] = lambda: None
+        self._peers = 0  # that there have been
+        self._connections: dict[bytes, Connection] = {}
+        self._strangers: dict[Connection, None] = {}  # oldest first
+        self._unread: set[Connection] = set()  # peers that have not read all
+        self._receiving: set[Connection] = set()  # with memory for large frames, the last time that was asked
+        self._parked: dict[Connection, None] = {}
+        self._members_selector = selectors.DefaultSelector()
+        self._strangers_selector = selectors.DefaultSelector()
+        self._members_left: dict[Connection, None] = {}  # something was read from them that waits for the next turn
+        self._strangers_turn_for: dict[Connection, int] = {}
+        self._allowance_seconds = MAX_ALLOWANCE_SECONDS
+        self._allowance_at = clock()
+        self._timers: dict[str, asyncio.Handle] = {}
+        self._turned_away = 0
+        self._warned_at = float("-inf")
 
     @property
     def connections(self) -> int:
@@ -92,111 +112,368 @@ class Router:
         return len(self._connections)
 
     def bind(self, host: str, port: int) -> str:
-        """Bind, and return the real endpoint (`port` 0 picks one). Raises `StartupError`."""
+        """Bind, and return the real endpoint (`port` 0 picks one). On a running loop, handshakes are answered from now.
+
+        Raises `StartupError`.
+        """
         shown_host = f"[{host}]" if ":" in host else host
-        self._socket.setsockopt(zmq.IPV6, int(":" in host))
-        if self._authenticator is not None:
-            self._authenticator.start()  # before anyone can connect
         try:
-            self._socket.bind(f"tcp://{shown_host}:{port or '*'}")
-        except zmq.ZMQError as error:
+            self._listening = _listening_socket(host, port)
+        except OSError as error:
             self.close()
             what, to_do = error.strerror, "choose another with --port (0 picks one)"
             if error.errno == errno.EADDRINUSE:
                 what = "the port is in use"
-            elif error.errno in (errno.EADDRNOTAVAIL, errno.ENODEV, errno.EINVAL):
+            elif isinstance(error, socket.gaierror) or error.errno in (errno.EADDRNOTAVAIL, errno.EINVAL):
                 what = "this machine has no such address"
                 to_do = "name one of its own with --host, or 0.0.0.0 for all that it has"
             raise StartupError(f"cannot listen on {shown_host}:{port}: {what}; {to_do}") from error
-        if self._authenticator is not None:
-            self._connections.start()
-        return self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            pass
+        else:
+            self._begin()
+        return f"tcp://{shown_host}:{self._listening.getsockname()[1]}"
 
     def start(self, receive: Receiver, received: Callable[[], None]) -> None:
         """Begin to receive, on the running loop."""
         self._receive = receive
         self._received = received
-        self._connections.start()
-        self._reader.start()
+        self._begin()
+        for connection in list(self._connections.values()):
+            self._changed(connection)
 
     def drain(self) -> None:
-        """Receive what has arrived, without waiting."""
-        self._reader.drain()
-
-    def _take(self) -> None:
-        first, *frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
-        peer = first.bytes
-        if not self._connections.knows(peer):
-            self._connections.heard(peer, _descriptor(frames[-1]))
-        tenant = str(frames[-1].get("User-Id")) if self._encrypted else ""
-        self._receive(peer, tenant, [frame.buffer for frame in frames])
-
-    def _taken(self, empty: bool) -> None:
-        if empty:
-            self._connections.heard_all()
-        self._received()
+        """Receive what members have sent, without waiting."""
+        self._members_turn()
 
     def send(self, peer: bytes, frames: Sequence[Frame]) -> bool:
         """Send without waiting. False if the peer is gone or does not read: nothing was sent then.
 
         The memory of the frames must not be written any more: large ones are not copied.
         """
-        # Each frame has its own tracker: that of a whole message follows its last frame only.
-        parts: list[Frame | zmq.Frame] = [
-            zmq.Frame(frame, track=True, copy=False) if len(frame) >= TRACKED_BYTES else frame for frame in frames
-        ]
-        try:
-            self._socket.send_multipart([peer, *parts], zmq.NOBLOCK, copy=False)
-        except zmq.ZMQError as error:
-            if error.errno not in (errno.EHOSTUNREACH, errno.EAGAIN):
-                raise
-            return False
-        finally:
-            self._reader.look_again()  # a send may consume the edge that announced a message
-        tracked = [part for part in parts if isinstance(part, zmq.Frame)]
-        if tracked:
-            self._unsent.add(peer, tracked)
-        return True
+        connection = self._connections.get(peer)
+        return connection is not None and connection.send(frames)
+
+    def hold(self, peer: bytes) -> None:
+        """The connection carries a session from now on."""
+        connection = self._connections.get(peer)
+        if connection is not None and connection in self._strangers:
+            del self._strangers[connection]
+            self._strangers_turn_for.pop(connection, None)
+            connection.limits = self._member_limits
+            _forget(self._strangers_selector, connection)
+            self._changed(connection)
+
+    def release(self, peer: bytes) -> None:
+        """The connection carries no session any more, or sends what no client sends."""
+        connection = self._connections.get(peer)
+        if connection is not None and connection not in self._strangers:
+            self._strangers[connection] = None
+            self._members_left.pop(connection, None)
+            connection.limits = self._stranger_limits
+            _forget(self._members_selector, connection)
+            self._changed(connection)
 
     def unsent_bytes(self, peer: bytes) -> int:
-        """The bytes of large frames that wait in memory for a peer to read them."""
-        return self._unsent.nbytes(peer)
+        """The bytes that wait in memory for a peer to read them."""
+        connection = self._connections.get(peer)
+        return 0 if connection is None else connection.unsent_bytes
 
     @property
     def all_unsent_bytes(self) -> int:
         """What all peers together have not read."""
-        return self._unsent.all_nbytes
+        return sum(connection.unsent_bytes for connection in self._unread)
 
     def is_connected(self, peer: bytes) -> bool:
         """Whether the connection of a peer that has sent something is still there."""
-        return self._connections.knows(peer)
+        return peer in self._connections
 
     def slow_peers(self, now: float) -> list[bytes]:
         """The peers that have not read for too long what was sent to them."""
-        return self._unsent.slow(now)
+        return [connection.peer for connection in self._unread if connection.is_slow(now)]
 
     def cut(self, peer: bytes) -> None:
         """End the connection of a peer, and drop what waits for it. It may connect again."""
-        self._connections.cut(peer)
+        connection = self._connections.get(peer)
+        if connection is not None:
+            connection.close("it was cut")
 
     def close(self) -> None:
-        """Stop receiving, give what was sent up to `LINGER_MS` to leave, and free the socket."""
-        if self._socket.closed:
+        """Stop receiving, give what was sent up to `LINGER_SECONDS` to leave, and free the sockets."""
+        if self._loop is not None and not self._loop.is_closed():
+            for selector in (self._members_selector, self._strangers_selector):
+                self._loop.remove_reader(selector.fileno())
+        for timer in self._timers.values():
+            timer.cancel()
+        self._timers.clear()
+        self._loop = self._receive = None
+        if self._listening is not None:
+            self._listening.close()
+            self._listening = None
+        if self._executor is not None:
+            self._executor.shutdown(cancel_futures=True)
+        self._linger()
+        for connection in list(self._connections.values()):
+            connection.close("the daemon ends")
+        self._members_selector.close()
+        self._strangers_selector.close()
+
+    def _linger(self) -> None:
+        until = time.monotonic() + LINGER_SECONDS
+        with selectors.DefaultSelector() as leaving:
+            for connection in list(self._unread):
+                if connection.wants_to_write:
+                    leaving.register(connection.socket, selectors.EVENT_WRITE, connection)
+            while leaving.get_map() and (seconds := until - time.monotonic()) > 0:
+                for key, _ in leaving.select(seconds):
+                    connection = key.data
+                    connection.write()
+                    if not connection.wants_to_write:
+                        leaving.unregister(key.fileobj)
+
+    # --- the loop ------------------------------------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        if self._loop is not None:
             return
-        self._reader.stop()
-        self._connections.close()
-        self._socket.close()
-        if self._authenticator is not None:
-            self._authenticator.close()
-        self._context.term()
+        assert self._listening is not None
+        self._loop = asyncio.get_running_loop()
+        self._strangers_selector.register(self._listening, selectors.EVENT_READ, None)
+        self._loop.add_reader(self._members_selector.fileno(), self._members_turn)
+        self._loop.add_reader(self._strangers_selector.fileno(), self._strangers_turn)
+        self._keep_house()
+
+    def _members_turn(self) -> None:
+        """Give each member that can read or write one turn, of bounded length."""
+        left, self._members_left = self._members_left, {}
+        turns: dict[Connection, int] = dict.fromkeys(left, selectors.EVENT_READ)
+        for key, mask in self._members_selector.select(0):
+            turns[key.data] = turns.get(key.data, 0) | mask
+        for connection, mask in turns.items():
+            self._turn(connection, mask)
+        self._received()
+
+    def _strangers_turn(self) -> None:
+        """Give strangers their turns while their share of the time lasts; the others wait where they are."""
+        began = self._clock()
+        self._timers.pop("strangers", None)
+        waiting = self._strangers_turn_for
+        for key, mask in self._strangers_selector.select(0):
+            if key.data is None:
+                self._accept()
+            else:
+                waiting[key.data] = waiting.get(key.data, 0) | mask
+        now = began
+        while waiting and now - began < TURN_SECONDS:
+            connection = next(iter(waiting))
+            self._turn(connection, waiting.pop(connection))
+            now = self._clock()
+        self._received()
+        self._charge_strangers(began, self._clock())
+
+    def _charge_strangers(self, began: float, now: float) -> None:
+        """See when strangers may have their next turn: none is far off while nobody carries a session."""
+        assert self._loop is not None
+        earned = (began - self._allowance_at) * STRANGERS_SHARE
+        self._allowance_seconds = min(self._allowance_seconds + earned, MAX_ALLOWANCE_SECONDS) - (now - began)
+        self._allowance_at = began
+        if len(self._strangers) == len(self._connections):
+            self._allowance_seconds = max(self._allowance_seconds, 0.0)
+        if self._allowance_seconds < 0:
+            self._loop.remove_reader(self._strangers_selector.fileno())
+            pause = -self._allowance_seconds / STRANGERS_SHARE
+            self._timers["strangers"] = self._loop.call_later(pause, self._strangers_again)
+        elif self._strangers_turn_for:
+            self._strangers_soon()
+
+    def _strangers_again(self) -> None:
+        assert self._loop is not None
+        self._loop.add_reader(self._strangers_selector.fileno(), self._strangers_turn)
+        self._strangers_turn()
+
+    def _strangers_soon(self) -> None:
+        if self._loop is not None and "strangers" not in self._timers:
+            self._timers["strangers"] = self._loop.call_soon(self._strangers_turn)
+
+    def _turn(self, connection: Connection, mask: int) -> None:
+        if connection.state is State.CLOSED:
+            return
+        if mask & selectors.EVENT_WRITE:
+            connection.write()
+        if mask & selectors.EVENT_READ and connection.wants_to_read:
+            if not self._has_memory_for(connection):
+                self._parked[connection] = None
+                connection.park()
+                return
+            connection.read(self._scratch)
+            self._changed(connection)
+
+    def _has_memory_for(self, connection: Connection) -> bool:
+        """Whether a large frame may be received now. Who has begun goes on: what waits holds none of the memory."""
+        if not connection.wants_memory:
+            return True
+        self._receiving = {other for other in self._receiving if other.has_memory and other.state is State.OPEN}
+        if sum(other.receiving_bytes for other in self._receiving) > self._max_receiving_bytes:
+            return False
+        connection.has_memory = True
+        self._receiving.add(connection)
+        return True
+
+    def _changed(self, connection: Connection) -> None:
+        """A connection wants to read or write other than before, or is closed."""
+        if connection.peer not in self._connections:
+            return
+        stranger = connection in self._strangers
+        selector = self._strangers_selector if stranger else self._members_selector
+        if connection.state is State.CLOSED:
+            self._forget(connection, selector)
+            return
+        if connection.unsent_bytes:
+            self._unread.add(connection)
+        else:
+            self._unread.discard(connection)
+        # Nothing that comes after its handshake is read before someone receives it.
+        reads = connection.wants_to_read and (self._receive is not None or connection.state is not State.OPEN)
+        wanted = reads * selectors.EVENT_READ | connection.wants_to_write * selectors.EVENT_WRITE
+        registered = selector.get_map().get(connection.socket)
+        if registered is None:
+            if wanted:
+                selector.register(connection.socket, wanted, connection)
+        elif not wanted:
+            selector.unregister(connection.socket)
+        elif registered.events != wanted:
+            selector.modify(connection.socket, wanted, connection)
+        if reads and connection.has_left and self._loop is not None:
+            if stranger:
+                self._strangers_turn_for.setdefault(connection, selectors.EVENT_READ)
+                self._strangers_soon()
+            else:
+                self._members_left[connection] = None
+                if "members" not in self._timers:
+                    self._timers["members"] = self._loop.call_soon(self._members_left_turn)
+
+    def _members_left_turn(self) -> None:
+        del self._timers["members"]
+        self._members_turn()
+
+    def _forget(self, connection: Connection, selector: selectors.BaseSelector) -> None:
+        _forget(selector, connection)
+        del self._connections[connection.peer]
+        self._strangers.pop(connection, None)
+        self._strangers_turn_for.pop(connection, None)
+        self._members_left.pop(connection, None)
+        self._parked.pop(connection, None)
+        self._unread.discard(connection)
+        self._receiving.discard(connection)
+        logger.debug("a connection of %s ended: %s", connection.address, connection.why)
+
+    def _hand_on(self, connection: Connection, frames: list[Frame]) -> None:
+        assert self._receive is not None
+        try:
+            self._receive(connection.peer, connection.tenant, frames)
+        except Exception:
+            # Nothing that a peer sends may stop the loop; who receives a message answers the errors it expects.
+            logger.exception("a message could not be handled")
+
+    # --- connections ---------------------------------------------------------------------------------------------
+
+    def _accept(self) -> None:
+        assert self._listening is not None and self._loop is not None
+        for _ in range(ACCEPTED_PER_TURN):
+            try:
+                accepted, address = self._listening.accept()
+            except (BlockingIOError, ConnectionError, InterruptedError):
+                return
+            except OSError as error:
+                logger.warning("a connection could not be accepted: %s", error.strerror)
+                self._make_place()
+                return
+            if len(self._connections) >= self._max_connections and not self._make_place():
+                accepted.close()
+                continue
+            self._open(accepted, str(address[0]))
+
+    def _make_place(self) -> bool:
+        """Cut the strangers that have to go first. False if there is none."""
+        to_go = those_to_go(self._strangers, max(1, self._max_connections // 64))
+        for stranger in to_go:
+            stranger.close("another one needs its place")
+        self._turned_away += max(len(to_go), 1)
+        if self._clock() - self._warned_at >= WARNING_SECONDS:
+            logger.warning(
+                "all %d connections are taken: %d %s",
+                self._max_connections,
+                self._turned_away,
+                f"without a session were cut, the last one from {to_go[-1].address}" if to_go else "turned away",
+            )
+            self._turned_away, self._warned_at = 0, self._clock()
+        return bool(to_go)
+
+    def _open(self, accepted: socket.socket, address: str) -> None:
+        assert self._loop is not None
+        accepted.setblocking(False)
+        accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        accepted.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        self._peers += 1
+        mechanism: Mechanism = Null()
+        if self._keys is not None and self._allowed is not None:
+            mechanism = Curve(self._keys, self._allowed)
+        connection = Connection(
+            self._peers.to_bytes(8, "big"),
+            accepted,
+            address,
+            mechanism,
+            self._stranger_limits,
+            max_unsent_messages=self._send_hwm_messages,
+            receive=self._hand_on,
+            changed=self._changed,
+            executor=self._executor,
+            call_soon=self._loop.call_soon_threadsafe,
+            clock=self._clock,
+        )
+        self._connections[connection.peer] = connection
+        self._strangers[connection] = None
+        connection.write()
+
+    def _keep_house(self) -> None:
+        """Cut who takes too long, and let those go on that wait for memory."""
+        assert self._loop is not None
+        now = self._clock()
+        for connection in list(self._connections.values()):
+            if connection.overdue(now) and connection not in self._parked:
+                connection.close("its handshake or a message took too long")
+        for connection in list(self._strangers):
+            if now - connection.heard_at > STRANGER_SECONDS:
+                connection.close("silent, without a session")
+        parked, self._parked = self._parked, {}
+        for connection in parked:
+            connection.unpark()  # its next turn asks for memory again
+        self._timers["house"] = self._loop.call_later(HOUSEKEEPING_SECONDS, self._keep_house)
 
 
-def _descriptor(frame: zmq.Frame) -> int:
-    """The file descriptor of the connection that a message came through; -1 if that is not told."""
+def _listening_socket(host: str, port: int) -> socket.socket:
+    family, kind, protocol, _, address = socket.getaddrinfo(
+        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )[0]
+    listening = socket.socket(family, kind, protocol)
     try:
-        return int(frame.get(zmq.MessageOption.SRCFD))
-    except zmq.ZMQError:
-        return -1  # bytes that are no ZeroMQ
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        listening.bind(address)
+        listening.listen(BACKLOG)
+        listening.setblocking(False)
+    except OSError:
+        listening.close()
+        raise
+    return listening
+
+
+def _forget(selector: selectors.BaseSelector, connection: Connection) -> None:
+    if connection.socket.fileno() >= 0 and connection.socket in selector.get_map():
+        selector.unregister(connection.socket)
 
 
 def raise_file_limit() -> None:
@@ -208,6 +485,5 @@ def raise_file_limit() -> None:
 
 
 def _connections_that_can_be() -> int:
-    """At the limit of open files, libzmq would do nothing but try to accept."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return MAX_OPEN_FILES if soft == resource.RLIM_INFINITY else max(soft - OTHER_FILES, 1)

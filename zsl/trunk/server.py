@@ -115,6 +115,7 @@ class TrunkServer:
             max_message_bytes=self._limits.max_message_bytes,
             send_hwm_messages=self._settings.max_inflight_requests + CONTROL_MESSAGES,
             max_connections=self._settings.max_connections,
+            max_receiving_bytes=self._settings.max_total_inflight_bytes,
             keys=keys,
             allowed=None if allowlist is None else allowlist.allows,
             clock=clock,
@@ -211,6 +212,7 @@ class TrunkServer:
             if frames and bytes(frames[0][: len(MAGIC)]) == MAGIC:
                 self._answer_error(peer, error.request, error)
             logger.warning("refused a message of %d frames: %s", len(frames), error)
+            self._router.release(peer)
             return
         header = message.header
         try:
@@ -235,6 +237,7 @@ class TrunkServer:
             check_wanted(self.info, header)
             session = self._resumed(sender, header, now) or self._opened(sender, header, now)
         welcome = welcome_to(header, session.id, self._epoch, self.info, self._traits, self._limits_of(sender))
+        self._router.hold(sender.peer)
         if not self._send(sender.peer, welcome):
             self._close_session(session.id, "its client has gone before it was open")
 
@@ -317,8 +320,11 @@ class TrunkServer:
         now = self._clock()
         self._check_epoch(header)
         session = self._sessions.renew(header.session, now, tenant=sender.tenant)
-        if sender.peer != session.peer:
+        if sender.peer not in (session.peer, session.pulse):
+            if session.pulse is not None:
+                self._router.release(session.pulse)
             session.pulse = sender.peer
+            self._router.hold(sender.peer)
         pong = Pong(
             request=header.request,
             epoch=self._epoch,
@@ -468,6 +474,9 @@ class TrunkServer:
                 given_up = self._intake.under_way.pop((session_id, request))
                 if given_up.held is not None:
                     given_up.held.stash.drop()
+        for peer in (session.peer, session.pulse):
+            if peer is not None:
+                self._router.release(peer)
         self._replies.close(session_id)
         self._scheduler.forget_client(session_id)
         if session.tenant is None:  # a tenant with a key must not lose what it has used by coming anew

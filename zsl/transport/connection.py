@@ -1,0 +1,436 @@
+"""One TCP connection of the daemon's ROUTER: greeting, handshake, messages in, messages out.
+
+Never blocks and never waits: the `Router` says when it may read or write. What a peer can make it hold is bounded
+before it is allocated: the bytes of a handshake, the frames and bytes of a message, the answers that it has not read.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from enum import Enum
+from itertools import islice
+
+from zsl.transport.mechanisms import Mechanism, Refused
+from zsl.transport.zmtp import (
+    COMMAND,
+    GREETING_BYTES,
+    MORE,
+    Frame,
+    FrameReader,
+    ProtocolViolation,
+    check_greeting,
+    command,
+    greeting,
+    head,
+    parse_command,
+)
+
+logger = logging.getLogger(__name__)
+
+MAX_HANDSHAKE_BYTES = 1024  # of one command; libzmq's INITIATE has about 330
+MAX_COMMAND_BYTES = 64
+PING_TTL_BYTES, MAX_PING_CONTEXT_BYTES = 2, 16
+HANDSHAKE_SECONDS = 5.0
+GOODBYE_SECONDS = 1.0  # for a peer to read why it was refused
+# How long a message may take on its way in, and the oldest frame on its way out: so long, and as long as it takes at
+# this speed.
+SLOW_SECONDS = 30.0
+MIN_BYTES_PER_SECOND = 100_000
+MESSAGES_PER_TURN = 16
+READS_PER_TURN = 4
+BUFFERS_PER_WRITE = 64
+# A sealed frame of this size is made or opened on another thread.
+THREAD_BYTES = 64 * 1024
+# Smaller frames are copied together, so that one call sends them.
+COPIED_BYTES = 8 * 1024
+
+
+class State(Enum):
+    GREETING = "greeting"
+    HANDSHAKE = "handshake"
+    OPEN = "open"
+    REFUSED = "refused"  # what it was told is on its way, and then it ends
+    CLOSED = "closed"
+
+
+class MessageLimits:
+    """What one message may have: frames, bytes a frame, and bytes in all."""
+
+    __slots__ = ("frame_bytes", "frames", "message_bytes")
+
+    def __init__(self, frames: int, frame_bytes: int, message_bytes: int) -> None:
+        self.frames = frames
+        self.frame_bytes = frame_bytes
+        self.message_bytes = message_bytes
+
+
+class Connection:
+    """An accepted TCP connection. `receive(self, frames)` is called for each message.
+
+    `executor`, with `call_soon` to come back by, seals and opens large frames. `changed(self)` is called when it wants
+    to read or write other than before, and when it is closed. All methods belong on one thread; `clock` gives seconds.
+    """
+
+    def __init__(
+        self,
+        peer: bytes,
+        connected: socket.socket,
+        address: str,
+        mechanism: Mechanism,
+        limits: MessageLimits,
+        *,
+        max_unsent_messages: int,
+        receive: Callable[[Connection, list[Frame]], None],
+        changed: Callable[[Connection], None],
+        executor: Executor | None,
+        call_soon: Callable[..., object],
+        clock: Callable[[], float],
+    ) -> None:
+        self.peer = peer
+        self.socket = connected
+        self.address = address
+        self.limits = limits
+        self.state = State.GREETING
+        self.since = clock()  # accepted
+        self.heard_at = self.since
+        self.why = ""  # it was closed
+        self._mechanism = mechanism
+        self._max_unsent_messages = max_unsent_messages
+        self._receive = receive
+        self._changed = changed
+        self._executor = executor
+        self._call_soon = call_soon
+        self._clock = clock
+        # in
+        self._greeting = bytearray()
+        self._reader = FrameReader(self._admit)
+        self._left = memoryview(b"")  # read, and not looked at
+        self._frames: list[Frame] = []
+        self._message_bytes = 0
+        self._message_since: float | None = None
+        self._opening = False  # a frame is opened on another thread
+        self._parked = False
+        self.has_memory = False  # for the large frames of the message that is coming in
+        # out: what is not sent of a buffer, how large it was, and whether a message ends with it
+        self._out: deque[tuple[memoryview, int, bool]] = deque()
+        self._unsealed: deque[tuple[int, Frame]] = deque()  # flags and body, behind one that is sealed elsewhere
+        self._sealing = False
+        self._unsent_messages = 0
+        self.unsent_bytes = 0
+        self._out_since = self.since
+        self._put(greeting(mechanism.name), ends=False)
+
+    @property
+    def tenant(self) -> str:
+        """The peer's public key in z85; "" without keys, and before it has shown that it has it."""
+        return self._mechanism.tenant
+
+    @property
+    def wants_to_read(self) -> bool:
+        return self.state is not State.CLOSED and not self._opening and not self._parked
+
+    @property
+    def wants_to_write(self) -> bool:
+        return bool(self._out) and self.state is not State.CLOSED
+
+    @property
+    def has_left(self) -> bool:
+        """Whether something was read that the next turn has to look at."""
+        return bool(self._left) and self.wants_to_read
+
+    @property
+    def receiving_bytes(self) -> int:
+        """What has come of an unfinished message."""
+        return self._message_bytes + self._reader.held_bytes
+
+    @property
+    def wants_memory(self) -> bool:
+        """Whether the first large frame of a message has begun."""
+        return not self.has_memory and self._reader.rest is not None
+
+    def overdue(self, now: float) -> bool:
+        """Whether its handshake, or a message on its way in, takes too long."""
+        if self.state is State.REFUSED:
+            return now - self.heard_at > GOODBYE_SECONDS
+        if self.state is not State.OPEN:
+            return now - self.since > HANDSHAKE_SECONDS
+        if self._message_since is None:
+            return False
+        return now - self._message_since > SLOW_SECONDS + self.receiving_bytes / MIN_BYTES_PER_SECOND
+
+    def is_slow(self, now: float) -> bool:
+        """Whether the oldest frame that was sent to it waits too long. What came off before it counts for it."""
+        if not self._out:
+            return False
+        return now - self._out_since > SLOW_SECONDS + self._out[0][1] / MIN_BYTES_PER_SECOND
+
+    # --- in ------------------------------------------------------------------------------------------------------
+
+    def read(self, scratch: memoryview) -> None:
+        """Take a turn: read what has come and hand on whole messages, both to a bound."""
+        now = self._clock()
+        try:
+            messages = self._take(self._left, now, MESSAGES_PER_TURN)
+            for _ in range(READS_PER_TURN):
+                if messages <= 0 or self._left or not self.wants_to_read:
+                    return
+                rest = self._reader.rest
+                into = scratch if rest is None else rest
+                nbytes = self.socket.recv_into(into)
+                if not nbytes:
+                    self.close("its peer closed it")
+                    return
+                if self.state is State.REFUSED:
+                    continue
+                self.heard_at = now
+                if rest is None:
+                    messages -= self._feed(scratch[:nbytes], now, messages)
+                else:
+                    frame = self._reader.filled(nbytes)
+                    if frame is not None:
+                        messages -= self._frame(*frame)
+                if nbytes < len(into):
+                    return
+        except (BlockingIOError, InterruptedError):
+            pass
+        except Refused as refused:
+            logger.info("refused %s: %s", self.address, refused)
+            self._refuse(str(refused), refused.answer)
+        except ProtocolViolation as violation:
+            if self.state is State.GREETING:
+                self._refuse(str(violation), b"")  # it may still read this end's greeting, and see what is wrong
+            else:
+                self.close(str(violation))
+        except OSError as error:
+            self.close(error.strerror or "it was reset")
+
+    def park(self) -> None:
+        """Read no more until `unpark`: there is no memory for the large frame that begins."""
+        self._parked = True
+        self._changed(self)
+
+    def unpark(self) -> None:
+        """Go on; the time of the message begins now."""
+        self._parked = False
+        self._message_since = self._clock()
+        self._changed(self)
+
+    def _take(self, left: memoryview, now: float, messages: int) -> int:
+        """Look at what is left of earlier; returns how many messages may still be handed on."""
+        self._left = memoryview(b"")
+        return messages - self._feed(left, now, messages) if left else messages
+
+    def _feed(self, data: memoryview, now: float, messages: int) -> int:
+        """Hand on up to so many messages, keep the bytes behind them; returns how many there were."""
+        handed_on = 0
+        if self.state is State.GREETING:
+            data = self._take_greeting(data)
+        while data and handed_on < messages and self.wants_to_read and self.state is not State.REFUSED:
+            if self._message_since is None:
+                self._message_since = now
+            frame, used = self._reader.feed(data)
+            data = data[used:]
+            if frame is not None:
+                handed_on += self._frame(*frame)
+        if self.state in (State.HANDSHAKE, State.OPEN):
+            self._left = memoryview(bytes(data))  # the memory it is in will be used again
+        return handed_on
+
+    def _take_greeting(self, data: memoryview) -> memoryview:
+        part = data[: GREETING_BYTES - len(self._greeting)]
+        self._greeting += part
+        check_greeting(bytes(self._greeting), self._mechanism.name)
+        if len(self._greeting) == GREETING_BYTES:
+            self.state = State.HANDSHAKE
+        return data[len(part) :]
+
+    def _admit(self, flags: int, nbytes: int) -> None:
+        """Check a frame by its head, before there is memory for it."""
+        if self.state is State.HANDSHAKE:
+            if nbytes > MAX_HANDSHAKE_BYTES:
+                raise ProtocolViolation(f"a handshake of {nbytes} bytes")
+        elif flags & COMMAND and not self._mechanism.encrypts:
+            if nbytes > MAX_COMMAND_BYTES:
+                raise ProtocolViolation(f"a command of {nbytes} bytes")
+        elif nbytes > self.limits.frame_bytes + self._mechanism.overhead_bytes:
+            raise ProtocolViolation(f"a frame of {nbytes} bytes, over {self.limits.frame_bytes}")
+        elif self._message_bytes + nbytes > self.limits.message_bytes + self._mechanism.overhead_bytes:
+            raise ProtocolViolation(f"a message of over {self.limits.message_bytes} bytes")
+
+    def _frame(self, flags: int, body: memoryview) -> int:
+        """Take a whole frame; returns how many messages are whole by it."""
+        if self.state is State.HANDSHAKE:
+            answer = self._mechanism.answer(body)
+            self._put(head(len(answer), COMMAND) + answer, ends=False)
+            self._message_since = None
+            if self._mechanism.is_ready:
+                self.state = State.OPEN
+            self.write()
+            return 1
+        if self._executor is not None and len(body) >= THREAD_BYTES:
+            self._opening = True
+            self._changed(self)
+            opened = self._executor.submit(self._mechanism.open, flags, body)
+            opened.add_done_callback(lambda done: self._call_soon(self._opened, done))
+            return 0
+        return self._take_opened(*self._mechanism.open(flags, body))
+
+    def _opened(self, done: object) -> None:
+        self._opening = False
+        if self.state is State.CLOSED:
+            return
+        try:
+            self._take_opened(*done.result())  # type: ignore[attr-defined]
+        except ProtocolViolation as violation:
+            self.close(str(violation))
+            return
+        self._changed(self)
+
+    def _take_opened(self, flags: int, body: memoryview) -> int:
+        if flags & COMMAND:
+            self._take_command(body)
+            if not self._frames:
+                self._message_since = None
+            return 1
+        self._frames.append(body)
+        self._message_bytes += len(body)
+        if len(self._frames) > self.limits.frames:
+            raise ProtocolViolation(f"a message of more than {self.limits.frames} frames")
+        if self._message_bytes > self.limits.message_bytes:
+            raise ProtocolViolation(f"a message of over {self.limits.message_bytes} bytes")
+        if flags & MORE:
+            return 0
+        frames, self._frames, self._message_bytes, self._message_since = self._frames, [], 0, None
+        self.has_memory = False
+        self._receive(self, frames)
+        return 1
+
+    def _take_command(self, body: memoryview) -> None:
+        name, data = parse_command(body)
+        if name != b"PING" or not PING_TTL_BYTES <= len(data) <= PING_TTL_BYTES + MAX_PING_CONTEXT_BYTES:
+            raise ProtocolViolation("a command that is not known")
+        if not self._out and not self._unsealed:  # it reads what it is sent
+            before, sealed = self._mechanism.seal(COMMAND, command(b"PONG", data[PING_TTL_BYTES:]))
+            self._put(before + bytes(sealed), ends=False)
+            self.write()
+
+    # --- out -----------------------------------------------------------------------------------------------------
+
+    def send(self, frames: Sequence[Frame]) -> bool:
+        """Send as far as it goes without waiting, the rest when the peer reads.
+
+        False if it is not open, or too many messages wait: nothing was sent then. The memory of the frames must not be
+        written any more.
+        """
+        if self.state is not State.OPEN or self._unsent_messages >= self._max_unsent_messages:
+            return False
+        if not self._out:
+            self._out_since = self._clock()
+        self._unsent_messages += 1
+        last = len(frames) - 1
+        for index, frame in enumerate(frames):
+            self._unsealed.append((0 if index == last else MORE, frame))
+            self.unsent_bytes += len(frame)
+        self._seal()
+        self.write()
+        return True
+
+    def _seal(self) -> None:
+        """Seal what waits for it, up to a frame that another thread has to seal."""
+        together = bytearray()
+        while self._unsealed and not self._sealing:
+            flags, body = self._unsealed[0]
+            if self._executor is not None and len(body) >= THREAD_BYTES:
+                self._sealing = True
+                sealed = self._executor.submit(self._mechanism.seal, flags, body)
+                sealed.add_done_callback(lambda done: self._call_soon(self._sealed, done))
+                break
+            self._unsealed.popleft()
+            self.unsent_bytes -= len(body)
+            before, crossing = self._mechanism.seal(flags, body)
+            together += before
+            if len(crossing) < COPIED_BYTES:
+                together += crossing
+                if not flags & MORE:
+                    self._put(together, ends=True)
+                    together = bytearray()
+            else:
+                self._put(together, ends=False)
+                self._put(crossing, ends=not flags & MORE)
+                together = bytearray()
+        if together:
+            self._put(together, ends=False)
+
+    def _sealed(self, done: object) -> None:
+        self._sealing = False
+        if self.state is State.CLOSED:
+            return
+        flags, body = self._unsealed.popleft()
+        self.unsent_bytes -= len(body)
+        before, crossing = done.result()  # type: ignore[attr-defined]
+        self._put(before, ends=False)
+        self._put(crossing, ends=not flags & MORE)
+        self._seal()
+        self.write()
+
+    def _put(self, data: Frame | bytearray, *, ends: bool) -> None:
+        self._out.append((memoryview(data), len(data), ends))
+        self.unsent_bytes += len(data)
+
+    def write(self) -> None:
+        """Send what the kernel takes now."""
+        try:
+            while self._out and self.state is not State.CLOSED:
+                sent = self.socket.sendmsg([view for view, _, _ in islice(self._out, BUFFERS_PER_WRITE)])
+                self.unsent_bytes -= sent
+                while self._out and sent >= len(self._out[0][0]):
+                    view, _, ends = self._out.popleft()
+                    sent -= len(view)
+                    self._unsent_messages -= ends
+                    self._out_since = self._clock()  # it reads
+                if sent:
+                    view, nbytes, ends = self._out[0]
+                    self._out[0] = view[sent:], nbytes, ends
+        except (BlockingIOError, InterruptedError):
+            pass
+        except OSError as error:
+            self.close(error.strerror or "it was reset")
+            return
+        if self.state is State.REFUSED and not self._out:
+            self._say_nothing_more()
+        self._changed(self)
+
+    # --- the end -------------------------------------------------------------------------------------------------
+
+    def _refuse(self, why: str, answer: bytes) -> None:
+        """Tell the peer why, then end: closed at once, what it was told might not reach it."""
+        self.state = State.REFUSED
+        self.why = why
+        self._left = memoryview(b"")
+        if answer:
+            self._put(head(len(answer), COMMAND) + answer, ends=False)
+        self.write()
+
+    def _say_nothing_more(self) -> None:
+        try:
+            self.socket.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass  # the peer was faster
+
+    def close(self, why: str) -> None:
+        """End it, and drop what waits for it."""
+        if self.state is State.CLOSED:
+            return
+        self.why = self.why or why
+        self.state = State.CLOSED
+        self._out.clear()
+        self._unsealed.clear()
+        self._frames.clear()
+        self._left = memoryview(b"")
+        self.unsent_bytes = self._unsent_messages = 0
+        self._changed(self)
+        self.socket.close()

@@ -1,0 +1,167 @@
+"""ZMTP 3, the protocol under ZeroMQ's sockets (RFC 23 and 37): greeting, frames, commands and their metadata.
+
+Bytes in, bytes out; no sockets. What a peer may make this end hold is asked of `admit` before it is allocated.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+SIGNATURE = b"\xff" + bytes(8) + b"\x7f"
+VERSION = b"\x03\x01"
+GREETING_BYTES = 64
+MECHANISM = slice(12, 32)
+MIN_MAJOR = 3
+
+MORE, LONG, COMMAND = 1, 2, 4
+SHORT_FRAME_BYTES = 255
+LONG_LENGTH = struct.Struct(">Q")
+PROPERTY_LENGTH = struct.Struct(">I")
+
+# A body of this size is received into its own memory, without a copy; and its memory is aligned as torch's own.
+LARGE_BYTES = 32 * 1024
+ALIGNMENT_BYTES = 64
+
+Frame = bytes | memoryview
+
+
+class ProtocolViolation(Exception):
+    """A peer sent what ZMTP, or this end, does not allow; its connection has to end. The text is for the log."""
+
+
+def greeting(mechanism: bytes) -> bytes:
+    """The 64 bytes that a server says first."""
+    as_server = b"\1" if mechanism == b"CURVE" else b"\0"
+    return (SIGNATURE + VERSION + mechanism.ljust(20, b"\0") + as_server).ljust(GREETING_BYTES, b"\0")
+
+
+def check_greeting(received: Frame, mechanism: bytes) -> None:
+    """Check as much of a peer's greeting as has come. Raises `ProtocolViolation`."""
+    # The eight bytes inside the signature are a length to older peers, and padding to those of version 3.
+    if received[:1] != SIGNATURE[:1] or received[9:10] not in (b"", SIGNATURE[9:10]):
+        raise ProtocolViolation("it does not speak ZeroMQ")
+    if len(received) > len(SIGNATURE) and received[10] < MIN_MAJOR:
+        raise ProtocolViolation(f"it speaks version {received[10]} of ZMTP; 3 is needed")
+    if len(received) >= MECHANISM.stop and bytes(received[MECHANISM]).rstrip(b"\0") != mechanism:
+        raise ProtocolViolation("one end encrypts, the other does not")
+
+
+def head(nbytes: int, flags: int = 0) -> bytes:
+    """The bytes before a frame's body."""
+    if nbytes <= SHORT_FRAME_BYTES:
+        return bytes((flags, nbytes))
+    return bytes((flags | LONG,)) + LONG_LENGTH.pack(nbytes)
+
+
+def command(name: bytes, data: bytes = b"") -> bytes:
+    """The body of a command."""
+    return bytes((len(name),)) + name + data
+
+
+def parse_command(body: Frame) -> tuple[bytes, bytes]:
+    """Name and data of a command. Raises `ProtocolViolation`."""
+    if len(body) < 1 or len(body) < 1 + body[0]:
+        raise ProtocolViolation("a command that is cut short")
+    return bytes(body[1 : 1 + body[0]]), bytes(body[1 + body[0] :])
+
+
+def metadata(properties: Mapping[bytes, bytes]) -> bytes:
+    """The properties of READY and INITIATE."""
+    return b"".join(
+        bytes((len(name),)) + name + PROPERTY_LENGTH.pack(len(value)) + value for name, value in properties.items()
+    )
+
+
+def parse_metadata(data: bytes) -> dict[bytes, bytes]:
+    """The properties, by name in lower case. Raises `ProtocolViolation`, also for one that stands twice."""
+    properties: dict[bytes, bytes] = {}
+    position = 0
+    while position < len(data):
+        value_at = position + 1 + data[position] + PROPERTY_LENGTH.size
+        if not data[position] or value_at > len(data):
+            raise ProtocolViolation("metadata that is cut short")
+        name = data[position + 1 : value_at - PROPERTY_LENGTH.size].lower()
+        (nbytes,) = PROPERTY_LENGTH.unpack_from(data, value_at - PROPERTY_LENGTH.size)
+        position = value_at + nbytes
+        if position > len(data) or name in properties:
+            raise ProtocolViolation("metadata that is cut short, or says a property twice")
+        properties[name] = data[value_at:position]
+    return properties
+
+
+def aligned_memory(nbytes: int) -> memoryview:
+    """Writable memory, aligned as torch's own, whose pages are not touched yet."""
+    raw = np.empty(nbytes + ALIGNMENT_BYTES, dtype=np.uint8)
+    offset = -raw.ctypes.data % ALIGNMENT_BYTES
+    return raw[offset : offset + nbytes].data
+
+
+class FrameReader:
+    """Cuts a stream of bytes into frames. `admit(flags, nbytes)` may raise before memory is taken for a body."""
+
+    def __init__(self, admit: Callable[[int, int], None]) -> None:
+        self._admit = admit
+        self._head = bytearray()
+        self._flags = 0
+        self._body: memoryview | None = None
+        self._filled = 0
+
+    @property
+    def rest(self) -> memoryview | None:
+        """The memory that the rest of a large body belongs in; None if what comes next is to be fed."""
+        if self._body is None or len(self._body) - self._filled < LARGE_BYTES:
+            return None
+        return self._body[self._filled :]
+
+    @property
+    def held_bytes(self) -> int:
+        """How much of an unfinished frame has come."""
+        return self._filled + len(self._head)
+
+    def filled(self, nbytes: int) -> tuple[int, memoryview] | None:
+        """So much of `rest` has come; the flags and the body, if that was all."""
+        assert self._body is not None
+        self._filled += nbytes
+        if self._filled < len(self._body):
+            return None
+        body, self._body, self._filled = self._body, None, 0
+        self._head.clear()
+        return self._flags, body
+
+    def feed(self, data: memoryview) -> tuple[tuple[int, memoryview] | None, int]:
+        """The flags and the body of the next frame, if it is whole now, and how much of `data` was used for it.
+
+        Raises `ProtocolViolation`, and what `admit` raises.
+        """
+        used = 0
+        if self._body is None:
+            used = self._feed_head(data)
+            if self._body is None:
+                return None, used
+        part = data[used : used + len(self._body) - self._filled]
+        self._body[self._filled : self._filled + len(part)] = part
+        return self.filled(len(part)), used + len(part)
+
+    def _feed_head(self, data: memoryview) -> int:
+        used = 0
+        while True:
+            wanted = 1 + LONG_LENGTH.size if self._head and self._head[0] & LONG else 2
+            part = data[used : used + wanted - len(self._head)]
+            self._head += part
+            used += len(part)
+            if len(self._head) < wanted or (wanted == 2 and self._head[0] & LONG):
+                if used == len(data):
+                    return used
+                continue
+            break
+        self._flags = self._head[0] & ~LONG
+        if self._flags & ~(MORE | COMMAND) or self._flags == MORE | COMMAND:
+            raise ProtocolViolation(f"a frame with the flags {self._head[0]:#04x}")
+        nbytes = self._head[1] if wanted == 2 else LONG_LENGTH.unpack_from(self._head, 1)[0]
+        self._admit(self._flags, nbytes)
+        self._body = aligned_memory(nbytes) if nbytes >= LARGE_BYTES else memoryview(bytearray(nbytes))
+        self._filled = 0
+        return used
