@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from click.testing import CliRunner, Result
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from torch import nn
 
@@ -170,8 +172,9 @@ def test_what_was_loaded_is_saved_again(checkpoints: Callable[..., Path], tmp_pa
     path = checkpoints("llama")
     zsl.save_adapter(trained(path, {"target_modules": ["q_proj"]}, also=("model.norm.weight",)), tmp_path / "one")
     zsl.save_adapter(load_adapter(client(path), tmp_path / "one"), tmp_path / "two")
-    one, two = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("one", "two"))
-    assert one == two
+    zsl.save_adapter(PeftModel.from_pretrained(client(path), str(tmp_path / "one")), tmp_path / "three")
+    one, *others = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("one", "two", "three"))
+    assert others == [one, one]
 
 
 def test_a_head_that_is_missing_beside_resized_embeddings_is_refused(
@@ -230,3 +233,45 @@ def test_several_active_adapters_are_not_saved_as_one(checkpoints: Callable[...,
     with pytest.raises(ModelError, match=r"2 adapters of a, b are active.*set_adapter"):
         zsl.save_adapter(model, tmp_path / "adapter")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_transformers_load_adapter_drops_no_weights(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
+    path = checkpoints("llama")
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    get_peft_model(whole(path), config).save_pretrained(str(tmp_path / "all"))
+    split = client(path)
+    with pytest.raises(ModelError, match=r"layers\.2\..*zsl merge"):
+        split.load_adapter(str(tmp_path / "all"))
+    zsl.save_adapter(trained(path, {"target_modules": ["q_proj"]}), tmp_path / "outer")
+    split.load_adapter(str(tmp_path / "outer"))
+    again = PeftModel.from_pretrained(client(path), str(tmp_path / "outer")).eval()
+    assert torch.equal(split.eval()(input_ids=IDS).logits, again(input_ids=IDS).logits)
+
+
+def test_an_adapter_names_what_its_model_was_loaded_from(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
+    path = checkpoints("llama")
+    model = trained(path, {"target_modules": ["q_proj"]})
+    for name, given in ((str(path), None), ("org/name", "org/name")):
+        zsl.save_adapter(model, tmp_path / "adapter", base_model=given)
+        assert PeftConfig.from_pretrained(str(tmp_path / "adapter")).base_model_name_or_path == name
+
+
+def test_threads_that_load_at_once_get_the_weights_and_dtypes_that_they_asked_for(
+    checkpoints: Callable[..., Path],
+) -> None:
+    reference, cut = resolve(str(checkpoints("llama"))), parse_cut(CUT)
+    wanted = load_client_part(reference, cut).state_dict()
+    together = threading.Barrier(4)
+
+    def load(dtype: torch.dtype) -> bool:
+        found = True
+        for _ in range(3):
+            together.wait(60)
+            loaded = load_client_part(reference, cut, dtype).state_dict()
+            found &= all(torch.equal(loaded[name], wanted[name].to(dtype)) for name in wanted)
+            found &= all(tensor.dtype == dtype for tensor in loaded.values())
+        return found
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(load, [torch.float32, torch.bfloat16] * 2))
+    assert torch.get_default_dtype() == torch.float32

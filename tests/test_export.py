@@ -252,6 +252,8 @@ def test_what_does_not_go_together_is_refused_in_a_line(checkpoints: Callable[..
 def test_the_model_must_be_said_and_be_the_one(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
     path = checkpoints("llama")
     zsl.save_adapter(split_model(path, LoraConfig(r=4, target_modules=["q_proj"])), tmp_path / "adapter")
+    unnamed = {**config_in(tmp_path / "adapter"), "base_model_name_or_path": None}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(unnamed))
     finished = run("export", tmp_path / "adapter", "--out", tmp_path / "out")
     assert finished.exit_code == EXIT_USAGE and "--model" in finished.output
     for other in (checkpoints("gpt2"), checkpoints("llama", hidden_size=64)):

@@ -102,3 +102,13 @@ def test_an_encoder_is_refused_by_name_before_anything_is_read(family: str) -> N
 def test_a_configuration_that_makes_no_model_is_refused_by_name(family: str, reason: str) -> None:
     with pytest.raises(ModelError, match=f"^{family}: .*{reason}"):
         check_can_be_split(CONFIG_MAPPING[family]())
+
+
+def test_a_decoder_whose_layers_get_no_2d_mask_is_refused() -> None:
+    with pytest.raises(ModelError, match="BertEncoder"):
+        check_can_be_split(CONFIG_MAPPING["bert"](is_decoder=True, num_hidden_layers=LAYERS))
+
+
+def test_layers_that_are_left_out_at_random_are_refused_with_what_to_do() -> None:
+    with pytest.raises(ModelError, match=r"layerdrop = 0\.1.*set layerdrop to 0"):
+        check_can_be_split(CONFIG_MAPPING["opt"](**CONFIGS["opt"], layerdrop=0.1))

@@ -14,6 +14,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from peft import LoraConfig, PeftModel, PromptTuningConfig
+from safetensors.torch import load_file, save_file
 
 import zsl
 from support import batches
@@ -151,6 +152,8 @@ def test_the_record_of_another_run_in_the_same_directory_says_nothing_of_an_adap
     adapter: Path, checkpoints: Callable[..., Path], tmp_path: Path
 ) -> None:
     """As where a run was killed before it had adapters, in the directory of an older one."""
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": None}))
     (tmp_path / RECORD).write_bytes(
         as_bytes(RunRecord(configuration={"model.name": str(checkpoints("llama", seed=7))}))
     )
@@ -297,3 +300,19 @@ def test_sigterm_leaves_nothing_of_what_was_written(
     assert finished.exit_code == 128 + signal.SIGTERM
     assert finished.output.splitlines()[-1] == f"zsl {name}: interrupted"
     assert [each.name for each in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_tensors_that_get_another_dtype_are_counted(
+    adapter: Path, checkpoints: Callable[..., Path], tmp_path: Path
+) -> None:
+    mixed = tmp_path / "mixed"
+    shutil.copytree(checkpoints("llama"), mixed)
+    file = mixed / "model.safetensors"
+    save_file({n: t if "norm" in n else t.bfloat16() for n, t in load_file(file).items()}, file, {"format": "pt"})
+    config = json.loads((mixed / "config.json").read_text())
+    (mixed / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    said = run("merge", adapter, "--model", mixed, "--out", tmp_path / "merged")
+    assert said.exit_code == 0, said.output
+    assert "13 tensors of another dtype became bfloat16" in said.stderr and "--dtype" in said.stderr
+    chosen = run("merge", adapter, "--model", mixed, "--out", tmp_path / "chosen", "--dtype", "float32")
+    assert chosen.exit_code == 0 and "another dtype" not in chosen.stderr

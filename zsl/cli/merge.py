@@ -55,6 +55,7 @@ def merge(adapters: tuple[Path, ...], out: Path, model: str | None, dtype: str |
 
         from zsl.split.merge import merge as merge_adapters
         from zsl.split.output import size_bytes
+        from zsl.split.words import counted
 
         reference = model_of(trained, model)
         made = merge_adapters(trained.adapters, reference, out, dtype=getattr(torch, dtype) if dtype else None)
@@ -64,6 +65,12 @@ def merge(adapters: tuple[Path, ...], out: Path, model: str | None, dtype: str |
             click.echo(
                 f"zsl merge: the adapter's embeddings are of {made.rows} tokens, and so is the checkpoint; "
                 "a tokenizer with the new ones is not in it: save yours there",
+                err=True,
+            )
+        if made.converted and dtype is None:
+            click.echo(
+                f"zsl merge: {counted(made.converted, 'tensor')} of another dtype became "
+                f"{str(made.dtype).removeprefix('torch.')}; choose one that holds all with --dtype",
                 err=True,
             )
         say(

@@ -42,8 +42,8 @@ def save_adapter(
     """Write the active adapter of a split model as a PEFT adapter of the whole one.
 
     Weights of the base model that were trained, and embeddings that were resized, go into the same file.
-    `base_model` is the hub id that the file shall name. With `sides` and `only`, just the part of that side. `beside`
-    are further files, by name, that go with it.
+    `base_model` is the hub id that the file shall name; else it names what the model was loaded from. With `sides` and
+    `only`, just the part of that side. `beside` are further files, by name, that go with it.
     The files are written aside, brought to the disk and renamed: older ones are there until the new ones are whole.
     Raises `ModelError` if nothing is there to save, `RunFailed` if it cannot be written.
     """
@@ -111,7 +111,7 @@ def write_adapter(
         raise ModelError(f"the adapter has no weights on the {only} side" if only else "the adapter has no weights")
     name_what_is_adapted(config, model, state.keys(), lambda path: wanted(name_prefix(config) + path))
     config.inference_mode = True
-    config.base_model_name_or_path = base_model
+    config.base_model_name_or_path = base_model or config.base_model_name_or_path
     config.save_pretrained(str(directory))
     # Copies, as safetensors refuses tensors that share memory: tied ones, and parts of one.
     tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}

@@ -94,7 +94,6 @@ def load_adapter(model: PreTrainedModel, directory: str | Path, *, is_trainable:
         _refuse(place, "weights that fit nothing", weights.keys() - wanted.keys() - adapted.state_dict().keys())
         _refuse(place, "no weights where its configuration wants some", wanted.keys() - weights.keys())
         set_peft_model_state_dict(adapted, weights, adapter_name=name)
-        adapted.loaded_base_weights = weights.keys() - wanted.keys()
     except (OSError, SafetensorError, *_FOREIGN) as error:
         if isinstance(error, ModelError):
             raise

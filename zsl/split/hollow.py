@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from zsl.split.stack import causal_lm_class
+from zsl.split.stack import BUILDING, causal_lm_class
 
 
 def hollow_model(
@@ -24,7 +24,7 @@ def hollow_model(
     config = copy.deepcopy(config)
     if rows is not None:
         config.get_text_config().vocab_size = rows
-    with torch.device("meta"):
+    with BUILDING, torch.device("meta"):
         model: PreTrainedModel = causal_lm_class(config)._from_config(config, dtype=torch.float32)
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):

@@ -15,7 +15,7 @@ from zsl.split.quantize import Quantization, keep_as_loaded, quantization_config
 from zsl.split.random_weights import initialize_by_name
 from zsl.split.reference import ModelReference, first_line
 from zsl.split.slots import middle_only, with_hole
-from zsl.split.stack import base_class, causal_lm_class, check_can_be_split, layer_count
+from zsl.split.stack import BUILDING, base_class, causal_lm_class, check_can_be_split, layer_count
 from zsl.wire.messages import Cut
 
 
@@ -32,6 +32,8 @@ def load_client_part(
     cls = with_hole(causal_lm_class(reference.config), cut)
     model = _load(cls, reference, dtype, quantization_config(reference, quantize, dtype) if quantize else None)
     keep_as_loaded(model)
+    if reference.part is not None:
+        model.name_or_path = reference.hub_id or ""  # an adapter of it is one of the whole model, not of the part
     model.config.use_cache = False
     if model.generation_config is not None:
         model.generation_config.use_cache = False
@@ -84,16 +86,17 @@ def _load(
     if reference.location is None:
         return _build_random(cls, reference, dtype)
     try:
-        model, loading = cls.from_pretrained(
-            reference.location,
-            config=reference.config,
-            dtype=dtype,
-            use_safetensors=True,
-            variant=reference.part.variant if reference.part is not None else None,
-            output_loading_info=True,
-            quantization_config=quantization,
-            device_map=device,
-        )
+        with BUILDING:
+            model, loading = cls.from_pretrained(
+                reference.location,
+                config=reference.config,
+                dtype=dtype,
+                use_safetensors=True,
+                variant=reference.part.variant if reference.part is not None else None,
+                output_loading_info=True,
+                quantization_config=quantization,
+                device_map=device,
+            )
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise ModelError(f"model {reference.text!r} cannot be loaded: {first_line(error)}") from error
     if loading["missing_keys"]:
@@ -105,7 +108,7 @@ def _load(
 
 def _build_random(cls: Any, reference: ModelReference, dtype: torch.dtype) -> PreTrainedModel:
     # Built on the meta device, so that what is carved away never has memory.
-    with torch.device("meta"):
+    with BUILDING, torch.device("meta"):
         model: PreTrainedModel = cls._from_config(reference.config, dtype=dtype)
     model.to_empty(device="cpu")
     model.tie_weights()

@@ -21,6 +21,7 @@ from zsl.split.identity import identify
 from zsl.split.loading import load_whole
 from zsl.split.output import new_directory, write_tokenizer
 from zsl.split.reference import ModelReference, first_line, resolve
+from zsl.split.tensor_files import TensorFiles
 from zsl.split.union import embedding_names
 
 PROBE_TOKENS = 8
@@ -30,13 +31,17 @@ TOLERANCE = {torch.float16: 0.05, torch.bfloat16: 0.1}
 
 @dataclass(frozen=True)
 class Merged:
-    """What was written. `weights_digest` is that of the model before; `rows` its tokens now, if it was resized."""
+    """What was written. `weights_digest` is that of the model before; `rows` its tokens now, if it was resized.
+
+    `converted` counts the tensors of floating point that had another dtype.
+    """
 
     method: str
     dtype: torch.dtype
     weights_digest: str
     has_tokenizer: bool
     rows: int | None
+    converted: int
 
 
 def merge(
@@ -72,12 +77,20 @@ def merge(
         merged.save_pretrained(written)
         _check_same(load_whole(resolve(str(written)), dtype), merged)
         weights_digest = identify(reference).weights_digest
-    return Merged(method, dtype, weights_digest, has_tokenizer, adapter.rows)
+    return Merged(method, dtype, weights_digest, has_tokenizer, adapter.rows, _converted(reference, dtype))
 
 
 def _own_dtype(reference: ModelReference) -> torch.dtype:
     dtype = getattr(reference.config, "dtype", None)
     return dtype if isinstance(dtype, torch.dtype) and reference.location is not None else torch.float32
+
+
+def _converted(reference: ModelReference, dtype: torch.dtype) -> int:
+    if reference.location is None:
+        return 0
+    files = TensorFiles(reference.location)
+    outlines = map(files.outline, files.names)
+    return sum(tensor.is_floating_point() and tensor.dtype != dtype for tensor in outlines)
 
 
 def _untie(adapted: nn.Module, config: PreTrainedConfig) -> None:

@@ -43,7 +43,7 @@ def active_adapter(model: PeftModel) -> str:
 def base_weights(model: PeftModel, saved: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The weights of the base model that its checkpoint does not have: those that were trained, and resized embeddings.
 
-    So are those that `load_adapter` found in a file. By their names in the PEFT model, without those in `saved`, the
+    So are those that `load_state_dict` changed. By their names in the PEFT model, without those in `saved`, the
     adapter's own.
     """
     base: Any = model.get_base_model()
@@ -53,7 +53,8 @@ def base_weights(model: PeftModel, saved: Mapping[str, torch.Tensor]) -> dict[st
         for layer in (base.get_input_embeddings(), base.get_output_embeddings()):
             if layer is not None and not isinstance(layer, ModulesToSaveWrapper):
                 resized.update(map(id, layer.parameters()))
-    from_a_file = getattr(model, "loaded_base_weights", ())
+    from_a_file = getattr(base, "loaded_weights", ())  # of a split model
+    prefix = next((name for name, module in model.named_modules() if module is base), "") + "."
     in_the_file = {tensor.data_ptr() for tensor in saved.values()}
     configs: Any = model.peft_config
     kinds = (PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type) for config in configs.values())
@@ -65,8 +66,25 @@ def base_weights(model: PeftModel, saved: Mapping[str, torch.Tensor]) -> dict[st
     return {
         name: parameter.detach()
         for name, parameter in model.named_parameters(remove_duplicate=False)
-        if (parameter.requires_grad or id(parameter) in resized or name in from_a_file)
+        if (parameter.requires_grad or id(parameter) in resized or _plain(name.removeprefix(prefix)) in from_a_file)
         and name not in saved
         and parameter.data_ptr() not in in_the_file
         and not of_an_adapter(name)
     }
+
+
+def note_loaded_weights(model: Any, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+    """Remember the names of a split model's weights that `load_state_dict` is going to change.
+
+    PEFT calls it for an adapter's file, which may hold weights of the base model. A pre-hook.
+    """
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        new: Any = state_dict.get(prefix + name)
+        fits = isinstance(new, torch.Tensor) and new.shape == parameter.shape
+        if fits and not torch.equal(new.to(parameter), parameter.detach()):
+            model.loaded_weights.add(_plain(name))
+
+
+def _plain(name: str) -> str:
+    """The name of a weight before PEFT put a layer of its own around it."""
+    return ".".join(part for part in name.split(".") if part != "base_layer")

@@ -16,7 +16,8 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from zsl.errors import ModelError
-from zsl.split.no_weights import NoWeights
+from zsl.split.no_weights import MERGE_FIRST, NoWeights
+from zsl.split.peft_model import note_loaded_weights
 from zsl.split.stack import Stack, embedding_rows, find_stack, layer_count
 from zsl.wire.messages import Cut
 
@@ -67,10 +68,13 @@ def with_hole(cls: type[PreTrainedModel], cut: Cut) -> type[PreTrainedModel]:
         _pass_through(stack, range(cut.start, cut.stop))
         made_of: Any = model
         made_of.embedding_rows = embedding_rows(model)  # resized ones are saved with an adapter
+        made_of.loaded_weights = set()
+        model.register_load_state_dict_pre_hook(note_loaded_weights)
 
     made: Any = _carved(cls, range(cut.start, cut.stop), carve)
     made.save_pretrained = made.push_to_hub = _refuse_to_save
     made.init_continuous_batching = _refuse_continuous_batching
+    made.load_adapter = _load_adapter
     carved: type[PreTrainedModel] = made
     return carved
 
@@ -123,6 +127,20 @@ def _refuse_to_save(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
         "with `zsl export` or `zsl merge`. Without PEFT: save model.state_dict() with safetensors, and give a Trainer "
         "save_strategy='no'"
     )
+
+
+def _load_adapter(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    """Load an adapter as transformers does, and raise `ModelError` for weights that found no place."""
+    before = set(getattr(self, "peft_config", ()))
+    loaded = super(type(self), self).load_adapter(*args, **kwargs)
+    if lost := sorted(loaded.unexpected_keys):
+        for name in set(getattr(self, "peft_config", ())) - before:
+            self.delete_adapter(name)
+        raise ModelError(
+            f"{lost[0]} is of a layer that is not in this process, or fits nothing, and would be dropped; "
+            f"of an adapter of all layers: {MERGE_FIRST}"
+        )
+    return loaded
 
 
 def _refuse_continuous_batching(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:

@@ -8,6 +8,7 @@ comes out is looked at. There is no table of architectures.
 from __future__ import annotations
 
 import inspect
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,10 @@ from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from zsl.errors import ModelError
+
+# Held while transformers builds or loads a model: it changes torch's default dtype and its own initialization for all
+# threads, and another one's model would get them.
+BUILDING = threading.RLock()
 
 # The tensors that a layer may take: the trunk rebuilds each of them from activations, 2-D mask and positions.
 REBUILT_BY_THE_TRUNK = frozenset({"hidden_states", "attention_mask", "position_ids", "position_embeddings"})
@@ -116,8 +121,13 @@ def check_can_be_split(config: PreTrainedConfig) -> None:
     be rebuilt from activations, 2-D mask and positions, and layers that see the tokens behind a token.
     """
     cls = base_class(config)
+    if dropped := getattr(config.get_text_config(), "layerdrop", 0):
+        raise ModelError(
+            f"{config.model_type}: layerdrop = {dropped} leaves out layers at random in training, and a trunk does "
+            "not: set layerdrop to 0 in its config.json"
+        )
     try:
-        with torch.device("meta"):
+        with BUILDING, torch.device("meta"):
             model: Any = cls(config)
             model = model.to(torch.bfloat16)
     except Exception as error:  # whatever an architecture raises for a configuration that lacks something
@@ -128,6 +138,12 @@ def check_can_be_split(config: PreTrainedConfig) -> None:
     if any(getattr(module, "is_causal", True) is False for module in stack.layers.modules()):
         raise ModelError(
             f"{config.model_type}: its attention is not causal: it is an encoder, or has one; zsl splits decoders only"
+        )
+    runner = model.get_submodule(stack.parent_name)
+    if not isinstance(runner, PreTrainedModel):
+        raise ModelError(
+            f"{config.model_type}: its layers are run by a {type(runner).__name__}, which gets a mask that is made "
+            "already and not the 2-D one that a trunk needs; zsl cannot split this architecture"
         )
     seen: dict[str, Any] = {}
 
