@@ -12,8 +12,9 @@ from click.testing import CliRunner, Result
 
 from zsl.cli.errors import one_line_errors, say
 from zsl.cli.train import train
+from zsl.cli.trunkd import trunkd
 from zsl.cli.zsl import zsl as command
-from zsl.errors import EXIT_RUN_FAILED, EXIT_STARTUP_FAILED, RunFailed, StartupError
+from zsl.errors import EXIT_RUN_FAILED, EXIT_STARTUP_FAILED, EXIT_USAGE, RunFailed, StartupError
 from zsl.split.output import new_directory
 
 LONG = "x" * 5000
@@ -71,6 +72,40 @@ def test_an_output_without_space_is_told_in_a_line(
 ) -> None:
     assert code_of_writing_to(os.open("/dev/full", os.O_WRONLY), monkeypatch) == EXIT_RUN_FAILED
     assert capfd.readouterr().err == "zsl-some: standard output cannot be written: No space left on device\n"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["info", "--help"]], ids=" ".join)
+def test_help_ends_as_other_output_does_where_it_cannot_be_written(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def ended_with(output: int) -> tuple[int | str | None, str]:
+        with open(output, "w") as stream:
+            monkeypatch.setattr("sys.stdout", stream)
+            with pytest.raises(SystemExit) as ended:
+                command.main(arguments, prog_name="zsl")
+        return ended.value.code, capfd.readouterr().err
+
+    reading, writing = os.pipe()
+    os.close(reading)
+    assert ended_with(writing) == (128 + signal.SIGPIPE, "")
+    code, told = ended_with(os.open("/dev/full", os.O_WRONLY))
+    assert code == EXIT_RUN_FAILED and told.startswith("zsl: standard output cannot be written")
+    assert told.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", [None, *command.commands, "train", "trunkd"])
+def test_help_fits_a_terminal_of_80_columns_and_describes_every_option(name: str | None) -> None:
+    shown: click.Command = {"train": train, "trunkd": trunkd, None: command}.get(name) or command.commands[str(name)]
+    text = CliRunner().invoke(shown, ["--help"], terminal_width=80).output
+    assert text and [line for line in text.splitlines() if len(line) > 80] == []
+    options = [parameter for parameter in shown.params if isinstance(parameter, click.Option)]
+    assert [option.name for option in options if not option.help] == []
+
+
+def test_doctor_refuses_an_invalid_endpoint_before_any_check() -> None:
+    ended = CliRunner().invoke(command, ["doctor", "--server", "x"])
+    assert (ended.exit_code, ended.stdout) == (EXIT_USAGE, "")
+    assert ended.stderr.startswith("zsl doctor: endpoint 'x'")
 
 
 def refuse(*_: object, **__: object) -> None:

@@ -384,6 +384,8 @@ def test_the_synthetic_language_is_validated_on_other_sentences_and_trains_on_th
     assert {token for row in rows_of(beside.validation) for token in row} <= words_of_it
     assert len(words_of_it) == 32
     assert beside.lines == ["synthetic, 18 rows of 32 tokens", "validation: 2 other rows of the same language"]
+    one = load("synthetic", samples=9, validation=0.1)
+    assert one.lines[1] == "validation: 1 other row of the same language"
 
 
 def test_a_stream_with_samples_holds_the_first_rows(load: Callable[..., TrainingData], repository: Path) -> None:

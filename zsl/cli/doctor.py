@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import sys
 import traceback
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import click
@@ -76,19 +77,25 @@ def doctor(
             logging.getLogger("zsl.split").setLevel(logging.WARNING)  # it says what takes its time
             warnings.simplefilter("ignore")
             os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        show(installation_checks())  # first: what follows needs the packages
-        from zsl.client.doctor.examination import Examination
-        from zsl.split.cut import parse_cut
 
-        examination = Examination(
-            server,
-            model=model,
-            cut=parse_cut(cut) if cut else None,
-            server_key=server_key,
-            client_key=client_key,
-            local_trunk=not no_local_trunk,
-        )
-        show(examination.run())
+        def examination() -> Iterator[Check]:
+            from zsl.client.doctor.examination import Examination
+            from zsl.split.cut import parse_cut
+
+            return Examination(
+                server,
+                model=model,
+                cut=parse_cut(cut) if cut else None,
+                server_key=server_key,
+                client_key=client_key,
+                local_trunk=not no_local_trunk,
+            ).run()
+
+        # Refuses options that cannot be used before any check; without the packages the checks come first, and say so.
+        with contextlib.suppress(ImportError):
+            examination()
+        show(installation_checks())
+        show(examination())
         if failed:
             click.echo(f"zsl doctor: {counted(failed, 'check')} failed", err=True)
             sys.exit(EXIT_RUN_FAILED)

@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
 
@@ -34,13 +34,37 @@ def stop_on_sigterm() -> None:
 
 def say(text: str, *, nl: bool = True) -> None:
     """Write what a command found or did. Raises `RunFailed` where that cannot be; ends it where its reader has gone."""
-    try:
+    with _output_errors():
         click.echo(text, nl=nl)
+
+
+@contextmanager
+def _output_errors() -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         to_nowhere(sys.stdout)
         if error.errno == errno.EPIPE:
             sys.exit(128 + signal.SIGPIPE)  # as whoever is ended by it: its reader, `head`, has seen enough
         raise RunFailed(f"standard output cannot be written: {error.strerror}") from error
+
+
+class Command(click.Command):
+    """Shows its help and version as `say` does: without a traceback where standard output cannot be written."""
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        with one_line_errors(str(info_name), debug=False), _output_errors():
+            return super().make_context(info_name, args, parent, **extra)
+
+
+class Group(Command, click.Group):
+    """Does the same for the help of its commands, which are parsed when the group is invoked."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with one_line_errors(str(ctx.info_name), debug=False), _output_errors():
+            return super().invoke(ctx)
 
 
 @contextmanager

@@ -31,7 +31,8 @@ In the daemon's tenants.toml (send the daemon SIGHUP, and it reads that again):
 public_key = "{key}"
 
 The client needs its secret file, and the daemon's public one beside it:
-  zsl-train CONFIG.toml --server HOST:PORT {settings}
+  zsl-train CONFIG.toml --server HOST:PORT \\
+      {settings}
   zsl.RemoteTrunk("HOST:PORT", {arguments})
 """
 
@@ -64,7 +65,7 @@ def keygen(name: str, out: Path, debug: bool) -> None:
             "directory": quote(str(out)),
             "public": str(public).ljust(len(str(secret))),
             "secret": secret,
-            "settings": " ".join(f"--set trunk.{key}={quote(str(file))}" for key, file in both.items()),
+            "settings": " ".join(f"--{key.replace('_', '-')} {quote(str(file))}" for key, file in both.items()),
             "arguments": ", ".join(f'{key}="{file}"' for key, file in both.items()),
             "keep_it": "stays on the daemon's machine" if is_server else "stays with the client",
             "give_it": "for every client" if is_server else "for whoever runs the daemon",

@@ -41,7 +41,8 @@ def merge(adapters: tuple[Path, ...], out: Path, model: str | None, dtype: str |
 
     \b
       zsl merge runs/smollm2 --out merged
-      zsl merge adapter --model HuggingFaceTB/SmolLM2-135M-Instruct --out merged --dtype float32
+      zsl merge adapter --model HuggingFaceTB/SmolLM2-135M-Instruct \\
+          --out merged --dtype float32
     """
     with one_line_errors("zsl merge", debug=debug):
         from zsl.training.report import byte_count

@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 import zsl
-from zsl.cli.errors import one_line_errors, stop_on_sigterm
+from zsl.cli.errors import Command, one_line_errors, stop_on_sigterm
 from zsl.cli.quiet import quiet_libraries
 from zsl.cli.shown import shown_while_it_can_be
 from zsl.errors import ConfigError
@@ -66,7 +66,7 @@ class ShareOrPlace(click.ParamType[float | str]):
             return value
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("config", type=click.Path(dir_okay=False, path_type=Path), required=False)
 @click.option("--server", metavar="HOST:PORT", help="Train through this daemon.  [default: a trunk in this process]")
 @click.option("--server-key", metavar="KEY", help="The daemon's .key file, or the key itself.")
@@ -96,7 +96,7 @@ class ShareOrPlace(click.ParamType[float | str]):
 @click.option(
     "--seed",
     type=click.IntRange(0),
-    help="Of the adapters' first values and the rows' order.  [default: 0; with CONFIG 42]",
+    help="Seeds the adapters' first values and the rows' order.  [default: 0; with CONFIG 42]",
 )
 @click.option("--lora-rank", type=click.IntRange(1), help="Rank of the LoRA adapters.  [default: 8]")
 @click.option("--adapter", metavar="DIR", help="Go on from this adapter, or that of this run, instead of a new one.")

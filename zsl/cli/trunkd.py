@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 import zsl
-from zsl.cli.errors import one_line_errors
+from zsl.cli.errors import Command, one_line_errors
 from zsl.cli.shown import shown_while_it_can_be
 from zsl.errors import ConfigError
 from zsl.split.dtypes import DTYPES
@@ -28,7 +28,9 @@ class MemorySize(click.ParamType[int]):
             self.fail(str(error), param, ctx)
 
 
-@click.command(context_settings={"auto_envvar_prefix": "ZSL_TRUNKD", "help_option_names": ["-h", "--help"]})
+@click.command(
+    cls=Command, context_settings={"auto_envvar_prefix": "ZSL_TRUNKD", "help_option_names": ["-h", "--help"]}
+)
 @click.option(
     "--model",
     default="random:gpt2",
@@ -51,7 +53,14 @@ class MemorySize(click.ParamType[int]):
     show_envvar=True,
     help="Port to listen on; 0 picks a free one and prints it.",
 )
-@click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True, show_envvar=True)
+@click.option(
+    "--dtype",
+    type=click.Choice(DTYPES),
+    default="float32",
+    show_default=True,
+    show_envvar=True,
+    help="Load the layers and compute in it.",
+)
 @click.option("--device", default="cpu", show_default=True, show_envvar=True, help="cpu, cuda, cuda:1, …")
 @click.option("--threads", type=click.IntRange(1), show_envvar=True, help="CPU threads.  [default: torch's own choice]")
 @click.option(
@@ -100,7 +109,14 @@ class MemorySize(click.ParamType[int]):
 @click.option(
     "--insecure", is_flag=True, show_envvar=True, help="Allow an address outside loopback: no encryption, no keys."
 )
-@click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True, show_envvar=True)
+@click.option(
+    "--log-format",
+    type=click.Choice(["text", "json"]),
+    default="text",
+    show_default=True,
+    show_envvar=True,
+    help="Log in lines of text, or in JSON, an object a line.",
+)
 @click.option("--debug", is_flag=True, show_envvar=True, help="Log more, and show tracebacks.")
 @click.version_option(zsl.__version__, prog_name="zsl-trunkd")
 def trunkd(

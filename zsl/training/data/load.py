@@ -97,7 +97,7 @@ def _synthetic(table: DataTable, vocabulary: int) -> TrainingData:
     validation = None
     if count := _validation_count(table, samples):
         validation = hold(map(TokenRow.of_text, write(count)), table.validation_samples)
-        lines.append(f"validation: {len(validation):,} other rows of the same language")
+        lines.append(f"validation: {counted(len(validation), 'other row')} of the same language")
     return TrainingData(train, validation, None, lines)
 
 
