@@ -338,3 +338,9 @@ def test_special_tokens_that_the_tokenizer_adds_and_a_text_has_are_written_once(
         with_eos = once + (adds == "<bos> $A <eos>")
         told = f"{counted(with_eos, noun)} with special tokens at an end that the tokenizer adds, written once"
         assert [line for line in data.lines if "written once" in line] == ([told] if with_eos else [])
+
+
+def test_a_weight_of_an_answer_is_not_used_and_counted(load: Load) -> None:
+    for weight, told in ((1, []), (0, ["1 answer with a weight of another value than 1, which is not used"])):
+        data = load([{"messages": [CHAT[1], {**CHAT[2], "weight": weight}]}])
+        assert data.lines[1:] == told

@@ -457,7 +457,7 @@ def test_a_stream_that_gives_no_row_any_more_is_an_error_and_no_endless_loop(
 def test_an_error_in_the_middle_of_a_stream_shows_the_row_and_no_number_of_the_shuffled_order(
     load: Callable[..., TrainingData], tmp_path: Path, workers: int
 ) -> None:
-    chats = [{"messages": TURNS[1:3]}] * 20
+    chats = [{"messages": TURNS[1:3]}] * 110  # more than are looked at before the first step
     file = write_lines(tmp_path / "chat.jsonl", [*chats, {"messages": [{"role": "user", "text": "odd " * 50}]}, *chats])
     stream: Any = load(file, streaming=True).train
     errors = errors_of(DataLoader(stream, batch_size=None, num_workers=workers))

@@ -289,3 +289,24 @@ def test_rows_that_are_left_out_by_default_or_by_a_limit_are_counted(
     (tmp_path / "a.jsonl").write_text(json_lines([{"text": text} for text in SENTENCES[:10]]))
     lines = load(tmp_path / "a.jsonl", validation=0.5, validation_samples=2).lines
     assert lines[-1] == "3 rows of that share left out by data.validation_samples"
+
+
+def test_the_first_rows_of_a_stream_are_counted(load: Callable[..., TrainingData], tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json_lines([{"text": text, "id": "1"} for text in [*SENTENCES[:5], " "]]))
+    lines = load(tmp_path / "a.jsonl", streaming=True, max_length=4).lines
+    assert lines[1:] == [
+        "in the first 5 rows: 1 empty text left out",
+        "in the first 5 rows: 5 texts cut off at 4 tokens",
+        "not used: column id",
+    ]
+
+
+def test_a_stream_is_told_apart_by_the_content_of_its_files(load: Callable[..., TrainingData], tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+
+    def fingerprint(*texts: str) -> str | None:
+        file.write_text(json_lines([{"text": text} for text in texts]))
+        os.utime(file, (1, 1))
+        return load(file, streaming=True).fingerprint
+
+    assert fingerprint("the fox", "the owl") == fingerprint("the fox", "the owl") != fingerprint("the fox", "the elk")

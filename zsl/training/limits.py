@@ -17,7 +17,8 @@ def check_limits(
     """Raise `ConfigError` if the longest rows of a data set make a request that the daemon refuses.
 
     Which rows meet in a batch is drawn, so the longest count; those of a stream have `row_tokens`. `virtual_tokens` are
-    in front of each row. A trunk that `packs` gets no padding. `key` is that of `batch_size`.
+    in front of each row. A trunk that `packs` gets no padding. `key` is that of `batch_size`. The limit on bytes is the
+    limit on tokens in float32, so what keeps to the one keeps to the other.
     """
     if isinstance(rows, Dataset):
         lengths = np.sort(

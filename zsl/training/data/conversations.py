@@ -30,6 +30,12 @@ class Conversation:
     prompt: int = 0
     variables: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def weighted_answers(self) -> int:
+        """Count the answers that ask to be learnt less, or not at all, by a `weight` as OpenAI's files have it."""
+        answers = (message for message in self.messages[self.prompt :] if message["role"] == "assistant")
+        return sum(answer.get("weight", 1) != 1 for answer in answers)
+
 
 def conversation_of(row: Mapping[str, Any], column: Column) -> Conversation:
     """Read the conversation in `row`. Raises `DataError`, which says what is wrong with it."""

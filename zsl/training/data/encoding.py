@@ -39,6 +39,7 @@ class Tally:
     twice: int = 0
     merged: int = 0
     endless: int = 0
+    weighted: int = 0
     left_out: Counter[str] = field(default_factory=Counter)  # by the chat template
 
     def lines(self, kind: str, length: int) -> list[str]:
@@ -53,6 +54,7 @@ class Tally:
             (self.endless, what, f"with no {'end-of-text token' if kind == 'text' else 'special token'} to end by"),
             (self.twice, what, "with special tokens at an end that the tokenizer adds, written once"),
             (self.merged, what, "with a first token that begins in the prompt"),
+            (self.weighted, "answer", "with a weight of another value than 1, which is not used"),
             (self.left_out["message"], "message", "that the model's chat template leaves out or rewrites"),
             (self.left_out["tools"], what, "with tools that the model's chat template leaves out"),
             (self.left_out["opening"], what, "begun by the assistant, whose first message is not learnt"),
@@ -172,6 +174,7 @@ class Encoder:
             self._chat = conversation_encoder(self._tokenizer, self._model)
         sequence = self._chat(conversation)
         tally.left_out.update(self._chat.left_out(conversation))
+        tally.weighted += conversation.weighted_answers
         tally.endless += sequence.has_target and not self._chat.specials.intersection(sequence.labels)
         return sequence
 

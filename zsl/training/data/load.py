@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 
 import numpy as np
 import xxhash
@@ -20,6 +21,8 @@ from zsl.training.data.stream import SHUFFLE_ROWS, TokenStream
 from zsl.training.data.synthetic import SYNTHETIC_SAMPLES, synthetic_language
 from zsl.training.data.table import SYNTHETIC, DataTable
 from zsl.training.report import counted
+
+ROWS_COUNTED = 100  # of a stream, before it is trained on
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ def load_data(table: DataTable, reference: ModelReference, *, virtual_tokens: in
     """The data of a configuration, as tokens of the model, which has room for `virtual_tokens` more in front of a row.
 
     Rows have `max_length` tokens where documents are packed, else at most that. `lines` count what was left out or cut
-    off, except in a stream, which nobody has read yet. Raises `ConfigError` for a name that stands for nothing, keys
+    off, in the first rows of a stream. Raises `ConfigError` for a name that stands for nothing, keys
     that do not go together or rows longer than the model takes; `DataError` for data that cannot be read, is not there
     or gives no row; `ModelError` if the model has no tokenizer.
     """
@@ -161,14 +164,19 @@ def _stream(
     """The stream, its fingerprint and what to say of it. Raises `DataError` if it gives no row."""
     tally = Tally()
     what = documents.described
-    first = next(_rows(encoder, vocabulary, documents, tally), None)
-    if first is None:
+    firsts = list(islice(_rows(encoder, vocabulary, documents, tally), ROWS_COUNTED))
+    if not firsts:
         raise DataError(_no_row(what, encoder, tally))
-    known = f"{documents.identity} {first.input_ids} {first.labels}"
+    known = f"{documents.identity()} {firsts[0].input_ids} {firsts[0].labels}"
     stream = TokenStream(documents, partial(_rows, encoder, vocabulary, tally=Tally(), shuffled=True), seed=table.seed)
     length = f"{encoder.length} tokens" if encoder.packing else f"up to {encoder.length} tokens"
     line = f"{what}, read while it is trained on, rows of {length}, shuffled among {SHUFFLE_ROWS:,} documents"
-    return stream, xxhash.xxh3_128(known.encode()).hexdigest(), [line]
+    tally.tail = 0  # the next round begins in that row's place
+    counts = [
+        f"in the first {counted(len(firsts), 'row')}: {about}"
+        for about in tally.lines(encoder.column.kind, encoder.length)
+    ]
+    return stream, xxhash.xxh3_128(known.encode()).hexdigest(), [line, *counts]
 
 
 def _no_row(what: str, encoder: Encoder, tally: Tally) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 import datasets
 import fsspec  # type: ignore[import-untyped]
 import pandas as pd  # type: ignore[import-untyped]
+import xxhash
 from datasets import Dataset, Features, IterableDataset, Value
 
 from zsl.errors import ConfigError, DataError
@@ -36,11 +37,25 @@ class Documents:
 
     described: str
     rows: Dataset | IterableDataset
-    identity: str  # what tells apart two data sets of the same name, as far as that is known without reading them
+    hub_identity: str = ""  # tells apart two data sets of the same name
     is_text: bool = False  # one column, `text`, with a whole file in each row
     has_splits: bool = False
     reader: str | None = None  # of files of rows
     files: tuple[str, ...] = ()  # that lie on this machine
+
+    def identity(self) -> str:
+        """Tell apart two data sets of the same name: by the content of local files, which can keep size and time.
+
+        Raises `DataError` for a file that cannot be read.
+        """
+        content = xxhash.xxh3_128()
+        with foreign_errors(self.described):
+            for file in self.files:
+                content.update(f"{Path(file).stat().st_size} ".encode())
+                with Path(file).open("rb") as part:
+                    while read := part.read(1 << 20):
+                        content.update(read)
+        return self.hub_identity or content.hexdigest()
 
 
 def open_documents(table: DataTable) -> Documents:
@@ -98,7 +113,7 @@ def _texts(table: DataTable, texts: dict[str, str]) -> Documents:
         if not text.strip():
             raise DataError(f"{name} is empty")
     described = table.name if len(texts) == 1 else f"{table.name} ({len(texts)} files)"
-    return Documents(described, Dataset.from_dict({"text": list(texts.values())}), "", is_text=True)
+    return Documents(described, Dataset.from_dict({"text": list(texts.values())}), is_text=True)
 
 
 def _files(table: DataTable, files: list[Path]) -> Documents:
@@ -132,7 +147,7 @@ def _local_rows(described: str, kind: Kind, files: list[str]) -> Documents:
             rows = builder.as_streaming_dataset(split="train")
         else:
             rows = IterableDataset.from_generator(read_rows, gen_kwargs={"files": files, "kind": kind})
-    return Documents(described, rows, _identity_of_files(files), reader=kind, files=tuple(files))
+    return Documents(described, rows, reader=kind, files=tuple(files))
 
 
 def _repository(table: DataTable, place: str, config: str | None) -> Documents:
@@ -170,8 +185,7 @@ def _repository(table: DataTable, place: str, config: str | None) -> Documents:
         if builder.name == "csv":
             builder = _of_texts(place, config)
         rows = builder.as_streaming_dataset(split=table.split)
-    identity = _identity_of_files(files)
-    return Documents(described, rows, identity, has_splits=True, reader=builder.name, files=tuple(files))
+    return Documents(described, rows, has_splits=True, reader=builder.name, files=tuple(files))
 
 
 def _not_read(directory: Path, splits: Any) -> list[str]:
@@ -249,8 +263,3 @@ def _about_configurations(what: str, config: str | None, listed: str, *, cached:
     if config is None:
         return f"{what} has several configurations; name one with data.config: {there_is}"
     return f"{what} has no configuration {config!r}; it has {there_is}"
-
-
-def _identity_of_files(files: list[str]) -> str:
-    stats = ((file, Path(file).stat()) for file in files)
-    return str([(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats])
