@@ -9,12 +9,13 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
 
 from zsl.cli.shown import to_nowhere
 from zsl.errors import EXIT_RUN_FAILED, RunFailed, ZslError
+from zsl.printable import printable, printable_lines
 
 _LONGEST_FOREIGN_TEXT = 300  # characters: some libraries put all that they looked at into one
 
@@ -35,12 +36,39 @@ def stop_on_sigterm() -> None:
 def say(text: str, *, nl: bool = True) -> None:
     """Write what a command found or did. Raises `RunFailed` where that cannot be; ends it where its reader has gone."""
     try:
-        click.echo(text, nl=nl)
+        click.echo(printable_lines(text), nl=nl)
     except OSError as error:
         to_nowhere(sys.stdout)
         if error.errno == errno.EPIPE:
             sys.exit(128 + signal.SIGPIPE)  # as whoever is ended by it: its reader, `head`, has seen enough
         raise RunFailed(f"standard output cannot be written: {error.strerror}") from error
+
+
+def tell(text: str) -> None:
+    """Write to standard error. Where that cannot be, the exit code alone says how a command ended."""
+    try:
+        click.echo(text, err=True)
+    except OSError:
+        to_nowhere(sys.stderr)
+
+
+class _OutputErrors(click.Command):
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().main(*args, **kwargs)
+        except OSError as error:  # of what click itself writes: help, versions, wrong usage
+            to_nowhere(sys.stdout)
+            tell(f"{self.name}: standard output cannot be written: {error.strerror}")
+            usage = error.__context__
+            sys.exit(usage.exit_code if isinstance(usage, click.ClickException) else EXIT_RUN_FAILED)
+
+
+class Command(_OutputErrors):
+    """A command that ends in one line where its help cannot be written."""
+
+
+class Group(_OutputErrors, click.Group):
+    """A group of commands that does so too."""
 
 
 @contextmanager
@@ -51,18 +79,18 @@ def one_line_errors(command: str, *, debug: bool) -> Iterator[None]:
     except (click.ClickException, click.exceptions.Exit, click.Abort):
         raise
     except KeyboardInterrupt as error:
-        click.echo(f"{command}: interrupted", err=True)
+        tell(f"{command}: interrupted")
         sys.exit(_code_of_signal(error))
     except Exception as error:
         if debug:
-            traceback.print_exc()
+            tell(printable_lines("".join(traceback.format_exception(error))))
         if isinstance(error, ZslError):
             text, code = str(error), error.exit_code
             if isinstance(error.__cause__, KeyboardInterrupt):
                 code = _code_of_signal(error.__cause__)
         else:
             text, code = f"{type(error).__name__}: {_begin(str(error))} (--debug shows where)", EXIT_RUN_FAILED
-        click.echo(f"{command}: {' '.join(text.split())}", err=True)
+        tell(printable(f"{command}: {' '.join(text.split())}"))
         sys.exit(code)
 
 

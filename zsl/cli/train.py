@@ -12,10 +12,11 @@ from typing import Any
 import click
 
 import zsl
-from zsl.cli.errors import one_line_errors, stop_on_sigterm
+from zsl.cli.errors import Command, one_line_errors, stop_on_sigterm
 from zsl.cli.quiet import quiet_libraries
 from zsl.cli.shown import shown_while_it_can_be
 from zsl.errors import ConfigError
+from zsl.printable import PrintableFormatter
 
 # Where an option's value goes.
 FLAGS = {
@@ -66,7 +67,7 @@ class ShareOrPlace(click.ParamType[float | str]):
             return value
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("config", type=click.Path(dir_okay=False, path_type=Path), required=False)
 @click.option("--server", metavar="HOST:PORT", help="Train through this daemon.  [default: a trunk in this process]")
 @click.option("--server-key", metavar="KEY", help="The daemon's .key file, or the key itself.")
@@ -153,7 +154,9 @@ def train(
         checked = read_config(config, settings=settings, overrides=overrides)
 
         stop_on_sigterm()  # as Ctrl-C: what was trained is saved
-        logging.basicConfig(level=logging.WARNING, format="zsl-train: %(message)s")
+        handler = logging.StreamHandler()
+        handler.setFormatter(PrintableFormatter("zsl-train: %(message)s"))
+        logging.basicConfig(level=logging.WARNING, handlers=[handler])
         quiet_libraries(debug=debug)
         from zsl.training.run import train_from_config
 
