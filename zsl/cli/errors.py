@@ -56,11 +56,10 @@ class _OutputErrors(click.Command):
     def main(self, *args: Any, **kwargs: Any) -> Any:
         try:
             return super().main(*args, **kwargs)
-        except OSError as error:  # of what click itself writes: help, versions, wrong usage
+        except OSError as error:  # of what click itself writes: help, versions
             to_nowhere(sys.stdout)
             tell(f"{self.name}: standard output cannot be written: {error.strerror}")
-            usage = error.__context__
-            sys.exit(usage.exit_code if isinstance(usage, click.ClickException) else EXIT_RUN_FAILED)
+            sys.exit(EXIT_RUN_FAILED)
 
 
 class Command(_OutputErrors):
