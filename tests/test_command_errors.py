@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 from pathlib import Path
@@ -15,6 +16,7 @@ from zsl.cli.train import train
 from zsl.cli.trunkd import trunkd
 from zsl.cli.zsl import zsl as command
 from zsl.errors import EXIT_RUN_FAILED, EXIT_STARTUP_FAILED, EXIT_USAGE, RunFailed, StartupError
+from zsl.printable import PrintableFormatter
 from zsl.split.output import new_directory
 
 LONG = "x" * 5000
@@ -150,3 +152,40 @@ def test_the_commands_complete_in_the_shell_as_the_guide_says(name: str, asked: 
     words = {variable: "bash_complete", "COMP_WORDS": f"{name} {asked}", "COMP_CWORD": "1"}
     shown = CliRunner().invoke(commands[name], prog_name=name, env=words)
     assert shown.exit_code == 0 and f"plain,{offered}" in shown.output.splitlines()
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["info", "--help"]])
+def test_help_that_cannot_be_written_is_told_in_a_line(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr("sys.stdout", full)
+        with pytest.raises(SystemExit) as ended:
+            command(arguments, prog_name="zsl")
+    assert ended.value.code == EXIT_RUN_FAILED
+    assert capfd.readouterr().err == "zsl: standard output cannot be written: No space left on device\n"
+
+
+def test_where_no_error_can_be_told_the_exit_code_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr("sys.stderr", full)
+        with pytest.raises(SystemExit) as ended:
+            command(["info", "nowhere"], prog_name="zsl")
+    assert ended.value.code == EXIT_USAGE
+
+
+def test_text_of_others_in_an_error_is_escaped() -> None:
+    ended = ended_with(RunFailed("a file \x1b]0;title\x07 and\u2028another \u202e\x9b line"))
+    assert ended.stderr == "zsl-some: a file \\x1b]0;title\\x07 and another \\u202e\\x9b line\n"
+
+
+def test_a_logged_message_is_one_line_and_its_traceback_indented() -> None:
+    try:
+        raise ValueError("text\n00:00:00 INFO forged\x1b[2J")
+    except ValueError as error:
+        record = logging.makeLogRecord(
+            {"msg": "read %s", "args": ("a\nb\x07",), "exc_info": (ValueError, error, error.__traceback__)}
+        )
+    first, *rest = PrintableFormatter("zsl: %(message)s").format(record).split("\n")
+    assert first == "zsl: read a\\nb\\x07"
+    assert all(line.startswith("  ") for line in rest) and rest[-1] == "  00:00:00 INFO forged\\x1b[2J"

@@ -85,6 +85,14 @@ def test_a_date_in_a_file_is_refused_by_its_key(tmp_path: Path) -> None:
             read_config(file, overrides={})
 
 
+def test_a_file_with_tables_within_each_other_without_end_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "deep.toml"
+    for text in ("x = " + "[" * 5000 + "]" * 5000, "[peft." + ".".join(["a"] * 5000) + "]"):
+        file.write_text(text)
+        with pytest.raises(ConfigError, match=f"{file}: not valid TOML"):
+            read_config(file, overrides={})
+
+
 def test_a_file_that_begins_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
     file.write_text("[data]\nsamples = 3\n", encoding="utf-8-sig")

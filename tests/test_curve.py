@@ -413,3 +413,15 @@ def test_public_keys_that_will_not_do_say_what_to_do(tmp_path: Path) -> None:
     public.write_text(public.read_text().replace(read_public_key(str(public)).decode(), "x" * 39))
     with pytest.raises(ConfigError, match="damaged"):
         read_public_key(str(public))
+
+
+def test_a_key_file_that_is_no_small_regular_file_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    pipe, large, odd = (tmp_path / name for name in ("pipe", "large", "odd"))
+    os.mkfifo(pipe)
+    with large.open("wb") as file:
+        file.truncate(1 << 40)
+    odd.write_text("public-key\n")
+    for path, words in ((pipe, "regular file"), (Path("/dev/zero"), "regular file"), (large, "bytes"), (odd, "no key")):
+        with pytest.raises(ConfigError, match=words) as caught:
+            read_key_pair(path)
+        assert str(path) in str(caught.value)

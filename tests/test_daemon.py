@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
 import signal
 import socket
 import subprocess
+import termios
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -22,13 +24,15 @@ from support.daemon import COMMAND, Daemon
 from support.echo import CUT as ECHO_CUT
 from support.echo import IDENTITY
 from support.models import CUT
+from support.peer import Peer
 from zsl.cli.trunkd import trunkd
 from zsl.cli.zsl import zsl as zsl_command
-from zsl.errors import ForbiddenError, ModelError, TrunkAuthError
+from zsl.errors import ForbiddenError, ModelError, RunFailed, TrunkAuthError
 from zsl.transport.curve import read_public_key, write_key_pair
 from zsl.trunk.daemon import DaemonOptions, run_daemon
 from zsl.trunk.failpoints import failpoint_from
 from zsl.trunk.settings import TrunkInfo
+from zsl.trunk.standard_streams import MAX_WAITING_BYTES, check_output, drain_output, written_by_threads
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -186,15 +190,18 @@ def test_before_it_knows_its_model_and_while_it_reads_the_weights_it_says_that_i
 
     def load(**_: object) -> None:
         look()
+        os.kill(os.getpid(), signal.SIGHUP)  # there is no list to read again
         os.kill(os.getpid(), signal.SIGTERM)
         assert ended.wait(30)
         raise ModelError("seen enough")
 
     def plan(*_: object, **__: object) -> SimpleNamespace:
         look()
+        os.kill(os.getpid(), signal.SIGHUP)
         return SimpleNamespace(info=TrunkInfo(IDENTITY, ECHO_CUT, "f32", False, 64), cut=ECHO_CUT, load=load)
 
     monkeypatch.setattr("zsl.trunk.daemon.plan_trunk", plan)
+    monkeypatch.setattr("zsl.trunk.hangup._has_terminal", lambda: False)
     monkeypatch.setattr("zsl.trunk.daemon.os._exit", end)
     options = DaemonOptions(
         model="a model",
@@ -220,6 +227,76 @@ def test_before_it_knows_its_model_and_while_it_reads_the_weights_it_says_that_i
     assert all("still loading its model" in line and "hangs" not in line for line in seen)
     with socket.create_server(("127.0.0.1", port)):
         pass
+
+
+def test_neither_unread_output_nor_sighup_stops_an_open_daemon_and_a_closed_terminal_drains_it(
+    checkpoints: Callable[..., Path],
+) -> None:
+    master, slave = os.openpty()
+
+    def take_terminal() -> None:
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+    arguments = ["--port", "0", "--log-format", "json", "--debug", "--model", str(checkpoints("llama")), "--cut", CUT]
+    process = subprocess.Popen(
+        [*COMMAND, *arguments],
+        stdin=slave,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        preexec_fn=take_terminal,
+    )
+    os.close(slave)
+    assert process.stdout is not None and process.stderr is not None
+
+    def read_until(word: str) -> dict[str, str]:
+        while True:
+            assert process.stderr is not None
+            entry: dict[str, str] = json.loads(process.stderr.readline())  # each line is whole
+            if word in entry["message"]:
+                return entry
+
+    give_up = threading.Timer(90, process.kill)
+    give_up.start()
+    try:
+        endpoint = json.loads(process.stdout.readline())["endpoint"]
+        process.send_signal(signal.SIGHUP)
+        read_until("SIGHUP")
+        lines = 2 * (MAX_WAITING_BYTES + (64 << 10)) // 100  # of more than 100 bytes: more than pipe and queue hold
+        with Peer(endpoint) as peer:
+            for _ in range(lines):
+                peer.send_frames([b"nothing of ours"])
+            assert peer.status().sessions == 0, "it serves though its log is stuck"
+            dropped = read_until("dropped here")
+            assert dropped["level"] == "warning" and int(dropped["message"].split()[0].replace(",", "")) > 100
+            for _ in range(lines):
+                peer.send_frames([b"nothing of ours"])
+            assert peer.status().sessions == 0
+        os.close(master)  # the terminal closes
+        assert process.wait(30) == 0, "nor does a stuck log keep it from ending"
+    finally:
+        give_up.cancel()
+        process.kill()
+        process.wait(30)
+        process.stdout.close()
+        process.stderr.close()
+
+
+@pytest.mark.parametrize("stuck", ["full", "closed"])
+def test_a_daemon_whose_ready_line_cannot_be_written_ends_with_exit_1(
+    stuck: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading, closed = os.pipe()
+    os.close(reading)
+    with open("/dev/full" if stuck == "full" else closed, "w") as output:
+        monkeypatch.setattr("sys.stdout", output)
+        with written_by_threads(str):
+            print("ready", flush=True)
+            drain_output(30)
+            with pytest.raises(RunFailed, match="standard output cannot be written"):
+                check_output()
+    if stuck == "full":
+        os.close(closed)
 
 
 def test_a_port_in_use_is_exit_3_with_the_port() -> None:
@@ -282,6 +359,11 @@ def test_with_keys_it_serves_who_is_on_the_list_at_any_address_and_reads_the_lis
         daemon.signal(signal.SIGHUP)
         with client("bob") as bob_again:
             while "stays as it was" not in log.read_text():
+                assert daemon.process.poll() is None
+            tenants.unlink()
+            os.mkfifo(tenants)  # which nobody writes to
+            daemon.signal(signal.SIGHUP)
+            while "not a regular file" not in log.read_text():
                 assert daemon.process.poll() is None
             bob_again.connect()
     written = log.read_text()

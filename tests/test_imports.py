@@ -14,13 +14,15 @@ ROOT = Path(__file__).parent.parent / "zsl"
 # What each room may import of zsl, beside itself.
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
-    "wire": {"errors"},
-    "transport": {"errors", "wire"},
+    "printable": set(),
+    "small_files": {"errors"},
+    "wire": {"errors", "printable"},
+    "transport": {"errors", "small_files", "wire"},
     "split": {"errors", "wire"},
-    "trunk": {"errors", "wire", "transport", "split", ""},
-    "client": {"errors", "wire", "transport", "split", ""},
-    "training": {"errors", "wire", "split", "client", "trunk"},
-    "cli": {"errors", "transport", "split", "client", "trunk", "training", ""},
+    "trunk": {"errors", "printable", "small_files", "wire", "transport", "split", ""},
+    "client": {"errors", "printable", "wire", "transport", "split", ""},
+    "training": {"errors", "printable", "small_files", "wire", "split", "client", "trunk"},
+    "cli": {"errors", "printable", "transport", "split", "client", "trunk", "training", ""},
 }
 # Rooms and files that know no torch, so that they run and can be tested where there is none.
 WITHOUT_TORCH = [

@@ -17,9 +17,10 @@ from support.square import SquareServer, some
 from test_access import Keys, client
 from zsl.cli.zsl import zsl as command
 from zsl.client.serving import in_units
-from zsl.errors import EXIT_STARTUP_FAILED, EXIT_USAGE
+from zsl.errors import EXIT_STARTUP_FAILED, EXIT_USAGE, DrainingError
+from zsl.printable import printable_lines
 from zsl.trunk.tenants import Allowlist
-from zsl.wire.messages import GoAway
+from zsl.wire.messages import Error, GoAway
 from zsl.wire.messages import Result as Answer
 
 UNUSED = "127.0.0.1:1"  # a port that no daemon takes by chance
@@ -155,3 +156,34 @@ def test_it_loads_no_torch(arguments: list[str | None]) -> None:
 )
 def test_bytes_are_written_in_units(nbytes: int, text: str) -> None:
     assert in_units(nbytes) == text
+
+
+HOSTILE = "gone\x1b[2J\x07\r\nstate          takes sessions\u2028\x9b1m\u202e"
+
+
+class HostileServer(EchoServer):
+    """Refuses sessions with a text that steers a terminal, and has such a name where `as_name`."""
+
+    def __init__(self, *, as_name: bool) -> None:
+        super().__init__(model=IDENTITY.model_copy(update={"model_type": HOSTILE}) if as_name else IDENTITY)
+
+
+def test_what_a_daemon_says_neither_steers_the_terminal_nor_poses_as_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        # As a daemon of somebody else would send it.
+        monkeypatch.setattr("zsl.trunk.server.Error", Error.model_construct)
+        raise DrainingError(HOSTILE)
+
+    monkeypatch.setattr("zsl.trunk.server.TrunkServer._opened", refuse)
+    with HostileServer(as_name=False) as server:
+        shown = run(server.endpoint).output
+    state = rows(shown)["state"]
+    assert "gone\\x1b[2J\\x07\\r\\nstate" in state and "\\u2028\\x9b1m\\u202e" in state
+    assert printable_lines(shown) == shown and shown.count("takes sessions") == 1
+
+
+def test_a_daemon_whose_names_steer_the_terminal_is_not_believed() -> None:
+    with HostileServer(as_name=True) as server:
+        shown = run(server.endpoint)
+    assert shown.exit_code == EXIT_STARTUP_FAILED and shown.output.count("\n") == 1
+    assert "model_type" in shown.output and printable_lines(shown.output) == shown.output

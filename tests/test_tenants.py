@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,50 @@ def test_a_file_that_cannot_be_read_is_told(file: Path) -> None:
     file.write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match="not valid TOML"):
         Allowlist(file)
+
+
+DEEP = {
+    "lists": "x = " + "[" * 5000 + "]" * 5000,
+    "tables": "[" + ".".join(["a"] * 5000) + "]",
+    "number": "x = " + "9" * 5000,
+}
+
+
+@pytest.mark.parametrize("text", DEEP.values(), ids=DEEP)
+def test_a_file_that_only_a_machine_would_write_is_told_as_one_that_is_not_valid(file: Path, text: str) -> None:
+    file.write_text(text)
+    with pytest.raises(ConfigError, match="not valid TOML") as caught:
+        read_tenants(file)
+    assert str(caught.value).startswith(f"{file}: ") and len(str(caught.value)) < 500
+
+
+def test_only_a_regular_file_of_a_bounded_size_is_read(file: Path) -> None:
+    os.mkfifo(file)  # which nobody writes to: reading it would never end
+    with pytest.raises(ConfigError, match="regular file"):
+        read_tenants(file)
+    for place in (Path("/dev/zero"), file.parent):
+        with pytest.raises(ConfigError, match=f"{place}.*(regular file|directory)"):
+            read_tenants(place)
+    file.unlink()
+    with file.open("wb") as large:
+        large.truncate(1 << 40)
+    with pytest.raises(ConfigError, match="1,048,576 bytes"):
+        read_tenants(file)
+
+
+def test_a_file_that_is_written_to_while_it_is_read_is_refused(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file.write_text(ALICE + BOB)
+    looked = os.fstat
+
+    def write_more(descriptor: int) -> os.stat_result:
+        status = looked(descriptor)
+        with file.open("a") as more:
+            more.write(BOB)
+        return status
+
+    monkeypatch.setattr("zsl.small_files.os.fstat", write_more)
+    with pytest.raises(ConfigError, match="written to while it was read"):
+        read_tenants(file)
 
 
 def test_the_list_changes_only_when_the_new_file_is_whole(file: Path) -> None:

@@ -27,6 +27,7 @@ from test_train import COMMAND
 from zsl.cli.shown import Shown, shown_while_it_can_be
 from zsl.cli.train import train as train_command
 from zsl.errors import EXIT_STARTUP_FAILED, EXIT_USAGE, ConfigError, RunFailed
+from zsl.printable import printable_lines
 from zsl.training.checkpoints import put_in_place, step_of
 from zsl.training.config import TrainConfig, read_config
 from zsl.training.data.rows import TokenRow, hold
@@ -694,6 +695,18 @@ def test_the_validation_loss_is_that_of_a_token_however_rows_are_batched(tmp_pat
         assert result.exit_code == 0, result.output
         losses.append(lines_in(out)[0]["eval_loss"])
     assert losses[1:] == [pytest.approx(losses[0], rel=1e-6)] * 2
+
+
+def test_names_of_files_and_columns_neither_steer_the_terminal_nor_pose_as_lines(tmp_path: Path) -> None:
+    texts = tmp_path / "texts\x1b]0;title\x07\nSaved.jsonl"
+    row = {"text": " ".join(SENTENCES), "more\x1b[2J\nSaved\u202e": 1}
+    texts.write_text(json.dumps(row) + "\n")
+    model = write_model(tmp_path / "model")
+    options = ["--cut", "2:4", "--max-length", "16", "--dry-run", "--save-dir", tmp_path / "out"]
+    result = run("--model", model, "--dataset", texts, *options)
+    assert result.exit_code == 0, result.output
+    assert "not used: column more\\x1b[2J\\nSaved\\u202e" in result.stdout and "texts\\x1b]0;title" in result.stdout
+    assert printable_lines(result.output) == result.output and "Saved" not in result.output.splitlines()
 
 
 class Killed(BaseException):

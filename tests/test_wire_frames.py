@@ -12,13 +12,16 @@ import msgpack
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from support.mutations import mutated
-from zsl.errors import CorruptError, MalformedError, ProtocolVersionError, TooLargeError, WireError
+from zsl.errors import CorruptError, MalformedError, ProtocolVersionError, Retry, TooLargeError, WireError
+from zsl.printable import is_printable, printable
 from zsl.wire.frames import KIND, MAGIC, MAJOR, MAX_HEADER_BYTES, Frame, decode, encode, seal
 from zsl.wire.messages import (
     DTYPE_BYTES,
     MAX_DIMS,
+    MAX_TEXT_CHARS,
     TO_CLIENT,
     TO_DAEMON,
     Backward,
@@ -374,3 +377,18 @@ def test_a_descriptor_takes_exactly_its_own_number_of_bytes(dtype: str, shape: l
     assert decode(forward_frames(bytes(nbytes), tensors=[good]), TO_DAEMON).buffers == (bytes(nbytes),)
     with pytest.raises(MalformedError):
         decode(forward_frames(bytes(nbytes + 1), tensors=[good]), TO_DAEMON)
+
+
+@pytest.mark.parametrize(
+    "character", ["\x07", "\x1b", "\n", "\r", "\x7f", "\x9b", "\u2028", "\u202e", "\u2066", "\ufeff"]
+)
+def test_a_name_with_a_control_character_is_refused_and_a_text_with_it_escaped(character: str) -> None:
+    with pytest.raises(ValidationError, match="control a terminal"):
+        Hello(request=1, software=f"0{character}", dtype="f32", model=None, cut=None, resume=None)
+    with pytest.raises(ValidationError, match="control a terminal"):
+        ModelIdentity.model_validate(IDENTITY.model_dump() | {"model_type": character})
+    fields = {"request": 1, "epoch": b"e" * 16, "code": "INTERNAL", "retry": Retry.NEVER, "retry_after_ms": 0}
+    sent = Error.model_validate({**fields, "text": character * MAX_TEXT_CHARS})
+    read = decode(encode(sent), TO_CLIENT).header
+    assert isinstance(read, Error) and is_printable(read.text) and 500 < len(read.text) <= MAX_TEXT_CHARS
+    assert read.text.startswith(printable(character))

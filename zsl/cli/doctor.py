@@ -14,8 +14,9 @@ from pathlib import Path
 
 import click
 
-from zsl.cli.errors import one_line_errors, say
+from zsl.cli.errors import one_line_errors, say, tell
 from zsl.errors import EXIT_RUN_FAILED
+from zsl.printable import PrintableFormatter, printable_lines
 from zsl.split.words import counted
 
 
@@ -68,12 +69,14 @@ def doctor(
                 else:
                     say(check.line)
                 if debug and check.error is not None:
-                    traceback.print_exception(check.error)
+                    tell(printable_lines("".join(traceback.format_exception(check.error))))
                 failed += check.state is State.FAIL
 
         if not debug:
             # What the libraries below have to say to each other is in the way of what was found.
-            logging.basicConfig(level=logging.CRITICAL, format="zsl doctor: %(message)s")
+            handler = logging.StreamHandler()
+            handler.setFormatter(PrintableFormatter("zsl doctor: %(message)s"))
+            logging.basicConfig(level=logging.CRITICAL, handlers=[handler])
             logging.getLogger("zsl.split").setLevel(logging.WARNING)  # it says what takes its time
             warnings.simplefilter("ignore")
             os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

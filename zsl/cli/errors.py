@@ -15,6 +15,7 @@ import click
 
 from zsl.cli.shown import to_nowhere
 from zsl.errors import EXIT_RUN_FAILED, RunFailed, ZslError
+from zsl.printable import printable, printable_lines
 
 _LONGEST_FOREIGN_TEXT = 300  # characters: some libraries put all that they looked at into one
 
@@ -35,7 +36,7 @@ def stop_on_sigterm() -> None:
 def say(text: str, *, nl: bool = True) -> None:
     """Write what a command found or did. Raises `RunFailed` where that cannot be; ends it where its reader has gone."""
     with _output_errors():
-        click.echo(text, nl=nl)
+        click.echo(printable_lines(text), nl=nl)
 
 
 @contextmanager
@@ -47,6 +48,14 @@ def _output_errors() -> Iterator[None]:
         if error.errno == errno.EPIPE:
             sys.exit(128 + signal.SIGPIPE)  # as whoever is ended by it: its reader, `head`, has seen enough
         raise RunFailed(f"standard output cannot be written: {error.strerror}") from error
+
+
+def tell(text: str) -> None:
+    """Write to standard error. Where that cannot be, the exit code alone says how a command ended."""
+    try:
+        click.echo(text, err=True)
+    except OSError:
+        to_nowhere(sys.stderr)
 
 
 class Command(click.Command):
@@ -75,18 +84,18 @@ def one_line_errors(command: str, *, debug: bool) -> Iterator[None]:
     except (click.ClickException, click.exceptions.Exit, click.Abort):
         raise
     except KeyboardInterrupt as error:
-        click.echo(f"{command}: interrupted", err=True)
+        tell(f"{command}: interrupted")
         sys.exit(_code_of_signal(error))
     except Exception as error:
         if debug:
-            traceback.print_exc()
+            tell(printable_lines("".join(traceback.format_exception(error))))
         if isinstance(error, ZslError):
             text, code = str(error), error.exit_code
             if isinstance(error.__cause__, KeyboardInterrupt):
                 code = _code_of_signal(error.__cause__)
         else:
             text, code = f"{type(error).__name__}: {_begin(str(error))} (--debug shows where)", EXIT_RUN_FAILED
-        click.echo(f"{command}: {' '.join(text.split())}", err=True)
+        tell(printable(f"{command}: {' '.join(text.split())}"))
         sys.exit(code)
 
 

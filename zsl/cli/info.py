@@ -8,6 +8,7 @@ import click
 
 from zsl.cli.errors import one_line_errors, say
 from zsl.errors import LoadingError, StartupError, ZslError
+from zsl.printable import printable
 
 
 @click.command(short_help="Show what a daemon serves, and how busy it is.")
@@ -53,7 +54,7 @@ def info(endpoint: str, server_key: str | None, client_key: str | None, as_json:
                 [("endpoint", one), ("state", _why_not(answer))] if isinstance(answer, ZslError) else answer.rows()
                 for one, answer in found.items()
             ]
-            say("\n\n".join("\n".join(f"{key:<13}  {value}" for key, value in rows) for rows in blocks))
+            say("\n\n".join("\n".join(f"{key:<13}  {printable(value)}" for key, value in rows) for rows in blocks))
         if len(errors) == len(found):
             raise StartupError(str(errors[0]) if len(errors) == 1 else "none of them answers") from errors[0]
 

@@ -6,6 +6,8 @@ import logging
 import os
 import warnings
 
+from zsl.printable import printable
+
 
 def quiet_libraries(*, debug: bool) -> None:
     """Let transformers, PEFT and bitsandbytes speak of errors only, and draw no bars; with `debug`, just no bars.
@@ -18,7 +20,7 @@ def quiet_libraries(*, debug: bool) -> None:
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         warnings.simplefilter("ignore")
         warnings.filterwarnings("default", module=r"zsl\.")
-        warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+        warnings.formatwarning = lambda message, *_: f"warning: {printable(str(message))}\n"
     from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
     disable_progress_bar()

@@ -16,6 +16,7 @@ from zsl.cli.errors import Command, one_line_errors, stop_on_sigterm
 from zsl.cli.quiet import quiet_libraries
 from zsl.cli.shown import shown_while_it_can_be
 from zsl.errors import ConfigError
+from zsl.printable import PrintableFormatter
 
 # Where an option's value goes.
 FLAGS = {
@@ -153,7 +154,9 @@ def train(
         checked = read_config(config, settings=settings, overrides=overrides)
 
         stop_on_sigterm()  # as Ctrl-C: what was trained is saved
-        logging.basicConfig(level=logging.WARNING, format="zsl-train: %(message)s")
+        handler = logging.StreamHandler()
+        handler.setFormatter(PrintableFormatter("zsl-train: %(message)s"))
+        logging.basicConfig(level=logging.WARNING, handlers=[handler])
         quiet_libraries(debug=debug)
         from zsl.training.run import train_from_config
 

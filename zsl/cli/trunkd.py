@@ -9,7 +9,6 @@ import click
 
 import zsl
 from zsl.cli.errors import Command, one_line_errors
-from zsl.cli.shown import shown_while_it_can_be
 from zsl.errors import ConfigError
 from zsl.split.dtypes import DTYPES
 
@@ -143,7 +142,11 @@ def trunkd(
     Says when it is ready; with --log-format json in one line. SIGTERM or Ctrl-C lets open steps end; a second one
     ends at once.
     """
-    with one_line_errors("zsl-trunkd", debug=debug):
+    from zsl.trunk.logs import line_of_dropped
+    from zsl.trunk.standard_streams import written_by_threads
+
+    dropped = line_of_dropped(log_format)  # type: ignore[arg-type]
+    with written_by_threads(dropped), one_line_errors("zsl-trunkd", debug=debug):
         from zsl.split.cut import parse_cut
         from zsl.trunk.access import check_address, read_access
         from zsl.trunk.failpoints import failpoint_from
@@ -179,5 +182,4 @@ def trunkd(
             failpoint=failpoint,
             log_format=log_format,  # type: ignore[arg-type]
         )
-        with shown_while_it_can_be():
-            run_daemon(options)
+        run_daemon(options)

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +14,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field, ValidationError
 
 from zsl.errors import ConfigError
+from zsl.small_files import parse_toml, read_toml
 from zsl.split.dtypes import DtypeName
 from zsl.training.data.table import DataTable
 from zsl.training.table import Table
@@ -209,12 +209,9 @@ def where_of(file: Path | None) -> str:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        tables = tomllib.loads(file.read_text(encoding="utf-8-sig"))
-    except OSError as error:
+        return read_toml(file, regular=False)  # a shell's <(…) is a pipe
+    except FileNotFoundError as error:
         raise ConfigError(f"{file}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: not valid TOML: {error}") from error
-    return tables
 
 
 def _table(where: str, tables: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -234,8 +231,8 @@ def _parse_setting(text: str) -> tuple[str, str, Any]:
     if not (equals and dot and table and key):
         raise ConfigError(f"--set {text!r}: write table.key=value, for example train.max_steps=5")
     try:
-        read = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
+        read = parse_toml(f"value = {value}")["value"]
+    except ConfigError:
         return table, key, value.strip()  # a bare word is a string
     return table, key, read if isinstance(read, _JSON) else value.strip()
 

@@ -16,6 +16,7 @@ from transformers import default_data_collator, set_seed
 from zsl.client.model import load_client
 from zsl.client.remote import RemoteTrunk
 from zsl.errors import ConfigError, RunFailed, ZslError
+from zsl.printable import printable
 from zsl.split.adapter import adapter_parameters
 from zsl.split.attach import load_adapter, read_adapter_config, with_adapter
 from zsl.split.cut import parse_cut
@@ -93,7 +94,7 @@ def train_from_config(config: TrainConfig, where: str, *, dry_run: bool = False)
                 "put adapters on the top, or train in mode exact, through a daemon that serves backward"
             )
         print("", overview(model, sides, reference, trunk, trunk_place), "", sep="\n")
-        print("Data set", *(f"  {line}" for line in data.lines), sep="\n", flush=True)
+        print("Data set", *(f"  {printable(line)}" for line in data.lines), sep="\n", flush=True)
         for rows, key in (
             (data.train, "per_device_train_batch_size"),
             (data.validation, "per_device_eval_batch_size"),
@@ -132,7 +133,7 @@ def train_from_config(config: TrainConfig, where: str, *, dry_run: bool = False)
             eval_dataset=data.validation,
             data_collator=data.collate or default_data_collator,
         )
-        print(*_beginning(run, start, dry_run=dry_run), sep="\n", flush=True)
+        print(*map(printable, _beginning(run, start, dry_run=dry_run)), sep="\n", flush=True)
         if dry_run:
             return
         _train(trainer, run, start, Results(model, sides, reference, directory, metrics, run.record), trunk)
@@ -194,7 +195,7 @@ def _train(trainer: SplitTrainer, run: RunDirectory, start: Start | None, result
         ) from error
     if not metrics.taken:
         print("  There was no step left to take.")
-    print("\nSaved", *(f"  {line}" for line in lines), sep="\n")
+    print("\nSaved", *(f"  {printable(line)}" for line in lines), sep="\n")
     print("", final_summary(metrics.losses, trainer.seconds, metrics.validations, kept=trainer.kept_step), sep="\n")
     if trainer.measured.steps:
         print("", communication(trainer.measured, results.model, trunk), sep="\n")

@@ -22,6 +22,7 @@ import zmq.auth
 from zmq.utils import z85
 
 from zsl.errors import ConfigError, StartupError
+from zsl.small_files import read_small_file
 from zsl.transport.monitor import Monitor
 
 logger = logging.getLogger(__name__)
@@ -155,11 +156,13 @@ def _is_refused(endpoint: str, server_public: bytes) -> bool:
 
 def _load(path: Path) -> tuple[bytes, bytes | None]:
     try:
+        read_small_file(path)
         return zmq.auth.load_certificate(path)
+    except ConfigError:
+        raise
     except OSError as error:
-        what = error.strerror or "there is no such file"
-        raise ConfigError(f"{path}: {what}; `zsl keygen NAME` makes a pair of key files") from error
-    except ValueError as error:
+        raise ConfigError(f"{path}: {error.strerror}; `zsl keygen NAME` makes a pair of key files") from error
+    except (ValueError, IndexError) as error:
         raise ConfigError(f"{path} holds no key; give a file that `zsl keygen NAME` made") from error
 
 

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import signal
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -14,21 +15,27 @@ from typing import Any
 import torch
 
 import zsl
-from zsl.errors import ConfigError, StartupError
+from zsl.errors import StartupError
+from zsl.printable import printable
 from zsl.split.words import counted
 from zsl.transport.curve import refuses_unknown_keys
 from zsl.transport.router import raise_file_limit
 from zsl.trunk.access import Access
 from zsl.trunk.assemble import TrunkPlan, plan_trunk
 from zsl.trunk.failpoints import Failpoint
+from zsl.trunk.hangup import Hangup
 from zsl.trunk.loading import Loading
 from zsl.trunk.logs import LogFormat
 from zsl.trunk.memory import keep_freed_memory
 from zsl.trunk.server import TrunkServer
 from zsl.trunk.settings import ServerSettings, TrunkTraits
+from zsl.trunk.standard_streams import check_output, drain_output
 from zsl.wire.messages import Cut
 
 logger = logging.getLogger(__name__)
+
+READY_SECONDS = 2.0  # for the ready line to be read
+LAST_LINES_SECONDS = 1.0  # for what the log says of an end at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +68,16 @@ def run_daemon(options: DaemonOptions) -> None:
     raise_file_limit()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
+    hangup = Hangup(None if options.access is None else options.access.allowlist.reload, _end_while_loading)
+    if hangup.is_obeyed:
+        signal.signal(signal.SIGHUP, hangup)
     with Loading(options.host, options.port, options.access) as loading:  # a port in use shows at once
         logger.info("%s: clients are told to wait while %s is loaded", loading.endpoint, options.model)
         plan = plan_trunk(options.model, options.cut, options.dtype, options.device, forward_only=options.forward_only)
-        asyncio.run(_serve(plan, options, loading))
+        asyncio.run(_serve(plan, options, loading, hangup))
 
 
-async def _serve(plan: TrunkPlan, options: DaemonOptions, loading: Loading) -> None:
+async def _serve(plan: TrunkPlan, options: DaemonOptions, loading: Loading, hangup: Hangup) -> None:
     access = options.access
     server = TrunkServer(
         plan.info,
@@ -76,7 +86,7 @@ async def _serve(plan: TrunkPlan, options: DaemonOptions, loading: Loading) -> N
         allowlist=None if access is None else access.allowlist,
         failpoint=options.failpoint,
     )
-    _obey_signals(server, loading, reloads=access is not None)
+    _obey_signals(server, loading, hangup, reloads=access is not None)
     try:
         logger.info("loading layers %s of %s", plan.cut, options.model)
         # In a thread that ends: with its OpenMP threads still there beside those of the compute thread, libgomp would
@@ -100,43 +110,55 @@ async def _serve(plan: TrunkPlan, options: DaemonOptions, loading: Loading) -> N
         raise
     if options.deterministic and not compute.traits.deterministic:
         logger.warning("--deterministic: the self-test failed on this device and dtype; who insists is refused")
-    _say_ready(endpoint, plan, compute.traits, options)
+    sys.stdout.write(_ready(endpoint, plan, compute.traits, options) + "\n")  # at once: a reader may leave after it
+    sys.stdout.flush()
+    await _check_ready_was_written()
     await server.run(compute)
     logger.info("stopped")
 
 
-def _obey_signals(server: TrunkServer, loading: Loading, *, reloads: bool) -> None:
-    """SIGTERM, SIGINT: drain; again, or while loading: end at once. SIGHUP: read the list of tenants again."""
+def _obey_signals(server: TrunkServer, loading: Loading, hangup: Hangup, *, reloads: bool) -> None:
+    """SIGTERM, SIGINT: drain; again, or while loading: end at once. SIGHUP: as `Hangup` says."""
     loop = asyncio.get_running_loop()
     signals: list[signal.Signals] = []
 
     def on_signal(received: signal.Signals) -> None:
         signals.append(received)
         if loading.is_open:
-            logger.info("%s: ending before the model is loaded", received.name)
-            os._exit(128 + received)  # the thread that loads cannot be stopped
+            _end_while_loading(received)
         elif len(signals) == 1:
             logger.info("%s: taking no new work, letting open steps end (again: end at once)", received.name)
             server.drain()
         else:
-            os._exit(128 + received)  # the compute thread may be in the middle of a pass; nothing is lost by it
+            _leave(received)  # the compute thread may be in the middle of a pass; nothing is lost by it
 
-    def on_hangup() -> None:
-        try:
-            server.reload_tenants()
-        except ConfigError as error:
-            logger.error("the list of tenants stays as it was: %s", error)
-        else:
-            logger.info("SIGHUP: read the list of tenants again")
-
-    if reloads:
-        loop.add_signal_handler(signal.SIGHUP, on_hangup)
+    hangup.reload = server.reload_tenants if reloads else None
+    hangup.end = on_signal
+    if hangup.is_obeyed:
+        loop.add_signal_handler(signal.SIGHUP, hangup)
     for wanted in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(wanted, on_signal, wanted)
 
 
-def _say_ready(endpoint: str, plan: TrunkPlan, traits: TrunkTraits, options: DaemonOptions) -> None:
-    """On stdout, for people and for scripts that wait for its first line."""
+def _end_while_loading(received: signal.Signals) -> None:
+    logger.info("%s: ending before the model is loaded", received.name)
+    _leave(received)  # the thread that loads cannot be stopped
+
+
+def _leave(received: signal.Signals) -> None:
+    drain_output(LAST_LINES_SECONDS)
+    os._exit(128 + received)
+
+
+async def _check_ready_was_written() -> None:
+    """Raises `RunFailed` where whoever waits for that would wait for ever. A pipe that is not read yet is no error."""
+    if not await asyncio.to_thread(drain_output, READY_SECONDS):
+        logger.warning("nobody reads standard output or error; serving, and dropping lines that find no room")
+    check_output()
+
+
+def _ready(endpoint: str, plan: TrunkPlan, traits: TrunkTraits, options: DaemonOptions) -> str:
+    """What stdout says, for people and for scripts that wait for its first line."""
     facts: dict[str, Any] = {
         "endpoint": endpoint,
         "model": options.model,
@@ -154,8 +176,7 @@ def _say_ready(endpoint: str, plan: TrunkPlan, traits: TrunkTraits, options: Dae
         "version": zsl.__version__,
     }
     if options.log_format == "json":
-        print(json.dumps({"event": "ready", **facts}), flush=True)
-        return
+        return json.dumps({"event": "ready", **facts})
     what = "forward only" if plan.info.forward_only else "forward and backward"
     merging = "no merging"
     if facts["merge_below_tokens"]:
@@ -164,12 +185,11 @@ def _say_ready(endpoint: str, plan: TrunkPlan, traits: TrunkTraits, options: Dae
             f"{facts['max_batch_tokens']:,}" + (", deterministic" if traits.deterministic else "")
         )
     secured = "encrypted" if options.access is not None else "not encrypted, open to whoever reaches it"
-    print(
+    parameters = counted(traits.parameters, "parameter")
+    lines = [
         f"zsl-trunkd {zsl.__version__} ready on {endpoint}",
-        f"{options.model}, layers {plan.cut}, {counted(traits.parameters, 'parameter')}, "
-        f"{facts['dtype']} on {plan.device}",
+        f"{options.model}, layers {plan.cut}, {parameters}, {facts['dtype']} on {plan.device}",
         f"{what}, {merging}",
         secured,
-        sep="\n  ",
-        flush=True,
-    )
+    ]
+    return "\n  ".join(map(printable, lines))

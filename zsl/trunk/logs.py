@@ -8,10 +8,16 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
+
+from zsl.printable import PrintableFormatter
+from zsl.split.words import counted
+
+logger = logging.getLogger(__name__)
 
 LogFormat = Literal["text", "json"]
 
@@ -62,14 +68,38 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(entry)
 
 
-def set_up_logging(log_format: LogFormat, *, debug: bool) -> None:
-    """Log `zsl.*` from INFO (or DEBUG) to stderr, and everyone else's warnings."""
-    handler = logging.StreamHandler(sys.stderr)
+def formatter_for(log_format: LogFormat) -> logging.Formatter:
+    """The formatter of lines to read, or of JSON."""
     if log_format == "json":
-        handler.setFormatter(JsonFormatter())
-    else:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S"))
+        return JsonFormatter()
+    return PrintableFormatter("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S")
+
+
+def line_of_dropped(log_format: LogFormat) -> Callable[[int], str]:
+    """Make the log's own line for so many that were dropped."""
+    formatter = formatter_for(log_format)
+
+    def line(count: int) -> str:
+        facts = {"name": __name__, "levelno": logging.WARNING, "levelname": "WARNING"}
+        text = f"{counted(count, 'line')} dropped here: they were not read in time"
+        return formatter.format(logging.makeLogRecord({**facts, "msg": text})) + "\n"
+
+    return line
+
+
+def set_up_logging(log_format: LogFormat, *, debug: bool) -> None:
+    """Log `zsl.*` from INFO (or DEBUG) to stderr, everyone else's warnings, and exceptions that end a thread."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(formatter_for(log_format))
     if not debug:
         handler.addFilter(FewAlike())
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("zsl").setLevel(logging.DEBUG if debug else logging.INFO)
+    logging.captureWarnings(True)
+    threading.excepthook = _log_end_of_thread
+
+
+def _log_end_of_thread(ended: threading.ExceptHookArgs) -> None:
+    if ended.exc_value is not None:
+        info = ended.exc_type, ended.exc_value, ended.exc_traceback
+        logger.critical("an exception ended the thread %s", ended.thread and ended.thread.name, exc_info=info)

@@ -13,7 +13,6 @@ An authenticated key is a tenant: all that its holder's clients do together coun
 from __future__ import annotations
 
 import difflib
-import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from zsl.errors import ConfigError
+from zsl.small_files import read_toml
 from zsl.transport.curve import NAME, is_public_key
 from zsl.trunk.sizes import parse_size
 
@@ -110,13 +110,9 @@ class Allowlist:
 def read_tenants(path: Path) -> Tenants:
     """The tenants in a file. Raises `ConfigError`, which names file, table and key."""
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        tables = read_toml(path)
     except FileNotFoundError:
         raise ConfigError(f"{path}: there is no such file; {_HOW_TO_WRITE}") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid TOML: {error}") from error
     try:
         checked = _File.model_validate(tables).tenants
     except ValidationError as error:

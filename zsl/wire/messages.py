@@ -10,9 +10,10 @@ from enum import IntEnum
 from math import prod
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from zsl.errors import Retry
+from zsl.printable import is_printable, printable
 
 MAX_DIMS = 4
 MAX_TENSORS = 16
@@ -25,6 +26,13 @@ DTYPE_BYTES: dict[str, int] = {
 }  # fmt: skip
 FLOAT_DTYPES = frozenset({"f32", "f16", "bf16"})
 
+
+def _refuse_controls(name: str) -> str:
+    if not is_printable(name):
+        raise ValueError("has characters that control a terminal")
+    return name
+
+
 DtypeName = Literal["f32", "f16", "bf16", "i64", "i32", "i16", "i8", "u8", "bool"]
 FloatDtypeName = Literal["f32", "f16", "bf16"]
 # `lengths`: the activations are one row of sequences of these lengths, one after the other.
@@ -35,9 +43,10 @@ Dim = Annotated[int, Field(ge=0, le=2**31 - 1)]
 LayerIndex = Annotated[int, Field(ge=0, le=2**16)]
 Milliseconds = Annotated[int, Field(ge=0, le=7 * 24 * 3600 * 1000)]
 Id16 = Annotated[bytes, Field(min_length=16, max_length=16)]
-Name = Annotated[str, Field(max_length=200)]
+# Both reach terminals and logs of the other end: a name is refused, a text for people escaped.
+Name = Annotated[str, Field(max_length=200), AfterValidator(_refuse_controls)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Text = Annotated[str, Field(max_length=MAX_TEXT_CHARS)]
+Text = Annotated[str, Field(max_length=MAX_TEXT_CHARS), AfterValidator(lambda text: printable(text)[:MAX_TEXT_CHARS])]
 
 
 class MessageType(IntEnum):

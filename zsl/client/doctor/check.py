@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from zsl.errors import ZslError
+from zsl.printable import printable
 
 
 class State(StrEnum):
@@ -31,7 +32,7 @@ class Check:
     @property
     def line(self) -> str:
         text = f"{self.found}; {self.to_do}" if self.to_do else self.found
-        return f"{self.state:<4}  {self.name:<14}  {' '.join(text.split())}"
+        return f"{self.state:<4}  {self.name:<14}  {printable(' '.join(text.split()))}"
 
 
 def attempt(name: str, check: Callable[[], Check]) -> Check:
