@@ -141,11 +141,12 @@ class Link:
     def wait(self, wake: int) -> None:
         """Sleep until something arrives, the file descriptor `wake` is readable, or a timer is due."""
         if self._poller is None:
-            self._poller = zmq.Poller()
-            self._poller.register(wake, zmq.POLLIN)
+            poller = zmq.Poller()
+            poller.register(wake, zmq.POLLIN)
             readables = () if self._dealer is None else (self._dealer.socket, self._dealer.monitor)
             for readable in (*readables, *(() if self._pulse is None else self._pulse.sockets)):
-                self._poller.register(readable, zmq.POLLIN)
+                poller.register(readable, zmq.POLLIN)
+            self._poller = poller  # when it is whole: Ctrl-C may come before
         self._poller.poll(max(0, math.ceil(self._seconds_to_next_timer() * 1000)))
 
     def turn(self) -> None:
@@ -171,17 +172,26 @@ class Link:
         elif self._dealer is not None:
             self._say_hello(now)
 
-    def close(self, error: ZslError) -> None:
+    def start_over(self) -> None:
+        """Take a fresh socket and send again what has no answer: after a `turn` that Ctrl-C ended anywhere."""
+        logger.warning("%s: interrupted; connecting again", self._endpoints.current)
+        self._welcome = None
+        self._leaves = False
+        self._requests.start_over()
+        self.connect()
+
+    def close(self, error: ZslError, *, say_bye: bool = True) -> None:
         """Say BYE, fail with `error` what has no answer, and free the sockets."""
         if not self._opened.done():
             self._opened.set_exception(error)
         self._requests.fail_all(error)
-        self._leave_session()
-        if self._dealer is not None:
-            self._dealer.close()
-            self._dealer = None
+        if say_bye:  # else a message may be half sent
+            self._leave_session()
+            if self._dealer is not None:
+                self._dealer.close()
+                self._dealer = None
         self._drop_sockets()
-        self._context.term()
+        self._context.destroy()  # also sockets of a step that was interrupted, which nobody else knows of
 
     # --- the connection ----------------------------------------------------------------------------------------
 
@@ -431,9 +441,9 @@ class Link:
         elif header.retry is Retry.REPLAY:
             self._requests.refused(pending, error)
         elif header.retry is Retry.SAME:
-            self._requests.later(pending, now + header.retry_after_ms / 1000)
+            self._requests.later(pending, now + header.retry_after_ms / 1000, now)
         elif header.retry is Retry.ELSEWHERE:
-            self._requests.later(pending, now + DRAINING_RETRY_SECONDS)
+            self._requests.later(pending, now + DRAINING_RETRY_SECONDS, now)
             self._leaves = self._endpoints.others
         else:
             pending.fail(error)
@@ -458,7 +468,8 @@ class Link:
             self._hello_not_before = now + DRAINING_RETRY_SECONDS
         elif retry is Retry.SAME:
             self._not_yet = error
-            self._hello_not_before = now + min(error.retry_after_ms / 1000, LONGEST_HELLO_RETRY_SECONDS)
+            retry_seconds = min(error.retry_after_ms / 1000, LONGEST_HELLO_RETRY_SECONDS)
+            self._hello_not_before = now + max(retry_seconds, HELLO_RETRY_SECONDS)
         else:
             self._never_again(error)
 
