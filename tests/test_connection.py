@@ -33,7 +33,6 @@ from zsl.errors import (
     TooLargeError,
     TrunkUnreachable,
     WrongModelError,
-    ZslError,
 )
 from zsl.trunk.settings import ServerSettings
 from zsl.wire.frames import MAJOR
@@ -385,10 +384,9 @@ def _connect_after_fork(trunk: RemoteTrunk, answers: multiprocessing.Queue[str])
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_fork_while_the_parent_connects_is_a_clear_error_in_the_child() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as mute:
+    with socket.create_server(("127.0.0.1", 0)) as mute, ThreadPoolExecutor(1) as pool:
         trunk = RemoteTrunk(f"127.0.0.1:{mute.getsockname()[1]}", connect_timeout_seconds=1)
-        connecting = threading.Thread(target=lambda: pytest.raises(ZslError, trunk.connect))
-        connecting.start()
+        connecting = pool.submit(trunk.connect)
         mute.accept()[0].close()  # it holds its lock by now
         context = multiprocessing.get_context("fork")
         answers: multiprocessing.Queue[str] = context.Queue()
@@ -399,5 +397,5 @@ def test_a_fork_while_the_parent_connects_is_a_clear_error_in_the_child() -> Non
         finally:
             child.kill()
             child.join(30)
-    connecting.join(30)
-    assert not connecting.is_alive()
+        with pytest.raises(TrunkUnreachable):
+            connecting.result(30)

@@ -319,6 +319,7 @@ def _through_lane(
 ) -> torch.Tensor:
     """The way through the trunk of one of several micro-batches: a leaf, whose gradient is brought back later."""
     exact, client = remote.mode == "exact", remote.client
+    lane.check_not_given_up()
     step, future = crossing.submit_forward(client, crossing.sent(hidden_states.detach()), keep=exact)
     lane.wait(future, client.longest_wait_seconds)
     client.finish_forward(step, client.wait(future))
