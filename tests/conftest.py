@@ -22,6 +22,7 @@ WITHOUT_TORCH = [
     "test_faulty_link.py",
     "test_history.py",
     "test_imports.py",
+    "test_interrupts.py",
     "test_keygen.py",
     "test_leaks.py",
     "test_loading.py",

@@ -11,13 +11,14 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
 import zmq
 
 from support.echo import HIDDEN, IDENTITY, POISON, EchoServer
-from zsl import AsyncTrunkClient, TrunkClient
+from zsl import AsyncTrunkClient, RemoteTrunk, TrunkClient
 from zsl.client.link import UNREADABLE_ANSWERS
 from zsl.client.requests import Pending
 from zsl.errors import (
@@ -100,6 +101,14 @@ def test_more_requests_than_the_daemon_grants_wait_their_turn() -> None:
 def test_a_wrong_endpoint_is_refused_with_an_example(text: str) -> None:
     with pytest.raises(ConfigError, match="HOST:PORT"):
         TrunkClient(text)
+
+
+@pytest.mark.parametrize("seconds", [float("nan"), float("inf"), -1, 0, 1e12, "10", None])
+@pytest.mark.parametrize("name", ["connect_timeout_seconds", "request_timeout_seconds"])
+def test_a_time_that_nobody_can_wait_for_is_refused_by_name(name: str, seconds: Any) -> None:
+    for make in (TrunkClient, AsyncTrunkClient, RemoteTrunk):
+        with pytest.raises(ConfigError, match=name):
+            make("127.0.0.1:1", **{name: seconds})
 
 
 def test_an_unreachable_daemon_is_named_in_time() -> None:
@@ -364,3 +373,29 @@ def test_use_after_a_fork_is_a_clear_error(client: TrunkClient) -> None:
     assert "after a fork" in answers.get(timeout=30)
     child.join(30)
     assert torch.equal(client.forward(some()).output, some(1.0))
+
+
+def _connect_after_fork(trunk: RemoteTrunk, answers: multiprocessing.Queue[str]) -> None:
+    try:
+        answers.put(repr(trunk.client))
+    except ClosedError as error:
+        answers.put(str(error))
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_fork_while_the_parent_connects_is_a_clear_error_in_the_child() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as mute, ThreadPoolExecutor(1) as pool:
+        trunk = RemoteTrunk(f"127.0.0.1:{mute.getsockname()[1]}", connect_timeout_seconds=1)
+        connecting = pool.submit(trunk.connect)
+        mute.accept()[0].close()  # it holds its lock by now
+        context = multiprocessing.get_context("fork")
+        answers: multiprocessing.Queue[str] = context.Queue()
+        child = context.Process(target=_connect_after_fork, args=(trunk, answers))
+        child.start()
+        try:
+            assert "after a fork" in answers.get(timeout=10)
+        finally:
+            child.kill()
+            child.join(30)
+        with pytest.raises(TrunkUnreachable):
+            connecting.result(30)

@@ -18,7 +18,8 @@ from support.faulty_link import FaultyLink
 from support.faulty_messages import FaultyMessages
 from support.peer import Peer, forward
 from support.square import SquareClient, SquareDaemon, SquareServer, gradient, some, squared
-from zsl.errors import ConnectionLost, RequestTimeout, TrunkUnreachable, WrongModelError, ZslError
+from zsl.client.requests import SHORTEST_RETRY_SECONDS
+from zsl.errors import ConnectionLost, OverloadedError, RequestTimeout, TrunkUnreachable, WrongModelError, ZslError
 from zsl.trunk.settings import ServerSettings
 from zsl.wire.messages import Cut, MessageType
 
@@ -322,6 +323,23 @@ def test_a_client_that_reads_no_answers_is_dropped_and_the_others_do_not_notice(
             wait_until(lambda: server.sessions == 1, "the one that does not read was not dropped")
             assert steps_are_right(healthy)
             wait_until(lambda: link.happened["hold"] > 0, "nothing was held back")
+
+
+def test_a_daemon_that_says_come_again_at_once_does_not_keep_its_client_spinning(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = 0
+
+    def refuse(*_: object, **__: object) -> None:
+        nonlocal asked
+        asked += 1
+        raise OverloadedError(retry_after_ms=0)
+
+    monkeypatch.setattr("zsl.trunk.sessions.Sessions.admit", refuse)
+    with SquareServer() as server, SquareClient(server.endpoint, request_timeout_seconds=0.3) as client:
+        with pytest.raises(RequestTimeout):
+            client.forward(some(1))
+    assert 1 < asked <= 0.3 / SHORTEST_RETRY_SECONDS + 1
 
 
 def test_what_a_client_that_vanished_left_is_freed_at_the_end_of_its_lease() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import _thread
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -165,6 +167,56 @@ def test_a_step_that_draws_nothing_leaves_the_random_numbers_as_they_were() -> N
     before = torch.get_rng_state()
     run_overlapped([lambda: None] * 3, in_flight=2)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def micro_batch_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "zsl-micro-batch"]
+
+
+@pytest.mark.parametrize("goes_on_for", [3, 10_000])
+def test_a_micro_batch_that_catches_everything_does_not_keep_a_step_that_failed(
+    goes_on_for: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(zsl.client.overlap, "RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(zsl.client.overlap, "GIVE_UP_SECONDS", 0.5)
+    enough = threading.Event()
+
+    def retries() -> None:
+        lane = current_lane()
+        assert lane is not None
+        for _ in range(goes_on_for):
+            try:
+                lane.wait(Future(), 20)
+            except:  # noqa: E722
+                if enough.is_set():
+                    return
+
+    def fails() -> None:
+        raise ZeroDivisionError
+
+    ended = ThreadPoolExecutor(1).submit(run_overlapped, [retries, fails], in_flight=2)
+    try:
+        with pytest.raises(ZeroDivisionError):
+            ended.result(10)
+    finally:
+        enough.set()
+    for thread in micro_batch_threads():
+        thread.join(10)
+    assert micro_batch_threads() == []
+
+
+def test_ctrl_c_leaves_the_random_numbers_as_they_were_and_no_thread() -> None:
+    def interrupted() -> None:
+        _thread.interrupt_main()  # which waits for this micro-batch
+        for _ in range(1_000):
+            torch.rand(100)
+
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    with pytest.raises(KeyboardInterrupt):
+        run_overlapped([interrupted] * 2, in_flight=2)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert micro_batch_threads() == []
 
 
 def test_more_overlap_than_micro_batches_is_refused(tmp_path: Path, checkpoints: Callable[..., Path]) -> None:

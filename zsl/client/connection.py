@@ -3,6 +3,9 @@
 One thread at a time drives the link (`zsl.client.link`), under a lock: an I/O thread of the connection's own, or a
 caller that would only wait, and so saves two hand-overs between threads. Everybody else leaves commands in a queue, and
 wakes who drives by a pipe. All waits are bounded. Knows no torch.
+
+Ctrl-C may come wherever a caller is, also in the middle of driving. `_driving` is released in a `finally` that calls
+nothing before it; and whoever drives next finds `_torn` set, and has the link start over.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from typing import TypeVar
 
 from zsl.client.endpoints import parse_endpoints
 from zsl.client.link import Link
-from zsl.client.requests import Build, Pending
+from zsl.client.requests import Build, Pending, check_timeouts
 from zsl.client.traffic import Traffic
 from zsl.errors import ClosedError, InternalError, RequestTimeout, ZslError
 from zsl.transport.curve import ClientKeys
@@ -48,6 +51,7 @@ class Connection:
         connect_timeout_seconds: float,
         request_timeout_seconds: float,
     ) -> None:
+        check_timeouts(connect_timeout_seconds=connect_timeout_seconds, request_timeout_seconds=request_timeout_seconds)
         self._endpoints = parse_endpoints(endpoint)
         self.endpoint = ",".join(self._endpoints)
         self._keys = keys
@@ -61,11 +65,14 @@ class Connection:
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._thread: threading.Thread | None = None
         self._link: Link | None = None
-        self._driving = threading.Lock()
-        self._driver: int | None = None  # the thread that holds it
+        # Reentrant, because the release of one by a thread that does not hold it is an error and changes nothing.
+        self._driving = threading.RLock()
+        self._driver: int | None = None  # the caller that holds it
+        self._torn = False  # driving has begun and not come to its end
         # A word in it: the I/O thread is to drive. Its `put` is reentrant, as finalizers need it.
         self._wanted: SimpleQueue[None] = SimpleQueue()
         self._opened: Future[Welcome] = Future()
+        self._welcome: Welcome | None = None  # what it brought
         self._closing = False
         self._failure: ZslError | None = None  # why the link cannot go on
         self._ended_by: ZslError | None = None  # no command is taken any more
@@ -76,19 +83,22 @@ class Connection:
         Raises `TrunkUnreachable`, `WrongModelError` or another `WireError`.
         """
         self._check_usable()
-        if self._thread is None:
-            hello = Hello(request=0, software="", dtype=dtype, model=model, cut=cut, resume=None)
-            self._thread = threading.Thread(target=self._run, args=(hello,), name="zsl-io", daemon=True)
-            self._thread.start()
+        with self._lock:
+            if self._thread is None:
+                hello = Hello(request=0, software="", dtype=dtype, model=model, cut=cut, resume=None)
+                self._thread = threading.Thread(target=self._run, args=(hello,), name="zsl-io", daemon=True)
+            if self._thread.ident is None:
+                self._thread.start()
         # The link ends it sooner: after the first of them, unless a daemon is there that is still loading.
-        return self._result(self._opened, self._connect_timeout_seconds + self._request_timeout_seconds)
+        self._welcome = self._result(self._opened, self._connect_timeout_seconds + self._request_timeout_seconds)
+        return self._welcome
 
     @property
     def welcome(self) -> Welcome:
         """What the daemon said when the session was opened. Raises `ClosedError` before that."""
-        if not self._opened.done():
-            raise ClosedError(f"the connection to {self.endpoint} is not open; call connect() first")
-        return self._opened.result()
+        if self._welcome is None:
+            raise self._not_open()
+        return self._welcome
 
     @property
     def replays(self) -> int:
@@ -108,41 +118,39 @@ class Connection:
         """Send a request; the future brings the RESULT (or STATUS), or raises a `ZslError`."""
         self._check_usable()
         if self._thread is None:
-            raise ClosedError(f"the connection to {self.endpoint} is not open; call connect() first")
-        pending = Pending(request, build, time.monotonic() + self._request_timeout_seconds, nbytes)
+            raise self._not_open()
+        pending = self._pending(request, build, nbytes)
         if not self._command(lambda link: link.add(pending)):
             self._check_usable()
         return pending.future
 
     def call(self, request: int, build: Build, *, nbytes: int = 0) -> Message:
         """`submit` and `wait`. If nobody drives the link, this thread does it while it waits."""
-        if not self._opened.done() or not self._driving.acquire(blocking=False):
+        self._check_usable()  # before any lock: in the child of a fork one may be locked for ever
+        link, this_thread = self._link, threading.get_ident()
+        if self._welcome is None or link is None or self._driver == this_thread:
             return self.wait(self.submit(request, build, nbytes=nbytes))
+        pending: Pending | None = None
         try:
-            self._check_usable()
+            if self._driving.acquire(blocking=False):
+                self._driver = this_thread
+                self._check_usable()
+                pending = self._pending(request, build, nbytes)
+                self._drive(link, pending)
         except BaseException:
-            self._driving.release()
-            raise
-        pending = Pending(request, build, time.monotonic() + self._request_timeout_seconds, nbytes)
-        self._driver = threading.get_ident()
-        link = self._link
-        assert link is not None
-        try:
-            link.add(pending)
-            link.turn()
-            while not pending.future.done() and not self._closing:
-                self._turn(link)
-        except Exception as error:
-            self._fail(error)
-        except BaseException:
-            pending.future.cancel()  # Ctrl-C: nobody waits for it any more
+            if pending is not None:
+                pending.future.cancel()  # Ctrl-C: nobody waits for it any more
             raise
         finally:
-            self._driver = None
-            self._driving.release()
-            if self._closing or self._commands or link.busy:
+            if self._driver == this_thread:
+                self._driver = None
+            try:
+                self._driving.release()
+            except RuntimeError:
+                pass  # another thread drives
+            if self._closing or self._commands or self._torn or link.busy:
                 self._wanted.put(None)
-        return self.wait(pending.future)
+        return self.wait(self.submit(request, build, nbytes=nbytes) if pending is None else pending.future)
 
     def submit_status(self) -> Future[Message]:
         """Ask what the daemon serves."""
@@ -161,7 +169,11 @@ class Connection:
 
     def wait(self, future: Future[Message]) -> Message:
         """The future's result; the wait is bounded even if the I/O thread were gone."""
-        return self._result(future, self._request_timeout_seconds)
+        try:
+            return self._result(future, self._request_timeout_seconds)
+        except KeyboardInterrupt:
+            future.cancel()
+            raise
 
     def close(self) -> None:
         """End the session and the thread. Requests without an answer end with `ClosedError`."""
@@ -183,20 +195,20 @@ class Connection:
             if future.done():
                 raise
             raise RequestTimeout(f"{self.endpoint} did not answer within {seconds:g} s") from None
-        except KeyboardInterrupt:
-            future.cancel()
-            raise
 
     def _check_usable(self) -> None:
         if os.getpid() != self._pid:
-            raise ClosedError(
-                f"the connection to {self.endpoint} was made in process {self._pid} and cannot be used after a fork; "
-                "make a new RemoteTrunk in the child, or start workers with the 'spawn' method"
-            )
+            raise after_fork(self.endpoint, self._pid)
         if self._ended_by is not None:
             raise copy(self._ended_by)  # a fresh one, which collects the frames of this call only
         if self._closing:
             raise self._closed()
+
+    def _pending(self, request: int, build: Build, nbytes: int) -> Pending:
+        return Pending(request, build, time.monotonic() + self._request_timeout_seconds, nbytes)
+
+    def _not_open(self) -> ClosedError:
+        return ClosedError(f"the connection to {self.endpoint} is not open; call connect() first")
 
     def _closed(self) -> ClosedError:
         return ClosedError(f"the connection to {self.endpoint} is closed")
@@ -222,11 +234,26 @@ class Connection:
 
     # --- driving -----------------------------------------------------------------------------------------------
 
-    def _turn(self, link: Link) -> None:
-        """Wait until something is to be done for the link, and do it. Raises `ZslError` if it cannot go on."""
-        link.wait(self._wake_read)
+    def _drive(self, link: Link, pending: Pending) -> None:
+        """Send a request, and drive until it has ended."""
+        try:
+            self._advance(link, pending)
+            while not pending.future.done() and not self._closing:
+                link.wait(self._wake_read)
+                self._advance(link)
+        except Exception as error:
+            self._fail(error)
+
+    def _advance(self, link: Link, pending: Pending | None = None) -> None:
+        """Do what is to be done for the link. Raises `ZslError` if it cannot go on."""
+        if self._torn:
+            link.start_over()
+        self._torn = True
+        if pending is not None:
+            link.add(pending)
         self._run_commands(link)
         link.turn()
+        self._torn = False
 
     def _fail(self, error: Exception) -> None:
         """The link cannot go on; the I/O thread ends it."""
@@ -239,15 +266,18 @@ class Connection:
 
     def _run(self, hello: Hello) -> None:
         """The I/O thread: drives whenever it is wanted, and looks after an idle link."""
-        link = self._link = Link(
-            self._endpoints,
-            hello,
-            keys=self._keys,
-            opened=self._opened,
-            new_request_id=self.new_request_id,
-            connect_timeout_seconds=self._connect_timeout_seconds,
-            request_timeout_seconds=self._request_timeout_seconds,
-        )
+        with self._driving:
+            if self._link is not None:
+                return  # Ctrl-C came while the thread started, and it was started again
+            link = self._link = Link(
+                self._endpoints,
+                hello,
+                keys=self._keys,
+                opened=self._opened,
+                new_request_id=self.new_request_id,
+                connect_timeout_seconds=self._connect_timeout_seconds,
+                request_timeout_seconds=self._request_timeout_seconds,
+            )
         try:
             with self._driving:
                 link.connect()
@@ -257,9 +287,10 @@ class Connection:
                 if not self._driving.acquire(blocking=wanted):
                     continue  # a caller drives
                 try:
-                    link.turn()
+                    self._advance(link)
                     while (link.busy or self._commands) and not self._closing:
-                        self._turn(link)
+                        link.wait(self._wake_read)
+                        self._advance(link)
                 finally:
                     self._driving.release()
         except Exception as error:
@@ -269,7 +300,7 @@ class Connection:
             self._closing = True
             self._end(ended_by)
             self._run_commands(link, wake_pipe_open=False)
-            link.close(ended_by)
+            link.close(ended_by, say_bye=not self._torn)
 
     def _is_wanted(self) -> bool:
         """Whether somebody wants the link to be driven, before the idle time is over."""
@@ -288,4 +319,13 @@ class Connection:
             except BlockingIOError:
                 pass
         while self._commands:
-            self._commands.popleft()(link)
+            self._commands[0](link)  # twice, if it is interrupted before the next line: none of them minds
+            self._commands.popleft()
+
+
+def after_fork(endpoint: str, pid: int) -> ClosedError:
+    """The error of a process that was forked from the one that a connection belongs to."""
+    return ClosedError(
+        f"the connection to {endpoint} was made in process {pid} and cannot be used after a fork; "
+        "make a new RemoteTrunk in the child, or start workers with the 'spawn' method"
+    )

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 
@@ -63,6 +64,7 @@ ATTEMPT_SECONDS = 5.0
 UNREADABLE_ANSWERS = 2  # may be damage; more are not
 HELLO_AGAIN_SECONDS = 1.0  # a HELLO that has no answer is said again; the daemon knows it by its id
 DRAINING_RETRY_SECONDS = 0.5
+MAX_RELEASED = 1024  # steps of which a session that goes on is told again that they are released
 HELLO_RETRY_SECONDS = 0.05
 LONGEST_HELLO_RETRY_SECONDS = 1.0
 
@@ -109,6 +111,7 @@ class Link:
         self._carrying: Carrying | None = None
         self._heard = False  # anything, in the session that is open
         self._last_session: tuple[str, bytes] | None = None
+        self._released: deque[int] = deque(maxlen=MAX_RELEASED)  # its steps, said or not
         self._leaves = False  # the daemon takes no forwards any more, and there are others
 
     def connect(self) -> None:
@@ -134,18 +137,21 @@ class Link:
         self._requests.add(pending)
 
     def release(self, step: int, session: bytes) -> None:
-        """Say RELEASE, if the session that holds the step is still the open one."""
-        if self._welcome is not None and self._welcome.session == session:
-            self._say(Release(session=session, epoch=self._welcome.epoch, step=step))
+        """Say RELEASE, if the session that holds the step is still the open one, or may go on."""
+        if self._last_session is not None and self._last_session[1] == session:
+            self._released.append(step)
+            if self._welcome is not None:
+                self._say(Release(session=session, epoch=self._welcome.epoch, step=step))
 
     def wait(self, wake: int) -> None:
         """Sleep until something arrives, the file descriptor `wake` is readable, or a timer is due."""
         if self._poller is None:
-            self._poller = zmq.Poller()
-            self._poller.register(wake, zmq.POLLIN)
+            poller = zmq.Poller()
+            poller.register(wake, zmq.POLLIN)
             readables = () if self._dealer is None else (self._dealer.socket, self._dealer.monitor)
             for readable in (*readables, *(() if self._pulse is None else self._pulse.sockets)):
-                self._poller.register(readable, zmq.POLLIN)
+                poller.register(readable, zmq.POLLIN)
+            self._poller = poller  # when it is whole: Ctrl-C may come before
         self._poller.poll(max(0, math.ceil(self._seconds_to_next_timer() * 1000)))
 
     def turn(self) -> None:
@@ -171,17 +177,26 @@ class Link:
         elif self._dealer is not None:
             self._say_hello(now)
 
-    def close(self, error: ZslError) -> None:
+    def start_over(self) -> None:
+        """Take a fresh socket and send again what has no answer: after a `turn` that Ctrl-C ended anywhere."""
+        logger.warning("%s: interrupted; connecting again", self._endpoints.current)
+        self._welcome = None
+        self._leaves = False
+        self._requests.start_over()
+        self.connect()
+
+    def close(self, error: ZslError, *, say_bye: bool = True) -> None:
         """Say BYE, fail with `error` what has no answer, and free the sockets."""
         if not self._opened.done():
             self._opened.set_exception(error)
         self._requests.fail_all(error)
-        self._leave_session()
-        if self._dealer is not None:
-            self._dealer.close()
-            self._dealer = None
+        if say_bye:  # else a message may be half sent
+            self._leave_session()
+            if self._dealer is not None:
+                self._dealer.close()
+                self._dealer = None
         self._drop_sockets()
-        self._context.term()
+        self._context.destroy()  # also sockets of a step that was interrupted, which nobody else knows of
 
     # --- the connection ----------------------------------------------------------------------------------------
 
@@ -278,11 +293,19 @@ class Link:
             self._opened.set_result(welcome)
         self._not_yet = None
         self._welcome = welcome
+        self._say_released_again(welcome)
         self._last_session = endpoint, welcome.session
         self._carrying = Carrying(welcome, now)
         self._heard = False
         self._pulse = Pulse(self._context, endpoint, self._keys, welcome, new_request_id=self._new_request_id, now=now)
         self._poller = None
+
+    def _say_released_again(self, welcome: Welcome) -> None:
+        """What was said on a connection that broke may not have arrived, and between two nothing could be said."""
+        if self._last_session is None or self._last_session[1] != welcome.session:
+            self._released.clear()
+        for step in self._released:
+            self._say(Release(session=welcome.session, epoch=welcome.epoch, step=step))
 
     def _check_session(self, now: float) -> None:
         """See to it that the daemon lives and the connection carries; both show by pings."""
@@ -431,9 +454,9 @@ class Link:
         elif header.retry is Retry.REPLAY:
             self._requests.refused(pending, error)
         elif header.retry is Retry.SAME:
-            self._requests.later(pending, now + header.retry_after_ms / 1000)
+            self._requests.later(pending, now + header.retry_after_ms / 1000, now)
         elif header.retry is Retry.ELSEWHERE:
-            self._requests.later(pending, now + DRAINING_RETRY_SECONDS)
+            self._requests.later(pending, now + DRAINING_RETRY_SECONDS, now)
             self._leaves = self._endpoints.others
         else:
             pending.fail(error)
@@ -458,7 +481,8 @@ class Link:
             self._hello_not_before = now + DRAINING_RETRY_SECONDS
         elif retry is Retry.SAME:
             self._not_yet = error
-            self._hello_not_before = now + min(error.retry_after_ms / 1000, LONGEST_HELLO_RETRY_SECONDS)
+            retry_seconds = min(error.retry_after_ms / 1000, LONGEST_HELLO_RETRY_SECONDS)
+            self._hello_not_before = now + max(retry_seconds, HELLO_RETRY_SECONDS)
         else:
             self._never_again(error)
 

@@ -12,17 +12,25 @@ others than without overlap.
 from __future__ import annotations
 
 import hashlib
+import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from itertools import count
+from queue import SimpleQueue
 from typing import Any, Generic, TypeVar
 
 import torch
 
 from zsl.errors import InternalError
+
+logger = logging.getLogger(__name__)
+
+GIVE_UP_SECONDS = 5.0  # for all micro-batches of a step that failed
+RETRY_SECONDS = 0.5  # between two tries of one that goes on nevertheless
 
 Result = TypeVar("Result")
 
@@ -62,45 +70,61 @@ class Lane(Generic[Result]):
         self.deferred: list[Deferred] = []
         self.result: Future[Result] = Future()
         self._task = task
-        self._run = threading.Semaphore(0)
-        self._ran = threading.Semaphore(0)
+        # Tokens. (A semaphore has a lock of Python's own, which Ctrl-C may leave taken.)
+        self._run: SimpleQueue[None] = SimpleQueue()
+        self._ran: SimpleQueue[None] = SimpleQueue()
         self._given_up = False
         self._thread = threading.Thread(target=self._main, name="zsl-micro-batch", daemon=True)
-        self._thread.start()
 
     def resume(self) -> None:
         """Run it until it waits for `waits_for`, or `result` is there."""
         self.waits_for = None
+        if self._thread.ident is None:
+            self._thread.start()
         others = _random_states()
         if self._random_states is None:
             torch.manual_seed(self._seed)
         else:
             _set_random_states(self._random_states)
         before = _random_states()
-        self._run.release()
-        self._ran.acquire()
+        self._run.put(None)
+        self._ran.get()
         self._random_states = _random_states()
         self.drew |= not all(map(torch.equal, before, self._random_states))
         _set_random_states(others)
 
     def wait(self, future: Future[Any], longest_wait_seconds: float) -> None:
         """From within: let the others run until the future is done."""
+        self.check_not_given_up()
         self.waits_for = future
         self.longest_wait_seconds = longest_wait_seconds
-        self._ran.release()
-        self._run.acquire()
+        self._ran.put(None)
+        self._run.get()
         if self._given_up:
+            future.cancel()
+            raise _GivenUp
+
+    def check_not_given_up(self) -> None:
+        """From within, before it goes to the trunk. One that caught its end and tries again is held up for a while."""
+        if self._given_up:
+            time.sleep(RETRY_SECONDS)
             raise _GivenUp
 
     def give_up(self) -> None:
-        """End it where it waits."""
+        """End it where it waits, or when it comes to the trunk next. `join` waits for that."""
         self._given_up = True
-        self._run.release()
-        self._thread.join()
+        self._run.put(None)
+
+    def join(self, seconds: float) -> None:
+        """Wait for a lane that was given up, for so long at the most: its code may catch whatever is raised in it."""
+        if self._thread.ident is not None:
+            self._thread.join(seconds)
+            if self._thread.is_alive():
+                logger.warning("a micro-batch goes on after its step has failed: it catches every exception")
 
     def _main(self) -> None:
         _local.lane = self
-        self._run.acquire()
+        self._run.get()
         try:
             if not self._given_up:
                 self.result.set_result(self._task())
@@ -109,7 +133,7 @@ class Lane(Generic[Result]):
         except BaseException as error:
             self.result.set_exception(error)
         finally:
-            self._ran.release()
+            self._ran.put(None)
 
 
 @dataclass(slots=True)
@@ -123,17 +147,21 @@ class _Returning(Generic[Result]):
 def run_overlapped(tasks: Sequence[Callable[[], Result]], *, in_flight: int) -> list[Result]:
     """The results of the tasks, each the forward and backward of one micro-batch, at most `in_flight` begun at a time.
 
-    An error of one task ends all, and is raised.
+    An error of one task, or Ctrl-C, ends all, is raised, and leaves the random numbers as they were.
     """
     waiting: deque[Lane[Result]] = deque()  # for the trunk's forward, in order
     returning: deque[_Returning[Result]] = deque()  # for its backward, in order
     results: list[Result] = []
     upcoming = deque(zip(tasks, _seeds(), strict=False))
     drew = False
+    before = _random_states()
     try:
         while upcoming or waiting or returning:
             if upcoming and len(waiting) + len(returning) < in_flight:
-                waiting.append(_resumed(Lane(*upcoming.popleft())))
+                waiting.append(Lane(*upcoming.popleft()))
+                waiting[-1].resume()
+                if waiting[-1].result.done():
+                    waiting[-1].result.result()  # an error does not wait for those before it, which may wait for long
             elif returning and all(answer.done() for _, answer in returning[0].answers):
                 _finish(returning[0])
                 ended = returning.popleft().lane
@@ -142,15 +170,18 @@ def run_overlapped(tasks: Sequence[Callable[[], Result]], *, in_flight: int) -> 
             elif waiting and (waiting[0].waits_for is None or waiting[0].waits_for.done()):
                 lane = waiting[0]
                 if lane.waits_for is not None:
-                    _resumed(lane)
+                    lane.resume()
                 if lane.result.done():
                     returning.append(_turned_back(lane))
                     waiting.popleft()
             else:
                 _wait_for_any(waiting, returning)
-    finally:
-        for lane in waiting:
-            lane.give_up()
+    except BaseException:
+        try:
+            _give_up(waiting, returning)
+        finally:
+            _set_random_states(before)
+        raise
     if drew:
         torch.rand(())  # so that the next step draws others
     return results
@@ -176,9 +207,16 @@ def _set_random_states(states: list[torch.Tensor]) -> None:
         torch.cuda.set_rng_state_all(states[1:])
 
 
-def _resumed(lane: Lane[Result]) -> Lane[Result]:
-    lane.resume()
-    return lane
+def _give_up(waiting: deque[Lane[Any]], returning: deque[_Returning[Any]]) -> None:
+    """End the micro-batches that are under way, in bounded time."""
+    for one in returning:
+        for _, answer in one.answers:
+            answer.cancel()
+    for lane in waiting:
+        lane.give_up()
+    until = time.monotonic() + GIVE_UP_SECONDS
+    for lane in waiting:
+        lane.join(max(0.0, until - time.monotonic()))
 
 
 def _turned_back(lane: Lane[Result]) -> _Returning[Result]:

@@ -5,6 +5,7 @@ It is called as a decoder layer is called, by the real transformers model, and h
 
 from __future__ import annotations
 
+import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -16,10 +17,12 @@ import torch
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
+from zsl.client.connection import after_fork
 from zsl.client.crossing import CallInputs, Crossing, PaddingMode, crossing_of
 from zsl.client.endpoints import parse_endpoints
 from zsl.client.keys import read_client_keys
 from zsl.client.overlap import Deferred, Lane, current_lane
+from zsl.client.requests import check_timeouts
 from zsl.client.trunk_client import (
     CONNECT_TIMEOUT_SECONDS,
     REQUEST_TIMEOUT_SECONDS,
@@ -75,6 +78,7 @@ class RemoteTrunk(NoWeights):
         for name, given, known in (("mode", mode, GradientMode), ("padding", padding, PaddingMode)):
             if given not in get_args(known):
                 raise ConfigError(f"{name} {given!r}: one of {', '.join(get_args(known))}")
+        check_timeouts(connect_timeout_seconds=connect_timeout_seconds, request_timeout_seconds=request_timeout_seconds)
         self.endpoint = ",".join(parse_endpoints(endpoint))
         self.mode: GradientMode = mode
         self.wire_dtype = wire_dtype
@@ -94,6 +98,7 @@ class RemoteTrunk(NoWeights):
         self._warned_of_autocast = False
         self._client: TrunkClient | None = None
         self._connecting = threading.Lock()
+        self._pid: int | None = None  # of the process that connected first, or began to
         self._call = threading.local()
         # Called when a batch is ready to go to the trunk and when it has come back, forward and backward, by the thread
         # that waits for it; not where several micro-batches are under way at once.
@@ -146,7 +151,12 @@ class RemoteTrunk(NoWeights):
 
     @property
     def client(self) -> TrunkClient:
-        """The connection; opened if it is not."""
+        """The connection; opened if it is not. Raises `ClosedError` in the child of a fork that came meanwhile."""
+        this_process = os.getpid()
+        if self._pid is None:
+            self._pid = this_process
+        elif self._pid != this_process and self._client is None:  # the lock may have been copied locked
+            raise after_fork(self.endpoint, self._pid)
         with self._connecting:
             if self._client is None:
                 client = TrunkClient(self.endpoint, **self._how)
@@ -245,7 +255,14 @@ class RemoteTrunk(NoWeights):
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the connection: that stays with its process."""
-        return {**self.__dict__, "_client": None, "_connecting": None, "_call": None, "on_crossing": _nothing}
+        return {
+            **self.__dict__,
+            "_client": None,
+            "_pid": None,
+            "_connecting": None,
+            "_call": None,
+            "on_crossing": _nothing,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -302,6 +319,7 @@ def _through_lane(
 ) -> torch.Tensor:
     """The way through the trunk of one of several micro-batches: a leaf, whose gradient is brought back later."""
     exact, client = remote.mode == "exact", remote.client
+    lane.check_not_given_up()
     step, future = crossing.submit_forward(client, crossing.sent(hidden_states.detach()), keep=exact)
     lane.wait(future, client.longest_wait_seconds)
     client.finish_forward(step, client.wait(future))

@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence, Set
 from concurrent.futures import Future
 from copy import copy
 from dataclasses import dataclass, field
+from numbers import Real
 
-from zsl.errors import ConnectionLost
+from zsl.errors import ConfigError, ConnectionLost
 from zsl.wire.frames import Frame, Message
 from zsl.wire.messages import Header, Limits, Welcome
 
@@ -23,6 +24,15 @@ MAX_LIVES = 5
 MAX_REFUSALS = 5  # of a request that was sent complete, by daemons that want it sent so
 LARGEST_ATTEMPT = 255
 MAX_BUDGET_SECONDS = 7 * 24 * 3600.0  # that the protocol can say
+SHORTEST_RETRY_SECONDS = 0.01  # before a request is sent again to a daemon that says it may be at once
+
+
+def check_timeouts(**seconds_by_name: float) -> None:
+    """Raises `ConfigError` for a number of seconds that nobody can wait for, with the name of its argument."""
+    for name, seconds in seconds_by_name.items():
+        if not isinstance(seconds, Real) or not 0 < seconds <= MAX_BUDGET_SECONDS:
+            raise ConfigError(f"{name} {seconds!r}: a number of seconds above 0, at most {MAX_BUDGET_SECONDS:.0f}")
+
 
 Build = Callable[[Welcome, "Pending"], tuple[Header, Sequence[Frame]]]
 
@@ -57,6 +67,7 @@ class Requests:
     """In order of their ids where nothing else is said."""
 
     def __init__(self) -> None:
+        self._open: dict[int, Pending] = {}  # all of them, so that none is lost if a move between these is interrupted
         self._waiting: deque[Pending] = deque()
         self._sent: dict[int, Pending] = {}
         self.replays = 0  # requests that were sent again
@@ -74,8 +85,13 @@ class Requests:
         return sum(pending.nbytes for pending in self._sent.values())
 
     def add(self, pending: Pending) -> None:
-        """Take a request in charge."""
+        """Take a request in charge, if it is not already."""
+        request, still_open = pending.request, self._open
+        if request in still_open or pending.future.done():
+            return
+        still_open[request] = pending
         self._waiting.append(pending)
+        pending.future.add_done_callback(lambda _: still_open.pop(request, None))
 
     def take_next(self, limits: Limits, epoch: bytes, now: float) -> Pending | None:
         """The next that may be sent to this life of a daemon: within the credit that was granted, and not before its
@@ -118,6 +134,16 @@ class Requests:
         for pending in reversed(in_order):
             self._again(pending)
 
+    def start_over(self) -> None:
+        """Send again, in order, what has no answer: after an interrupt, which may have left it half moved."""
+        self._sent.clear()
+        self._waiting.clear()
+        for pending in sorted(self._open.copy().values(), key=lambda one: one.request, reverse=True):
+            if pending.future.done():
+                self._open.pop(pending.request, None)
+            else:
+                self._again(pending)
+
     def _again(self, pending: Pending) -> None:
         """In front of the others."""
         pending.attempt = min(pending.attempt + 1, LARGEST_ATTEMPT)
@@ -125,9 +151,9 @@ class Requests:
         self.replays += 1
         self._waiting.appendleft(pending)
 
-    def later(self, pending: Pending, not_before: float) -> None:
-        """Send a request again after a while. That was no attempt."""
-        pending.not_before = not_before
+    def later(self, pending: Pending, not_before: float, now: float) -> None:
+        """Send a request again after a while, however soon the daemon takes it. That was no attempt."""
+        pending.not_before = max(not_before, now + SHORTEST_RETRY_SECONDS)
         self._waiting.append(pending)
 
     def expired(self, now: float) -> list[tuple[Pending, bool]]:
@@ -147,5 +173,5 @@ class Requests:
         return times + [pending.not_before for pending in self._waiting if pending.not_before > now]
 
     def fail_all(self, error: Exception) -> None:
-        for pending in (*self._sent.values(), *self._waiting):
+        for pending in self._open.copy().values():
             pending.fail(copy(error))  # its own, which collects the frames of whoever raises it

@@ -56,7 +56,7 @@ class Step:
     """A forward, with what its backward needs. `output` is `[rows, tokens, hidden]` on the CPU.
 
     The daemon keeps something for a step that was sent with `keep` until its backward; a step that is dropped
-    without one tells it so.
+    without one that was answered tells it so.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Step:
         lengths: torch.Tensor | None,
     ) -> None:
         self.request = connection.new_request_id()
-        self.held_in_session: bytes | None = None  # where the daemon holds it
+        self.held_in_session: bytes | None = None  # where the daemon may hold it
         self.answer: Answer | None = None
         self._connection = connection
         self._activations: torch.Tensor | None = activations
@@ -97,6 +97,11 @@ class Step:
             "position_ids": self._position_ids,
             "lengths": self._lengths,
         }
+
+    def went_back(self, backward: Future[Message]) -> None:
+        """The daemon lets go of a step with its backward; not with one that was cancelled or failed."""
+        if not backward.cancelled() and backward.exception() is None:
+            self.held_in_session = None
 
     def forget_tensors(self) -> None:
         """Let go of activations and output; the caller keeps the activations for `backward`."""
@@ -189,7 +194,9 @@ class TrunkClient:
         `activations`: those of the forward, if the step was made to forget them.
         """
         request, build = self._backward(step, gradients, activations)
-        return read_answer(self._connection.call(request, build, nbytes=gradients.nbytes), "gradients")
+        message = self._connection.call(request, build, nbytes=gradients.nbytes)
+        step.held_in_session = None
+        return read_answer(message, "gradients")
 
     def status(self) -> Status:
         """What the daemon serves, and how busy it is."""
@@ -260,17 +267,18 @@ class TrunkClient:
     ) -> Future[Message]:
         """`backward` without the wait. The message's tensor is the gradient."""
         request, build = self._backward(step, gradients, activations)
-        return self._connection.submit(request, build, nbytes=gradients.nbytes)
+        future = self._connection.submit(request, build, nbytes=gradients.nbytes)
+        future.add_done_callback(step.went_back)
+        return future
 
     def _backward(self, step: Step, gradients: torch.Tensor, activations: torch.Tensor | None) -> tuple[int, Build]:
         """The id of a step's backward, and what makes its BACKWARD."""
         request = self._connection.new_request_id()
         # Encoded here, in the caller's thread: on a GPU the copy must follow what computes the gradients.
         inputs, encoded = encode_tensors(step.inputs(activations)), encode_tensors({"gradients": gradients})
-        held_in, step.held_in_session = step.held_in_session, None  # the daemon lets go of it with this backward
 
         def build(welcome: Welcome, pending: Pending) -> tuple[Header, Sequence[Frame]]:
-            held = held_in == welcome.session and not pending.complete
+            held = step.held_in_session == welcome.session and not pending.complete
             sent = [encoded] if held else [inputs, encoded]
             header = Backward(
                 session=welcome.session,

@@ -34,6 +34,7 @@ class Monitor:
         return event, value
 
     def close(self) -> None:
-        """Before the watched socket is closed: an open monitor would keep the context from ending."""
-        self._watched.disable_monitor()
+        """Before the watched socket is closed: an open monitor would keep the context from ending. Again is nothing."""
+        if not self._watched.closed:
+            self._watched.disable_monitor()
         self.socket.close(0)

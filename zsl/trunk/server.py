@@ -304,7 +304,9 @@ class TrunkServer:
 
     def _on_release(self, sender: _Sender, header: Header, _: Sequence[Frame]) -> None:
         assert isinstance(header, Release)
-        self._sessions.release(self._session(header, sender, self._clock()), header.step)
+        session = self._session(header, sender, self._clock())
+        self._sessions.release(session, header.step)
+        self._replies.arrived(session.id, header.step)
 
     def _on_cancel(self, sender: _Sender, header: Header, _: Sequence[Frame]) -> None:
         assert isinstance(header, Cancel)
@@ -314,6 +316,7 @@ class TrunkServer:
             self._finish(self._intake.under_way[key], CancelledByClientError())
         else:
             self._sessions.release(session, header.request)
+            self._replies.arrived(*key)
 
     def _on_ping(self, sender: _Sender, header: Header, _: Sequence[Frame]) -> None:
         assert isinstance(header, Ping)
@@ -407,6 +410,8 @@ class TrunkServer:
         request_id = request.header.request
         del self._intake.under_way[request.session.id, request_id]
         session = self._sessions.finish(request.session.id, request_id)
+        if isinstance(outcome, WireError) and request.held is not None:
+            request.held.stash.drop()
         if session is None:  # closed meanwhile: nobody waits
             self._scheduler.forget_client(request.session.id)
             if isinstance(outcome, Done) and outcome.stash is not None:
@@ -414,8 +419,6 @@ class TrunkServer:
             return
         if isinstance(outcome, WireError):
             session.abandoned.discard(request_id)
-            if request.held is not None:
-                request.held.stash.drop()
             self._answer_error(session.peer, request_id, outcome)
             return
         assert isinstance(outcome, Done)
