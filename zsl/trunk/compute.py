@@ -81,7 +81,7 @@ class TorchCompute:
             output = self._middle.forward(joined.inputs)
         dtypes = [_reply_dtype(work) for work in works]
         replies = self._replies("activations", joined.split(output), dtypes)
-        stashes = stashes_of(joined, parts, dtypes, keeps, graph, products)
+        stashes = stashes_of(joined, parts, [work.shape for work in works], dtypes, keeps, graph, products)
         return [Done(reply, stash) for reply, stash in zip(replies, stashes, strict=True)]
 
     def _backward(self, works: Sequence[Work]) -> list[Done]:
@@ -134,7 +134,7 @@ class TorchCompute:
         """What was kept for a backward, or what it brings along."""
         if work.stash is None:
             inputs = self._inputs(work)
-            return TorchStash(inputs, _reply_dtype(work), inputs.nbytes)
+            return TorchStash(inputs, _reply_dtype(work), inputs.nbytes, inputs.nbytes)
         assert isinstance(work.stash, TorchStash)
         return work.stash
 
