@@ -5,12 +5,18 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
+from zsl.split.cut import parse_cut
+from zsl.trunk.assemble import plan_trunk
 from zsl.trunk.memory import IDLE_SECONDS, KEPT_BYTES, GiveBack
+from zsl.trunk.passes import Rows, sequences_of
+from zsl.trunk.work import Shape
 
 HOLD_MANY_SMALL_STEPS = """
 import gc, json, sys
@@ -32,7 +38,7 @@ def stash(keep):
     return done.stash
 
 found = {}
-for keep, steps in ((Keep.INPUT, 4000), (Keep.PRODUCTS, 800), (Keep.GRAPH, 400), (Keep.GRAPH_AND_PRODUCTS, 400)):
+for keep, steps in ((Keep.INPUT, 2000), (Keep.PRODUCTS, 400), (Keep.GRAPH, 200), (Keep.GRAPH_AND_PRODUCTS, 200)):
     [stash(keep) for _ in range(20)]
     gc.collect()
     give_back_freed_memory()
@@ -59,6 +65,36 @@ def test_many_small_steps_are_counted_as_what_the_process_grows_by_and_are_given
     for keep, (counted, grown, stays) in found.items():
         assert grown / 2 <= counted <= 3 * grown, (keep, counted, grown)
         assert stays <= max(grown / 4, 8 << 20), (keep, grown, stays)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_the_memory_of_a_graph_is_known_before_its_pass_and_one_too_large_is_computed_layer_by_layer(
+    family: str, checkpoints: Callable[..., Path]
+) -> None:
+    plan = plan_trunk(str(checkpoints(family)), parse_cut("2:4"), torch.float32, "cpu", forward_only=False)
+    compute = plan.load(max_batch_tokens=256, merge_below_tokens=64, pass_memory_bytes=300_000)
+    middle, memory = compute._middle, compute.traits.graph_memory
+    rows = Rows(torch.randn(1, 60, 32))
+    graph, products = middle.graph_to_keep(rows, with_products=True)
+    assert products is not None
+    assert memory.nbytes((60,)) == pytest.approx(graph.nbytes + products.nbytes, rel=0.05)
+    gradients = torch.randn(1, 60, 32)
+    mlp_calls: Counter[str] = Counter()
+    for name, module in middle._model.named_modules():
+        if name.endswith(".mlp"):
+            module.register_forward_pre_hook(lambda *_, name=name: mlp_calls.update([name]))
+    packed_rows = sequences_of(rows, Shape(1, 60, (7, 40, 13)))
+    for inputs in (rows, packed_rows):
+        results, calls = [], []
+        for make in (middle.graph, middle.graph_by_layers):
+            counted = mlp_calls.copy()
+            graph = make(inputs)
+            results.append([graph.output.detach(), graph.gradients(gradients)])
+            calls.append((mlp_calls - counted).total())
+        assert calls == [2, 4], "each of the two layers is computed again for its gradient"
+        for ours, theirs in zip(*results, strict=True):
+            assert torch.equal(ours, theirs)
+    assert compute._fits((5,)) and not compute._fits((60,))
 
 
 def is_due(given: GiveBack, now: float, *, busy: bool = False, resident_bytes: int = 0) -> bool:

@@ -299,3 +299,14 @@ def test_a_tenants_only_step_is_given_up_bit_by_bit_until_it_is_within_its_memor
     session = sessions.open(b"peer", now=0.0, tenant=tenant(max_stash_bytes=10))
     sessions.hold(session, 1, kept(40, Keep.GRAPH_AND_PRODUCTS))
     assert session.held[1].stash == Kept(10)
+
+
+def test_room_for_a_pass_is_made_before_it_by_giving_up_the_oldest() -> None:
+    sessions = table(stash_memory_bytes=100)
+    session = sessions.open(b"peer", now=0.0)
+    for step in (1, 2):
+        sessions.hold(session, step, kept(40, Keep.GRAPH))
+    assert not sessions.make_room(100), "no pass keeps more than all"
+    assert sessions.held_bytes == 80
+    assert sessions.make_room(40)
+    assert (session.held[1].stash, session.held[2].stash) == (Kept(20), Kept(40, Keep.GRAPH))

@@ -12,10 +12,12 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from zsl.split.stack import find_stack
@@ -56,6 +58,9 @@ class Middle:
         self._first_parameter = next(iter(inspect.signature(first.forward).parameters))
         first.register_forward_pre_hook(self._enter, with_kwargs=True)
         layers[cut.stop - 1].register_forward_hook(self._leave)
+        self._by_layers = False
+        for index in range(cut.start, cut.stop):
+            layers[index].forward = partial(self._layer, layers[index].forward)
         self._linear_layers = LinearLayers(
             module for index in range(cut.start, cut.stop) for module in layers[index].modules()
         )
@@ -63,6 +68,7 @@ class Middle:
         self._graph_bytes: dict[tuple[object, ...], int] = {}
         self._entering: torch.Tensor | None = None
         self._leaving: torch.Tensor | None = None
+        self._attend: Callable[[], AbstractContextManager[None]] = nullcontext
         self._own_attention = model.config._attn_implementation == "sdpa" and flash_is_slow(self.dtype, self.device)
 
     @property
@@ -115,6 +121,14 @@ class Middle:
         with torch.enable_grad(), linear_layers:
             return Graph(leaf, self._run(inputs, leaf), 0)
 
+    def graph_by_layers(self, inputs: Pass) -> Graph:
+        """The same, with a graph that keeps the inputs of the layers only: its gradients compute each layer again."""
+        self._by_layers = True
+        try:
+            return self.graph(inputs)
+        finally:
+            self._by_layers = False
+
     def graph_to_keep(self, inputs: Pass, *, with_products: bool) -> tuple[Graph, Products | None]:
         """A graph with the memory that it keeps, and the products for a backward that shares its pass."""
         leaf = inputs.activations.detach().requires_grad_()
@@ -150,22 +164,22 @@ class Middle:
         return output, sum(kept.values()) + NODE_BYTES * _nodes(output)
 
     def _run(self, inputs: Pass, activations: torch.Tensor) -> torch.Tensor:
-        attention: AbstractContextManager[None] = nullcontext()
+        attend: Callable[[], AbstractContextManager[None]] = nullcontext
         if isinstance(inputs, Sequences):
             # Given, so that transformers does not look for sequences in the positions; it is not used.
             mask: torch.Tensor | None = torch.ones(activations.shape[:2], dtype=torch.bool, device=self.device)
             layout = layout_of(
                 inputs.lengths, inputs.masked, inputs.seen, invariant=inputs.invariant, device=self.device
             )
-            attention = segments_attention(self._model.config, layout)
+            attend = partial(segments_attention, self._model.config, layout)
         else:
             mask = inputs.attention_mask
             if self._own_attention:
-                attention = segments_attention(self._model.config, None)
+                attend = partial(segments_attention, self._model.config, None)
         placeholder = torch.zeros((), dtype=self.dtype, device=self.device).expand(activations.shape)
-        self._entering = activations
+        self._entering, self._attend = activations, attend
         try:
-            with attention:
+            with attend():
                 self._model(
                     inputs_embeds=placeholder, attention_mask=mask, position_ids=inputs.position_ids, use_cache=False
                 )
@@ -173,6 +187,19 @@ class Middle:
             return self._leaving
         finally:
             self._entering = self._leaving = None
+
+    def _layer(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if not self._by_layers:
+            return forward(*args, **kwargs)
+        attend = self._attend  # of this pass; the backward computes the layer within it again
+        return checkpoint(
+            forward,
+            *args,
+            use_reentrant=False,
+            preserve_rng_state=False,
+            context_fn=lambda: (nullcontext(), attend()),
+            **kwargs,
+        )
 
     def _enter(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         if args:

@@ -375,17 +375,20 @@ class TrunkServer:
                 self._dispatch_later = loop.call_later(self._scheduler.waits_until - now, self._dispatch)
             return
         requests = [self._intake.under_way[job.key] for job in jobs]  # type: ignore[index]
-        self._worker.give(requests, Batch(tuple(self._work(request) for request in requests)))
+        lengths = [length for request in requests if request.keep for length in request.shape.lengths]
+        room = bool(lengths) and self._sessions.make_room(self._traits.graph_memory.nbytes(lengths))
+        self._worker.give(requests, Batch(tuple(self._work(request, room) for request in requests)))
 
-    def _work(self, request: Request) -> Work:
+    def _work(self, request: Request, room: bool) -> Work:
         stash = request.held.stash if request.held else None
-        return Work(request.kind, request.buffers, request.shape, request.sharing, self._keep(request), stash)
+        return Work(request.kind, request.buffers, request.shape, request.sharing, self._keep(request, room), stash)
 
-    def _keep(self, request: Request) -> Keep:
-        """What to keep of a forward. A backward in other company than its forward needs products, else a graph."""
+    def _keep(self, request: Request, room: bool) -> Keep:
+        """What to keep of a forward, if there is room for the graph of its pass. A backward in other company than its
+        forward needs products, else a graph."""
         if not request.keep:
             return Keep.NOTHING
-        if not self._sessions.has_room:
+        if not room:
             return Keep.INPUT
         if request.sharing == Alone():
             return Keep.GRAPH

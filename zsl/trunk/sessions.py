@@ -92,10 +92,12 @@ class Sessions:
         """The memory that all stashes take."""
         return self._held.nbytes
 
-    @property
-    def has_room(self) -> bool:
-        """Whether there is memory left for a stash."""
-        return self._held.nbytes < self._stash_memory_bytes
+    def make_room(self, nbytes: int) -> bool:
+        """Give up the costliest and oldest until there is memory for so much more; False if it is more than all."""
+        if nbytes >= self._stash_memory_bytes:
+            return False
+        self._demote_until(self._held, self._stash_memory_bytes - nbytes)
+        return True
 
     def open(self, peer: bytes, now: float, *, hello: int = 0, tenant: Tenant | None = None) -> Session:
         """A new session. Ask `in_the_way` first."""
