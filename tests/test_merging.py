@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,13 +25,15 @@ from support.daemon import Daemon
 from support.models import with_lora
 from zsl.client.trunk_client import Answer, read_answer
 from zsl.split.cut import parse_cut
+from zsl.trunk import attention
 from zsl.trunk.assemble import plan_trunk
 from zsl.trunk.compute import TorchCompute
 from zsl.trunk.costs import Costs, PassCost
-from zsl.trunk.middle import Graph, Middle
-from zsl.trunk.passes import Pass
+from zsl.trunk.joining import packed
+from zsl.trunk.middle import NODE_BYTES, Graph, Middle, _nodes
+from zsl.trunk.passes import Pass, Rows, sequences_of
 from zsl.trunk.products import LinearLayers, Products
-from zsl.trunk.stash import TorchStash
+from zsl.trunk.stash import STEP_BYTES, TorchStash
 from zsl.trunk.work import Batch, Done, Keep, Kind, Outcome, Packed, Shape, Sharing, Work
 from zsl.wire.frames import Message
 from zsl.wire.messages import Role
@@ -144,6 +147,18 @@ def alone(compute: TorchCompute, work: Work, seed: int) -> list[torch.Tensor]:
     return [*tensors([done]), *tensors(run(compute, [backward_work(work, done, seed)]))]
 
 
+class Counted:
+    """A function that counts its calls."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.calls = 0
+        self._function = function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        return self._function(*args, **kwargs)
+
+
 def split_randomly(count: int, source: random.Random) -> list[list[int]]:
     """The numbers below `count` in random order, in random batches."""
     order, batches = source.sample(range(count), count), []
@@ -224,7 +239,8 @@ def test_who_stays_away_holds_no_more_memory_than_its_own(compute: TorchCompute)
     assert stays.shared.graph is None and stays.shared.joined is None
     products = stays.shared.products_of(0)
     assert products is not None
-    assert sum(o.untyped_storage().nbytes() for o in products.outputs) == products.nbytes <= stays.nbytes
+    in_storages = sum(o.untyped_storage().nbytes() for o in products.outputs)
+    assert in_storages + products.overhead_bytes == products.nbytes <= stays.nbytes
     assert within(TOLERANCE)(tensors(run(compute, [backward_work(works[0], done[0], 0)]))[0], expected[1])
 
 
@@ -286,6 +302,53 @@ def test_one_kernel_for_sequences_of_any_lengths_does_what_one_call_a_group_does
     assert calls == [[0, 3, 6, 9, 16, 28]] * 4, "two layers, forward and backward"
 
 
+def test_sequences_of_equal_length_are_attended_to_at_once_in_whatever_order_they_stand(
+    compute: TorchCompute, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zsl.trunk.attention._attend", attend := Counted(attention._attend))
+    monkeypatch.setattr(torch, "arange", arange := Counted(torch.arange))
+    lengths, start = (1, 2) * 30, 0
+    in_order: dict[int, list[int]] = {1: [], 2: []}
+    for length in lengths:
+        in_order[length] += range(start, start + length)
+        start += length
+    order = torch.tensor(in_order[1] + in_order[2])
+    activations = torch.randn(1, start, 32)
+
+    def outputs_and_gradients(lengths: tuple[int, ...], activations: torch.Tensor) -> list[torch.Tensor]:
+        sequences = sequences_of(Rows(activations, None, torch.zeros(1, start).long()), Shape(1, start, lengths))
+        graph = compute._middle.graph(sequences)
+        return [graph.output.detach(), graph.gradients(activations)]
+
+    alternating = outputs_and_gradients(lengths, activations)
+    assert attend.calls == 2 * 2, "layers and lengths"
+    assert arange.calls < 30, "no tensor a sequence"
+    sorted_by_length = outputs_and_gradients(tuple(sorted(lengths)), activations[:, order])
+    for ours, theirs in zip(alternating, sorted_by_length, strict=True):
+        assert torch.equal(ours[:, order], theirs)
+
+
+def test_the_masks_of_a_pass_are_shared_by_its_layers_and_end_with_it(
+    compute: TorchCompute, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[weakref.ref[torch.Tensor]] = []
+    make = attention._bias_without_mask
+
+    def remembered(*form: object) -> torch.Tensor:
+        bias = make(*form)  # type: ignore[arg-type]
+        made.append(weakref.ref(bias))
+        return bias
+
+    monkeypatch.setattr("zsl.trunk.attention._bias_without_mask", remembered)
+    monkeypatch.setattr(compute._middle._model.config, "_attn_implementation", "sdpa")
+    part = sequences_of(Rows(torch.randn(1, 40, 32)), Shape(1, 40, (40,)))
+    graph = compute._middle.graph(packed([part], pass_tokens=64).inputs)
+    assert len(made) <= 2, "one for the request, one for the filling"
+    assert graph.output.requires_grad and all(bias() is None for bias in made)
+    if compute._middle._model.config.model_type in ("llama", "gpt2"):
+        assert made, "the test would show nothing"
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_neighbour_of_nan_changes_nothing(compute: TorchCompute, bad: float) -> None:
     works = [forward_work(1), forward_work(2, tokens=5), forward_work(3)]
@@ -341,8 +404,11 @@ def test_the_memory_of_a_graph_is_measured_on_that_graph(compute: TorchCompute) 
     for rows in (1, 4):
         for _ in range(2):  # the second of a shape is remembered
             (done,) = run(compute, [forward_work(1, rows, keep=Keep.GRAPH)])
-            assert isinstance(done, Done) and done.stash is not None
-            sizes.append(done.stash.nbytes)
+            assert isinstance(done, Done) and isinstance(done.stash, TorchStash)
+            assert done.stash.shared is not None and done.stash.shared.graph is not None
+            nodes = _nodes(done.stash.shared.graph.output)
+            assert nodes > 50
+            sizes.append(done.stash.nbytes - NODE_BYTES * nodes - STEP_BYTES)
             demoted = done.stash.demoted()
             assert demoted is not None and done.stash.nbytes > 5 * demoted.nbytes
     assert sizes[0] == sizes[1] and sizes[2] == sizes[3]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -397,6 +398,24 @@ def test_activations_that_are_not_finite_are_refused_with_their_place(peer: Peer
     else:
         buffer = largest.astype(np.float32 if dtype == "f32" else np.float16).tobytes()
     assert isinstance(peer.ask(forward(welcome, 2, tensors=tensors)[0], [buffer]), Result)
+
+
+def test_memory_that_was_freed_is_given_back_when_nothing_runs(
+    peer: Peer, server: EchoServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given_back = threading.Event()
+    threads: list[threading.Thread] = []
+
+    def give_back() -> bool:
+        threads.append(threading.current_thread())
+        given_back.set()
+        return True
+
+    monkeypatch.setattr("zsl.trunk.memory.IDLE_SECONDS", 0.01)
+    monkeypatch.setattr("zsl.trunk.server.give_back_freed_memory", give_back)
+    assert isinstance(peer.ask(*forward(peer.hello(), 1)), Result)
+    assert given_back.wait(20)
+    assert threads[0] is not server._thread
 
 
 def test_a_forward_only_daemon_says_so_and_refuses_backward() -> None:

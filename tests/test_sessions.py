@@ -230,3 +230,83 @@ def test_what_is_kept_for_a_tenant_stays_within_its_own_memory_and_takes_nothing
     assert (bobs.held[1].stash, one.held[1].stash) == (Kept(500, Keep.GRAPH), Kept(30))
     sessions.hold(two, 2, kept(90))
     assert (set(one.held), set(two.held)) == (set(), {2})
+
+
+class CountedId(bytes):
+    """A session's id that counts how often an entry of a table is looked at: each look hashes it."""
+
+    looks = 0
+
+    def __hash__(self) -> int:
+        CountedId.looks += 1
+        return super().__hash__()
+
+
+class CountedKept:
+    """A stash that counts how often its size is asked for."""
+
+    keep = Keep.INPUT
+    looks = 0
+
+    @property
+    def nbytes(self) -> int:
+        CountedKept.looks += 1
+        return 1
+
+    def demoted(self) -> None:
+        return None
+
+    def drop(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("quota", [None, 10])
+def test_to_hold_a_step_looks_at_no_more_entries_where_more_is_held(quota: int | None) -> None:
+    def looks(already_held: int) -> int:
+        sessions = table(stash_memory_bytes=already_held, max_sessions=100)
+        sessions._new_id = lambda: CountedId(b"i" * 16)
+        alice = tenant(max_stash_bytes=already_held if quota is None else already_held + quota)
+        session = sessions.open(b"peer", now=0.0, tenant=alice)
+
+        def hold(steps: range) -> None:
+            for step in steps:
+                sessions.hold(session, step, Held(CountedKept(), Shape(1, 1, (1,)), Alone()))
+                if step % 3 == 0:
+                    sessions.release(session, step)
+
+        hold(range(2 * already_held))
+        CountedId.looks = CountedKept.looks = 0
+        hold(range(2 * already_held, 2 * already_held + 300))
+        return CountedId.looks + CountedKept.looks
+
+    assert looks(already_held=10_000) <= 2 * looks(already_held=100)
+
+
+def test_what_was_released_leaves_nothing_in_the_tables() -> None:
+    sessions = table(stash_memory_bytes=1000)
+    session = sessions.open(b"peer", now=0.0, tenant=tenant())
+    for step in range(10_000):
+        sessions.hold(session, step, kept(1))
+        sessions.release(session, step)
+    assert (sessions.held_bytes, sessions._held._steps) == (0, {})
+    assert len(sessions._held._heap) <= 100
+    sessions.close(session.id)
+    assert sessions._held_of == {}
+
+
+def test_a_tenants_only_step_is_given_up_bit_by_bit_until_it_is_within_its_memory() -> None:
+    sessions = table()
+    session = sessions.open(b"peer", now=0.0, tenant=tenant(max_stash_bytes=10))
+    sessions.hold(session, 1, kept(40, Keep.GRAPH_AND_PRODUCTS))
+    assert session.held[1].stash == Kept(10)
+
+
+def test_room_for_a_pass_is_made_before_it_by_giving_up_the_oldest() -> None:
+    sessions = table(stash_memory_bytes=100)
+    session = sessions.open(b"peer", now=0.0)
+    for step in (1, 2):
+        sessions.hold(session, step, kept(40, Keep.GRAPH))
+    assert not sessions.make_room(100), "no pass keeps more than all"
+    assert sessions.held_bytes == 80
+    assert sessions.make_room(40)
+    assert (session.held[1].stash, session.held[2].stash) == (Kept(20), Kept(40, Keep.GRAPH))

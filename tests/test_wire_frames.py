@@ -17,10 +17,11 @@ from pydantic import ValidationError
 from support.mutations import mutated
 from zsl.errors import CorruptError, MalformedError, ProtocolVersionError, Retry, TooLargeError, WireError
 from zsl.printable import is_printable, printable
-from zsl.wire.frames import KIND, MAGIC, MAJOR, MAX_HEADER_BYTES, Frame, decode, encode, seal
+from zsl.wire.frames import KIND, MAGIC, MAJOR, MAX_HEADER_BYTES, MAX_ITEMS, MAX_KEYS, Frame, decode, encode, seal
 from zsl.wire.messages import (
     DTYPE_BYTES,
     MAX_DIMS,
+    MAX_TENSORS,
     MAX_TEXT_CHARS,
     TO_CLIENT,
     TO_DAEMON,
@@ -315,15 +316,29 @@ def test_a_changed_byte_of_a_header_that_was_sealed_so_gives_a_message_or_a_wire
         pass
 
 
-MOST_CALLS = 100_000  # in Python and out of it: a header can hold 16,000 empty maps, and each is looked at
-MOST_BYTES = 16 << 20  # 1,300 unknown keys are 9 MB of complaints, for a moment
+MOST_CALLS = 300  # in Python and out of it: the first thing that no header has ends the look at it
+MOST_BYTES = 1 << 20
 LONGEST_HEADERS = [
     b"\xdc\x3f\x00" + b"\x80" * 0x3F00,  # an array of empty maps
     b"\xde\x1f\x00" + b"".join(b"\xcd%c%c\x80" % divmod(n, 256) for n in range(0x0FE0)),
     b"\x91" * 500 + b"\x90",
     b"\x81" * (MAX_HEADER_BYTES - 1),
     msgpack.packb({f"{n:04}": [{}] * 3 for n in range(1_300)}),
+    b"\xdc\x15\x00" + b"\xd4\x05\x00" * 0x1500,  # ext types
+    (b"\x9f" + b"\x80" * 14) * 1_000,  # empty maps, never more than 15 in a list
+    *(
+        msgpack.packb({"tensors": tensors})
+        for tensors in (
+            [descriptor(shape=[None] * 16_000)],
+            [descriptor(shape=[None] * 16)] * 16,
+            [descriptor(**{f"{n:x}": 0 for n in range(3_000)})],
+            [descriptor(**{f"{n:x}": 0 for n in range(10)})] * 16,
+            [{}] * 16_000,
+            [None] * 16_000,
+        )
+    ),
 ]
+MOST_COMPLAINTS = 64  # of pydantic about one header; each is an object
 
 
 def work_of(frames: list[Frame]) -> tuple[int, int]:
@@ -356,6 +371,22 @@ def assert_bounded(frames: list[Frame]) -> None:
 def test_the_work_for_the_longest_headers_is_bounded(number: int) -> None:
     for message_type in TO_DAEMON:
         assert_bounded(seal([kind(message_type=message_type), LONGEST_HEADERS[number], bytes(32)]))
+
+
+@pytest.mark.parametrize("number", range(len(LONGEST_HEADERS)))
+def test_the_complaints_about_the_longest_headers_are_bounded(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    complaints = 0
+
+    def counted(schema: type[Header], error: ValidationError) -> str:
+        nonlocal complaints
+        complaints += error.error_count()
+        return ""
+
+    monkeypatch.setattr("zsl.wire.frames._first_problem", counted)
+    for message_type in TO_DAEMON:
+        with pytest.raises(WireError):
+            decode(seal([kind(message_type=message_type), LONGEST_HEADERS[number], bytes(32)]), TO_DAEMON)
+    assert complaints <= MOST_COMPLAINTS * len(TO_DAEMON)
 
 
 @given(st.integers(0, 2**32 - 1))
@@ -392,3 +423,9 @@ def test_a_name_with_a_control_character_is_refused_and_a_text_with_it_escaped(c
     read = decode(encode(sent), TO_CLIENT).header
     assert isinstance(read, Error) and is_printable(read.text) and 500 < len(read.text) <= MAX_TEXT_CHARS
     assert read.text.startswith(printable(character))
+
+
+def test_every_schema_fits_the_bounds_of_a_header() -> None:
+    schemas = [*TO_DAEMON.values(), *TO_CLIENT.values(), TensorDescriptor, Limits, ModelIdentity]
+    assert max(len(schema.model_fields) for schema in schemas) <= MAX_KEYS
+    assert max(MAX_TENSORS, MAX_DIMS) <= MAX_ITEMS

@@ -17,7 +17,7 @@ from zsl.split.stack import check_can_be_split, layer_count
 from zsl.trunk.compute import TorchCompute
 from zsl.trunk.costs import UNKNOWN_COSTS, BatchLimits, batch_limits
 from zsl.trunk.middle import Middle
-from zsl.trunk.probe import find_packed_forms, is_deterministic, measure_costs
+from zsl.trunk.probe import find_packed_forms, is_deterministic, measure_costs, measure_graph_memory
 from zsl.trunk.settings import TrunkInfo, TrunkTraits
 from zsl.wire.messages import Cut
 from zsl.wire.tensors import float_wire_name
@@ -44,11 +44,13 @@ class TrunkPlan:
         max_batch_tokens: int | None = None,
         merge_below_tokens: int | None = None,
         deterministic: bool = False,
+        pass_memory_bytes: int | None = None,
     ) -> TorchCompute:
         """Load the weights, and find out what the trunk can do. Raises `ModelError` or `StartupError`.
 
         A batch size that is not given follows from what passes cost. With `deterministic` every pass that may be
         shared has `max_batch_tokens` tokens; whether that holds what it is for, the traits of the result say.
+        A backward whose graph would take more than `pass_memory_bytes` is computed layer by layer.
         """
         model = load_trunk_part(self.reference, self.cut, self.dtype)
         try:
@@ -79,8 +81,9 @@ class TrunkPlan:
             deterministic=deterministic,
             costs=costs,
             batch_limits=limits,
+            graph_memory=measure_graph_memory(middle),
         )
-        return TorchCompute(middle, traits)
+        return TorchCompute(middle, traits, pass_memory_bytes=pass_memory_bytes)
 
 
 def plan_trunk(model: str, cut: Cut | None, dtype: torch.dtype, device: str, *, forward_only: bool) -> TrunkPlan:

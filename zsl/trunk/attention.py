@@ -14,8 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -76,6 +75,10 @@ class GroupMasks:
 class _Active:
     own: str  # the family's own implementation
     layout: Layout | None  # None: rows as they are
+    # All layers of a pass share these. They end with it: kept longer, those of a long row would be memory that no
+    # session holds.
+    biases: dict[tuple[object, ...], torch.Tensor] = field(default_factory=dict)
+    starts: list[torch.Tensor] = field(default_factory=list)
 
 
 _active: ContextVar[_Active] = ContextVar("active")
@@ -99,8 +102,11 @@ def layout_of(
     if all(before <= after for before, after in pairwise(kinds)):
         return Layout(groups, None, None, seen, invariant)
     starts = list(accumulate(lengths, initial=0))
-    sorted_indices = sorted(range(len(kinds)), key=kinds.__getitem__)
-    order = torch.cat([torch.arange(starts[index], starts[index + 1]) for index in sorted_indices]).to(device)
+    by_kind = torch.tensor(sorted(range(len(kinds)), key=kinds.__getitem__))
+    sorted_lengths = torch.tensor(lengths)[by_kind]
+    # Of each token: its place in the sorted row, moved by as much as its sequence was.
+    moved = torch.tensor(starts[:-1])[by_kind] - (sorted_lengths.cumsum(0) - sorted_lengths)
+    order = (torch.arange(starts[-1]) + moved.repeat_interleave(sorted_lengths)).to(device)
     return Layout(groups, order, order.argsort(), None if seen is None else seen[order], invariant)
 
 
@@ -239,7 +245,10 @@ def _attend_at_once(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, groups: tuple[Group, ...], scale: float
 ) -> torch.Tensor:
     """Causal attention of all sequences by one kernel: `[1, heads, tokens, dim]` to `[tokens, heads, dim]`."""
-    starts = _starts(groups, query.device)
+    shared = _active.get().starts
+    if not shared:
+        shared.append(_starts(groups, query.device))
+    (starts,) = shared
     longest = max(group.length for group in groups)
     packed_query, packed_key, packed_value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     attended = varlen_attn(
@@ -258,9 +267,8 @@ def _attend_at_once(
     return attended
 
 
-@lru_cache(maxsize=64)
 def _starts(groups: tuple[Group, ...], device: torch.device) -> torch.Tensor:
-    """Where each sequence begins, and where the last one ends: `[sequences + 1]`. All layers of a pass share it."""
+    """Where each sequence begins, and where the last one ends: `[sequences + 1]`."""
     lengths = [group.length for group in groups for _ in range(group.count)]
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
 
@@ -283,7 +291,10 @@ def _attend_by_scores(
     value = value.reshape(rows * key_heads, length, value.shape[-1])
     blind = None
     if mask is None:
-        bias = _bias_without_mask(length, shared, causal, query.dtype, query.device)
+        biases, form = _active.get().biases, (length, shared, causal, query.dtype, query.device)
+        bias = biases.get(form)
+        if bias is None:
+            bias = biases[form] = _bias_without_mask(length, shared, causal, query.dtype, query.device)
     else:
         blind = ~mask.any(-1, keepdim=True)  # [rows or 1, 1, length, 1]: tokens that may attend to none
         bias = torch.zeros(mask.shape, dtype=query.dtype, device=mask.device)
@@ -297,7 +308,6 @@ def _attend_by_scores(
     return attended if blind is None else attended.masked_fill(blind, 0)
 
 
-@lru_cache(maxsize=64)
 def _bias_without_mask(
     length: int, shared: int, causal: bool, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:

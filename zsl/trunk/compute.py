@@ -33,10 +33,12 @@ class TorchCompute:
 
     Requests that share a pass are packed into one row or stacked row on row, as their `sharing` says. If the trunk is
     deterministic, every pass that may be shared has just `max_batch_tokens` tokens, filled with zeros, so that a
-    request's numbers do not depend on who shares it; longer requests run alone.
+    request's numbers do not depend on who shares it; longer requests run alone. A backward whose graph would take more
+    than `pass_memory_bytes` keeps only the inputs of its layers, and computes each layer's forward once more.
     """
 
-    def __init__(self, middle: Middle, traits: TrunkTraits) -> None:
+    def __init__(self, middle: Middle, traits: TrunkTraits, *, pass_memory_bytes: int | None = None) -> None:
+        self._pass_memory_bytes = pass_memory_bytes
         self.traits = traits
         self._middle = middle
         self._pass_tokens = traits.batch_limits.max_batch_tokens if traits.deterministic else 0
@@ -81,7 +83,7 @@ class TorchCompute:
             output = self._middle.forward(joined.inputs)
         dtypes = [_reply_dtype(work) for work in works]
         replies = self._replies("activations", joined.split(output), dtypes)
-        stashes = stashes_of(joined, parts, dtypes, keeps, graph, products)
+        stashes = stashes_of(joined, parts, [work.shape for work in works], dtypes, keeps, graph, products)
         return [Done(reply, stash) for reply, stash in zip(replies, stashes, strict=True)]
 
     def _backward(self, works: Sequence[Work]) -> list[Done]:
@@ -97,11 +99,18 @@ class TorchCompute:
             of_rest = [stashes[place] for place in rest]
             joined = self._joined([works[place] for place in rest], [stash.inputs for stash in of_rest])
             products = take_products(of_rest)
-            graph = self._middle.graph(joined.inputs, None if products is None else joined.join_products(products))
+            if self._fits(sum((works[place].shape.lengths for place in rest), ())):
+                graph = self._middle.graph(joined.inputs, None if products is None else joined.join_products(products))
+            else:
+                del products
+                graph = self._middle.graph_by_layers(joined.inputs)
             gradients = joined.split(graph.gradients(joined.join([tensors[place] for place in rest])))
             results.update(zip(rest, gradients, strict=True))
         ordered = [results[place] for place in range(len(works))]
         return [Done(reply) for reply in self._replies("gradients", ordered, [stash.reply_dtype for stash in stashes])]
+
+    def _fits(self, lengths: tuple[int, ...]) -> bool:
+        return self._pass_memory_bytes is None or self.traits.graph_memory.nbytes(lengths) <= self._pass_memory_bytes
 
     def _groups_by_graph(self, works: Sequence[Work], stashes: Sequence[TorchStash]) -> list[list[int]]:
         """Which of these backwards go by the graphs of their forwards, one pass for each, if that is cheaper than one
@@ -134,7 +143,7 @@ class TorchCompute:
         """What was kept for a backward, or what it brings along."""
         if work.stash is None:
             inputs = self._inputs(work)
-            return TorchStash(inputs, _reply_dtype(work), inputs.nbytes)
+            return TorchStash(inputs, _reply_dtype(work), inputs.nbytes, inputs.nbytes)
         assert isinstance(work.stash, TorchStash)
         return work.stash
 

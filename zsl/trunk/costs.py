@@ -44,6 +44,31 @@ class Costs:
     backward_from_products: PassCost
 
 
+@dataclass(frozen=True, slots=True)
+class GraphMemory:
+    """Memory of a pass's graph and products: `fixed + per_token * tokens + per_pair * sum of squared lengths`."""
+
+    fixed_bytes: float
+    bytes_per_token: float
+    bytes_per_pair: float  # of two tokens of one sequence: of families whose attention keeps its scores
+
+    def nbytes(self, lengths: Sequence[int]) -> int:
+        """What a pass of sequences of these lengths keeps."""
+        pairs = sum(length * length for length in lengths)
+        return round(self.fixed_bytes + self.bytes_per_token * sum(lengths) + self.bytes_per_pair * pairs)
+
+
+def fit_graph_memory(samples: Sequence[tuple[int, int]]) -> GraphMemory:
+    """The memory through three `(tokens, bytes)` of single sequences, with no part negative."""
+    (x0, y0), (x1, y1), (x2, y2) = samples
+    slopes = (y1 - y0) / (x1 - x0), (y2 - y1) / (x2 - x1)
+    per_pair = max((slopes[1] - slopes[0]) / (x2 - x0), 0.0)
+    per_token = max((y2 - y0) / (x2 - x0) - per_pair * (x2 + x0), 0.0)
+    return GraphMemory(max(y2 - per_token * x2 - per_pair * x2 * x2, 0.0), per_token, per_pair)
+
+
+# Of a trunk that was not measured: nothing is bounded by it.
+UNKNOWN_GRAPH_MEMORY = GraphMemory(0.0, 0.0, 0.0)
 # Of a trunk that was not measured: only the proportions matter, to fairness, and no pass waits for company.
 UNKNOWN_COSTS = Costs(PassCost(0.0, 1e-3), PassCost(0.0, 1e-3), PassCost(0.0, 1.2e-3))
 

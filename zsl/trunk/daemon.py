@@ -98,6 +98,7 @@ async def _serve(plan: TrunkPlan, options: DaemonOptions, loading: Loading, hang
                     max_batch_tokens=options.max_batch_tokens,
                     merge_below_tokens=options.merge_below_tokens,
                     deterministic=options.deterministic,
+                    pass_memory_bytes=options.stash_memory_bytes,
                 ),
             )
         port = loading.port

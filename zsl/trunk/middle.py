@@ -8,13 +8,16 @@ until there (of an empty placeholder) is thrown away; what leaves the last layer
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from zsl.split.stack import find_stack
@@ -25,7 +28,10 @@ from zsl.wire.messages import Cut
 
 # Rotary embeddings whose frequencies depend on the longest row of a pass: with those a neighbour would be noticed.
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
-MAX_SIZES_REMEMBERED = 1024
+# Sizes of graphs are remembered for so many forms of input, of at most so many kinds of sequences each.
+MAX_SIZES_REMEMBERED, MAX_KINDS_REMEMBERED = 1024, 16
+# Memory of a node of autograd's graph with the tensors that it saves, beside their elements: 850 to 990 bytes on Linux.
+NODE_BYTES = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +40,7 @@ class Graph:
 
     leaf: torch.Tensor  # [rows, tokens, hidden]
     output: torch.Tensor  # [rows, tokens, hidden]
-    nbytes: int  # what it keeps, beside the weights
+    nbytes: int  # of what it keeps, beside the weights, its nodes too
 
     def gradients(self, at_output: torch.Tensor) -> torch.Tensor:
         """The vector-Jacobian product `[rows, tokens, hidden]`."""
@@ -52,6 +58,9 @@ class Middle:
         self._first_parameter = next(iter(inspect.signature(first.forward).parameters))
         first.register_forward_pre_hook(self._enter, with_kwargs=True)
         layers[cut.stop - 1].register_forward_hook(self._leave)
+        self._by_layers = False
+        for index in range(cut.start, cut.stop):
+            layers[index].forward = partial(self._layer, layers[index].forward)
         self._linear_layers = LinearLayers(
             module for index in range(cut.start, cut.stop) for module in layers[index].modules()
         )
@@ -59,6 +68,7 @@ class Middle:
         self._graph_bytes: dict[tuple[object, ...], int] = {}
         self._entering: torch.Tensor | None = None
         self._leaving: torch.Tensor | None = None
+        self._attend: Callable[[], AbstractContextManager[None]] = nullcontext
         self._own_attention = model.config._attn_implementation == "sdpa" and flash_is_slow(self.dtype, self.device)
 
     @property
@@ -111,12 +121,20 @@ class Middle:
         with torch.enable_grad(), linear_layers:
             return Graph(leaf, self._run(inputs, leaf), 0)
 
+    def graph_by_layers(self, inputs: Pass) -> Graph:
+        """The same, with a graph that keeps the inputs of the layers only: its gradients compute each layer again."""
+        self._by_layers = True
+        try:
+            return self.graph(inputs)
+        finally:
+            self._by_layers = False
+
     def graph_to_keep(self, inputs: Pass, *, with_products: bool) -> tuple[Graph, Products | None]:
         """A graph with the memory that it keeps, and the products for a backward that shares its pass."""
         leaf = inputs.activations.detach().requires_grad_()
         # Measured once for each form of input: to watch what autograd saves slows small passes down.
         form = _form(inputs)
-        nbytes = self._graph_bytes.get(form)
+        nbytes = None if form is None else self._graph_bytes.get(form)
         with ExitStack() as stack:
             products = None
             if with_products:
@@ -124,7 +142,7 @@ class Middle:
             stack.enter_context(torch.enable_grad())
             if nbytes is None:
                 output, nbytes = self._measured(lambda: self._run(inputs, leaf))
-                if len(self._graph_bytes) < MAX_SIZES_REMEMBERED:
+                if form is not None and len(self._graph_bytes) < MAX_SIZES_REMEMBERED:
                     self._graph_bytes[form] = nbytes
             else:
                 output = self._run(inputs, leaf)
@@ -143,25 +161,25 @@ class Middle:
 
         with torch.autograd.graph.saved_tensors_hooks(pack, _unpack):
             output = run()
-        return output, sum(kept.values())
+        return output, sum(kept.values()) + NODE_BYTES * _nodes(output)
 
     def _run(self, inputs: Pass, activations: torch.Tensor) -> torch.Tensor:
-        attention: AbstractContextManager[None] = nullcontext()
+        attend: Callable[[], AbstractContextManager[None]] = nullcontext
         if isinstance(inputs, Sequences):
             # Given, so that transformers does not look for sequences in the positions; it is not used.
             mask: torch.Tensor | None = torch.ones(activations.shape[:2], dtype=torch.bool, device=self.device)
             layout = layout_of(
                 inputs.lengths, inputs.masked, inputs.seen, invariant=inputs.invariant, device=self.device
             )
-            attention = segments_attention(self._model.config, layout)
+            attend = partial(segments_attention, self._model.config, layout)
         else:
             mask = inputs.attention_mask
             if self._own_attention:
-                attention = segments_attention(self._model.config, None)
+                attend = partial(segments_attention, self._model.config, None)
         placeholder = torch.zeros((), dtype=self.dtype, device=self.device).expand(activations.shape)
-        self._entering = activations
+        self._entering, self._attend = activations, attend
         try:
-            with attention:
+            with attend():
                 self._model(
                     inputs_embeds=placeholder, attention_mask=mask, position_ids=inputs.position_ids, use_cache=False
                 )
@@ -169,6 +187,19 @@ class Middle:
             return self._leaving
         finally:
             self._entering = self._leaving = None
+
+    def _layer(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if not self._by_layers:
+            return forward(*args, **kwargs)
+        attend = self._attend  # of this pass; the backward computes the layer within it again
+        return checkpoint(
+            forward,
+            *args,
+            use_reentrant=False,
+            preserve_rng_state=False,
+            context_fn=lambda: (nullcontext(), attend()),
+            **kwargs,
+        )
 
     def _enter(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         if args:
@@ -179,11 +210,24 @@ class Middle:
         self._leaving = output
 
 
-def _form(inputs: Pass) -> tuple[object, ...]:
-    """What the memory of a graph depends on."""
+def _form(inputs: Pass) -> tuple[object, ...] | None:
+    """What the memory of a graph depends on; None if that is too much to remember."""
     if isinstance(inputs, Sequences):
-        return (inputs.tokens, inputs.lengths, inputs.masked)
+        kinds = Counter((length, index in inputs.masked) for index, length in enumerate(inputs.lengths))
+        return None if len(kinds) > MAX_KINDS_REMEMBERED else (inputs.tokens, *sorted(kinds.items()))
     return (inputs.rows, inputs.tokens, inputs.attention_mask is None, inputs.position_ids is None)
+
+
+def _nodes(output: torch.Tensor) -> int:
+    """The number of nodes in the graph of a tensor."""
+    waiting, found = [output.grad_fn], {output.grad_fn}
+    while waiting:
+        node = waiting.pop()
+        assert node is not None
+        following = {after for after, _ in node.next_functions if after is not None} - found
+        found |= following
+        waiting += following
+    return len(found)
 
 
 def _unpack(packed: tuple[torch.Tensor, int]) -> torch.Tensor:

@@ -12,13 +12,14 @@ from typing import TypeVar
 
 import torch
 
-from zsl.trunk.costs import Costs, fit_cost
+from zsl.trunk.costs import Costs, GraphMemory, fit_cost, fit_graph_memory
 from zsl.trunk.joining import alone, packed
 from zsl.trunk.middle import Middle
 from zsl.trunk.passes import Rows, sequences_of
 from zsl.trunk.work import Shape
 
 COST_TOKENS = (8, 96)
+MEMORY_TOKENS = (8, 48, 96)
 # Of repeated measurements the shortest counts: at least so many, and more while they are short.
 COST_REPEATS = 3
 COST_SECONDS = 0.2
@@ -164,6 +165,15 @@ def measure_costs(middle: Middle, clock: Callable[[], float] = time.perf_counter
             samples[name].append((tokens, seconds))
     forward, backward, from_products = (fit_cost(samples[name]) for name in samples)
     return Costs(forward, backward, from_products)
+
+
+def measure_graph_memory(middle: Middle) -> GraphMemory:
+    """What the graphs of this trunk keep, from three of them."""
+    random, samples = torch.Generator().manual_seed(SEED), []
+    for tokens in MEMORY_TOKENS:
+        graph, products = middle.graph_to_keep(_request(middle, plain(1, tokens), random), with_products=True)
+        samples.append((tokens, graph.nbytes + (0 if products is None else products.nbytes)))
+    return fit_graph_memory(samples)
 
 
 def _timed(run: Callable[[], Timed], device: torch.device, clock: Callable[[], float]) -> tuple[Timed, float]:

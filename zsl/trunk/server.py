@@ -30,6 +30,7 @@ from zsl.transport.router import Router
 from zsl.trunk.failpoints import Failpoint
 from zsl.trunk.greetings import status_for, welcome_to
 from zsl.trunk.intake import Intake, Request
+from zsl.trunk.memory import GiveBack, give_back_freed_memory, resident_bytes
 from zsl.trunk.replies import Replies
 from zsl.trunk.scheduler import Scheduler
 from zsl.trunk.sessions import Session, Sessions
@@ -125,6 +126,8 @@ class TrunkServer:
         self._intake: Intake
         self._scheduler: Scheduler
         self._traits: TrunkTraits
+        self._give_back: GiveBack
+        self._giving_back: asyncio.Future[bool] | None = None
         self._dispatch_later: asyncio.TimerHandle | None = None
         self._draining_until: float | None = None
         self._stuck = False  # a pass will never end
@@ -158,6 +161,7 @@ class TrunkServer:
             costs=self._traits.costs,
         )
         self._worker = Worker(compute, self._finish_batch, clock=self._clock, failpoint=self._failpoint)
+        self._give_back = GiveBack(resident_bytes())
         self._router.start(self._receive, self._dispatch)
         try:
             while not self._stopped.is_set():
@@ -380,17 +384,20 @@ class TrunkServer:
                 self._dispatch_later = loop.call_later(self._scheduler.waits_until - now, self._dispatch)
             return
         requests = [self._intake.under_way[job.key] for job in jobs]  # type: ignore[index]
-        self._worker.give(requests, Batch(tuple(self._work(request) for request in requests)))
+        lengths = [length for request in requests if request.keep for length in request.shape.lengths]
+        room = bool(lengths) and self._sessions.make_room(self._traits.graph_memory.nbytes(lengths))
+        self._worker.give(requests, Batch(tuple(self._work(request, room) for request in requests)))
 
-    def _work(self, request: Request) -> Work:
+    def _work(self, request: Request, room: bool) -> Work:
         stash = request.held.stash if request.held else None
-        return Work(request.kind, request.buffers, request.shape, request.sharing, self._keep(request), stash)
+        return Work(request.kind, request.buffers, request.shape, request.sharing, self._keep(request, room), stash)
 
-    def _keep(self, request: Request) -> Keep:
-        """What to keep of a forward. A backward in other company than its forward needs products, else a graph."""
+    def _keep(self, request: Request, room: bool) -> Keep:
+        """What to keep of a forward, if there is room for the graph of its pass. A backward in other company than its
+        forward needs products, else a graph."""
         if not request.keep:
             return Keep.NOTHING
-        if not self._sessions.has_room:
+        if not room:
             return Keep.INPUT
         if request.sharing == Alone():
             return Keep.GRAPH
@@ -398,6 +405,7 @@ class TrunkServer:
 
     def _finish_batch(self, batch: Finished[Request]) -> None:
         jobs = [request.job for request in batch.tickets]
+        self._give_back.freed(self._clock())
         self._scheduler.charge(jobs, batch.ended - batch.started, self._clock())
         self._router.drain()  # what arrived meanwhile can share the next pass, which begins here
         for request, outcome in zip(batch.tickets, batch.outcomes, strict=True):
@@ -463,10 +471,20 @@ class TrunkServer:
         if self._worker.busy_seconds(now) > self._settings.stuck_seconds:
             self._stuck = True
             self.stop()
+        self._give_memory_back(now)
         if self._draining_until is not None:
             open_steps = any(session.held or session.inflight for session in self._sessions)
             if not open_steps or now >= self._draining_until:
                 self.stop()
+
+    def _give_memory_back(self, now: float) -> None:
+        """Give freed memory back to the system when it is time, on another thread than the loop's."""
+        if self._giving_back is not None and not self._giving_back.done():
+            return
+        busy = self._worker.busy_since is not None or len(self._scheduler) > 0
+        held, resident = self._sessions.held_bytes, resident_bytes()
+        if self._give_back.is_due(now, busy=busy, held_bytes=held, resident_bytes=resident):
+            self._giving_back = asyncio.get_running_loop().run_in_executor(None, give_back_freed_memory)
 
     def _close_session(self, session_id: bytes, why: str) -> None:
         """Forget a session, what is held for it, and what of it is queued."""
@@ -481,6 +499,7 @@ class TrunkServer:
             if peer is not None:
                 self._router.release(peer)
         self._replies.close(session_id)
+        self._give_back.freed(self._clock())
         self._scheduler.forget_client(session_id)
         if session.tenant is None:  # a tenant with a key must not lose what it has used by coming anew
             self._scheduler.forget_tenant(session_id)

@@ -9,13 +9,15 @@ session stands for itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import count
 
 from zsl.errors import OverloadedError, QuotaError, UnknownSessionError
+from zsl.trunk.give_up_order import GiveUpOrder
 from zsl.trunk.tenants import Tenant
-from zsl.trunk.work import Held, Keep
+from zsl.trunk.work import Held
 
 # A client says something every few seconds. One that has not for so long may have died, and makes room for another.
 QUIET_SECONDS = 10.0
@@ -44,10 +46,6 @@ class Session:
     def owner(self) -> Hashable:
         """Who shares the device fairly: the tenant, which is a key, or the session itself."""
         return self.id if self.tenant is None else self.tenant.public_key
-
-
-# What is given up first when memory runs short.
-_COSTLIEST_FIRST = (Keep.GRAPH_AND_PRODUCTS, Keep.GRAPH, Keep.PRODUCTS, Keep.INPUT)
 
 
 class Sessions:
@@ -79,9 +77,8 @@ class Sessions:
         self._by_peer: dict[bytes, Session] = {}
         self._by_owner: dict[Hashable, dict[bytes, Session]] = {}
         self._inflight_bytes = 0
-        self._held_bytes = 0
-        # What is kept, by session and step, with the number of its arrival.
-        self._held_by_keep: dict[Keep, dict[tuple[bytes, int], int]] = {keep: {} for keep in _COSTLIEST_FIRST}
+        self._held = GiveUpOrder()
+        self._held_of: defaultdict[Hashable, GiveUpOrder] = defaultdict(GiveUpOrder)  # by tenant
         self._arrivals = count()
 
     def __len__(self) -> int:
@@ -93,12 +90,14 @@ class Sessions:
     @property
     def held_bytes(self) -> int:
         """The memory that all stashes take."""
-        return self._held_bytes
+        return self._held.nbytes
 
-    @property
-    def has_room(self) -> bool:
-        """Whether there is memory left for a stash."""
-        return self._held_bytes < self._stash_memory_bytes
+    def make_room(self, nbytes: int) -> bool:
+        """Give up the costliest and oldest until there is memory for so much more; False if it is more than all."""
+        if nbytes >= self._stash_memory_bytes:
+            return False
+        self._demote_until(self._held, self._stash_memory_bytes - nbytes)
+        return True
 
     def open(self, peer: bytes, now: float, *, hello: int = 0, tenant: Tenant | None = None) -> Session:
         """A new session. Ask `in_the_way` first."""
@@ -172,6 +171,7 @@ class Sessions:
             del of_owner[session_id]
             if not of_owner:
                 del self._by_owner[session.owner]
+                self._held_of.pop(session.owner, None)
         return session
 
     def expired(self, now: float) -> list[Session]:
@@ -238,39 +238,24 @@ class Sessions:
             return
         self.give_up(session, step)
         self._put(session, step, held, next(self._arrivals))
-        most = None if session.tenant is None else session.tenant.max_stash_bytes
-        if session.tenant is not None and most is not None:
-            own = self._of(session.tenant)
-            while sum(held.stash.nbytes for one in own.values() for held in one.held.values()) > most:
-                self._demote_costliest(own.keys())
-        while self._held_bytes > self._stash_memory_bytes:
-            self._demote_costliest(self._sessions.keys())
+        tenant = session.tenant
+        if tenant is not None and tenant.max_stash_bytes is not None:
+            self._demote_until(self._held_of[tenant.public_key], tenant.max_stash_bytes)
+        self._demote_until(self._held, self._stash_memory_bytes)
 
-    def _demote_costliest(self, sessions: Collection[bytes]) -> None:
-        """Give up the costliest thing, and of these the oldest, that is kept for one of these sessions."""
-        for keep in _COSTLIEST_FIRST:
-            costliest = self._held_by_keep[keep]
-            keys = costliest if len(sessions) == len(self) else [key for key in costliest if key[0] in sessions]
-            if not keys:
-                continue
-            session_id, step = min(keys, key=costliest.__getitem__)
-            arrival = costliest[session_id, step]
+    def _demote_until(self, held: GiveUpOrder, nbytes: int) -> None:
+        """Give up the costliest things, and of these the oldest, until no more than `nbytes` is kept."""
+        while held.nbytes > nbytes:
+            session_id, step = held.first()
             session = self._sessions[session_id]
-            given_up = self.take(session, step)
-            assert given_up is not None
+            given_up, arrival = self._remove(session, step)
             left = given_up.stash.demoted()
             if left is not None:
                 self._put(session, step, replace(given_up, stash=left), arrival)
-            return
-        raise AssertionError("more is held than is there")
 
     def take(self, session: Session, step: int) -> Held | None:
         """What was kept for a step, which is kept no more."""
-        held = session.held.pop(step, None)
-        if held is not None:
-            self._held_bytes -= held.stash.nbytes
-            del self._held_by_keep[held.stash.keep][session.id, step]
-        return held
+        return self._remove(session, step)[0] if step in session.held else None
 
     def release(self, session: Session, step: int) -> None:
         """The client will ask no backward for this step, which may still be in flight."""
@@ -286,8 +271,17 @@ class Sessions:
 
     def _put(self, session: Session, step: int, held: Held, arrival: int) -> None:
         session.held[step] = held
-        self._held_bytes += held.stash.nbytes
-        self._held_by_keep[held.stash.keep][session.id, step] = arrival
+        for order in self._orders_of(session):
+            order.put((session.id, step), held.stash.keep, arrival, held.stash.nbytes)
+
+    def _remove(self, session: Session, step: int) -> tuple[Held, int]:
+        held, arrival = session.held.pop(step), 0
+        for order in self._orders_of(session):
+            arrival = order.remove((session.id, step))
+        return held, arrival
+
+    def _orders_of(self, session: Session) -> list[GiveUpOrder]:
+        return [self._held] if session.tenant is None else [self._held, self._held_of[session.owner]]
 
     def _of(self, tenant: Tenant) -> dict[bytes, Session]:
         return self._by_owner.get(tenant.public_key, {})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from zsl.errors import WrongModelError
-from zsl.trunk.costs import BatchLimits, Costs
+from zsl.trunk.costs import UNKNOWN_GRAPH_MEMORY, BatchLimits, Costs, GraphMemory
 from zsl.wire.frames import MAX_HEADER_BYTES
 from zsl.wire.messages import Cut, FloatDtypeName, Hello, Limits, ModelIdentity
 
@@ -25,7 +25,7 @@ class TrunkInfo:
 
 @dataclass(frozen=True, slots=True)
 class TrunkTraits:
-    """What is known of a trunk once it is loaded: its size, what it can do, and what its passes cost.
+    """What is known of a trunk once it is loaded: its size, what it can do, and what its passes take.
 
     `merges`: requests may share a pass. `packs`: even requests of different lengths; `packs_masks`, `packs_restarts`:
     those too that bring a mask, or positions that start again within a row. `deterministic`: a request's answer is the
@@ -40,6 +40,7 @@ class TrunkTraits:
     batch_limits: BatchLimits
     packs_masks: bool = False
     packs_restarts: bool = False
+    graph_memory: GraphMemory = UNKNOWN_GRAPH_MEMORY
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from zsl.trunk.joining import Joined
 from zsl.trunk.middle import Graph
 from zsl.trunk.passes import Pass
 from zsl.trunk.products import Products
-from zsl.trunk.work import Keep
+from zsl.trunk.work import Keep, Shape
 
 
 @dataclass(slots=True, eq=False)
@@ -52,13 +52,20 @@ class Shared:
         self._own = {}
 
 
+# Memory of a held step beside the elements of its tensors: 2,400 bytes on Linux, and for each of its sequences a number
+# or two.
+STEP_BYTES, SEQUENCE_BYTES = 2560, 64
+
+
 @dataclass(frozen=True, slots=True)
 class TorchStash:
-    """The inputs of a step, and its part in what its forward keeps."""
+    """The inputs of a step, and its part in what its forward keeps. `nbytes`: of all of it; `inputs_bytes`: of the
+    inputs alone."""
 
     inputs: Pass
     reply_dtype: torch.dtype
     nbytes: int
+    inputs_bytes: int
     keep: Keep = Keep.INPUT
     shared: Shared | None = None
     member: int = 0
@@ -70,9 +77,9 @@ class TorchStash:
             self.shared.graph = None
             products = self.shared.products_of(self.member)
             if products is not None:
-                return replace(self, keep=Keep.PRODUCTS, nbytes=self.inputs.nbytes + products.nbytes)
+                return replace(self, keep=Keep.PRODUCTS, nbytes=self.inputs_bytes + products.nbytes)
         self.drop()
-        return replace(self, keep=Keep.INPUT, nbytes=self.inputs.nbytes, shared=None)
+        return replace(self, keep=Keep.INPUT, nbytes=self.inputs_bytes, shared=None)
 
     def drop(self) -> None:
         if self.shared is not None:
@@ -82,6 +89,7 @@ class TorchStash:
 def stashes_of(
     joined: Joined,
     parts: list[Pass],
+    shapes: list[Shape],
     reply_dtypes: list[torch.dtype],
     keeps: list[Keep],
     graph: Graph | None,
@@ -91,19 +99,29 @@ def stashes_of(
     shared = None if graph is None and products is None else Shared(joined, graph, products)
     all_tokens = sum(joined.sizes)
     stashes: list[TorchStash | None] = []
-    for member, (part, dtype, asked) in enumerate(zip(parts, reply_dtypes, keeps, strict=True)):
+    for member, (part, shape, dtype, asked) in enumerate(zip(parts, shapes, reply_dtypes, keeps, strict=True)):
         share = part.rows * part.tokens / all_tokens
-        nbytes, keep = part.nbytes, Keep.INPUT
+        inputs_bytes = inputs_bytes_of(part, shape)
+        nbytes, keep = inputs_bytes, Keep.INPUT
         if shared is not None and asked.value >= Keep.PRODUCTS.value:
             keep = Keep.PRODUCTS if graph is None else Keep.GRAPH if products is None else Keep.GRAPH_AND_PRODUCTS
-            nbytes += round(share * sum(kept.nbytes for kept in (graph, products) if kept is not None))
+            if graph is not None:
+                nbytes += round(share * graph.nbytes)
+            if products is not None:
+                overhead = products.overhead_bytes
+                nbytes += round(share * (products.nbytes - overhead)) + overhead
         own = shared if keep is not Keep.INPUT else None
-        stash = TorchStash(part, dtype, nbytes, keep, own, member)
+        stash = TorchStash(part, dtype, nbytes, inputs_bytes, keep, own, member)
         stashes.append(None if asked is Keep.NOTHING else stash)
     if shared is not None and any(stash is None or stash.shared is None for stash in stashes):
         # Who keeps less takes no part in a common backward.
         shared.part_with([member for member, stash in enumerate(stashes) if stash is None or stash.shared is None])
     return stashes
+
+
+def inputs_bytes_of(part: Pass, shape: Shape) -> int:
+    """The memory of a step of which only the inputs are kept."""
+    return part.nbytes + STEP_BYTES + SEQUENCE_BYTES * len(shape.lengths)
 
 
 def with_common_graphs(stashes: Sequence[TorchStash]) -> list[list[int]]:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import msgpack
 import xxhash
@@ -34,8 +34,12 @@ CHECKSUM_BYTES = 8
 PREAMBLE_BYTES = KIND.size + CHECKSUM_BYTES
 MAX_HEADER_BYTES = 16 * 1024
 HEAD_FRAMES = 2
+# No header has more: what is over it is refused where it is met, before it costs an object or a complaint each.
+MAX_KEYS = MAX_ITEMS = 16  # of one map, of one list
+MAX_CONTAINERS = 2 + 2 * MAX_TENSORS  # maps and lists: the header, its tensors, of each its map and its shape
 
 Frame = bytes | memoryview
+Container = TypeVar("Container", dict[Any, Any], list[Any])
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,10 +116,27 @@ def decode(frames: Sequence[Frame], schemas: Mapping[int, type[Header]]) -> Mess
 def _unpack(frame: Frame) -> dict[str, Any]:
     if len(frame) > MAX_HEADER_BYTES:
         raise TooLargeError(f"a header of {len(frame)} bytes is over {MAX_HEADER_BYTES}")
+    containers = 0
+
+    def counted(container: Container) -> Container:
+        nonlocal containers
+        containers += 1
+        if containers > MAX_CONTAINERS:
+            raise ValueError("too many maps and lists")
+        return container
+
     try:
-        fields = msgpack.unpackb(frame, object_pairs_hook=_map_without_duplicates)
+        fields = msgpack.unpackb(
+            frame,
+            object_pairs_hook=lambda pairs: counted(_map_without_duplicates(pairs)),
+            list_hook=counted,
+            ext_hook=_no_ext,
+            max_map_len=MAX_KEYS,
+            max_array_len=MAX_ITEMS,
+            max_ext_len=0,
+        )
     except (ValueError, TypeError, RecursionError, msgpack.UnpackException):
-        raise MalformedError("the header is not one msgpack map") from None
+        raise MalformedError("the header is not one msgpack map, or holds more than any message has") from None
     if not isinstance(fields, dict):
         raise MalformedError("the header is not one msgpack map")
     return fields
@@ -126,6 +147,10 @@ def _map_without_duplicates(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
     if len(fields) != len(pairs):
         raise ValueError("a key stands twice")
     return fields
+
+
+def _no_ext(code: int, data: bytes) -> None:
+    raise ValueError("ext types are not part of the protocol")
 
 
 def _check_buffers(descriptors: Sequence[TensorDescriptor], buffers: Sequence[Frame]) -> None:

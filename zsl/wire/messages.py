@@ -10,7 +10,7 @@ from enum import IntEnum
 from math import prod
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, field_validator, model_validator
 
 from zsl.errors import Retry
 from zsl.printable import is_printable, printable
@@ -92,6 +92,10 @@ class TensorDescriptor(_Strict):
                 f"{self.role}: shape {self.shape} of {self.dtype} takes {expected} bytes, not {self.nbytes}"
             )
         return self
+
+
+# The first descriptor that is wrong is enough to refuse a message.
+Tensors = Annotated[list[TensorDescriptor], FailFast(), Field(min_length=1, max_length=MAX_TENSORS)]
 
 
 class Header(_Strict):
@@ -184,7 +188,7 @@ class WorkHeader(InSession):
     request: Count
     attempt: Annotated[int, Field(ge=0, le=255)]
     budget_ms: Milliseconds  # what is left of the request's time when it is sent
-    tensors: list[TensorDescriptor] = Field(min_length=1, max_length=MAX_TENSORS)
+    tensors: Tensors
 
 
 class Forward(WorkHeader):
@@ -214,7 +218,7 @@ class Result(Header):
     merged: Annotated[int, Field(ge=1, le=2**16)]  # requests that shared the pass
     queue_us: Count
     compute_us: Count
-    tensors: list[TensorDescriptor] = Field(min_length=1, max_length=MAX_TENSORS)
+    tensors: Tensors
 
 
 class Error(Header):

@@ -24,6 +24,8 @@ WIRE_NAMES: dict[torch.dtype, DtypeName] = {dtype: name for name, dtype in TORCH
 
 # Matrix products round differently on differently aligned memory; torch's own allocations are aligned to this.
 ALIGNMENT_BYTES = 64
+# libzmq leaves small messages in the buffer that it read them into: a tensor that stays would keep all of that.
+READ_BUFFER_BYTES = 8192
 
 
 def wire_name(dtype: torch.dtype) -> DtypeName:
@@ -62,7 +64,7 @@ def encode_tensors(tensors: Mapping[Role, torch.Tensor | None]) -> tuple[list[Te
 
 
 def decode_tensor(descriptor: TensorDescriptor, buffer: Frame) -> torch.Tensor:
-    """The CPU tensor that a buffer holds. It shares the buffer's memory if that is writable and aligned."""
+    """The CPU tensor that a buffer holds. It shares the buffer's memory if that is writable, aligned and large."""
     dtype = TORCH_DTYPES[descriptor.dtype]
     if descriptor.nbytes == 0:
         return torch.empty(descriptor.shape, dtype=dtype)
@@ -70,7 +72,7 @@ def decode_tensor(descriptor: TensorDescriptor, buffer: Frame) -> torch.Tensor:
     raw = torch.frombuffer(bytearray(view) if view.readonly else view, dtype=torch.uint8)
     if dtype is torch.bool:
         return raw.ne(0).view(descriptor.shape)  # a byte other than 0 and 1 is no bool
-    if raw.data_ptr() % ALIGNMENT_BYTES:
+    if raw.data_ptr() % ALIGNMENT_BYTES or raw.nbytes <= READ_BUFFER_BYTES:
         # Copied by one thread: torch would share the copy out, and wait for a core that another process holds.
         aligned = torch.empty_like(raw)
         aligned.numpy()[:] = raw.numpy()
