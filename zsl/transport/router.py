@@ -26,6 +26,7 @@ HANDSHAKE_MS = 5_000
 HEARTBEAT_MS = 5_000
 HEARTBEAT_TIMEOUT_MS = 120_000  # a heartbeat queues behind the large message that is being sent
 RECEIVE_HWM_MESSAGES = 16
+CURVE_BYTES = 64  # that encryption adds to a frame: its command's name, nonce, flags and tag
 BACKLOG = 1024  # when a daemon comes back, all its clients connect at once
 MAX_OPEN_FILES = 65_536
 OTHER_FILES = 128  # of the process: the model's, the log's, ZeroMQ's own
@@ -56,7 +57,7 @@ class Router:
         self._socket = self._context.socket(zmq.ROUTER)
         for option, value in (
             (zmq.LINGER, LINGER_MS),
-            (zmq.MAXMSGSIZE, max(max_message_bytes, MAX_HEADER_BYTES + 1)),
+            (zmq.MAXMSGSIZE, max(max_message_bytes, MAX_HEADER_BYTES + 1) + (0 if keys is None else CURVE_BYTES)),
             (zmq.RCVHWM, RECEIVE_HWM_MESSAGES),
             (zmq.SNDHWM, send_hwm_messages),
             (zmq.ROUTER_MANDATORY, 1),
