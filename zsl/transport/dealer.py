@@ -36,6 +36,7 @@ class LinkEvent(Enum):
     LOST = "lost"  # up or not, it has ended
     REFUSED = "refused"  # nothing listens there
     MUTE = "mute"  # something listens, but it does not speak ZeroMQ
+    CUT = "cut"  # something listens, and closes the connection before it has greeted: a daemon that is full does
     UNKNOWN_KEY = "unknown key"  # the server does not know this client's
     WRONG_SERVER_KEY = "wrong server key"  # the server has another one than was expected
     OTHER_MECHANISM = "other mechanism"  # one end encrypts, the other does not
@@ -125,6 +126,7 @@ class Dealer:
             with keys       another key     NO_DETAIL, EPIPE (100): the server cannot open the client's first message
             unknown key     with keys       AUTH, 400
             any             not ZeroMQ      NO_DETAIL, with EPIPE, ECONNRESET or after HANDSHAKE_IVL EAGAIN; or nothing
+            any             full            NO_DETAIL, EPIPE or ECONNRESET; the question is cut off too, or it is not
         """
         if reason == zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH:
             return LinkEvent.OTHER_MECHANISM
@@ -132,7 +134,7 @@ class Dealer:
             return LinkEvent.MUTE
         offered = offered_mechanism(self._endpoint, timeout_seconds=GREETING_SECONDS)
         if offered is None:
-            return LinkEvent.MUTE
+            return LinkEvent.CUT
         if offered != self._mechanism:
             return LinkEvent.OTHER_MECHANISM
         return LinkEvent.WRONG_SERVER_KEY if self._mechanism == "CURVE" else LinkEvent.MUTE
