@@ -12,7 +12,9 @@ HERE = Path(__file__).parent
 # tests/test_without_torch.py holds that these need none.
 WITHOUT_TORCH = [
     "test_access.py",
+    "test_answers.py",
     "test_anticipation.py",
+    "test_balancer.py",
     "test_checkpoints.py",
     "test_costs.py",
     "test_curve.py",
@@ -20,6 +22,7 @@ WITHOUT_TORCH = [
     "test_endpoints.py",
     "test_faults_without_torch.py",
     "test_faulty_link.py",
+    "test_granted_limits.py",
     "test_history.py",
     "test_imports.py",
     "test_interrupts.py",

@@ -258,12 +258,13 @@ NOT_ZEROMQ = {"http": b"HTTP/1.1 400 Bad Request\r\n\r\n", "ssh": b"SSH-2.0-x\r\
 
 @pytest.mark.parametrize("answer", NOT_ZEROMQ.values(), ids=NOT_ZEROMQ)
 @pytest.mark.parametrize("own", [None, ALICE], ids=["without keys", "with keys"])
-async def test_what_is_no_zeromq_stays_mute(
+async def test_what_is_no_zeromq_never_comes_up(
     answer: bytes, own: KeyPair | None, stranger: Callable[[bytes], str], connect: Connect
 ) -> None:
     endpoint = stranger(answer)
     client = connect(endpoint, own)
-    assert set(await events_until(client, LinkEvent.LOST)) == {LinkEvent.MUTE, LinkEvent.LOST}
+    seen = set(await events_until(client, LinkEvent.LOST))
+    assert seen <= {LinkEvent.MUTE, LinkEvent.CUT, LinkEvent.LOST}, "a daemon that is full may look so too"
     assert offered_mechanism(endpoint, timeout_seconds=5) is None
 
 

@@ -102,13 +102,26 @@ def test_a_host_whose_name_is_not_known_is_told_from_one_that_is_silent() -> Non
 def test_an_unknown_key_is_told_at_once_and_other_refusals_when_they_are_no_accident() -> None:
     tried = endpoints("a")
     assert "does not know this client's key" in str(tried.saw(LinkEvent.UNKNOWN_KEY))
-    for between, told in ((LinkEvent.UP, False), (LinkEvent.LOST, False), (LinkEvent.MUTE, True)):
+    for between, told in (
+        (LinkEvent.UP, False),
+        (LinkEvent.LOST, False),
+        (LinkEvent.CUT, False),
+        (LinkEvent.MUTE, True),
+    ):
         tried = endpoints("a")
         for _ in range(REFUSED_HANDSHAKES - 1):
             assert tried.saw(LinkEvent.WRONG_SERVER_KEY) is None
         tried.saw(between)
         error = tried.saw(LinkEvent.WRONG_SERVER_KEY)
         assert ("another key than server_key" in str(error)) is told
+
+
+@pytest.mark.parametrize("event", [LinkEvent.CUT, LinkEvent.WRONG_SERVER_KEY])
+def test_a_daemon_that_cuts_connections_may_be_full_and_is_not_said_to_have_another_key(event: LinkEvent) -> None:
+    tried = endpoints("a")
+    for _ in range(REFUSED_HANDSHAKES - 1):
+        assert tried.saw(event) is None
+    assert "it may be full" in str(tried.unreachable(1))
 
 
 def test_keys_that_were_right_before_are_not_wrong_because_a_handshake_fails() -> None:

@@ -112,6 +112,7 @@ def test_what_is_no_result_is_no_answer() -> None:
     assert counter.so_far(replays=0) == Traffic()
     counter.answered(
         Result(
+            session=bytes(16),
             request=1,
             epoch=bytes(16),
             merged=1,

@@ -98,12 +98,13 @@ class WireError(ZslError):
     """An error that travels: the daemon answers with it, the client raises it.
 
     `code` is the name on the wire, `retry` what the sender of the request can do, `request` the id of the
-    request that it answers, where that is known.
+    request that it answers, `session` that of its session, where they are known.
     """
 
     code = "INTERNAL"
     retry = Retry.NEVER
     request: int | None = None
+    session: bytes | None = None
 
     def __init__(self, text: str = "", *, retry_after_ms: int = 0) -> None:
         super().__init__(text or type(self).__doc__)

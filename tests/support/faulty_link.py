@@ -75,6 +75,10 @@ class FaultyLink:
         """Where connections to come lead to."""
         self._target_port = port
 
+    def next_port(self) -> int:
+        """Where the connection that has just been accepted leads to."""
+        return self._target_port
+
     def refuse(self) -> None:
         """New connections are reset at once."""
         self._refuses = True
@@ -193,12 +197,12 @@ class FaultyLink:
             return  # it has gone again
         near.setblocking(False)
         self.accepted += 1
-        task = asyncio.create_task(self._connected(near))
+        task = asyncio.create_task(self._connected(near, self.next_port()))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         task.add_done_callback(lambda _: near.close())  # a task that is cancelled before it has begun closes nothing
 
-    async def _connected(self, near: socket.socket) -> None:
+    async def _connected(self, near: socket.socket, port: int) -> None:
         far = socket.socket()
         connection = Connection(near, far)
         try:
@@ -206,7 +210,7 @@ class FaultyLink:
                 self._note("refuse")
                 raise ConnectionRefusedError
             far.setblocking(False)
-            await self._loop.sock_connect(far, ("127.0.0.1", self._target_port))
+            await self._loop.sock_connect(far, ("127.0.0.1", port))
             for end in (near, far):
                 end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._connections.append(connection)

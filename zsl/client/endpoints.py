@@ -31,7 +31,11 @@ _UNREACHABLE: dict[LinkEvent | None, str] = {
     LinkEvent.MUTE: "something listens there that does not answer as a trunk daemon",
     LinkEvent.UP: "something listens there that does not answer as a trunk daemon",
     LinkEvent.LOST: "the connection broke",
+    LinkEvent.CUT: "it closes the connection before the handshake: it may be full, or be no trunk daemon",
     **_KEY_ERRORS,
+    # As long as it has not been seen often enough to be taken for sure.
+    LinkEvent.WRONG_SERVER_KEY: "it closes the connection during the handshake: it may be full, or have another key "
+    "than server_key says",
 }
 
 
@@ -83,7 +87,7 @@ class Endpoints:
         """What the connection to the current one is like; an error if that will never do."""
         if event is not LinkEvent.LOST or self.is_up:  # else what came before says why it was lost
             self._last_seen[self.current] = event
-        if event in (LinkEvent.UP, LinkEvent.LOST, LinkEvent.REFUSED):
+        if event in (LinkEvent.UP, LinkEvent.LOST, LinkEvent.REFUSED, LinkEvent.CUT):
             self._refused_handshakes[self.current] = 0
         if event not in _KEY_ERRORS:
             return None
@@ -96,11 +100,12 @@ class Endpoints:
 
     def unreachable(self, seconds: float) -> TrunkUnreachable:
         """That none has answered in this time, and why."""
-        tried = "; ".join(f"no trunk daemon at {one}: {self._reason(one)}" for one in self._last_seen)
+        tried = "; ".join(f"no trunk daemon at {one}: {self.reason(one)}" for one in self._last_seen)
         how_long = f"{seconds:g} s" if seconds else "less than 0.1 s"
         return TrunkUnreachable(f"{tried} (tried for {how_long}); start one with zsl-trunkd, or check host and port")
 
-    def _reason(self, endpoint: str) -> str:
+    def reason(self, endpoint: str) -> str:
+        """Why this one has not answered."""
         seen = self._last_seen[endpoint]
         if seen is None and not self._resolves(endpoint):
             return "the name of its host is not known here"

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
+import secrets
 import time
 from collections import deque
 from collections.abc import Callable
@@ -21,7 +22,8 @@ import zmq
 import zsl
 from zsl.client.carrying import Carrying
 from zsl.client.endpoints import LONGEST_PAUSE_SECONDS, Endpoints
-from zsl.client.pulse import Pulse
+from zsl.client.pulse import Progress, Pulse
+from zsl.client.reconnects import Reconnects
 from zsl.client.requests import Pending, Requests
 from zsl.client.traffic import Traffic, TrafficCounter
 from zsl.errors import (
@@ -52,8 +54,10 @@ from zsl.wire.messages import (
     GoAway,
     Header,
     Hello,
+    InSession,
     Pong,
     Release,
+    Status,
     Welcome,
 )
 
@@ -67,6 +71,8 @@ DRAINING_RETRY_SECONDS = 0.5
 MAX_RELEASED = 1024  # steps of which a session that goes on is told again that they are released
 HELLO_RETRY_SECONDS = 0.05
 LONGEST_HELLO_RETRY_SECONDS = 1.0
+# A WELCOME is known by its request alone: ids of HELLO are drawn from here, where no two clients have the same.
+HELLO_REQUESTS = range(2**52, 2**53)
 
 
 class Link:
@@ -109,6 +115,10 @@ class Link:
         self._welcome: Welcome | None = None
         self._pulse: Pulse | None = None
         self._carrying: Carrying | None = None
+        self._progress = Progress("")
+        self._reconnects = Reconnects()
+        # Endpoints whose connections reach several daemons; there a session has one, for its pings too.
+        self._balanced: set[str] = set()
         self._heard = False  # anything, in the session that is open
         self._last_session: tuple[str, bytes] | None = None
         self._released: deque[int] = deque(maxlen=MAX_RELEASED)  # its steps, said or not
@@ -209,17 +219,19 @@ class Link:
 
     def _lost(self, why: str) -> None:
         """The open session's connection is of no use any more: connect again, and send again what was unanswered."""
-        logger.warning(
-            "%s: %s; connecting again (a request waits for up to %.0f s)",
-            self._endpoints.current,
-            why,
-            self._request_timeout_seconds,
-        )
+        said = self._reconnects.lost(why, time.monotonic())
+        if said is not None:
+            logger.warning(
+                "%s: %s; connecting again (a request waits for up to %.0f s)",
+                self._endpoints.current,
+                said,
+                self._request_timeout_seconds,
+            )
         self._end_session()
         if self._heard:
             self.connect()
         else:
-            self._attempt_failed()  # a session by which nothing ever comes is no better than none
+            self._attempt_failed(why)  # a session by which nothing ever comes is no better than none
 
     def _end_session(self) -> None:
         self._welcome = None
@@ -230,10 +242,15 @@ class Link:
         if self._welcome is not None:
             self._say(Bye(session=self._welcome.session, epoch=self._welcome.epoch))
 
-    def _attempt_failed(self) -> None:
+    def _attempt_failed(self, why: str = "") -> None:
         """The present attempt came to nothing; another one follows, after a pause."""
         self._drop_sockets()
-        self._endpoints.failed(time.monotonic())
+        endpoint, now = self._endpoints.current, time.monotonic()
+        if self._opened.done():
+            said = self._reconnects.failed(why or self._endpoints.reason(endpoint), now)
+            if said is not None:
+                logger.warning("%s: %s; trying on", endpoint, said)
+        self._endpoints.failed(now)
 
     def _never_again(self, error: ZslError) -> None:
         """This endpoint will not do. Raises the error if there is no other."""
@@ -264,14 +281,14 @@ class Link:
             if now >= self._endpoints.not_before:
                 self.connect()
         elif now >= self._attempt_until:
-            self._attempt_failed()
+            self._attempt_failed("" if self._not_yet is None else str(self._not_yet))
 
     # --- the session -------------------------------------------------------------------------------------------
 
     def _say_hello(self, now: float) -> None:
         if now < self._hello_not_before:
             return
-        request = self._hello_request or self._new_request_id()
+        request = self._hello_request or secrets.choice(HELLO_REQUESTS)
         endpoint, session = self._last_session or ("", b"")
         resume = session if endpoint == self._endpoints.current else None
         changes = {"request": request, "software": zsl.__version__, "resume": resume}
@@ -297,7 +314,18 @@ class Link:
         self._last_session = endpoint, welcome.session
         self._carrying = Carrying(welcome, now)
         self._heard = False
-        self._pulse = Pulse(self._context, endpoint, self._keys, welcome, new_request_id=self._new_request_id, now=now)
+        self._reconnects.opened()
+        self._progress = Progress(endpoint)
+        if endpoint not in self._balanced:
+            self._pulse = Pulse(
+                self._context,
+                endpoint,
+                self._keys,
+                welcome,
+                progress=self._progress,
+                new_request_id=self._new_request_id,
+                now=now,
+            )
         self._poller = None
 
     def _say_released_again(self, welcome: Welcome) -> None:
@@ -309,21 +337,35 @@ class Link:
 
     def _check_session(self, now: float) -> None:
         """See to it that the daemon lives and the connection carries; both show by pings."""
-        assert self._pulse is not None and self._carrying is not None
-        self._pulse.turn(now)
-        under_way = self._requests.under_way
-        if not under_way:
+        assert self._carrying is not None
+        if self._pulse is not None:
+            self._pulse.turn(now)
+            if self._pulse.reaches_another:
+                self._give_up_pulse(now)
+        pulse, under_way = self._pulse, self._requests.under_way
+        if not under_way and pulse is not None:
             self._carrying.heard()
-        if self._pulse.silent:
-            self._lost(f"silent for {self._pulse.silent_seconds:.0f} s")
-        elif self._pulse.session_is_gone:
+        if pulse is not None and pulse.silent:
+            self._lost(f"silent for {pulse.silent_seconds:.0f} s")
+        elif pulse is not None and pulse.session_is_gone:
             self._lost("the session is not known there any more")
         elif self._carrying.is_broken(self._requests.under_way_bytes):
             self._lost("the connection carries nothing")
-        elif under_way and now >= self._carrying.next_ping:
+        elif (under_way or pulse is None) and now >= self._carrying.next_ping:
             self._say(self._carrying.ping(self._new_request_id(), under_way, now))
         elif self._leaves and not under_way:
             self._go_elsewhere(now)
+
+    def _give_up_pulse(self, now: float) -> None:
+        """Ping on the session's own connection only: the other one leads to another life of a daemon.
+
+        If this one is answered too, something between balances connections over daemons; if not, the daemon was lost.
+        """
+        assert self._pulse is not None and self._carrying is not None
+        self._pulse.close()
+        self._pulse = self._poller = None
+        self._carrying.heard()
+        self._carrying.next_ping = now
 
     def _go_elsewhere(self, now: float) -> None:
         """The daemon is shutting down, and what was asked of it is answered."""
@@ -358,6 +400,7 @@ class Link:
         assert self._dealer is not None
         try:
             header, buffers = pending.build(welcome, pending)
+            pending.in_session = isinstance(header, InSession)
             largest = max((len(buffer) for buffer in buffers), default=0)
             if largest > welcome.limits.max_message_bytes:
                 raise TooLargeError(
@@ -378,16 +421,19 @@ class Link:
         except WireError as error:
             self._on_unreadable(error)
             return
-        if self._pulse is not None and self._carrying is not None:
-            self._pulse.heard()
+        header = message.header
+        if not self._is_meant_for_this(header):
+            logger.debug("%s sent a %s of another session", self._endpoints.current, type(header).__name__)
+            return
+        if self._carrying is not None:
             self._carrying.heard()
+            if self._pulse is not None:
+                self._pulse.heard()
             if not self._heard:
                 self._heard = True
                 self._endpoints.answered()
-        header = message.header
         if isinstance(header, Welcome):
-            if header.request == self._hello_request:
-                self._on_welcome(header)
+            self._on_welcome(header)
         elif isinstance(header, Error):
             self._on_error(header)
         elif isinstance(header, GoAway):
@@ -399,15 +445,36 @@ class Link:
         elif isinstance(header, Pong):
             self._on_pong(header)
         elif self._welcome is not None:
-            if getattr(header, "epoch", None) != self._welcome.epoch:
-                return  # an echo from an earlier life
             pending = self._requests.ended(getattr(header, "request", None))
             if pending is not None:  # otherwise a late answer to something given up
                 self._traffic.answered(header)
                 pending.future.set_result(message)
 
+    def _is_meant_for_this(self, header: Header) -> bool:
+        """Check that a message names the session that is open, or answers what this end asked outside of one.
+
+        Requests are numbered anew by every client, so what is late, or meant for another one, may have any number.
+        """
+        if isinstance(header, Welcome):
+            return header.request == self._hello_request
+        if isinstance(header, Error) and header.session is None:
+            asked = (None, self._hello_request)  # None: what it answers could not be read
+            return header.request in asked or self._requests.names_no_session(header.request)
+        if isinstance(header, Status):
+            return self._requests.names_no_session(header.request)
+        return self._welcome is not None and getattr(header, "session", None) == self._welcome.session
+
     def _on_pong(self, header: Pong) -> None:
         """Whether the daemon has all that this end waits for an answer to."""
+        self._progress.heard(header)
+        endpoint = self._endpoints.current
+        if self._pulse is None and endpoint not in self._balanced:
+            self._balanced.add(endpoint)
+            logger.warning(
+                "%s: another connection to it reaches another daemon, so something between balances connections over "
+                "several; each session has one connection there from now on, and its pings queue behind its tensors",
+                endpoint,
+            )
         if self._carrying is not None and self._carrying.has_lost(header, self._requests.under_way):
             self._lost("a message was lost on its way")
 
@@ -417,7 +484,7 @@ class Link:
             self._lost(f"sent something that is not of the protocol ({error})")
         elif isinstance(error, CorruptError) or self._opened.done() or self._unreadable < UNREADABLE_ANSWERS:
             self._unreadable += 1
-            self._attempt_failed()
+            self._attempt_failed(f"it sent something that is not of the protocol ({error})")
         elif isinstance(error, ProtocolVersionError):
             self._never_again(ProtocolVersionError(f"the trunk at {self._endpoints.current}: {error}"))
         else:
@@ -437,18 +504,20 @@ class Link:
             return
         if self._welcome is not None and header.epoch != self._welcome.epoch and header.retry is not Retry.REHELLO:
             return  # an echo from an earlier life
+        if isinstance(error, ForbiddenError):
+            self._never_again(error)  # what it was about is sent to the next, or fails with the others
+            return
         pending = self._requests.ended(header.request)
         now = time.monotonic()
-        if isinstance(error, ForbiddenError):
-            self._never_again(error)
-        elif isinstance(error, CorruptError):
+        if isinstance(error, CorruptError):
             self._on_damaged_request(pending, error)
-        elif pending is None:
-            logger.debug("%s", error)  # an echo of something given up
         elif header.retry is Retry.REHELLO:
-            self._requests.refused(pending, error)
+            if pending is not None:
+                self._requests.refused(pending, error)
             if self._welcome is not None:
                 self._lost("the session is not known there any more")
+        elif pending is None:
+            logger.debug("%s", error)  # an echo of something given up
         elif isinstance(error, DeadlineError):
             pending.fail(self._timeout())  # the daemon noticed first
         elif header.retry is Retry.REPLAY:
@@ -468,7 +537,7 @@ class Link:
         if self._welcome is not None:
             self._lost("a message was damaged on its way")
         elif self._dealer is not None:
-            self._attempt_failed()
+            self._attempt_failed("a message was damaged on its way")
 
     def _on_hello_refused(self, error: WireError, retry: Retry) -> None:
         self._hello_request = None
@@ -476,7 +545,7 @@ class Link:
         if isinstance(error, LoadingError) and not self._opened.done():
             self._wait_for_loading(now)
         if (retry is Retry.ELSEWHERE or isinstance(error, LoadingError)) and self._endpoints.others:
-            self._attempt_failed()
+            self._attempt_failed(str(error))
         elif retry is Retry.ELSEWHERE:
             self._hello_not_before = now + DRAINING_RETRY_SECONDS
         elif retry is Retry.SAME:
@@ -503,9 +572,10 @@ class Link:
     def _seconds_to_next_timer(self) -> float:
         now = time.monotonic()
         times = self._requests.times(now)
-        if self._pulse is not None and self._carrying is not None:
-            times.append(self._pulse.next_ping)
-            if self._requests.under_way:
+        if self._carrying is not None:
+            if self._pulse is not None:
+                times.append(self._pulse.next_ping)
+            if self._requests.under_way or self._pulse is None:
                 times.append(self._carrying.next_ping)
         elif self._dealer is None:
             times.append(self._endpoints.not_before)
@@ -528,7 +598,7 @@ class Link:
         endpoint, seconds = self._endpoints.current, f"{self._request_timeout_seconds:g} s"
         if self._welcome is None:
             return ConnectionLost(f"the connection to {endpoint} was lost and did not come back in {seconds}")
-        busy = "" if self._pulse is None else f" (it has been at one pass for {self._pulse.pass_seconds:.0f} s)"
+        busy = f" (it has been at one pass for {self._progress.pass_seconds:.0f} s)"
         return RequestTimeout(
             f"{endpoint} did not answer within {seconds}{busy}; "
             "is the daemon overloaded or shutting down, or the request too large for it?"

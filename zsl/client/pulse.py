@@ -25,8 +25,27 @@ MISSED_PINGS = 5
 LONG_PASS_SECONDS = 60.0
 
 
+class Progress:
+    """The daemon's present pass, as its pongs tell of it."""
+
+    def __init__(self, endpoint: str) -> None:
+        self.pass_seconds = 0.0  # for how long it has been running
+        self._endpoint = endpoint
+        self._said = False
+
+    def heard(self, pong: Pong) -> None:
+        self.pass_seconds = pong.progress_age_ms / 1000
+        if self.pass_seconds > LONG_PASS_SECONDS and not self._said:
+            logger.warning("the trunk at %s has been at one pass for %.0f s", self._endpoint, self.pass_seconds)
+        self._said = self.pass_seconds > LONG_PASS_SECONDS
+
+
 class Pulse:
-    """Pings for a session. `sockets` are to be polled; `turn` is due when they are ready, and at `next_ping`."""
+    """Pings for a session. `sockets` are to be polled; `turn` is due when they are ready, and at `next_ping`.
+
+    `reaches_another`: another life of a daemon answers here than the one that opened the session. What that one says of
+    the session means nothing.
+    """
 
     def __init__(
         self,
@@ -35,6 +54,7 @@ class Pulse:
         keys: ClientKeys | None,
         welcome: Welcome,
         *,
+        progress: Progress,
         new_request_id: Callable[[], int],
         now: float,
     ) -> None:
@@ -46,9 +66,8 @@ class Pulse:
         self._next_ping = now
         self._unanswered = 0
         self._pings: set[int] = set()
-        self.pass_seconds = 0.0  # for how long the daemon's present pass has been running
-        self.session_is_gone = False
-        self._said = False
+        self._progress = progress
+        self.session_is_gone = self.reaches_another = False
 
     @property
     def sockets(self) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
@@ -92,11 +111,14 @@ class Pulse:
         self._dealer.close(linger_ms=0)
 
     def _on_header(self, header: object) -> None:
-        if isinstance(header, Pong) and header.request in self._pings:
+        if not isinstance(header, (Pong, Error)) or header.request not in self._pings:
+            return
+        if header.epoch != self._welcome.epoch:
+            self.reaches_another = True
+        elif header.session != self._welcome.session:
+            logger.debug("%s answered a ping of another session", self._endpoint)
+        elif isinstance(header, Pong):
             self._unanswered = 0
-            self.pass_seconds = header.progress_age_ms / 1000
-            if self.pass_seconds > LONG_PASS_SECONDS and not self._said:
-                logger.warning("the trunk at %s has been at one pass for %.0f s", self._endpoint, self.pass_seconds)
-            self._said = self.pass_seconds > LONG_PASS_SECONDS
-        elif isinstance(header, Error) and header.request in self._pings and header.retry is Retry.REHELLO:
+            self._progress.heard(header)
+        elif header.retry is Retry.REHELLO:
             self.session_is_gone = True

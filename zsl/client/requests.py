@@ -48,6 +48,7 @@ class Pending:
     future: Future[Message] = field(default_factory=Future)
     attempt: int = 0
     complete: bool = False  # send along everything that the request needs
+    in_session: bool = True  # as it was sent: its answer names the session
     not_before: float = 0.0
     refusals: int = 0
     sent_to: set[bytes] = field(default_factory=set)  # epochs: which lives of daemons
@@ -114,6 +115,11 @@ class Requests:
             self._sent[pending.request] = pending
             return pending
         return None
+
+    def names_no_session(self, request: int | None) -> bool:
+        """Check whether a request was sent whose answer cannot name the session: a STATUS."""
+        pending = None if request is None else self._sent.get(request)
+        return pending is not None and not pending.in_session
 
     def ended(self, request: int | None) -> Pending | None:
         """A request that was sent, which is no longer under way."""

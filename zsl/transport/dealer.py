@@ -36,6 +36,7 @@ class LinkEvent(Enum):
     LOST = "lost"  # up or not, it has ended
     REFUSED = "refused"  # nothing listens there
     MUTE = "mute"  # something listens, but it does not speak ZeroMQ
+    CUT = "cut"  # something listens, and closes the connection before it has greeted: a daemon that is full does
     UNKNOWN_KEY = "unknown key"  # the server does not know this client's
     WRONG_SERVER_KEY = "wrong server key"  # the server has another one than was expected
     OTHER_MECHANISM = "other mechanism"  # one end encrypts, the other does not
@@ -129,14 +130,16 @@ class Dealer:
             with keys       without         PROTOCOL, MECHANISM_MISMATCH; NO_DETAIL, EPIPE
             without         with keys       PROTOCOL, MECHANISM_MISMATCH; NO_DETAIL, EPIPE
             any             not ZeroMQ      NO_DETAIL, with EPIPE, ECONNRESET or after HANDSHAKE_IVL EAGAIN; or nothing
-            any             full            NO_DETAIL, with EPIPE or ECONNRESET; or nothing
+            any             full            NO_DETAIL, EPIPE or ECONNRESET; the question is cut off too, or it is not
         """
         if reason == zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH:
             return LinkEvent.OTHER_MECHANISM
         if reason not in (errno.EPIPE, errno.ECONNRESET):
             return LinkEvent.MUTE
         offered = offered_mechanism(self._endpoint, timeout_seconds=GREETING_SECONDS)
-        return LinkEvent.MUTE if offered in (None, self._mechanism) else LinkEvent.OTHER_MECHANISM
+        if offered not in (None, self._mechanism):
+            return LinkEvent.OTHER_MECHANISM
+        return LinkEvent.CUT
 
     def close(self, *, linger_ms: int = LINGER_MS) -> None:
         """Close the socket, and the monitor before it."""

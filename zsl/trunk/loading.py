@@ -114,6 +114,7 @@ class Loading:
             )
         answer = Error(
             request=getattr(header, "request", None),
+            session=header.session if isinstance(header, InSession) else None,
             epoch=self._epoch,
             code=error.code,
             retry=error.retry,

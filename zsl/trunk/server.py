@@ -188,9 +188,9 @@ class TrunkServer:
         if self._draining_until is not None:
             return
         self._draining_until = self._clock() + self._settings.drain_seconds
-        goaway = GoAway(epoch=self._epoch, drain_ms=round(self._settings.drain_seconds * 1000))
+        drain_ms = round(self._settings.drain_seconds * 1000)
         for session in self._sessions:
-            self._send(session.peer, goaway)
+            self._send(session.peer, GoAway(session=session.id, epoch=self._epoch, drain_ms=drain_ms))
 
     def reload_tenants(self) -> None:
         """Read the list of tenants again; who is not on it any more loses its sessions. To be called on the loop.
@@ -214,7 +214,7 @@ class TrunkServer:
             message = decode(frames, TO_DAEMON)
         except WireError as error:
             if frames and bytes(frames[0][: len(MAGIC)]) == MAGIC:
-                self._answer_error(peer, error.request, error)
+                self._answer_error(peer, error.request, error, session=error.session)
             logger.warning("refused a message of %d frames: %s", len(frames), error)
             self._router.release(peer)
             return
@@ -222,7 +222,8 @@ class TrunkServer:
         try:
             self._handlers[type(header)](_Sender(peer, tenant), header, message.buffers)
         except WireError as error:
-            self._answer_error(peer, getattr(header, "request", None), error)
+            named = header.session if isinstance(header, InSession) else None
+            self._answer_error(peer, getattr(header, "request", None), error, session=named)
 
     def _refuse(self, peer: bytes) -> None:
         """Nothing is taken from a key that has been taken off the list: it is told once, then cut off."""
@@ -333,6 +334,7 @@ class TrunkServer:
             session.pulse = sender.peer
             self._router.hold(sender.peer)
         pong = Pong(
+            session=session.id,
             request=header.request,
             epoch=self._epoch,
             progress_age_ms=round(self._worker.busy_seconds(now) * 1000),
@@ -427,7 +429,7 @@ class TrunkServer:
             return
         if isinstance(outcome, WireError):
             session.abandoned.discard(request_id)
-            self._answer_error(session.peer, request_id, outcome)
+            self._answer_error(session.peer, request_id, outcome, session=session.id)
             return
         assert isinstance(outcome, Done)
         if outcome.stash is not None:
@@ -436,6 +438,7 @@ class TrunkServer:
         session.abandoned.discard(request_id)
         descriptors = [descriptor for descriptor, _ in outcome.buffers.values()]
         result = Result(
+            session=session.id,
             request=request_id,
             epoch=self._epoch,
             merged=merged,
@@ -505,9 +508,13 @@ class TrunkServer:
             self._scheduler.forget_tenant(session_id)
         logger.info("session %s ended: %s", session_id.hex()[:8], why)
 
-    def _answer_error(self, peer: bytes, request: int | None, error: WireError) -> None:
+    def _answer_error(
+        self, peer: bytes, request: int | None, error: WireError, *, session: bytes | None = None
+    ) -> None:
+        """Answer a message that named this request and session."""
         message = Error(
             request=request,
+            session=session,
             epoch=self._epoch,
             code=error.code,
             retry=error.retry,

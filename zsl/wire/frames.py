@@ -25,10 +25,10 @@ import xxhash
 from pydantic import ValidationError
 
 from zsl.errors import CorruptError, MalformedError, ProtocolVersionError, TooLargeError, WireError
-from zsl.wire.messages import MAX_TENSORS, MAX_TEXT_CHARS, Header, TensorDescriptor
+from zsl.wire.messages import ID_BYTES, MAX_TENSORS, MAX_TEXT_CHARS, Header, TensorDescriptor
 
 MAGIC = b"ZSLT"
-MAJOR = 2
+MAJOR = 3
 KIND = struct.Struct("<4sBBH")  # magic, major, type, flags
 CHECKSUM_BYTES = 8
 PREAMBLE_BYTES = KIND.size + CHECKSUM_BYTES
@@ -79,8 +79,8 @@ def _checksum(kind: Frame, rest: Sequence[Frame]) -> bytes:
 def decode(frames: Sequence[Frame], schemas: Mapping[int, type[Header]]) -> Message:
     """The message in `frames`; `schemas` says which types this end receives.
 
-    Raises `ProtocolVersionError`, `CorruptError`, `TooLargeError` or `MalformedError`. If the sender's request id could
-    be read, the error has it as the attribute `request`, so that it can be answered.
+    Raises `ProtocolVersionError`, `CorruptError`, `TooLargeError` or `MalformedError`. If the sender's ids of
+    request and session could be read, the error has them as attributes, so that it can be answered.
     """
     if not frames or len(frames[0]) < KIND.size:
         raise MalformedError("the first frame is not a preamble")
@@ -107,9 +107,9 @@ def decode(frames: Sequence[Frame], schemas: Mapping[int, type[Header]]) -> Mess
         buffers = tuple(frames[HEAD_FRAMES:])
         _check_buffers(getattr(header, "tensors", ()), buffers)
     except ValidationError as error:
-        raise _with_request(MalformedError(_first_problem(schema, error)), fields) from None
+        raise _with_sender(MalformedError(_first_problem(schema, error)), fields) from None
     except WireError as error:
-        raise _with_request(error, fields) from None
+        raise _with_sender(error, fields) from None
     return Message(header, buffers)
 
 
@@ -170,8 +170,10 @@ def _first_problem(schema: type[Header], error: ValidationError) -> str:
     return f"{schema.__name__}: {where}: {problem['msg']}"[:MAX_TEXT_CHARS]
 
 
-def _with_request(error: WireError, fields: Mapping[str, Any]) -> WireError:
-    request = fields.get("request")
+def _with_sender(error: WireError, fields: Mapping[str, Any]) -> WireError:
+    request, session = fields.get("request"), fields.get("session")
     if type(request) is int and 0 <= request <= 2**53:
         error.request = request
+    if type(session) is bytes and len(session) == ID_BYTES:
+        error.session = session
     return error

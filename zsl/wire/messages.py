@@ -18,6 +18,7 @@ from zsl.printable import is_printable, printable
 MAX_DIMS = 4
 MAX_TENSORS = 16
 MAX_TEXT_CHARS = 512
+ID_BYTES = 16
 
 # The closed dtype table: name on the wire -> bytes per element.
 DTYPE_BYTES: dict[str, int] = {
@@ -42,7 +43,7 @@ Count = Annotated[int, Field(ge=0, le=2**53)]
 Dim = Annotated[int, Field(ge=0, le=2**31 - 1)]
 LayerIndex = Annotated[int, Field(ge=0, le=2**16)]
 Milliseconds = Annotated[int, Field(ge=0, le=7 * 24 * 3600 * 1000)]
-Id16 = Annotated[bytes, Field(min_length=16, max_length=16)]
+Id16 = Annotated[bytes, Field(min_length=ID_BYTES, max_length=ID_BYTES)]
 # Both reach terminals and logs of the other end: a name is refused, a text for people escaped.
 Name = Annotated[str, Field(max_length=200), AfterValidator(_refuse_controls)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -176,7 +177,7 @@ class Welcome(Header):
 
 
 class InSession(Header):
-    """What messages within a session have in common."""
+    """What messages within a session have in common, in both directions. The checksum covers it."""
 
     session: Id16
     epoch: Id16
@@ -209,12 +210,12 @@ class Backward(WorkHeader):
     step: Count
 
 
-class Result(Header):
-    """The answer to FORWARD (activations) or BACKWARD (gradients)."""
+class Result(InSession):
+    """The answer to FORWARD (activations) or BACKWARD (gradients). Every client numbers its own requests, so only
+    session and request together say whose answer this is."""
 
     TYPE = MessageType.RESULT
     request: Count
-    epoch: Id16
     merged: Annotated[int, Field(ge=1, le=2**16)]  # requests that shared the pass
     queue_us: Count
     compute_us: Count
@@ -222,10 +223,12 @@ class Result(Header):
 
 
 class Error(Header):
-    """The answer to anything that failed. `request` is None when the message could not be read that far."""
+    """The answer to anything that failed. `request` is None when the message could not be read that far, `session` then
+    and when the message named none."""
 
     TYPE = MessageType.ERROR
     request: Count | None
+    session: Id16 | None
     epoch: Id16
     code: Name
     retry: Annotated[Retry, Field(strict=False)]
@@ -255,7 +258,7 @@ class Ping(InSession):
     request: Count
 
 
-class Pong(Header):
+class Pong(InSession):
     """The daemon lives; `progress_age_ms` is the time since its compute thread last finished something or was idle.
 
     `inflight_requests`: those of the session that have no answer yet. Messages of one connection keep their order, so
@@ -264,16 +267,14 @@ class Pong(Header):
 
     TYPE = MessageType.PONG
     request: Count
-    epoch: Id16
     progress_age_ms: Milliseconds
     inflight_requests: Count
 
 
-class GoAway(Header):
+class GoAway(InSession):
     """The daemon will go: no new forward is taken, steps that are open may end within `drain_ms`."""
 
     TYPE = MessageType.GOAWAY
-    epoch: Id16
     drain_ms: Milliseconds
 
 
