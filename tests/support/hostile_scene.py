@@ -13,7 +13,7 @@ from typing import Any
 import msgpack
 
 from zsl.wire.frames import KIND, MAGIC, MAJOR, decode, encode, seal
-from zsl.wire.messages import TO_CLIENT, Bye, Header, Hello, MessageType, Status, StatusRequest, Welcome
+from zsl.wire.messages import TO_CLIENT, Bye, Header, Hello, MessageType, Welcome
 
 from .raw_zmtp import DEALER, Curve, Metadata, RawKeys, RawPeer
 
@@ -86,7 +86,7 @@ class Scene:
     def opened(self, **how: Any) -> tuple[RawPeer, Welcome]:
         """With a session."""
         peer = self.joined(**how)
-        tell(peer, Hello(request=0, software="test", dtype="f32", model=None, cut=None, resume=None))
+        tell(peer, _hello(0))
         welcome = heard(peer)
         assert isinstance(welcome, Welcome), welcome
         self.sessions.append(welcome)
@@ -105,10 +105,12 @@ class Scene:
         if self.sessions:
             with RawPeer(HOST, self.place.port) as last:
                 last.handshake(keys=self.place.tenant)
-                for welcome in self.sessions:
-                    tell(last, Bye(session=welcome.session, epoch=welcome.epoch))
-                tell(last, StatusRequest(request=0))
-                assert isinstance(heard(last), Status)  # so all has been read
+                for number, welcome in enumerate(self.sessions):
+                    # Resumed first: a session is its connection's, and BYE from another one is refused.
+                    tell(last, _hello(number, welcome.session))
+                    while not isinstance(resumed := heard(last), Welcome):
+                        pass  # late answers
+                    tell(last, Bye(session=resumed.session, epoch=resumed.epoch))
 
 
 Act = Callable[[Scene], object]
@@ -122,6 +124,10 @@ class Form:
     name: str
     keyed: bool
     act: Act
+
+
+def _hello(request: int, resume: bytes | None = None) -> Hello:
+    return Hello(request=request, software="test", dtype="f32", model=None, cut=None, resume=resume)
 
 
 # --- zsl's messages --------------------------------------------------------------------------------------------------
