@@ -23,6 +23,7 @@ import zsl.trunk.server
 from zsl.client.connection import Connection
 from zsl.client.keys import read_client_keys
 from zsl.client.requests import Pending
+from zsl.trunk.access import Access, read_access
 from zsl.trunk.failpoints import failpoint_from
 from zsl.trunk.logs import set_up_logging
 from zsl.trunk.server import TrunkServer
@@ -198,22 +199,32 @@ class SquareDaemon(Daemon):
     """A `SquareTrunk` in a process of its own, with the settings given, as `Daemon` starts and ends it."""
 
     def __init__(
-        self, *, log: Path, port: int = 0, environment: dict[str, str] | None = None, **settings: float
+        self,
+        *,
+        log: Path,
+        port: int = 0,
+        environment: dict[str, str] | None = None,
+        keys: Path | None = None,
+        tenants: Path | None = None,
+        **settings: float,
     ) -> None:
+        access = [str(path) for path in (keys, tenants) if path is not None]
         paths = os.pathsep.join([str(TESTS), str(TESTS.parent)])
         super().__init__(
             log=log,
             environment={"PYTHONPATH": paths, **(environment or {})},
-            command=[*COMMAND, str(port), json.dumps(settings)],
+            command=[*COMMAND, str(port), json.dumps(settings), *access],
         )
 
 
-async def _serve(port: int, settings: dict[str, Any]) -> None:
+async def _serve(port: int, settings: dict[str, Any], access: Access | None) -> None:
     if "ZSL_TEST_LAST_PASS_SECONDS" in os.environ:
         zsl.trunk.server.LAST_PASS_SECONDS = float(os.environ["ZSL_TEST_LAST_PASS_SECONDS"])
     server = TrunkServer(
         TrunkInfo(IDENTITY, CUT, "f32", False, ROW_TOKENS),
         ServerSettings(**settings),
+        keys=access and access.keys,
+        allowlist=access and access.allowlist,
         failpoint=failpoint_from(os.environ),
     )
     endpoint = server.bind("127.0.0.1", port)
@@ -224,4 +235,5 @@ async def _serve(port: int, settings: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     set_up_logging("json", debug=False)
-    asyncio.run(_serve(int(sys.argv[1]), json.loads(sys.argv[2])))
+    keys, tenants = (Path(path) for path in sys.argv[3:]) if sys.argv[3:] else (None, None)
+    asyncio.run(_serve(int(sys.argv[1]), json.loads(sys.argv[2]), read_access(keys, tenants)))
