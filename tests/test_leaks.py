@@ -11,7 +11,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -24,7 +24,6 @@ from support.peer import Peer, forward
 from support.square import SquareClient, SquareDaemon, SquareServer, some
 from test_wire_frames import BAD_FRAMES
 from zsl.errors import TrunkUnreachable
-from zsl.transport.router import Router
 from zsl.trunk.settings import ServerSettings
 from zsl.wire.messages import StatusRequest
 
@@ -226,25 +225,3 @@ def test_a_client_that_finds_no_daemon_leaves_nothing() -> None:
             with pytest.raises(TrunkUnreachable), SquareClient(nobody.endpoint, connect_timeout_seconds=0.05):
                 pass
         comes_to(NOTHING, lambda: above(before))
-
-
-async def test_to_cut_a_connection_whose_number_is_another_files_by_now_leaves_nothing() -> None:
-    """Who leaves before its answer is cut when that cannot be sent; whether the router has been told by then that the
-    connection has ended is chance."""
-    heard: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
-    router = Router(max_message_bytes=1 << 20, send_hwm_messages=64, max_connections=10)
-    with closing(router):
-        endpoint = router.bind("127.0.0.1", 0)
-        router.start(lambda peer, tenant, frames: heard.set_result(peer), lambda: None)
-        with Peer(endpoint) as peer:
-            peer.send(StatusRequest(request=1))
-            routing_id = await asyncio.wait_for(heard, WAIT_SECONDS)
-            (number,) = router._connections._open
-        comes_to(False, Path(f"/proc/self/fd/{number}").exists)  # the loop stands still: the router does not know
-        other = os.eventfd(0)
-        os.dup2(other, number)
-        before = used_by(os.getpid()).descriptors
-        router.cut(routing_id)
-        assert used_by(os.getpid()).descriptors == before
-        os.close(number)
-        os.close(other)

@@ -26,7 +26,7 @@ from zsl.wire.messages import MAX_TENSORS
 
 WAIT_SECONDS = 20.0
 SMALL_BUFFER = 1 << 16
-MOST_FRAMES = HEAD_FRAMES + MAX_TENSORS
+MOST_FRAMES = 2 * (HEAD_FRAMES + MAX_TENSORS)
 LARGE = bytes(8 << 20)  # more than the kernel's buffers take, when a peer does not read
 LARGE_SECONDS = SLOW_SECONDS + len(LARGE) / MIN_BYTES_PER_SECOND
 # ZMTP 3.0 with the mechanism NULL: greeting, then READY as a DEALER.

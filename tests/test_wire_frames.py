@@ -418,7 +418,14 @@ def test_a_name_with_a_control_character_is_refused_and_a_text_with_it_escaped(c
         Hello(request=1, software=f"0{character}", dtype="f32", model=None, cut=None, resume=None)
     with pytest.raises(ValidationError, match="control a terminal"):
         ModelIdentity.model_validate(IDENTITY.model_dump() | {"model_type": character})
-    fields = {"request": 1, "epoch": b"e" * 16, "code": "INTERNAL", "retry": Retry.NEVER, "retry_after_ms": 0}
+    fields = {
+        "request": 1,
+        "epoch": b"e" * 16,
+        "code": "INTERNAL",
+        "retry": Retry.NEVER,
+        "retry_after_ms": 0,
+        "session": None,
+    }
     sent = Error.model_validate({**fields, "text": character * MAX_TEXT_CHARS})
     read = decode(encode(sent), TO_CLIENT).header
     assert isinstance(read, Error) and is_printable(read.text) and 500 < len(read.text) <= MAX_TEXT_CHARS

@@ -17,7 +17,8 @@ from zsl.errors import ConfigError
 from zsl.transport.curve import ClientKeys, encrypt_client
 from zsl.transport.greeting import offered_mechanism
 from zsl.transport.monitor import Monitor
-from zsl.wire.frames import Frame
+from zsl.wire.frames import HEAD_FRAMES, Frame
+from zsl.wire.messages import MAX_TENSORS
 
 LINGER_MS = 1_000
 RECONNECT_MS = 100
@@ -27,6 +28,7 @@ HEARTBEAT_MS = 5_000
 HEARTBEAT_TIMEOUT_MS = 120_000
 HANDSHAKE_MS = 5_000
 GREETING_SECONDS = 1.0
+MOST_FRAMES = HEAD_FRAMES + MAX_TENSORS
 
 
 class LinkEvent(Enum):
@@ -99,10 +101,17 @@ class Dealer:
         return True
 
     def receive(self) -> list[Frame] | None:
-        """The next message, or None if none is here."""
+        """The next message, or None if none is here. Of one with more frames than any has, only the first ones."""
         if not int(self.socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
             return None
-        return [frame.buffer for frame in self.socket.recv_multipart(zmq.NOBLOCK, copy=False)]
+        frames: list[Frame] = []
+        more = True
+        while more:
+            frame = self.socket.recv(zmq.NOBLOCK, copy=False)
+            more = frame.more
+            if len(frames) <= MOST_FRAMES:  # one too many, so that it is refused
+                frames.append(frame.buffer)
+        return frames
 
     def link_event(self) -> LinkEvent | None:
         """The next event of the connection, or None if nothing happened.

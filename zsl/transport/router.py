@@ -80,7 +80,7 @@ class Router:
         self._max_connections = min(max_connections, _connections_that_can_be())
         self._max_receiving_bytes = max_receiving_bytes
         frame_bytes = max(max_message_bytes, MAX_HEADER_BYTES + 1)
-        frames = HEAD_FRAMES + MAX_TENSORS
+        frames = 2 * (HEAD_FRAMES + MAX_TENSORS)  # one that has a few too many is told so
         self._member_limits = MessageLimits(frames, frame_bytes, FRAMES_OF_THE_LARGEST * frame_bytes)
         stranger_bytes = min(frame_bytes, STRANGER_MESSAGE_BYTES)
         self._stranger_limits = MessageLimits(frames, stranger_bytes, 2 * stranger_bytes)

@@ -36,7 +36,9 @@ class GiveUpOrder:
         """Remove a step, and return the number of its arrival."""
         (_, arrival), nbytes = self._steps.pop(key)
         self.nbytes -= nbytes
-        if len(self._heap) > 2 * len(self._steps) + _STALE_ENTRIES:
+        if not self._steps:
+            self._heap.clear()
+        elif len(self._heap) > 2 * len(self._steps) + _STALE_ENTRIES:
             self._heap = [(place, key) for key, (place, _) in self._steps.items()]
             heapify(self._heap)
         return arrival
