@@ -5,8 +5,8 @@
 
 The trunk is a Llama of 4 layers; a step is a forward and a backward of 1 x 16 tokens. Alone and beside the flood run in
 alternation, and the ratio is that of neighbouring rounds. The stranger is a process at full speed: on a machine of two
-cores it takes one of them from client and daemon. `idle core` is the same with a stranger of nice 19, which leaves them
-what they need, so that what is left is the daemon's own cost.
+cores it takes one of them from client and daemon. With nice 19 it leaves them what they need, so that what
+is left is the daemon's own cost.
 """
 
 from __future__ import annotations

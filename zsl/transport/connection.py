@@ -288,6 +288,10 @@ class Connection:
         except ProtocolViolation as violation:
             self.close(str(violation))
             return
+        except Exception:
+            logger.exception("a frame of %s could not be opened", self.address)
+            self.close("it failed")
+            return
         self._changed(self)
 
     def _take_opened(self, flags: int, body: memoryview) -> int:

@@ -298,6 +298,14 @@ class Router:
             self._timers["strangers"] = self._loop.call_soon(self._strangers_turn)
 
     def _turn(self, connection: Connection, mask: int) -> None:
+        try:
+            self._take_turn(connection, mask)
+        except Exception:
+            # Nothing that a peer sends may stop the loop, and nothing that failed for it may be tried for ever.
+            logger.exception("a connection of %s failed", connection.address)
+            connection.close("it failed")
+
+    def _take_turn(self, connection: Connection, mask: int) -> None:
         if connection.state is State.CLOSED:
             return
         if mask & selectors.EVENT_WRITE:
