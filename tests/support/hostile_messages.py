@@ -10,7 +10,7 @@ import msgpack
 from zsl.wire.frames import MAX_HEADER_BYTES
 from zsl.wire.messages import MessageType, Welcome
 
-from .hostile_scene import Act, Acts, Scene, Victim, forward, hello, packed, sealed, status, tensor
+from .hostile_scene import Act, Acts, Scene, Victim, forward, heard, hello, packed, sealed, status, tensor
 from .mutations import mutated
 from .raw_zmtp import MORE
 
@@ -68,8 +68,8 @@ def messages() -> Acts:
         "HELLO with a software of 15 kB": says(hello(software="x" * 15_000)),
         "HELLO with an unknown dtype": says(hello(dtype="f64")),
         "HELLO for another cut": says(hello(cut={"start": 0, "stop": 65_536})),
-        "HELLO that resumes zeros": says(hello(resume=bytes(16))),
-        "HELLO that resumes 15 bytes": says(hello(resume=bytes(15))),
+        "HELLO that resumes zeros": _resumes(bytes(16)),
+        "HELLO that resumes 15 bytes": _resumes(bytes(15)),
         "a hundred HELLOs on a connection": _many_hellos,
         "a FORWARD before HELLO": lambda scene: scene.joined().send_message(
             forward(Victim(bytes(16), bytes(16), 0), [tensor((1, 2, scene.place.hidden))])
@@ -172,9 +172,7 @@ def others_with_keys() -> Acts:
         "BYE in another's session": lambda scene: scene.joined().send_message(
             packed(KINDS.BYE, {"session": scene.victim.session, "epoch": scene.victim.epoch})
         ),
-        "HELLO that resumes another's session": lambda scene: scene.joined().send_message(
-            hello(resume=scene.victim.session)
-        ),
+        "HELLO that resumes another's session": lambda scene: _resumes(scene.victim.session)(scene),
     }
 
 
@@ -188,6 +186,17 @@ def _unknown_keys(scene: Scene) -> None:
     one = sealed(KINDS.HELLO, msgpack.packb({f"k{n}": 0 for n in range(2500)}))
     for _ in range(200):
         peer.send_message(one)
+
+
+def _resumes(session: bytes) -> Act:
+    def act(scene: Scene) -> None:
+        peer = scene.joined()
+        peer.send_message(hello(resume=session))
+        answer = heard(peer)
+        if isinstance(answer, Welcome):  # to another session
+            scene.sessions.append(answer)
+
+    return act
 
 
 def _many_hellos(scene: Scene) -> None:

@@ -168,7 +168,7 @@ def tensor(shape: Sequence[int], role: str = "activations", dtype: str = "f32", 
     nbytes = width
     for size in shape:
         nbytes *= size
-    return {"role": role, "dtype": dtype, "shape": list(shape), "nbytes": nbytes}
+    return {"role": role, "dtype": dtype, "shape": list(shape), "nbytes": min(nbytes, 2**64 - 1)}
 
 
 def forward(
