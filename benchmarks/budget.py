@@ -1,4 +1,4 @@
-"""What a daemon grows by beside what it counts, and what it gives back: `--stash-memory` as a budget.
+"""Measure a daemon's growth beside what it counts, and what it gives back: `--stash-memory` as a budget.
 
 Each case is a daemon of its own: steps are held, or one large step goes there and back; then the session ends.
 """

@@ -12,6 +12,7 @@ is left is the daemon's own cost.
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -54,12 +55,8 @@ def shaken_hands() -> bytes:
 
 def unknown_keys() -> bytes:
     """A HELLO whose header is all of keys that no message has."""
-    return message(
-        [
-            bytes(part)
-            for part in seal([KIND.pack(MAGIC, MAJOR, Hello.TYPE, 0), msgpack.packb(dict.fromkeys(range(5000)))])
-        ]
-    )
+    header = msgpack.packb(dict.fromkeys(range(5000)))
+    return message([bytes(frame) for frame in seal([KIND.pack(MAGIC, MAJOR, Hello.TYPE, 0), header])])
 
 
 def status() -> bytes:
@@ -83,8 +80,6 @@ WITH_KEYS = "unknown key's handshakes"
 
 def flood(kind: str, port: int, server_key: str) -> None:
     """The body of the stranger's process."""
-    import socket
-
     if kind == WITH_KEYS:
         public, secret = zmq.curve_keypair()
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -127,7 +122,7 @@ def stranger(kind: str, port: int, server_key: str, nice: bool) -> Iterator[None
 
 
 def milliseconds(step: Callable[[], None], seconds: float) -> list[float]:
-    """How long each step took, in about so many seconds."""
+    """Time each step, for about so many seconds."""
     took = []
     until = time.perf_counter() + seconds
     while (began := time.perf_counter()) < until:

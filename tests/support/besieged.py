@@ -43,7 +43,7 @@ class Honest(SquareClient):
         return welcome
 
     def bits(self) -> bytes:
-        """What a step gives: output and gradient."""
+        """Run a step, and return its output and gradient."""
         return b"".join(part.tobytes() for part in self.step(self.x, self.gradients))
 
 

@@ -124,7 +124,7 @@ class EchoServer:
 
     @property
     def connections_of_peers(self) -> int:
-        """How many connections have shaken hands and are there."""
+        """Count the connections that have shaken hands and are there."""
         connections = list(self.server._router._connections.values())
         return sum(connection.state is State.OPEN for connection in connections)
 

@@ -76,7 +76,7 @@ class FaultyLink:
         self._target_port = port
 
     def next_port(self) -> int:
-        """Where the connection that has just been accepted leads to."""
+        """Return the port that the connection which has just been accepted leads to."""
         return self._target_port
 
     def refuse(self) -> None:

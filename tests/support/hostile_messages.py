@@ -159,7 +159,7 @@ def others() -> Acts:
 
 
 def others_with_keys() -> Acts:
-    """What only keys keep from whoever knows a session's id."""
+    """List the forms that only keys keep from whoever knows a session's id."""
 
     def asks(scene: Scene) -> None:
         peer = scene.joined()

@@ -119,7 +119,7 @@ Acts = dict[str, Act]
 
 @dataclass(frozen=True)
 class Form:
-    """What a hostile peer does, at a daemon with or without keys."""
+    """An act of a hostile peer, at a daemon with or without keys."""
 
     name: str
     keyed: bool

@@ -144,7 +144,7 @@ class Curve:
         return b"\x07MESSAGE" + self._short_nonce() + box
 
     def open(self, body: bytes, name: bytes = b"MESSAGE") -> bytes:
-        """What is in a box from the server: flags and a frame, or the metadata of its READY."""
+        """Open a box from the server: flags and a frame, or the metadata of its READY."""
         prefix = b"CurveZMQMESSAGES" if name == b"MESSAGE" else b"CurveZMQREADY---"
         begin = 1 + len(name)
         if body[1:begin] != name:

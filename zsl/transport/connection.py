@@ -11,6 +11,7 @@ import socket
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
+from dataclasses import dataclass
 from enum import Enum
 from itertools import islice
 
@@ -19,7 +20,6 @@ from zsl.transport.zmtp import (
     COMMAND,
     GREETING_BYTES,
     MORE,
-    Frame,
     FrameReader,
     ProtocolViolation,
     check_greeting,
@@ -28,6 +28,7 @@ from zsl.transport.zmtp import (
     head,
     parse_command,
 )
+from zsl.wire.frames import Frame
 
 logger = logging.getLogger(__name__)
 
@@ -57,15 +58,13 @@ class State(Enum):
     CLOSED = "closed"
 
 
+@dataclass(frozen=True, slots=True)
 class MessageLimits:
-    """What one message may have: frames, bytes a frame, and bytes in all."""
+    """The most that one message may have: frames, bytes a frame, and bytes in all."""
 
-    __slots__ = ("frame_bytes", "frames", "message_bytes")
-
-    def __init__(self, frames: int, frame_bytes: int, message_bytes: int) -> None:
-        self.frames = frames
-        self.frame_bytes = frame_bytes
-        self.message_bytes = message_bytes
+    frames: int
+    frame_bytes: int
+    message_bytes: int
 
 
 class Connection:
@@ -174,7 +173,8 @@ class Connection:
         """Take a turn: read what has come and hand on whole messages, both to a bound."""
         now = self._clock()
         try:
-            messages = self._take(self._left, now, MESSAGES_PER_TURN)
+            left, self._left = self._left, memoryview(b"")
+            messages = MESSAGES_PER_TURN - (self._feed(left, now, MESSAGES_PER_TURN) if left else 0)
             for _ in range(READS_PER_TURN):
                 if messages <= 0 or self._left or not self.wants_to_read:
                     return
@@ -218,11 +218,6 @@ class Connection:
         self._parked = False
         self._message_since = self._clock()
         self._changed(self)
-
-    def _take(self, left: memoryview, now: float, messages: int) -> int:
-        """Look at what is left of earlier; returns how many messages may still be handed on."""
-        self._left = memoryview(b"")
-        return messages - self._feed(left, now, messages) if left else messages
 
     def _feed(self, data: memoryview, now: float, messages: int) -> int:
         """Hand on up to so many messages, keep the bytes behind them; returns how many there were."""

@@ -1,8 +1,7 @@
-"""CURVE, ZeroMQ's encryption: keys, their files, and the socket options of both ends.
+"""CURVE, ZeroMQ's encryption: keys, their files, and the client's socket options.
 
 The files are pyzmq's certificates: `NAME.key` has the public key, for everyone; `NAME.key_secret` both, for its owner.
-The server's key authenticates the server. Who its clients are is asked in `zsl.transport.zap`; until someone answers
-there, nobody gets in.
+The server's key authenticates the server. Its own end of a handshake is in `zsl.transport.mechanisms`.
 """
 
 from __future__ import annotations
@@ -27,7 +26,6 @@ from zsl.transport.monitor import Monitor
 
 logger = logging.getLogger(__name__)
 
-ZAP_DOMAIN = b"zsl"
 BINARY_KEY_BYTES = 32
 KEY_CHARACTERS = 40  # in z85, as keys are written
 PRIVATE_MODE = 0o600
@@ -52,14 +50,6 @@ class ClientKeys:
 
     server: bytes
     own: KeyPair
-
-
-def encrypt_server(socket: zmq.Socket[bytes], keys: KeyPair) -> None:
-    """Take encrypted connections only, and of these only whom a ZAP handler lets in. Before the bind."""
-    socket.setsockopt(zmq.CURVE_SERVER, 1)
-    socket.setsockopt(zmq.CURVE_SECRETKEY, keys.secret)
-    socket.setsockopt(zmq.ZAP_DOMAIN, ZAP_DOMAIN)
-    socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)  # without it, no handler means everyone
 
 
 def encrypt_client(socket: zmq.Socket[bytes], keys: ClientKeys) -> None:

@@ -9,10 +9,7 @@ from __future__ import annotations
 import socket
 import time
 
-# ZMTP 3 (ZeroMQ's RFC 23): a signature of 10 bytes, two of the version, 20 with the name of the mechanism.
-SIGNATURE = b"\xff" + bytes(8) + b"\x7f"
-MAJOR_VERSION = b"\x03"
-MECHANISM = slice(12, 32)
+from zsl.transport.zmtp import MECHANISM, MIN_MAJOR, SIGNATURE
 
 
 def offered_mechanism(endpoint: str, *, timeout_seconds: float) -> str | None:
@@ -23,7 +20,7 @@ def offered_mechanism(endpoint: str, *, timeout_seconds: float) -> str | None:
     try:
         with socket.create_connection((host.strip("[]"), int(port)), timeout_seconds) as connection:
             # No more than this: to a mechanism it does not take, the other end would close before it has said its own.
-            connection.sendall(SIGNATURE + MAJOR_VERSION)
+            connection.sendall(SIGNATURE + bytes([MIN_MAJOR]))
             while len(greeting) < MECHANISM.stop:
                 connection.settimeout(max(deadline - time.monotonic(), 0.001))
                 received = connection.recv(MECHANISM.stop - len(greeting))

@@ -21,7 +21,6 @@ from zsl.transport.curve import BINARY_KEY_BYTES, KeyPair
 from zsl.transport.zmtp import (
     COMMAND,
     MORE,
-    Frame,
     ProtocolViolation,
     aligned_memory,
     command,
@@ -30,6 +29,7 @@ from zsl.transport.zmtp import (
     parse_command,
     parse_metadata,
 )
+from zsl.wire.frames import Frame
 
 logger = logging.getLogger(__name__)
 

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
+from zsl.wire.frames import ALIGNMENT_BYTES, Frame
+
 SIGNATURE = b"\xff" + bytes(8) + b"\x7f"
 VERSION = b"\x03\x01"
 GREETING_BYTES = 64
@@ -23,9 +25,6 @@ PROPERTY_LENGTH = struct.Struct(">I")
 
 # A body of this size is received into its own memory, without a copy; and its memory is aligned as torch's own.
 LARGE_BYTES = 32 * 1024
-ALIGNMENT_BYTES = 64
-
-Frame = bytes | memoryview
 
 
 class ProtocolViolation(Exception):

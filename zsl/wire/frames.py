@@ -39,6 +39,8 @@ MAX_KEYS = MAX_ITEMS = 16  # of one map, of one list
 MAX_CONTAINERS = 2 + 2 * MAX_TENSORS  # maps and lists: the header, its tensors, of each its map and its shape
 
 Frame = bytes | memoryview
+# Matrix products round differently on differently aligned memory; torch's own allocations are aligned to this.
+ALIGNMENT_BYTES = 64
 Container = TypeVar("Container", dict[Any, Any], list[Any])
 
 

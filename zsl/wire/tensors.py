@@ -12,7 +12,7 @@ from typing import get_args
 import torch
 
 from zsl.errors import BadDtypeError
-from zsl.wire.frames import Frame
+from zsl.wire.frames import ALIGNMENT_BYTES, Frame
 from zsl.wire.messages import DtypeName, FloatDtypeName, Role, TensorDescriptor
 
 TORCH_DTYPES: dict[DtypeName, torch.dtype] = {
@@ -22,8 +22,6 @@ TORCH_DTYPES: dict[DtypeName, torch.dtype] = {
 }  # fmt: skip
 WIRE_NAMES: dict[torch.dtype, DtypeName] = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
-# Matrix products round differently on differently aligned memory; torch's own allocations are aligned to this.
-ALIGNMENT_BYTES = 64
 # libzmq leaves small messages in the buffer that it read them into: a tensor that stays would keep all of that.
 READ_BUFFER_BYTES = 8192
 
