@@ -26,7 +26,7 @@ from zsl.wire.messages import MAX_TENSORS
 
 WAIT_SECONDS = 20.0
 SMALL_BUFFER = 1 << 16
-MOST_FRAMES = 2 * (HEAD_FRAMES + MAX_TENSORS)
+MOST_FRAMES = 4 * (HEAD_FRAMES + MAX_TENSORS)
 LARGE = bytes(8 << 20)  # more than the kernel's buffers take, when a peer does not read
 LARGE_SECONDS = SLOW_SECONDS + len(LARGE) / MIN_BYTES_PER_SECOND
 # ZMTP 3.0 with the mechanism NULL: greeting, then READY as a DEALER.
@@ -403,6 +403,20 @@ async def test_a_member_may_send_large_messages_and_a_stranger_may_not(
     client.send_multipart([b"large again", LARGE])
     await until(lambda: not room.router.is_connected(peer))
     assert b"large again" not in room.texts
+
+
+async def test_a_member_that_is_distrusted_may_still_send_what_it_might(
+    open_room: Callable[..., Room], dealer: Callable[..., zmq.Socket[bytes]]
+) -> None:
+    room = open_room(max_message_bytes=len(LARGE))
+    client = dealer(room.endpoint)
+    client.send(b"hello")
+    peer = await room.heard(b"hello")
+    room.router.hold(peer)
+    room.router.distrust(peer)
+    client.send_multipart([b"large", LARGE])
+    assert await room.heard(b"large") == peer
+    assert list(room.router._strangers) == [room.router._connections[peer]]
 
 
 async def test_large_frames_wait_while_there_is_no_memory_for_them(

@@ -80,7 +80,7 @@ class Router:
         self._max_connections = min(max_connections, _connections_that_can_be())
         self._max_receiving_bytes = max_receiving_bytes
         frame_bytes = max(max_message_bytes, MAX_HEADER_BYTES + 1)
-        frames = 2 * (HEAD_FRAMES + MAX_TENSORS)  # one that has a few too many is told so
+        frames = 4 * (HEAD_FRAMES + MAX_TENSORS)  # one that has some too many is told so
         self._member_limits = MessageLimits(frames, frame_bytes, FRAMES_OF_THE_LARGEST * frame_bytes)
         stranger_bytes = min(frame_bytes, STRANGER_MESSAGE_BYTES)
         self._stranger_limits = MessageLimits(frames, stranger_bytes, 2 * stranger_bytes)
@@ -167,12 +167,18 @@ class Router:
             self._changed(connection)
 
     def release(self, peer: bytes) -> None:
-        """The connection carries no session any more, or sends what no client sends."""
+        """The connection carries no session any more."""
+        connection = self._connections.get(peer)
+        if connection is not None:
+            connection.limits = self._stranger_limits
+            self.distrust(peer)
+
+    def distrust(self, peer: bytes) -> None:
+        """Give a connection that sends what no client sends the time and the place of a stranger, until `hold`."""
         connection = self._connections.get(peer)
         if connection is not None and connection not in self._strangers:
             self._strangers[connection] = None
             self._members_left.pop(connection, None)
-            connection.limits = self._stranger_limits
             _forget(self._members_selector, connection)
             self._changed(connection)
 

@@ -216,7 +216,7 @@ class TrunkServer:
             if frames and bytes(frames[0][: len(MAGIC)]) == MAGIC:
                 self._answer_error(peer, error.request, error, session=error.session)
             logger.warning("refused a message of %d frames: %s", len(frames), error)
-            self._router.release(peer)
+            self._router.distrust(peer)
             return
         header = message.header
         try:

@@ -132,7 +132,6 @@ def _unpack(frame: Frame) -> dict[str, Any]:
             frame,
             object_pairs_hook=lambda pairs: counted(_map_without_duplicates(pairs)),
             list_hook=counted,
-            ext_hook=_no_ext,
             max_map_len=MAX_KEYS,
             max_array_len=MAX_ITEMS,
             max_ext_len=0,
@@ -149,10 +148,6 @@ def _map_without_duplicates(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
     if len(fields) != len(pairs):
         raise ValueError("a key stands twice")
     return fields
-
-
-def _no_ext(code: int, data: bytes) -> None:
-    raise ValueError("ext types are not part of the protocol")
 
 
 def _check_buffers(descriptors: Sequence[TensorDescriptor], buffers: Sequence[Frame]) -> None:
