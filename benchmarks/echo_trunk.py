@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Sequence
 
 from zsl.trunk.costs import UNKNOWN_COSTS, BatchLimits
 from zsl.trunk.server import TrunkServer
 from zsl.trunk.settings import TrunkInfo, TrunkTraits
-from zsl.trunk.work import Done, Outcome, Work
+from zsl.trunk.work import Batch, Done, Outcome
 from zsl.wire.messages import Cut, ModelIdentity
 
 HIDDEN = 512
@@ -41,8 +40,8 @@ class EchoCompute:
         batch_limits=BatchLimits(),
     )
 
-    def run(self, works: Sequence[Work]) -> list[Outcome]:
-        return [Done(work.buffers) for work in works]
+    def run(self, batch: Batch) -> list[Outcome]:
+        return [Done(work.buffers) for work in batch.works]
 
 
 async def serve() -> None:
