@@ -46,8 +46,7 @@ def _trunk_step(turn: Turn, seed: int, merged: list[int], stack: ExitStack) -> S
         grpc = stack.enter_context(GrpcTrunk(str(turn.endpoint)))
         forward, backward = (lambda tensor: grpc.forward(tensor)[0]), grpc.backward
     else:
-        trunk = stack.enter_context(zsl.TrunkClient(str(turn.endpoint)))
-        trunk.connect(cut=parse_cut(turn.cut))
+        trunk = stack.enter_context(zsl.TrunkClient(str(turn.endpoint), cut=parse_cut(turn.cut)))
         _note_merged(trunk, merged)
         mask = None
         if turn.left_padding:

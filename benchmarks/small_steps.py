@@ -103,7 +103,6 @@ def run_client(endpoint: str, rows: int, tokens: int) -> None:
     """The body of a client process."""
     torch.set_num_threads(1)
     with zsl.TrunkClient(endpoint) as trunk:
-        trunk.connect()
         step = remote_step(trunk, rows, tokens)
         for line in sys.stdin:
             print(steps_per_second(step, float(line)), flush=True)

@@ -296,7 +296,6 @@ def main(minutes: float, number: int, seed: int, out: Path) -> None:
             client.kill()
         at_end = process_facts(survivor.process.pid)
         with zsl.TrunkClient(survivor.endpoint) as observer:
-            observer.connect()
             deadline = time.monotonic() + 120  # a lease is shorter
             while (left := observer.status()).sessions > 1 and time.monotonic() < deadline:
                 time.sleep(0.5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import inspect
 import multiprocessing
 import socket
 import subprocess
@@ -48,7 +49,6 @@ def server() -> Iterator[EchoServer]:
 @pytest.fixture
 def client(server: EchoServer) -> Iterator[TrunkClient]:
     with TrunkClient(server.endpoint, connect_timeout_seconds=10, request_timeout_seconds=20) as connected:
-        connected.connect()
         yield connected
 
 
@@ -80,17 +80,37 @@ def test_many_threads_share_one_connection(client: TrunkClient) -> None:
 
 
 async def test_the_asyncio_face_overlaps_requests(server: EchoServer) -> None:
-    async with AsyncTrunkClient(server.endpoint) as client:
+    async with AsyncTrunkClient(server.endpoint, model=IDENTITY) as client:
+        assert await client.connect() == client.welcome
         steps = await asyncio.gather(*(client.forward(some(n), keep=True) for n in range(10)))
         assert all(torch.equal(step.output, some(n + 1)) for n, step in enumerate(steps))
         answer = await client.backward(steps[0], some(5.0))
         assert torch.equal(answer.tensor, some(5.0))
         assert (await client.status()).sessions == 1
+        assert (client.traffic.answers, client.replays) == (11, 0)
+
+
+async def test_the_asyncio_face_refuses_another_model_as_it_connects(server: EchoServer) -> None:
+    other = IDENTITY.model_copy(update={"weights_digest": "0" * 64})
+    with pytest.raises(WrongModelError, match="weights"):
+        async with AsyncTrunkClient(server.endpoint, model=other):
+            pass
+
+
+def test_both_faces_have_the_same_methods_and_arguments() -> None:
+    def face(client: type) -> dict[str, inspect.Signature | None]:
+        names = {name: getattr(client, name) for name in vars(client) if not name.startswith("_")}
+        return {name: inspect.signature(value) if callable(value) else None for name, value in names.items()}
+
+    threads, coroutines = face(TrunkClient), face(AsyncTrunkClient)
+    of_futures = {"submit_forward", "submit_backward", "finish_forward", "wait", "longest_wait_seconds"}
+    assert threads.keys() - of_futures == coroutines.keys()  # a coroutine has tasks for that
+    assert {name: threads[name] for name in coroutines} == coroutines
+    assert inspect.signature(TrunkClient) == inspect.signature(AsyncTrunkClient)
 
 
 def test_more_requests_than_the_daemon_grants_wait_their_turn() -> None:
     with EchoServer(settings=ServerSettings(max_inflight_requests=2)) as server, TrunkClient(server.endpoint) as client:
-        client.connect()
         futures = [client.submit_forward(some(n))[1] for n in range(20)]
         assert all(future.result(20) for future in futures)
 
@@ -115,42 +135,45 @@ def test_an_unreachable_daemon_is_named_in_time() -> None:
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))  # and it does not listen
         endpoint = f"127.0.0.1:{nobody.getsockname()[1]}"
-        with TrunkClient(endpoint, connect_timeout_seconds=1.5) as client:
-            with pytest.raises(TrunkUnreachable, match=rf"no trunk daemon at tcp://{endpoint}: nothing listens there"):
-                client.connect()
-            with pytest.raises(TrunkUnreachable):
-                client.forward(some())
+        client = TrunkClient(endpoint, connect_timeout_seconds=1.5)
+        with pytest.raises(TrunkUnreachable, match=rf"no trunk daemon at tcp://{endpoint}: nothing listens there"):
+            client.connect()
+        with pytest.raises(TrunkUnreachable):
+            client.forward(some())
+        client.close()
 
 
 def test_something_else_on_the_port_is_named_in_time() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        with TrunkClient(f"127.0.0.1:{listener.getsockname()[1]}", connect_timeout_seconds=1.5) as client:
-            with pytest.raises(TrunkUnreachable, match="something listens there that does not answer"):
-                client.connect()
+        endpoint = f"127.0.0.1:{listener.getsockname()[1]}"
+        with pytest.raises(TrunkUnreachable, match="something listens there that does not answer"):
+            with TrunkClient(endpoint, connect_timeout_seconds=1.5):
+                pass
 
 
 def test_an_unknown_host_is_named_in_time() -> None:
-    with TrunkClient("no-such-host.invalid:5555", connect_timeout_seconds=0.5) as client:
-        with pytest.raises(TrunkUnreachable, match=r"no-such-host\.invalid:5555: the name of its host is not known"):
-            client.connect()
+    with pytest.raises(TrunkUnreachable, match=r"no-such-host\.invalid:5555: the name of its host is not known"):
+        with TrunkClient("no-such-host.invalid:5555", connect_timeout_seconds=0.5):
+            pass
 
 
 def test_localhost_reaches_a_daemon_on_127_0_0_1(server: EchoServer) -> None:
     with TrunkClient(f"localhost:{server.port}") as client:
-        assert client.connect()
+        assert client.welcome == client.connect()
 
 
 def test_another_model_is_refused_before_anything_is_sent(server: EchoServer) -> None:
-    with TrunkClient(server.endpoint) as client, pytest.raises(WrongModelError, match="weights"):
-        client.connect(IDENTITY.model_copy(update={"weights_digest": "0" * 64}))
+    other = IDENTITY.model_copy(update={"weights_digest": "0" * 64})
+    with pytest.raises(WrongModelError, match="weights"), TrunkClient(server.endpoint, model=other):
+        pass
 
 
 def test_a_daemon_of_another_version_is_named_with_both_versions() -> None:
     with zmq.Context() as context, context.socket(zmq.ROUTER) as router:
         router.linger = 0
         port = router.bind_to_random_port("tcp://127.0.0.1")
-        with TrunkClient(f"127.0.0.1:{port}", connect_timeout_seconds=20) as client, ThreadPoolExecutor(1) as pool:
-            connecting = pool.submit(client.connect)
+        with ThreadPoolExecutor(1) as pool:
+            connecting = pool.submit(TrunkClient(f"127.0.0.1:{port}", connect_timeout_seconds=20).connect)
             for _ in range(UNREADABLE_ANSWERS + 1):  # fewer could be damage on the line
                 peer, preamble, *_ = router.recv_multipart()
                 router.send_multipart([peer, preamble[:4] + b"\x07" + preamble[5:], b""])
@@ -178,7 +201,6 @@ def test_a_message_over_the_daemons_limit_is_refused_before_it_is_sent(client: T
 
 def test_a_request_that_is_not_answered_in_time_raises_and_is_taken_back(server: EchoServer) -> None:
     with TrunkClient(server.endpoint, request_timeout_seconds=0.3) as client:
-        client.connect()
         server.compute.gate.clear()
         with pytest.raises(RequestTimeout, match=r"0\.3 s"):
             client.forward(some())
@@ -194,7 +216,6 @@ def test_a_request_whose_time_ends_at_the_daemon_is_the_same_error(
     server: EchoServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with TrunkClient(server.endpoint, request_timeout_seconds=20) as client, ThreadPoolExecutor(1) as pool:
-        client.connect()
         server.compute.gate.clear()
         running = pool.submit(client.forward, some())
         assert server.compute.begun.acquire(timeout=20)
@@ -220,7 +241,6 @@ def test_a_backward_goes_on_when_the_daemon_was_restarted_after_its_forward() ->
 
 def test_a_daemon_that_does_not_come_back_ends_the_request_with_connection_lost(server: EchoServer) -> None:
     with TrunkClient(server.endpoint, connect_timeout_seconds=20, request_timeout_seconds=0.5) as client:
-        client.connect()
         server.stop()
         for _ in range(2):
             with pytest.raises(ConnectionLost, match="did not come back"):
@@ -230,7 +250,6 @@ def test_a_daemon_that_does_not_come_back_ends_the_request_with_connection_lost(
 def test_a_daemon_that_comes_back_late_serves_the_same_client_again(server: EchoServer) -> None:
     """Longer than the connect timeout: that is for the first connection only."""
     with TrunkClient(server.endpoint, connect_timeout_seconds=1, request_timeout_seconds=1.5) as client:
-        client.connect()
         server.stop()
         with pytest.raises(ConnectionLost):
             client.forward(some())
@@ -241,7 +260,6 @@ def test_a_daemon_that_comes_back_late_serves_the_same_client_again(server: Echo
 
 def test_a_drained_daemon_and_its_successor_cost_a_step_nothing(server: EchoServer) -> None:
     with TrunkClient(server.endpoint, request_timeout_seconds=20) as client:
-        client.connect()
         step = client.forward(some(1.0), keep=True)
         server.drain()
         _, refused = client.submit_forward(some(2.0))
@@ -264,7 +282,6 @@ def test_a_daemon_that_comes_back_with_another_trunk_is_refused(
     server: EchoServer, changes: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with TrunkClient(server.endpoint, request_timeout_seconds=20) as client:
-        client.connect()
         step = client.forward(some(1.0), keep=True)
         server.stop()
         with EchoServer(port=server.port, **changes):  # type: ignore[arg-type]
@@ -274,16 +291,15 @@ def test_a_daemon_that_comes_back_with_another_trunk_is_refused(
 
 
 def test_a_call_before_connect_is_a_clear_error(server: EchoServer) -> None:
-    with TrunkClient(server.endpoint) as client:
-        with pytest.raises(ClosedError, match=r"connect\(\)"):
-            client.forward(some())
-        with pytest.raises(ClosedError, match=r"connect\(\)"):
-            assert client.welcome
+    client = TrunkClient(server.endpoint)
+    with pytest.raises(ClosedError, match=r"connect\(\)"):
+        client.forward(some())
+    with pytest.raises(ClosedError, match=r"connect\(\)"):
+        assert client.welcome
 
 
 def test_requests_that_are_queued_when_the_connection_goes_are_all_answered(server: EchoServer) -> None:
     with TrunkClient(server.endpoint, request_timeout_seconds=20) as client:
-        client.connect()
         server.stop()
         futures = [client.submit_forward(some(n))[1] for n in range(5)]
         with EchoServer(port=server.port):
@@ -315,10 +331,8 @@ def test_nothing_is_printed_when_a_step_outlives_the_interpreter(server: EchoSer
 def test_an_ended_lease_opens_a_new_session_by_itself() -> None:
     settings = ServerSettings(lease_seconds=0.2, ping_seconds=60)  # so that no ping renews it
     with EchoServer(settings=settings) as server, TrunkClient(server.endpoint) as client:
-        client.connect()
         step = client.forward(some(1.0), keep=True)
         with TrunkClient(server.endpoint) as observer:
-            observer.connect()
             while observer.status().held_bytes:
                 pass
         assert torch.equal(client.backward(step, some(4.0)).tensor, some(4.0))
@@ -345,12 +359,11 @@ def test_close_ends_waiting_calls_and_further_ones(server: EchoServer, client: T
 
 
 def test_nothing_is_left_of_a_closed_client(server: EchoServer) -> None:
-    with TrunkClient(server.endpoint) as warm:
-        warm.connect()
+    with TrunkClient(server.endpoint):
+        pass
     threads = threading.active_count()
     for _ in range(5):
         with TrunkClient(server.endpoint) as client:
-            client.connect()
             client.forward(some())
     assert threading.active_count() <= threads
 

@@ -107,7 +107,6 @@ def test_what_is_kept_stays_within_the_stash_memory_and_costs_no_result(
     torch.manual_seed(0)
     gradients = torch.randn(2, 16, 32)
     with Daemon(*arguments, log=tmp_path / "log") as daemon, zsl.TrunkClient(daemon.endpoint) as client:
-        client.connect()
         activations = [torch.randn(2, 16, 32) for _ in range(300)]
         expected = client.backward(client.forward(activations[0], keep=True), gradients).tensor
         steps = [client.forward(one, keep=True) for one in activations]
@@ -148,8 +147,7 @@ def test_a_bfloat16_trunk_computes_in_bfloat16(checkpoints: Callable[..., Path],
 def test_sigterm_ends_it_with_0_and_frees_the_port(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
     arguments = ["--model", str(checkpoints("llama")), "--cut", CUT]
     with Daemon(*arguments, log=tmp_path / "log") as daemon:
-        with zsl.TrunkClient(daemon.endpoint) as client:
-            client.connect()
+        with zsl.TrunkClient(daemon.endpoint):
             daemon.signal(signal.SIGTERM)
             assert daemon.wait() == 0
         with socket.create_server(("127.0.0.1", daemon.port)):
@@ -161,7 +159,6 @@ def test_sigterm_ends_it_with_0_and_frees_the_port(checkpoints: Callable[..., Pa
 def test_a_second_sigterm_ends_it_at_once(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
     arguments = ["--model", str(checkpoints("llama")), "--cut", CUT]
     with Daemon(*arguments, log=tmp_path / "log") as daemon, zsl.TrunkClient(daemon.endpoint) as client:
-        client.connect()
         step = client.forward(torch.zeros(1, 2, 32), keep=True)  # an open step: the first signal waits for it
         daemon.signal(signal.SIGTERM)
         while "SIGTERM" not in daemon.log.read_text():

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from support.daemon import Daemon
+from support.models import write_checkpoint
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 RUN_SECONDS = 280  # GPT-2 small and SmolLM2 are real work where the cores are shared
@@ -29,6 +30,18 @@ def test_the_plain_loop_trains_through_a_daemon_that_was_started_with_no_argumen
     assert len(losses) == 10
     assert losses[-1] < losses[0] - 0.5
     assert (tmp_path / "runs" / "plain_loop" / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_tenants_of_one_event_loop_each_learn_their_own_text(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "model", "llama")
+    with Daemon("--model", str(checkpoint), log=tmp_path / "log") as daemon:
+        command = [sys.executable, str(EXAMPLES / "async_clients.py"), "--server", daemon.endpoint, "--tenants", "3"]
+        finished = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert finished.returncode == 0, finished.stderr
+    for tenant in range(3):
+        losses = [float(loss) for loss in re.findall(rf"tenant {tenant}, step \d+: loss (\d+\.\d+)", finished.stdout)]
+        assert len(losses) == 10
+        assert losses[-1] < losses[0] - 0.5
 
 
 @pytest.fixture(scope="module")

@@ -145,7 +145,6 @@ def test_a_hundred_thousand_bad_messages_change_no_bit_of_a_client_that_trains_b
     assert sent == BAD_MESSAGES and answered > BAD_MESSAGES / 10
     assert trained > 1
     with zsl.TrunkClient(daemon.endpoint) as client:
-        client.connect()
         assert client.status().queued_requests == 0
         assert daemon.process.poll() is None
 

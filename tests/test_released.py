@@ -29,7 +29,6 @@ def server() -> Iterator[EchoServer]:
 @pytest.fixture
 def client(server: EchoServer) -> Iterator[TrunkClient]:
     with TrunkClient(server.endpoint, request_timeout_seconds=20) as connected:
-        connected.connect()
         yield connected
         server.compute.gate.set()
 
@@ -87,7 +86,6 @@ def test_a_backward_that_was_refused_or_failed(server: EchoServer, client: Trunk
 @pytest.mark.parametrize("where", ["runs", "waits at the client"])
 def test_requests_whose_time_was_up(server: EchoServer, kind: str, where: str) -> None:
     with TrunkClient(server.endpoint, request_timeout_seconds=20) as client:
-        client.connect()
         steps = [client.forward(some(), keep=True) for _ in range(2)]
         client._connection._request_timeout_seconds = 0.2
         server.compute.gate.clear()
@@ -117,7 +115,6 @@ def test_a_forward_that_nobody_waits_for_any_more(server: EchoServer, client: Tr
 
 def test_a_step_that_is_dropped_while_its_connection_is_away() -> None:
     with EchoServer(settings=SETTINGS) as server, FaultyLink(server.port) as line, TrunkClient(line.endpoint) as client:
-        client.connect()
         steps = [client.forward(some(), keep=True) for _ in range(2)]
         # What is sent up is swallowed, and the connection ends: a RELEASE that was sent may not have arrived.
         line.blackhole("up")

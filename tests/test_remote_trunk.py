@@ -103,6 +103,7 @@ def test_a_forward_only_daemon_turns_exact_into_none_with_a_warning(path: str) -
         trunk = zsl.RemoteTrunk(endpoint)
         with pytest.warns(UserWarning, match="forward only"):
             split = with_lora(zsl.load_client(path, trunk))
+        assert (trunk.mode, trunk.effective_mode) == ("exact", "none")
         numbers_of(split, batches.plain())
         assert all(gradient is None for gradient in side_gradients(split)["bottom"])
         trunk.close()

@@ -46,7 +46,6 @@ def test_killed_with_a_request_in_flight_the_request_is_answered_by_the_next_dae
 ) -> None:
     with Daemon(*arguments, log=tmp_path / "first.log") as first, FaultyLink(first.port) as link:
         with zsl.TrunkClient(link.endpoint, connect_timeout_seconds=60) as client:
-            client.connect()
             activations = torch.randn(2, 8, 32)
             expected = client.forward(activations).output
             first.signal(signal.SIGSTOP)

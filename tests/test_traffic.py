@@ -25,7 +25,6 @@ def some() -> torch.Tensor:
 
 def test_the_bytes_are_those_that_a_relay_between_saw() -> None:
     with EchoServer() as server, Relay(server.endpoint) as relay, TrunkClient(relay.endpoint) as client:
-        client.connect()
         for _ in range(3):
             step = client.forward(some(), keep=True)
             client.backward(step, some())
@@ -41,7 +40,6 @@ def test_the_bytes_are_those_that_a_relay_between_saw() -> None:
 
 def test_the_daemons_seconds_are_the_sums_of_its_answers() -> None:
     with EchoServer() as server, TrunkClient(server.endpoint) as client:
-        client.connect()
         before = client.traffic
         answers = []
         for _ in range(5):
@@ -57,7 +55,6 @@ def test_the_daemons_seconds_are_the_sums_of_its_answers() -> None:
 def test_a_request_that_is_sent_again_counts_again_and_is_answered_once() -> None:
     with EchoServer() as server, FaultyLink(server.port) as link:
         with TrunkClient(link.endpoint, connect_timeout_seconds=20, request_timeout_seconds=20) as client:
-            client.connect()
             before = client.traffic
             server.compute.gate.clear()
             step, future = client.submit_forward(some())
@@ -90,7 +87,6 @@ def test_a_client_that_is_not_connected_has_sent_nothing_and_one_that_is_closed_
 def test_no_count_ever_falls_while_others_send() -> None:
     seen: list[Traffic] = []
     with EchoServer() as server, TrunkClient(server.endpoint) as client:
-        client.connect()
         threads = [threading.Thread(target=lambda: [client.forward(some()) for _ in range(25)]) for _ in range(3)]
         for thread in threads:
             thread.start()

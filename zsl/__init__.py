@@ -18,11 +18,13 @@ if TYPE_CHECKING:
     from zsl.split.adapter import save_adapter as save_adapter
     from zsl.split.attach import load_adapter as load_adapter
     from zsl.training.overlap import OverlapMixin as OverlapMixin
+    from zsl.wire.messages import Cut as Cut
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "AsyncTrunkClient": "zsl.client.aio",
+    "Cut": "zsl.wire.messages",
     "OverlapMixin": "zsl.training.overlap",
     "RemoteTrunk": "zsl.client.remote",
     "TrunkClient": "zsl.client.trunk_client",

@@ -8,6 +8,7 @@ from typing import Self
 
 import torch
 
+from zsl.client.traffic import Traffic
 from zsl.client.trunk_client import (
     CONNECT_TIMEOUT_SECONDS,
     REQUEST_TIMEOUT_SECONDS,
@@ -33,6 +34,9 @@ class AsyncTrunkClient:
         *,
         server_key: str | None = None,
         client_key: str | Path | None = None,
+        model: ModelIdentity | None = None,
+        cut: Cut | None = None,
+        dtype: FloatDtypeName = "f32",
         connect_timeout_seconds: float = CONNECT_TIMEOUT_SECONDS,
         request_timeout_seconds: float = REQUEST_TIMEOUT_SECONDS,
     ) -> None:
@@ -40,15 +44,35 @@ class AsyncTrunkClient:
             endpoint,
             server_key=server_key,
             client_key=client_key,
+            model=model,
+            cut=cut,
+            dtype=dtype,
             connect_timeout_seconds=connect_timeout_seconds,
             request_timeout_seconds=request_timeout_seconds,
         )
 
-    async def connect(
-        self, model: ModelIdentity | None = None, *, cut: Cut | None = None, dtype: FloatDtypeName = "f32"
-    ) -> Welcome:
-        """Open a session."""
-        return await asyncio.to_thread(self._client.connect, model, cut=cut, dtype=dtype)
+    @property
+    def endpoint(self) -> str:
+        return self._client.endpoint
+
+    @property
+    def welcome(self) -> Welcome:
+        """What the daemon said of itself; after `connect`."""
+        return self._client.welcome
+
+    @property
+    def replays(self) -> int:
+        """How many requests had to be sent again so far, because a connection or a daemon was lost."""
+        return self._client.replays
+
+    @property
+    def traffic(self) -> Traffic:
+        """Bytes, answers, and the daemon's seconds so far."""
+        return self._client.traffic
+
+    async def connect(self) -> Welcome:
+        """Open a session, unless one is open."""
+        return await asyncio.to_thread(self._client.connect)
 
     async def forward(
         self,
@@ -66,9 +90,10 @@ class AsyncTrunkClient:
         self._client.finish_forward(step, await asyncio.wrap_future(future))
         return step
 
-    async def backward(self, step: Step, gradients: torch.Tensor) -> Answer:
+    async def backward(self, step: Step, gradients: torch.Tensor, *, activations: torch.Tensor | None = None) -> Answer:
         """The gradient at the trunk's input."""
-        return read_answer(await asyncio.wrap_future(self._client.submit_backward(step, gradients)), "gradients")
+        future = self._client.submit_backward(step, gradients, activations=activations)
+        return read_answer(await asyncio.wrap_future(future), "gradients")
 
     async def status(self) -> Status:
         """What the daemon serves, and how busy it is."""
@@ -79,7 +104,11 @@ class AsyncTrunkClient:
         await asyncio.to_thread(self._client.close)
 
     async def __aenter__(self) -> Self:
-        await self.connect()
+        try:
+            await self.connect()
+        except BaseException:
+            await self.close()
+            raise
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:

@@ -52,6 +52,8 @@ class RemoteTrunk(NoWeights):
       approximation; experimental.
     - `none`: none. Only the layers behind the trunk learn.
 
+    A daemon that serves forward only has `none` in force where `exact` was asked for (`effective_mode`).
+
     `wire_dtype`: what activations and gradients are sent in, if not in the model's own dtype: bfloat16 halves the
     bytes of float32, at the price of its precision. `deterministic="packed"`: refuse a daemon whose answers may depend,
     by rounding, on who else it serves. `padding="send"`: padding behind real tokens crosses too, so that a padded
@@ -111,7 +113,7 @@ class RemoteTrunk(NoWeights):
     ) -> Welcome:
         """Open the session, for this model, cut and dtype of activations; `load_client` does it.
 
-        A forward-only daemon turns the mode to `none`, with a warning.
+        Warns where no gradient will pass the trunk.
         Raises `TrunkUnreachable`, `TrunkAuthError`, `WrongModelError` or another `WireError`.
         """
         if self._client is None:
@@ -131,11 +133,10 @@ class RemoteTrunk(NoWeights):
                 )
         if welcome.forward_only and self.mode == "exact":
             warnings.warn(
-                f"the trunk at {self.endpoint} serves forward only: mode is 'none', and everything in front of the "
-                "trunk learns nothing",
+                f"the trunk at {self.endpoint} serves forward only: mode 'none' is in force, and everything in front "
+                "of the trunk learns nothing",
                 stacklevel=2,
             )
-            self.mode = "none"
         elif self.mode == "none":
             warnings.warn(
                 "mode is 'none': no gradient passes the trunk, and everything in front of it learns nothing",
@@ -159,15 +160,23 @@ class RemoteTrunk(NoWeights):
             raise after_fork(self.endpoint, self._pid)
         with self._connecting:
             if self._client is None:
-                client = TrunkClient(self.endpoint, **self._how)
                 model, cut, dtype = self._wanted
+                wire_dtype = float_wire_name(self.wire_dtype or dtype)
+                client = TrunkClient(self.endpoint, model=model, cut=cut, dtype=wire_dtype, **self._how)
                 try:
-                    client.connect(model, cut=cut, dtype=float_wire_name(self.wire_dtype or dtype))
+                    client.connect()
                 except BaseException:
                     client.close()
                     raise
                 self._client = client
             return self._client
+
+    @property
+    def effective_mode(self) -> GradientMode:
+        """The mode in force: `mode`, or `none` in place of `exact` at a daemon that serves forward only."""
+        if self.mode == "exact" and self._client is not None and self._client.welcome.forward_only:
+            return "none"
+        return self.mode
 
     def close(self) -> None:
         """End the session."""
@@ -216,7 +225,7 @@ class RemoteTrunk(NoWeights):
         if forward_ad.unpack_dual(hidden_states).tangent is not None:
             raise ModelError("forward-mode differentiation does not pass the trunk; use backward")
         self._warn_of_autocast(hidden_states)
-        wants_gradient = torch.is_grad_enabled() and hidden_states.requires_grad and self.mode != "none"
+        wants_gradient = torch.is_grad_enabled() and hidden_states.requires_grad and self.effective_mode != "none"
         lane = current_lane()
         if wants_gradient and lane is not None:
             return _through_lane(lane, self, crossing, hidden_states)
@@ -244,7 +253,7 @@ class RemoteTrunk(NoWeights):
         if self._client is None:
             return f"{self.endpoint}, mode={self.mode}, not connected"
         welcome = self._client.welcome
-        return f"{self.endpoint}, mode={self.mode}, cut={welcome.cut}, session={welcome.session.hex()[:8]}"
+        return f"{self.endpoint}, mode={self.effective_mode}, cut={welcome.cut}, session={welcome.session.hex()[:8]}"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         copy = type(self).__new__(type(self))
@@ -287,7 +296,7 @@ class _TrunkFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden_states: torch.Tensor, remote: RemoteTrunk, crossing: Crossing) -> torch.Tensor:
-        ctx.exact = remote.mode == "exact"
+        ctx.exact = remote.effective_mode == "exact"
         ctx.on_crossing, ctx.crossing = remote.on_crossing, crossing
         client, activations = remote.client, crossing.sent(hidden_states.detach())
         with _noted(remote.on_crossing, "forward"):
@@ -318,7 +327,7 @@ def _through_lane(
     lane: Lane[Any], remote: RemoteTrunk, crossing: Crossing, hidden_states: torch.Tensor
 ) -> torch.Tensor:
     """The way through the trunk of one of several micro-batches: a leaf, whose gradient is brought back later."""
-    exact, client = remote.mode == "exact", remote.client
+    exact, client = remote.effective_mode == "exact", remote.client
     lane.check_not_given_up()
     step, future = crossing.submit_forward(client, crossing.sent(hidden_states.detach()), keep=exact)
     lane.wait(future, client.longest_wait_seconds)

@@ -1,7 +1,6 @@
 """`TrunkClient`: forward and backward of a remote trunk, as calls on torch tensors.
 
 with TrunkClient("tcp://127.0.0.1:5555") as trunk:
-    trunk.connect()
     step = trunk.forward(activations, keep=True)
     gradients_in = trunk.backward(step, gradients_out)
 """
@@ -118,7 +117,10 @@ class TrunkClient:
 
     `endpoint`: `HOST:PORT`, or several with commas between them, of daemons that serve the same trunk: when one is
     gone, the next is taken. `server_key` (the daemon's `.key` file or the key itself) and `client_key` (one's own
-    `.key_secret` file): for daemons that encrypt.
+    `.key_secret` file): for daemons that encrypt. `model`, `cut`: refuse a daemon that serves another. `dtype`: of the
+    activations to be sent.
+
+    A context manager, which connects and closes.
 
     Tensors that are passed in are sent without a copy: do not write them before the call (or its future) is done.
     """
@@ -129,6 +131,9 @@ class TrunkClient:
         *,
         server_key: str | None = None,
         client_key: str | Path | None = None,
+        model: ModelIdentity | None = None,
+        cut: Cut | None = None,
+        dtype: FloatDtypeName = "f32",
         connect_timeout_seconds: float = CONNECT_TIMEOUT_SECONDS,
         request_timeout_seconds: float = REQUEST_TIMEOUT_SECONDS,
     ) -> None:
@@ -138,6 +143,7 @@ class TrunkClient:
             connect_timeout_seconds=connect_timeout_seconds,
             request_timeout_seconds=request_timeout_seconds,
         )
+        self._wanted = (model, cut, dtype)
         weakref.finalize(self, self._connection.close)
 
     @property
@@ -159,14 +165,12 @@ class TrunkClient:
         """Bytes, answers, and the daemon's seconds so far."""
         return self._connection.traffic
 
-    def connect(
-        self, model: ModelIdentity | None = None, *, cut: Cut | None = None, dtype: FloatDtypeName = "f32"
-    ) -> Welcome:
-        """Open a session. With `model` or `cut` the daemon refuses unless it serves just that.
+    def connect(self) -> Welcome:
+        """Open a session, unless one is open.
 
         Raises `TrunkUnreachable`, `TrunkAuthError`, `WrongModelError` or another `WireError`.
         """
-        return self._connection.open(model, cut, dtype)
+        return self._connection.open(*self._wanted)
 
     def forward(
         self,
@@ -298,6 +302,11 @@ class TrunkClient:
         self._connection.close()
 
     def __enter__(self) -> Self:
+        try:
+            self.connect()
+        except BaseException:
+            self.close()
+            raise
         return self
 
     def __exit__(self, *exc_info: object) -> None:

@@ -22,7 +22,7 @@ def overview(model: PeftModel, sides: Sides, reference: ModelReference, trunk: R
     connection = (
         f"Connection\n  {trunk.endpoint}\n  {welcome.model.model_type} "
         f"({welcome.model.layers} layers, weights {welcome.model.weights_digest[:12]}), cut {welcome.cut}, "
-        f"{welcome.dtype}, mode {trunk.mode}"
+        f"{welcome.dtype}, mode {trunk.effective_mode}"
     )
     return f"{parts_table(parts)}\n\n{trainable_table(parts)}\n\n{connection}"
 

@@ -88,7 +88,7 @@ def train_from_config(config: TrainConfig, where: str, *, dry_run: bool = False)
                 model = with_adapter(base, peft)
         except ConfigError as error:
             raise ConfigError(f"{where}: [peft]: {error}") from error
-        if trunk.mode == "none" and not adapter_parameters(model, sides, "top"):
+        if trunk.effective_mode == "none" and not adapter_parameters(model, sides, "top"):
             raise ConfigError(
                 f"{where}: no gradient comes back from the trunk (mode none), and nothing behind it learns: "
                 "put adapters on the top, or train in mode exact, through a daemon that serves backward"
@@ -210,7 +210,7 @@ def _facts(data: TrainingData, trunk: RemoteTrunk) -> dict[str, str]:
         WEIGHTS: welcome.model.weights_digest,
         "the trunk's layers": str(welcome.cut),
         "the trunk's dtype": str(welcome.dtype),
-        "the trunk's mode": str(trunk.mode),
+        "the trunk's mode": str(trunk.effective_mode),
     }
 
 
