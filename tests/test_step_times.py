@@ -110,11 +110,11 @@ def test_each_second_of_a_step_is_counted_once_in_its_part(
             "other": before + after,
         }
         assert sum(measure.part_seconds.values()) == measure.seconds == fetching + sum(map(sum, micro_batches))
-        assert measure.queue_seconds == crossing / 4
+        assert measure.traffic.queue_seconds == crossing / 4
         assert measure.tokens == 7 * len(micro_batches)
         crossings = 2 * len(micro_batches)
-        assert (measure.bytes_up, measure.bytes_down) == (300 * crossings, 200 * crossings)
-        assert (measure.steps, measure.replays) == (1, crossings)
+        assert (measure.traffic.bytes_up, measure.traffic.bytes_down) == (300 * crossings, 200 * crossings)
+        assert (measure.steps, measure.traffic.replays) == (1, crossings)
         # A validation, a checkpoint, an epoch's end where no rows are left.
         clock.now += between
         stage.training_step([between] * 8)
@@ -140,20 +140,27 @@ def test_with_micro_batches_in_flight_together_only_what_is_true_is_said() -> No
         stage.training_step([1, 2, 4, 8, 16, 32, 64, 0])
     measure = times.end_step()
     assert measure.part_seconds == {}
-    assert (measure.seconds, measure.bytes_up, measure.queue_seconds, measure.tokens) == (127, 600, 9, 5)
+    assert (measure.seconds, measure.traffic.bytes_up, measure.traffic.queue_seconds, measure.tokens) == (
+        127,
+        600,
+        9,
+        5,
+    )
     assert measure.trunk_seconds == 27
     assert not any(name.startswith("share/") for name in measure.as_log())
     assert not (measure + StepMeasure(steps=1)).parts_known
 
 
 def test_a_daemon_that_says_more_than_was_waited_for_takes_no_other_parts_time() -> None:
-    measure = StepMeasure(steps=1, seconds=10, crossing_seconds=4, top_seconds=6, queue_seconds=3, compute_seconds=3)
+    said = Traffic(queue_seconds=3, compute_seconds=3)
+    measure = StepMeasure(steps=1, seconds=10, crossing_seconds=4, top_seconds=6, traffic=said)
     assert measure.part_seconds == {"data": 0, "bottom": 0, "wire": 0, "trunk": 4, "top": 6, "other": 0}
 
 
 def test_a_sum_of_steps_is_told_by_the_step() -> None:
-    one = StepMeasure(steps=1, tokens=100, seconds=2.0, top_seconds=2.0, bytes_up=10, compute_seconds=0.5)
-    two = StepMeasure(steps=1, tokens=200, seconds=4.0, bottom_seconds=4.0, bytes_up=30, compute_seconds=1.5, replays=1)
+    crossed = Traffic(bytes_up=10, compute_seconds=0.5), Traffic(bytes_up=30, compute_seconds=1.5, replays=1)
+    one = StepMeasure(steps=1, tokens=100, seconds=2.0, top_seconds=2.0, traffic=crossed[0])
+    two = StepMeasure(steps=1, tokens=200, seconds=4.0, bottom_seconds=4.0, traffic=crossed[1])
     both = StepMeasure() + one + two
     log = both.as_log()
     assert both.tokens_per_second == log["tokens_per_second"] == 50
@@ -194,13 +201,14 @@ def test_a_real_step_adds_up_and_its_bytes_are_those_of_the_connection(
         # The clock ticks once a mark: crossings there, and back where a gradient is asked for.
         assert measure.crossing_seconds == (6 if mode == "exact" else 3)
         assert measure.bottom_seconds == (3 if mode == "none" else 6)
-        assert measure.compute_seconds > 0
+        assert measure.traffic.compute_seconds > 0
         # 30 real tokens of 32 numbers of 4 bytes, and what describes them.
         tensors = 30 * 32 * 4 * (6 if mode == "exact" else 3)
-        assert tensors < measure.bytes_up < tensors * 1.5
-        assert tensors < measure.bytes_down < tensors * 1.5
-    for name in ("bytes_up", "bytes_down"):
-        assert sum(getattr(one, name) for one in [*measures, *validations]) == getattr(total, name)
+        assert tensors < measure.traffic.bytes_up < tensors * 1.5
+        assert tensors < measure.traffic.bytes_down < tensors * 1.5
+    crossed = [*(one.traffic for one in measures), *validations]
+    assert sum(one.bytes_up for one in crossed) == total.bytes_up
+    assert sum(one.bytes_down for one in crossed) == total.bytes_down
     assert [one.answers for one in validations] == [1, 1]
 
 

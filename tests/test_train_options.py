@@ -26,6 +26,7 @@ from support.models import local_model, tiny_model
 from test_train import COMMAND
 from zsl.cli.shown import Shown, shown_while_it_can_be
 from zsl.cli.train import train as train_command
+from zsl.client.traffic import Traffic
 from zsl.errors import EXIT_STARTUP_FAILED, EXIT_USAGE, ConfigError, RunFailed
 from zsl.printable import printable_lines
 from zsl.training.checkpoints import put_in_place, step_of
@@ -176,7 +177,7 @@ def test_the_line_of_a_long_run_fits_in_80_columns_and_has_the_largest_parts() -
         steps=1,
         tokens=123_450,
         seconds=10.0,
-        compute_seconds=6.0,
+        traffic=Traffic(compute_seconds=6.0),
         **{f"{part}_seconds": value for part, value in seconds.items()},
     )
     line = step_line(1000, 20_000, 12.3456, measure, 11_220.0)

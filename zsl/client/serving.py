@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+from pydantic import ByteSize
+
 from zsl.client.probe import Probe
 from zsl.errors import ZslError
 from zsl.split.words import counted
@@ -89,8 +91,4 @@ def ask(endpoint: str, keys: ClientKeys | None) -> Serving:
 
 def in_units(nbytes: int) -> str:
     """A number of bytes as people read it."""
-    amount, units = float(nbytes), ["bytes", "KiB", "MiB", "GiB", "TiB"]
-    while amount >= 1024 and len(units) > 1:
-        amount /= 1024
-        del units[0]
-    return f"{amount:,.0f} {units[0]}" if units[0] == "bytes" else f"{amount:,.1f} {units[0]}"
+    return ByteSize(nbytes).human_readable(separator=" ")

@@ -27,6 +27,9 @@ class Traffic:
     queue_seconds: float = 0.0
     compute_seconds: float = 0.0
 
+    def __add__(self, other: Self) -> Self:
+        return type(self)(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
+
     def __sub__(self, earlier: Self) -> Self:
         return type(self)(*(mine - theirs for mine, theirs in zip(astuple(self), astuple(earlier), strict=True)))
 

@@ -35,8 +35,8 @@ def communication(measured: StepMeasure, model: PeftModel, trunk: RemoteTrunk) -
     # A gradient has a float for each number, also of what is stored in fewer bits.
     numbers = sum(map(numbers_in, frozen)) + trunk.client.welcome.trunk_parameters
     return communication_table(
-        bytes_up=measured.bytes_up / measured.steps,
-        bytes_down=measured.bytes_down / measured.steps,
+        bytes_up=measured.traffic.bytes_up / measured.steps,
+        bytes_down=measured.traffic.bytes_down / measured.steps,
         adapter_bytes=trainable,
         gradient_bytes=numbers * item_size,
         tokens=measured.tokens / measured.steps,

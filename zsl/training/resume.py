@@ -201,7 +201,8 @@ def held(directory: Path) -> Iterator[None]:
         except OSError as error:
             raise StartupError(f"{directory} cannot be written: {error.strerror}; name another --save-dir") from error
         try:
-            # It ends with the process, however that ends, and the workers of a DataLoader do not inherit it.
+            # It ends with the process, however that ends. `filelock` has flock, which the workers of a DataLoader
+            # inherit: one that outlives a killed training would keep the lock.
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Self
+
+from zsl.client.traffic import Traffic
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,11 +26,7 @@ class StepMeasure:
     crossing_seconds: float = 0.0
     top_seconds: float = 0.0
     other_seconds: float = 0.0
-    queue_seconds: float = 0.0
-    compute_seconds: float = 0.0
-    bytes_up: int = 0
-    bytes_down: int = 0
-    replays: int = 0
+    traffic: Traffic = field(default_factory=Traffic)
     parts_known: bool = True
 
     def __add__(self, other: Self) -> Self:
@@ -38,7 +36,7 @@ class StepMeasure:
     @property
     def trunk_seconds(self) -> float:
         """Never more than the client waited: an answer that was computed again is counted for the last time only."""
-        spent = self.queue_seconds + self.compute_seconds
+        spent = self.traffic.queue_seconds + self.traffic.compute_seconds
         return min(spent, self.crossing_seconds) if self.parts_known else spent
 
     @property
@@ -67,8 +65,8 @@ class StepMeasure:
         """For `metrics.jsonl`."""
         seconds = {f"{part}_seconds": round(value, 6) for part, value in self.part_seconds.items()}
         line = {"tokens": self.tokens, "seconds": round(self.seconds, 6), **seconds}
-        line |= {"bytes_up": self.bytes_up, "bytes_down": self.bytes_down}
-        return {**line, "replays": self.replays} if self.replays else line
+        line |= {"bytes_up": self.traffic.bytes_up, "bytes_down": self.traffic.bytes_down}
+        return {**line, "replays": self.traffic.replays} if self.traffic.replays else line
 
     def as_log(self) -> dict[str, float]:
         """For `Trainer.log`, and so for TensorBoard."""
@@ -76,10 +74,10 @@ class StepMeasure:
         steps = max(self.steps, 1)
         return {
             "tokens_per_second": self.tokens_per_second,
-            "trunk/bytes_up": self.bytes_up / steps,
-            "trunk/bytes_down": self.bytes_down / steps,
-            "trunk/queue_seconds": self.queue_seconds / steps,
-            "trunk/compute_seconds": self.compute_seconds / steps,
-            "trunk/replays": self.replays,
+            "trunk/bytes_up": self.traffic.bytes_up / steps,
+            "trunk/bytes_down": self.traffic.bytes_down / steps,
+            "trunk/queue_seconds": self.traffic.queue_seconds / steps,
+            "trunk/compute_seconds": self.traffic.compute_seconds / steps,
+            "trunk/replays": self.traffic.replays,
             **shares,
         }

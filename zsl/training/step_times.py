@@ -84,11 +84,7 @@ class StepTimes:
             crossing_seconds=self._seconds["crossing"],
             top_seconds=self._seconds["top"],
             other_seconds=self._seconds["other"],
-            queue_seconds=traffic.queue_seconds,
-            compute_seconds=traffic.compute_seconds,
-            bytes_up=traffic.bytes_up,
-            bytes_down=traffic.bytes_down,
-            replays=traffic.replays,
+            traffic=traffic,
             parts_known=self._parts,
         )
         self._reset()

@@ -1,4 +1,4 @@
-"""Values as TOML text: Python reads that format and does not write it. Knows no torch."""
+"""Values as TOML text, each key in one line: `tomli_w` writes tables and lists over several. Knows no torch."""
 
 from __future__ import annotations
 

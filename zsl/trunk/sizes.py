@@ -1,4 +1,7 @@
-"""Numbers of bytes as people write them. Pure."""
+"""Numbers of bytes as people write them. Pure.
+
+`pydantic.ByteSize` reads `1.2.3GB` as 1 byte, and takes digits of any script.
+"""
 
 from __future__ import annotations
 
