@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import zsl
 from zsl.cli.errors import Command, one_line_errors, stop_on_sigterm
 from zsl.cli.quiet import quiet_libraries
 from zsl.cli.shown import shown_while_it_can_be
-from zsl.errors import ConfigError
+from zsl.errors import ConfigError, StartupError
 from zsl.printable import PrintableFormatter
 
 # Where an option's value goes.
@@ -42,6 +43,13 @@ FLAGS = {
 
 # What says of how many processes this is one, as accelerate reads it.
 WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
+def check_installed() -> None:
+    """Raises `StartupError` if a package is missing that only training needs: the extra `train`."""
+    missing = [name for name in ("datasets", "matplotlib") if find_spec(name) is None]
+    if missing:
+        raise StartupError(f"{' and '.join(missing)} missing: pip install {' '.join(missing)}")
 
 
 def refuse_several_processes(environment: Mapping[str, str]) -> None:
@@ -142,6 +150,7 @@ def train(
         from zsl.training.config import read_config, where_of
 
         refuse_several_processes(os.environ)
+        check_installed()
         overrides: dict[str, dict[str, Any]] = {"train": {}}
         for name, value in flags.items():
             if value is not None:
