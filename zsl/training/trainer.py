@@ -5,13 +5,11 @@ from __future__ import annotations
 import logging
 import math
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from safetensors import SafetensorError
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import (
@@ -23,15 +21,11 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer_callback import ExportableState
 
 from zsl.client.remote import RemoteTrunk
 from zsl.errors import ConfigError, RunFailed
-from zsl.split.adapter import write_adapter
-from zsl.split.durable import aside, reason
 from zsl.split.peft_model import active_adapter
-from zsl.split.reference import first_line
-from zsl.training.checkpoints import prune, put_in_place, step_of
+from zsl.training.checkpoints import step_of
 from zsl.training.config import TrainerExtras
 from zsl.training.metrics import RunMetrics
 from zsl.training.overlap import OverlapMixin
@@ -40,13 +34,12 @@ from zsl.training.resume import RunDirectory, Start
 from zsl.training.step_measure import StepMeasure
 from zsl.training.step_times import StepTimes
 from zsl.training.validation_loss import TokenLossMixin
+from zsl.training.whole_checkpoints import WholeCheckpointsMixin, write_error
 
 logger = logging.getLogger(__name__)
 
-_Best = tuple[float | None, int | None, str | None]  # validation loss, step, checkpoint
 
-
-class SplitTrainer(OverlapMixin, TokenLossMixin, Trainer):
+class SplitTrainer(OverlapMixin, TokenLossMixin, WholeCheckpointsMixin, Trainer):
     """`Trainer` that tells `metrics` what each micro-batch adds to its step's loss, and `directory` of its checkpoints.
 
     `start` is where the run goes on that had processes before this one. `extras` are what `[train]` has beside
@@ -60,22 +53,12 @@ class SplitTrainer(OverlapMixin, TokenLossMixin, Trainer):
         directory: RunDirectory,
         extras: TrainerExtras,
         trunk: RemoteTrunk,
-        base_model: str | None = None,
         start: Start | None = None,
         **arguments: Any,
     ) -> None:
-        super().__init__(overlap=extras.overlap, **arguments)
-        self._metrics = metrics
-        self._directory = directory
+        super().__init__(overlap=extras.overlap, metrics=metrics, directory=directory, start=start, **arguments)
         self._times = StepTimes(self.model, trunk, parts=extras.overlap == 1)  # type: ignore[arg-type]
-        self._base_model = base_model
-        self._began = time.monotonic() - (start.seconds if start else 0.0)
-        self._of_another_run = start is not None and start.of_steps is None
         self._skips = start is not None  # the rows of earlier processes, with the first fetch
-        self._aside: Path | None = None
-        self._best_before: _Best = (None, None, None)
-        # Trainer would remove checkpoints of others, and at the end those that a failure to save may still need.
-        self._checkpoints_kept, self.args.save_total_limit = self.args.save_total_limit, None
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
         self._show = _Show(metrics, directory, self._times, extras)
@@ -84,11 +67,6 @@ class SplitTrainer(OverlapMixin, TokenLossMixin, Trainer):
             early = EarlyStoppingCallback(extras.early_stopping_patience, extras.early_stopping_threshold)
             early.early_stopping_patience_counter = start.validations_without_gain if start else 0
             self.add_callback(early)
-
-    @property
-    def seconds(self) -> float:
-        """Of training, in all processes that the run had."""
-        return time.monotonic() - self._began
 
     @property
     def measured(self) -> StepMeasure:
@@ -146,72 +124,6 @@ class SplitTrainer(OverlapMixin, TokenLossMixin, Trainer):
             logs.update(self._show.since_last_log.as_log())
         super().log(logs, start_time)
 
-    def _load_callback_state(self) -> None:
-        """Called when the state of a checkpoint is loaded."""
-        super()._load_callback_state()
-        if self._of_another_run:
-            self._best = (None, None, None)  # its validations may be of other rows
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self._aside or super()._get_output_dir(trial))
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As Trainer does it, but aside, and then in one move to its place. One that cannot be written ends nothing."""
-        step = self.state.global_step
-        place = self._directory.path / f"checkpoint-{step}"
-        try:
-            self._directory.begin()
-            states: Any = self.state.stateful_callbacks
-            for callback in (*self.callback_handler.callbacks, self.control):
-                if isinstance(callback, ExportableState):  # the state may come from a run that had no such callback
-                    states.setdefault(type(callback).__name__, callback.state())
-            with aside(place.parent) as self._aside:
-                super()._save_checkpoint(model, trial)
-                written = self._aside / place.name
-                self._correct_best_checkpoint(written)
-                self._directory.add_to(written, metrics=self._metrics.text, seconds=self.seconds)
-                put_in_place(written, place)
-        except (OSError, SafetensorError, RuntimeError) as error:  # torch's writer of files raises RuntimeError
-            logger.warning("%s could not be written: %s; the training goes on", place, _reason(error))
-            if self.state.best_global_step == step:
-                self._best = self._best_before
-            return
-        finally:
-            self._aside = None
-        self._directory.made(place)
-        try:
-            best = self.state.best_model_checkpoint
-            prune(place.parent, step, limit=self._checkpoints_kept, keep=[step_of(Path(best))] if best else [])
-        except OSError as error:
-            logger.warning("older checkpoints than %s could not be removed: %s", place, _reason(error))
-
-    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        self._best_before = self._best
-        return bool(super()._determine_best_metric(metrics, trial))
-
-    @property
-    def _best(self) -> _Best:
-        return self.state.best_metric, self.state.best_global_step, self.state.best_model_checkpoint
-
-    @_best.setter
-    def _best(self, best: _Best) -> None:
-        self.state.best_metric, self.state.best_global_step, self.state.best_model_checkpoint = best
-
-    def _correct_best_checkpoint(self, written: Path) -> None:
-        """Trainer looked for the best checkpoint aside; say where it will be."""
-        if self.state.best_global_step:
-            best = self._directory.path / f"checkpoint-{self.state.best_global_step}"
-            if best.is_dir() or best.name == written.name:
-                self.state.best_model_checkpoint = str(best)
-                self.state.save_to_json(str(written / "trainer_state.json"))
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """The adapter as the run's end saves it. Trainer would ask the hub for the base model, at every checkpoint."""
-        model: Any = self.model
-        directory = Path(str(output_dir))
-        directory.mkdir(parents=True, exist_ok=True)
-        write_adapter(model, directory, base_model=self._base_model)
-
 
 def perplexity(loss: float) -> float:
     """e to the loss in nats a token; infinite where that is over the largest float."""
@@ -224,12 +136,6 @@ def perplexity(loss: float) -> float:
 def _real_tokens(inputs: dict[str, Any]) -> int:
     mask = inputs.get("attention_mask")
     return int(inputs["input_ids"].numel() if mask is None else mask.sum())
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, OSError | SafetensorError):
-        return reason(error)
-    return f"torch could not write a file, as on a full disk ({first_line(error)})"
 
 
 class _Show(ProgressCallback):
@@ -251,7 +157,7 @@ class _Show(ProgressCallback):
         try:
             self._directory.begin()
         except OSError as error:
-            logger.warning("%s cannot be written: %s; the training goes on", self._directory.path, _reason(error))
+            logger.warning("%s cannot be written: %s; the training goes on", self._directory.path, write_error(error))
         measure = self._times.end_step()
         self.measured += measure
         self.since_last_log += measure
