@@ -18,8 +18,8 @@ import zsl
 from support import batches
 from support.embedded import served
 from support.models import with_lora
-from zsl.client.remote import CrossingEvent
 from zsl.client.traffic import Traffic
+from zsl.client.trunk_function import CrossingEvent
 from zsl.training.step_times import StepMeasure, StepTimes
 
 

@@ -8,34 +8,26 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, Literal, Self, get_args
 
 import torch
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 
 from zsl.client.connection import after_fork
-from zsl.client.crossing import CallInputs, Crossing, PaddingMode, crossing_of
+from zsl.client.crossing import CallInputs, PaddingMode, crossing_of
 from zsl.client.endpoints import parse_endpoints
 from zsl.client.keys import read_client_keys
-from zsl.client.overlap import Deferred, Lane, current_lane
+from zsl.client.overlap import current_lane
 from zsl.client.requests import check_timeouts
-from zsl.client.trunk_client import (
-    CONNECT_TIMEOUT_SECONDS,
-    REQUEST_TIMEOUT_SECONDS,
-    TrunkClient,
-    read_answer,
-)
+from zsl.client.trunk_client import CONNECT_TIMEOUT_SECONDS, REQUEST_TIMEOUT_SECONDS, TrunkClient
+from zsl.client.trunk_function import Call, CrossingEvent
 from zsl.errors import ConfigError, ModelError, WrongModelError
 from zsl.split.no_weights import NoWeights
 from zsl.wire.messages import Cut, ModelIdentity, Welcome
 from zsl.wire.tensors import TORCH_DTYPES, float_wire_name
 
 GradientMode = Literal["exact", "straight-through", "none"]
-CrossingEvent = tuple[Literal["forward", "backward"], Literal["begins", "ended"]]
 
 
 class RemoteTrunk(NoWeights):
@@ -225,17 +217,11 @@ class RemoteTrunk(NoWeights):
         if forward_ad.unpack_dual(hidden_states).tangent is not None:
             raise ModelError("forward-mode differentiation does not pass the trunk; use backward")
         self._warn_of_autocast(hidden_states)
-        wants_gradient = torch.is_grad_enabled() and hidden_states.requires_grad and self.effective_mode != "none"
+        call = Call(self.client, crossing, self.effective_mode == "exact", self.on_crossing)
+        if not (torch.is_grad_enabled() and hidden_states.requires_grad) or self.effective_mode == "none":
+            return call.without_gradient(hidden_states)
         lane = current_lane()
-        if wants_gradient and lane is not None:
-            return _through_lane(lane, self, crossing, hidden_states)
-        if wants_gradient:
-            output: torch.Tensor = _TrunkFunction.apply(hidden_states, self, crossing)  # type: ignore[no-untyped-call]
-            return output
-        client, activations = self.client, crossing.sent(hidden_states.detach())
-        with _noted(self.on_crossing, "forward"):
-            step = crossing.forward(client, activations, keep=False)
-            return crossing.received(step.output, hidden_states)
+        return call.with_gradient(hidden_states) if lane is None else call.in_lane(lane, hidden_states)
 
     def _warn_of_autocast(self, hidden_states: torch.Tensor) -> None:
         """Warn, once, that the trunk does not compute under the caller's autocast."""
@@ -281,70 +267,3 @@ class RemoteTrunk(NoWeights):
 
 def _nothing(event: CrossingEvent) -> None:
     pass
-
-
-@contextmanager
-def _noted(on_crossing: Callable[[CrossingEvent], None], direction: Literal["forward", "backward"]) -> Iterator[None]:
-    on_crossing((direction, "begins"))
-    yield
-    on_crossing((direction, "ended"))
-
-
-class _TrunkFunction(torch.autograd.Function):
-    """The trunk in autograd. The trunk's input is saved as autograd saves tensors, so that `retain_graph`, a second
-    backward and the freeing of memory are as with any other operation."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden_states: torch.Tensor, remote: RemoteTrunk, crossing: Crossing) -> torch.Tensor:
-        ctx.exact = remote.effective_mode == "exact"
-        ctx.on_crossing, ctx.crossing = remote.on_crossing, crossing
-        client, activations = remote.client, crossing.sent(hidden_states.detach())
-        with _noted(remote.on_crossing, "forward"):
-            step = crossing.forward(client, activations, keep=ctx.exact)
-            output = crossing.received(step.output, hidden_states)
-        if ctx.exact:
-            ctx.save_for_backward(hidden_states)
-            step.forget_tensors()
-            ctx.client, ctx.step = client, step
-        return output
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        crossing: Crossing = ctx.crossing
-        crossing.check_gradients(gradients)
-        if not ctx.exact:
-            ctx.on_crossing(("backward", "ended"))
-            return gradients, None, None
-        (hidden_states,) = ctx.saved_tensors
-        sent, activations = crossing.sent(gradients), crossing.sent(hidden_states.detach())
-        with _noted(ctx.on_crossing, "backward"):
-            answer = ctx.client.backward(ctx.step, sent, activations=activations)
-            return crossing.received(answer.tensor, hidden_states), None, None
-
-
-def _through_lane(
-    lane: Lane[Any], remote: RemoteTrunk, crossing: Crossing, hidden_states: torch.Tensor
-) -> torch.Tensor:
-    """The way through the trunk of one of several micro-batches: a leaf, whose gradient is brought back later."""
-    exact, client = remote.effective_mode == "exact", remote.client
-    lane.check_not_given_up()
-    step, future = crossing.submit_forward(client, crossing.sent(hidden_states.detach()), keep=exact)
-    lane.wait(future, client.longest_wait_seconds)
-    client.finish_forward(step, client.wait(future))
-    output = crossing.received(step.output, hidden_states).requires_grad_()
-
-    def submit(gradients: torch.Tensor) -> Future[Any]:
-        crossing.check_gradients(gradients)
-        if exact:
-            return client.submit_backward(step, crossing.sent(gradients))
-        passed: Future[Any] = Future()
-        passed.set_result(gradients)
-        return passed
-
-    def finish(answer: Any) -> None:
-        gradients = crossing.received(read_answer(answer, "gradients").tensor, hidden_states) if exact else answer
-        hidden_states.backward(gradients)
-
-    lane.deferred.append(Deferred(output, submit, finish))
-    return output

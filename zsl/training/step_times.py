@@ -16,8 +16,9 @@ from typing import Literal, get_args
 import torch
 from torch import nn
 
-from zsl.client.remote import CrossingEvent, RemoteTrunk
+from zsl.client.remote import RemoteTrunk
 from zsl.client.traffic import Traffic
+from zsl.client.trunk_function import CrossingEvent
 from zsl.training.step_measure import StepMeasure
 
 Place = Literal["data", "bottom", "crossing", "top", "other"]
