@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,12 +19,24 @@ from zsl.errors import ModelError
 from zsl.split.stack import check_can_be_split
 from zsl.trunk.assemble import plan_trunk
 
+
+def with_mask(batch: dict[str, Any]) -> dict[str, Any]:
+    """With it the row is one sequence, whose positions start again: the limit is on them, not on the row."""
+    assert batch["input_ids"].shape[1] > POSITIONS
+    return {**batch, "attention_mask": torch.ones_like(batch["input_ids"])}
+
+
 BATCHES = {
     "plain": batches.plain(),
     "right padding": batches.padded("right"),
     "left padding": batches.padded("left"),
     "packed": batches.packed(),
+    "packed, longer than the positions": batches.packed((40, 30)),
+    "the same with a mask": with_mask(batches.packed((40, 30))),
 }
+# With its padding, each has the local model's bits.
+OWN_SHAPE = {name: BATCHES[name] for name in ("plain", "right padding", "left padding", "packed")}
+RESHAPED = ("right padding", "packed, longer than the positions")
 
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -33,25 +46,17 @@ def test_the_split_model_is_the_local_model(family: str, checkpoints: Callable[.
         trunk = zsl.RemoteTrunk(endpoint)
         split, whole = with_lora(zsl.load_client(path, trunk)), with_lora(local_model(path))
         results = {
-            # Without its padding a batch is computed in another shape, and rounds otherwise.
-            name: differing(
-                numbers_of(split, b), numbers_of(whole, b), within(1e-5 if name == "right padding" else 1e-6)
-            )
+            # Without its padding a batch is computed in another shape, and rounds otherwise; a long packed row too.
+            name: differing(numbers_of(split, b), numbers_of(whole, b), within(1e-5 if name in RESHAPED else 1e-6))
             for name, b in BATCHES.items()
         }
         assert results == {key: [] for key in BATCHES}
-        assert differing(numbers_of(split, BATCHES["plain"]), numbers_of(whole, BATCHES["plain"])) == []
-        trunk.close()
-
-
-def test_a_packed_row_may_be_longer_than_the_positions_of_the_model(checkpoints: Callable[..., Path]) -> None:
-    """As TRL packs: each sequence fits, and the local model takes the row."""
-    path, batch = str(checkpoints("llama")), batches.packed((40, 30))
-    assert batch["input_ids"].shape[1] > POSITIONS
-    with served(path) as endpoint:
-        trunk = zsl.RemoteTrunk(endpoint)
-        split, whole = with_lora(zsl.load_client(path, trunk)), with_lora(local_model(path))
-        assert differing(numbers_of(split, batch), numbers_of(whole, batch), within(1e-5)) == []
+        trunk.padding = "send"
+        exact = {name: differing(numbers_of(split, b), numbers_of(whole, b)) for name, b in OWN_SHAPE.items()}
+        assert exact == {key: [] for key in OWN_SHAPE}
+        with torch.no_grad():
+            padded = {key: value for key, value in BATCHES["right padding"].items() if key != "labels"}
+            assert torch.equal(split(**padded).logits, whole(**padded).logits), "at padding too"
         trunk.close()
 
 

@@ -78,17 +78,20 @@ def test_beside_a_mask_a_row_is_one_sequence_whatever_its_positions() -> None:
     assert found.lengths == (5, 5) and found.masked == {1}
 
 
-def test_a_row_longer_than_the_positions_needs_a_trunk_that_keeps_its_sequences_apart() -> None:
-    packed_row = request(1, 10, position_ids=[[*range(7), *range(3)]])
-    found = shape(packed_row)
-    assert found.lengths == (7, 3) and not found.fits_rows
-    assert sharing_of(packed_row, found, ALL) == Packed()
-    with pytest.raises(TooLargeError):
-        sharing_of(packed_row, found, PLAIN_ONLY)
-    with pytest.raises(TooLargeError):
-        shape(request(1, 10))
-    with pytest.raises(TooLargeError):
-        shape(request(1, 10, attention_mask=[[1] * 10], position_ids=[[*range(7), *range(3)]]))
+def test_a_row_may_be_longer_than_the_positions_that_start_again_in_it() -> None:
+    positions = [[*range(7), *range(3)]]
+    packed_row, masked_row = (
+        request(1, 10, position_ids=positions, **mask) for mask in ({}, {"attention_mask": [[1] * 10]})
+    )
+    assert shape(packed_row).lengths == (7, 3) and not shape(packed_row).fits_rows
+    assert shape(masked_row).lengths == (10,) and not shape(masked_row).fits_rows
+    assert sharing_of(packed_row, shape(packed_row), ALL) == Packed()
+    assert sharing_of(packed_row, shape(packed_row), PLAIN_ONLY) == Stacked(10, False, True)
+    for positionless in (request(1, 10), request(1, 10, attention_mask=[[1] * 10])):
+        with pytest.raises(TooLargeError):
+            shape(positionless)
+    with pytest.raises(BadShapeError):
+        shape(request(1, 10, position_ids=[[*range(1, 11)]]))
 
 
 def test_lengths_are_refused_where_sequences_cannot_be_kept_apart() -> None:

@@ -12,12 +12,16 @@ import torch
 from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel, set_seed
-from trl import KTOConfig, KTOTrainer
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
 import zsl
 from support.embedded import served
-from support.models import local_model, with_lora
+from support.models import CUT, local_model, with_lora
 from support.tokenizer import tiny_tokenizer, words
+from zsl.client.crossing import PaddingMode
+from zsl.split.cut import parse_cut
+from zsl.split.divide import divide
+from zsl.split.reference import resolve
 
 STEPS = 3
 # Of a loss near 0.5: padding does not cross, so that sums round otherwise.
@@ -36,13 +40,28 @@ def path(checkpoints: Callable[..., Path]) -> str:
 
 
 @pytest.fixture(scope="module")
-def split(path: str) -> Iterator[Callable[[], PreTrainedModel]]:
+def split(path: str) -> Iterator[Callable[..., PreTrainedModel]]:
     """A split model, made anew each time."""
+
+    def made(source: str = path, padding: PaddingMode = "drop") -> PreTrainedModel:
+        trunk.padding = padding
+        return zsl.load_client(source, trunk)
+
     with served(path) as endpoint, zsl.RemoteTrunk(endpoint) as trunk:
-        yield lambda: zsl.load_client(path, trunk)
+        yield made
 
 
-def losses(kind: Any, config: Any, directory: Path, rows: dict[str, Any], how: dict[str, Any], **models: Any) -> Any:
+def losses(
+    kind: Any,
+    config: Any,
+    directory: Path,
+    rows: dict[str, Any],
+    how: dict[str, Any],
+    *,
+    log: str = "loss",
+    **models: Any,
+) -> Any:
+    """Train, and return what is logged under `log`, a number a step."""
     set_seed(0)
     arguments = config(
         output_dir=str(directory),
@@ -63,13 +82,55 @@ def losses(kind: Any, config: Any, directory: Path, rows: dict[str, Any], how: d
     tokenizer.padding_side = "left"
     trainer = kind(args=arguments, train_dataset=Dataset.from_dict(rows), processing_class=tokenizer, **models)
     trainer.train()
-    found = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    found = [entry[log] for entry in trainer.state.log_history if log in entry]
     assert len(found) == STEPS and len(set(found)) == STEPS
     return found
 
 
 def prompts() -> list[str]:
     return [words(*range(n, n + 2 + n % 3)) + " " for n in range(6)]
+
+
+def preferences() -> dict[str, Any]:
+    chosen, rejected = ([words(*range(k * n, k * n + 2 + n % k)) for n in range(6)] for k in (3, 5))
+    return {"prompt": prompts(), "chosen": chosen, "rejected": rejected}
+
+
+def with_outer_layers_to_train(model: PreTrainedModel) -> PreTrainedModel:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".layers.2." not in name and ".layers.3." not in name)
+    return model
+
+
+def test_dpo_without_peft_loads_the_whole_model_as_its_reference_and_takes_no_part_for_it(
+    path: str, split: Callable[..., PreTrainedModel], tmp_path: Path
+) -> None:
+    def trained(model: PreTrainedModel, **how: Any) -> Any:
+        return losses(DPOTrainer, DPOConfig, tmp_path, preferences(), how, model=with_outer_layers_to_train(model))
+
+    assert trained(split(padding="send")) == trained(local_model(path))
+    # A split model has fewer parameters than such a reference: it is not brought into step, and TRL says so.
+    with pytest.raises((RuntimeError, ValueError), match=r"size of tensor|zip"):
+        trained(split(), sync_ref_model=True, ref_model_sync_steps=1)
+    divide(resolve(path), parse_cut(CUT), tmp_path / "parts")
+    with pytest.raises(OSError, match=r"no file named model\.safetensors"):
+        trained(split(str(tmp_path / "parts" / "client")))
+
+
+def test_metrics_of_all_positions_are_the_local_ones_where_padding_is_sent(
+    path: str, split: Callable[..., PreTrainedModel], tmp_path: Path
+) -> None:
+    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+    def trained(model: PreTrainedModel) -> Any:
+        how = {"max_length": 32, "remove_unused_columns": False}
+        return losses(
+            ORPOTrainer, ORPOConfig, tmp_path, preferences(), how, log="logits/chosen", model=with_lora(model)
+        )
+
+    local = trained(local_model(path))
+    assert trained(split(padding="send")) == local
+    assert trained(split()) != pytest.approx(local, rel=0.01)
 
 
 def test_kto_keeps_a_copy_of_the_split_model_in_step_as_its_reference(
@@ -83,9 +144,7 @@ def test_kto_keeps_a_copy_of_the_split_model_in_step_as_its_reference(
     how = {"sync_ref_model": True, "ref_model_sync_steps": 1}
     found = []
     for model in (split(), local_model(path)):
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(".layers.2." not in name and ".layers.3." not in name)
-        reference = copy.deepcopy(model)
+        reference = copy.deepcopy(with_outer_layers_to_train(model))
         before = copy.deepcopy(reference.lm_head.weight)
         found.append(losses(KTOTrainer, KTOConfig, tmp_path, rows, how, model=model, ref_model=reference))
         assert not torch.equal(reference.lm_head.weight, before), "nothing was brought into step"

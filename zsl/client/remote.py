@@ -231,7 +231,8 @@ class RemoteTrunk(NoWeights):
         self._warned_of_autocast = True
         warnings.warn(
             f"autocast to {torch.get_autocast_dtype(device)} does not reach the trunk, which computes in "
-            f"{TORCH_DTYPES[self.client.welcome.dtype]}: losses and weights will differ from the local model's",
+            f"{TORCH_DTYPES[self.client.welcome.dtype]}: losses and weights will differ from the local model's. For "
+            "its numbers leave autocast out (bf16=False, fp16=False in a Trainer's arguments)",
             stacklevel=1,
         )
 

@@ -70,18 +70,13 @@ def sharing_of(buffers: Buffers, shape: Shape, traits: TrunkTraits) -> Sharing:
 
     A request that neither packs nor has a row shape to be stacked by, that gains nothing by company, or whose bits
     company may not change, runs alone.
-    Raises `MalformedError` or `TooLargeError` for sequences that this trunk cannot keep apart.
+    Raises `MalformedError` for lengths at a trunk that does not pack.
     """
     has_mask, has_positions, has_lengths = (role in buffers for role in ("attention_mask", "position_ids", "lengths"))
     restarts = not has_mask and not has_lengths and len(shape.lengths) > shape.rows
     packs = traits.packs and (traits.packs_masks or not has_mask) and (traits.packs_restarts or not restarts)
     if has_lengths and not traits.packs:
         raise MalformedError("this trunk does not pack: send rows and their attention_mask instead of lengths")
-    if not shape.fits_rows and not packs:
-        raise TooLargeError(
-            f"rows of {shape.tokens} tokens are longer than this model's positions, and this trunk cannot tell the "
-            "sequences in them apart; send shorter rows"
-        )
     if not traits.merges or shape.total_tokens > traits.batch_limits.merge_below_tokens:
         return Alone()
     if packs:
@@ -119,7 +114,7 @@ def _check_inputs(buffers: Buffers, hidden_size: int, limits: Limits) -> Shape:
         shapes: set[tuple[int, ...]] = {(rows, tokens), (1, tokens)}
         positions = _integers(buffers, "position_ids", shapes, lowest=0, highest=limits.max_row_tokens - 1)
     lengths = _lengths(buffers, rows, tokens, positions)
-    if max(lengths) > limits.max_row_tokens:
+    if positions is None and max(lengths) > limits.max_row_tokens:  # given ones are within the limit
         raise TooLargeError(f"sequences of {max(lengths)} tokens; this model takes {limits.max_row_tokens}")
     _check_finite(buffers)
     fits_rows = "lengths" in buffers or tokens <= limits.max_row_tokens

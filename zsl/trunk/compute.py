@@ -130,7 +130,7 @@ class TorchCompute:
     def _joined(self, works: Sequence[Work], parts: Sequence[Pass]) -> Joined:
         """One pass of these requests, built as they may share it (a batch's works all have the same `sharing`)."""
         sharing, shared = works[0].sharing, len(works) > 1
-        if (isinstance(sharing, Packed) and (shared or self._pass_tokens)) or not works[0].shape.fits_rows:
+        if (isinstance(sharing, Packed) and (shared or self._pass_tokens)) or self._is_long_row(works[0]):
             sequences = [_sequences(part, work) for part, work in zip(parts, works, strict=True)]
             shapes = [(work.shape.rows, work.shape.tokens) for work in works]
             return packed(sequences, shapes, pass_tokens=self._pass_tokens)
@@ -138,6 +138,11 @@ class TorchCompute:
             return stacked([_rows(part) for part in parts])
         (part,) = parts
         return alone(part)
+
+    def _is_long_row(self, work: Work) -> bool:
+        """Say if a request runs as its sequences though it is alone: its rows' mask would grow with their square."""
+        shape = work.shape
+        return not shape.fits_rows and len(shape.lengths) > shape.rows and self.traits.packs_restarts
 
     def _stash(self, work: Work) -> TorchStash:
         """What was kept for a backward, or what it brings along."""

@@ -39,7 +39,7 @@ class Shape:
     """Rows and tokens of a request, and the sequences in it, in order: its rows, or parts of rows.
 
     `masked`: the indices of the sequences with tokens that none may attend to. `fits_rows`: no row is longer than the
-    model's positions, so that the request can be computed in its own shape; else only as sequences.
+    model's positions, or the request says its lengths.
     """
 
     rows: int
