@@ -99,6 +99,8 @@ def expected_logits(model: Any, path: Path, ids: torch.Tensor) -> torch.Tensor:
         ("llama", None, "modules_to_save", None),
         ("llama", MORE, "modules_to_save", "by PEFT"),
         ("gpt2", MORE, None, "by PEFT"),
+        ("gpt2", MORE, "trainable_token_indices", "by PEFT"),
+        ("gpt2", MORE, "head in target_modules", "by PEFT"),
         ("gpt2", None, "modules_to_save", None),
     ],
 )
@@ -114,6 +116,8 @@ def test_what_is_saved_exported_and_merged_has_the_models_embeddings(
     keys: dict[str, Any] = {"target_modules": [TARGETS[family]]}
     if embeddings == "target_modules":
         keys["target_modules"].append(name)
+    elif embeddings == "head in target_modules":
+        keys["target_modules"].append("lm_head")
     elif embeddings == "modules_to_save":
         keys["modules_to_save"] = [name, "lm_head"] if rows else [name]
     elif embeddings == "trainable_token_indices":
@@ -134,6 +138,8 @@ def test_what_is_saved_exported_and_merged_has_the_models_embeddings(
         assert torch.equal(
             PeftModel.from_pretrained(whole(path, rows), tmp_path / adapter)(input_ids=ids).logits, expected
         )
+    again = load_adapter(client(path, rows), tmp_path / "adapter")
+    assert torch.equal(expected_logits(again, path, ids), expected)
     merged = local_model(str(tmp_path / "merge"))
     assert merged.config.vocab_size == (rows or VOCABULARY)
     assert torch.allclose(merged(input_ids=ids).logits, expected, atol=1e-5)
@@ -191,6 +197,28 @@ def test_a_head_that_is_missing_beside_resized_embeddings_is_refused(
         finished = run(name, tmp_path / "bottom", "--model", path, "--out", tmp_path / "out")
         assert finished.exit_code == EXIT_STARTUP_FAILED and "lacks lm_head.weight" in finished.output
     assert not (tmp_path / "out").exists()
+
+
+def test_of_resized_embeddings_that_peft_saved_by_halves_none_is_made_up(
+    checkpoints: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = checkpoints("llama")
+    trained(path, {"target_modules": ["q_proj", "embed_tokens"]}, rows=MORE).save_pretrained(str(tmp_path / "half"))
+    for name in ("export", "merge"):
+        finished = run(name, tmp_path / "half", "--model", path, "--out", tmp_path / "out")
+        assert finished.exit_code == EXIT_STARTUP_FAILED and "zsl.save_adapter" in finished.output
+    with pytest.raises(ModelError, match=r"lacks lm_head\.weight.*zsl\.save_adapter"):
+        load_adapter(client(path, MORE), tmp_path / "half")
+
+
+def test_a_trained_copy_is_not_the_weight_that_another_module_is_tied_to(
+    checkpoints: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = checkpoints("gpt2")
+    model = trained(path, {"target_modules": ["c_attn"], "modules_to_save": ["wte"]}, rows=MORE)
+    model.save_pretrained(str(tmp_path / "adapter"), save_embedding_layers=False)
+    finished = run("merge", tmp_path / "adapter", "--model", path, "--out", tmp_path / "out")
+    assert finished.exit_code == EXIT_STARTUP_FAILED and "lacks lm_head.weight" in finished.output
 
 
 @pytest.mark.parametrize("active", ["a", "b"])

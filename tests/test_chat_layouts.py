@@ -283,6 +283,21 @@ def test_tokens_behind_the_last_packed_row_are_counted(load: Load, model: Callab
     assert data.lines[1:] == [f"{every - 32 * len(data.train)} tokens left out, which fill no row at the end"]
 
 
+def test_parquet_gives_calls_and_tools_no_keys_that_only_other_rows_have(
+    load: Load, model: Callable[..., ModelReference], tmp_path: Path
+) -> None:
+    call, tool = copy.deepcopy(CALL), copy.deepcopy(TOOL)
+    call["function"]["arguments"] = {"sun": ["owl"]}  # type: ignore[index]
+    tool["function"]["parameters"] = {"required": ["sun"]}  # type: ignore[index]
+    first = {"type": "function", "function": {"name": "moon", "parameters": {"type": "object"}}}
+    other = [CALLS[0], {**CALLS[1], "tool_calls": [call]}, *CALLS[2:]]
+    rows = [{"messages": CALLS, "tools": [first]}, {"messages": other, "tools": [tool]}]
+    Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    table = DataTable(name=str(tmp_path / "rows.parquet"), max_length=512)
+    of_parquet = load_data(table, model(WITH_TOOLS))
+    assert tokens_and_labels(of_parquet.train) == tokens_and_labels(load(rows, WITH_TOOLS).train)
+
+
 def test_tools_are_written_by_the_template_that_the_tokenizer_has_for_them(
     model: Callable[..., ModelReference],
 ) -> None:

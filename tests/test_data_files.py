@@ -227,6 +227,8 @@ def test_a_changed_file_that_keeps_its_time_is_read_anew(
         ("a.jsonl", '{"text": "a"}\n{"text": "b"\n', ["line 2", "not JSON"]),
         ("a.jsonl", b'{"text": "a"}\n{"text": "\xe9"}\n', ["line 2", "UTF-8"]),
         ("a.jsonl", "[" * 100_000, ["line 1"]),
+        ("a.jsonl", '{"text": "a"}\n{"text": "a", "n": 1, "text": "b"}\n', ["line 2", "'text' twice"]),
+        ("a.json", '[{"messages": [{"role": "user", "role": "tool"}]}]', ["line 1", "'role' twice"]),
         ("a.csv", "text,n\na,1\nb,2,3\n", ["line 3", "3 fields", "2 columns"]),
         ("a.csv", "text,n\na,1,\nb,2,\n", ["line 2", "3 fields", "2 columns"]),
         ("a.csv", 'text\n"a\nb"\n"c" d\n', ["line 4", "expected"]),
@@ -234,6 +236,7 @@ def test_a_changed_file_that_keeps_its_time_is_read_anew(
         ("a.csv", "text,text\na,b\n", ["line 1", "'text'"]),
         ("a.csv", b"text\na\n\xe9\n", ["line 3", "UTF-8"]),
         ("a.txt", b"a\n\xe9\n", ["line 2", "UTF-8"]),
+        ("a.txt", "a\nb".encode("utf-16-le"), ["line 1", "UTF-8"]),
     ],
     ids=str,
 )

@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from zsl.errors import ConfigError, ModelError, ZslError
 from zsl.split.adapter import ONLY_TO_USE
+from zsl.split.embeddings import SAVE_BY_ZSL, own_weights, without_copies
 from zsl.split.hub import why_offline
 from zsl.split.no_weights import MERGE_FIRST
 from zsl.split.peft_model import active_adapter, unwrapped
@@ -86,10 +87,18 @@ def load_adapter(model: PreTrainedModel, directory: str | Path, *, is_trainable:
             {name for name in weights if any(map(name.__contains__, inside))},
             MERGE_FIRST,
         )
+        own = own_weights(weights, config, model)
+        resized = own.rows - {getattr(model, "embedding_rows", None)}
+        if resized and own.lacking:
+            raise ModelError(
+                f"the adapter in {place} is of a model that was resized to {max(resized)} tokens, and lacks "
+                f"{own.lacking}: {SAVE_BY_ZSL}"
+            )
         config.inference_mode = not is_trainable
         adapted: PeftModel = get_peft_model(model, config)
         name = active_adapter(adapted)
         wanted = get_peft_model_state_dict(adapted, adapter_name=name, save_embedding_layers=False)
+        weights = without_copies(weights, wanted)
         # PEFT's own files may hold embeddings beside the adapter.
         _refuse(place, "weights that fit nothing", weights.keys() - wanted.keys() - adapted.state_dict().keys())
         _refuse(place, "no weights where its configuration wants some", wanted.keys() - weights.keys())

@@ -19,11 +19,12 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 
 from zsl.errors import ModelError
+from zsl.split.embeddings import SAVE_BY_ZSL, own_weights
 from zsl.split.hollow import hollow_model
 from zsl.split.output import new_directory
 from zsl.split.reference import ModelReference, first_line
 from zsl.split.stack import find_stack
-from zsl.split.union import Adapter, embedding_names, narrowed, read_adapter, union
+from zsl.split.union import Adapter, narrowed, read_adapter, union
 
 # What PEFT says of a file that does not hold what its configuration asks for.
 _MISSING = "Found missing adapter keys"
@@ -126,9 +127,11 @@ def write_whole_adapter(
 def _check_loads(adapter: Adapter, reference: ModelReference, directory: Path) -> None:
     """Raises `ModelError` unless PEFT, on the whole model, finds just these tensors in a directory, bit for bit."""
     hollow = adapter.hollow(reference.config)
-    if adapter.rows is not None and (lacking := set(embedding_names(hollow)) - adapter.weights):
+    lacking = own_weights(adapter.tensors, adapter.config, hollow).lacking
+    if adapter.rows is not None and lacking:
         raise ModelError(
-            f"{adapter.place} is of a model that was resized to {adapter.rows} tokens, and lacks {lacking.pop()}"
+            f"{adapter.place} is of a model that was resized to {adapter.rows} tokens, and lacks {lacking}: give the "
+            f"adapter of the other side too, or {SAVE_BY_ZSL}"
         )
     try:
         with warnings.catch_warnings():

@@ -22,7 +22,6 @@ from zsl.split.loading import load_whole
 from zsl.split.output import new_directory, write_tokenizer
 from zsl.split.reference import ModelReference, first_line, resolve
 from zsl.split.tensor_files import TensorFiles
-from zsl.split.union import embedding_names
 
 PROBE_TOKENS = 8
 # How far, of the largest logit, those of the merged model may be from the adapter's.
@@ -117,7 +116,8 @@ def _merged(model: PreTrainedModel, directory: Path, method: str) -> PreTrainedM
             expected = adapted(input_ids=ids).logits.float()
             _untie(adapted, model.config)
             merged: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
-            if len(embedding_names(merged)) > 1:  # one of two that were tied was trained as a copy
+            embeddings, head = merged.get_input_embeddings(), merged.get_output_embeddings()
+            if head is not None and head.weight is not embeddings.weight:  # one of two that were tied was a copy
                 _say_untied(merged.config)
             difference = (merged(input_ids=ids).logits.float() - expected).abs().max() / expected.abs().max()
     except (NotImplementedError, AttributeError, LookupError, ValueError, TypeError, RuntimeError) as error:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, get_peft_model
+from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
@@ -22,12 +22,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from zsl.errors import ConfigError, ModelError
 from zsl.split.adapter import name_prefix, name_what_is_adapted
+from zsl.split.embeddings import own_weights, without_copies
 from zsl.split.hollow import hollow_model
 from zsl.split.reference import first_line
 from zsl.split.stack import embedding_rows
 
-# What PEFT may put between a module's path and the name of its weight.
-_WRAPPERS = {"base_layer", "modules_to_save", "original_module", "token_adapter"}
 # What two adapters need not agree in: where they came from, and what only a training asks for.
 _SAYS_NOTHING = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"}
 # What is put together, each in its way. Ranks and alphas: a number for all, and a table of exceptions.
@@ -77,9 +76,12 @@ def narrowed(adapter: Adapter, whole: PreTrainedConfig) -> Adapter:
     What PEFT wrote of a split model names some in the trunk's layers, and would make empty adapters there.
     """
     config: Any = copy.deepcopy(adapter.config)
-    adapter = dataclasses.replace(adapter, tensors=_without_copies(adapter.tensors))
-    weights, rows = _replaced(adapter, hollow_model(whole))
-    adapter = dataclasses.replace(adapter, weights=frozenset(weights), rows=rows)
+    plain = hollow_model(whole)
+    own = own_weights(adapter.tensors, config, plain)
+    resized = own.rows - {embedding_rows(plain)}
+    if len(resized) > 1:
+        raise ModelError(f"the adapter in {adapter.place} has embeddings and a head of different numbers of tokens")
+    adapter = dataclasses.replace(adapter, weights=own.names, rows=next(iter(resized), None))
     hollow = adapter.hollow(whole)
     prefix = name_prefix(config)
     known = {name for name, _ in hollow.named_modules()}
@@ -92,6 +94,8 @@ def narrowed(adapter: Adapter, whole: PreTrainedConfig) -> Adapter:
         adapted = get_peft_model(hollow, copy.deepcopy(config))
         modules = list(getattr(adapted.base_model, "targeted_module_names", ()))
         parameters = list(getattr(adapted.base_model, "targeted_parameter_names", ()))
+        written = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+        adapter = dataclasses.replace(adapter, tensors=without_copies(adapter.tensors, written))
         by_module = any(map(has_weights, modules + parameters))
         if by_module:
             name_what_is_adapted(config, adapted, adapter.tensors.keys(), has_weights)
@@ -105,42 +109,6 @@ def narrowed(adapter: Adapter, whole: PreTrainedConfig) -> Adapter:
             f"the adapter in {adapter.place} does not say which layers it is of; save it by zsl.save_adapter"
         )
     return dataclasses.replace(adapter, config=config, modules=list(filter(has_weights, modules)))
-
-
-def _without_copies(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same without the second copies that PEFT writes of a resized embedding in `modules_to_save`."""
-
-    def is_copy(name: str) -> bool:
-        first = tensors.get(name.replace(".modules_to_save.", "."))
-        return first is not None and ".modules_to_save." in name and torch.equal(first, tensors[name])
-
-    return {name: tensor for name, tensor in tensors.items() if not is_copy(name)}
-
-
-def _replaced(adapter: Adapter, model: PreTrainedModel) -> tuple[list[str], int | None]:
-    """The names of the model's own weights that the file has, and the rows of its embeddings if they are resized.
-
-    Raises `ModelError`.
-    """
-    prefix, own = name_prefix(adapter.config), model.state_dict().keys()
-    found = {}
-    for name, tensor in adapter.tensors.items():
-        parts = name.removeprefix(prefix).split(".")
-        plain = ".".join(part for part in parts if part not in _WRAPPERS)
-        if name.startswith(prefix) and plain in own:
-            found[plain] = tensor
-    rows = embedding_rows(model)
-    resized = {len(found[name]) for name in embedding_names(model) if name in found} - {rows}
-    if len(resized) > 1:
-        raise ModelError(f"the adapter in {adapter.place} has embeddings and a head of different numbers of tokens")
-    return list(found), next(iter(resized), None)
-
-
-def embedding_names(model: PreTrainedModel) -> list[str]:
-    """The names of the weights that have a row for each token: the embeddings', and the head's if it has its own."""
-    layers = [layer for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None]
-    weights = list(dict.fromkeys(layer.weight for layer in layers))
-    return [next(name for name, parameter in model.named_parameters() if parameter is weight) for weight in weights]
 
 
 def union(adapters: Sequence[Adapter]) -> Adapter:

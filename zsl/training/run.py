@@ -75,8 +75,6 @@ def train_from_config(config: TrainConfig, where: str, *, dry_run: bool = False)
             raise ConfigError(f"{where}: a stream has no end to count: set train.max_steps, or data.samples")
         set_seed(arguments.seed)
         trunk, trunk_place = _trunk(config, cut, dtype, stack)
-        # Only now, so that an error in it stands alone.
-        print("Configuration", *(f"  {line}" for line in config.as_toml().splitlines()), sep="\n", flush=True)
         stack.callback(trunk.close)
         base = load_client(reference, trunk, cut=cut, dtype=dtype, quantize=config.model.quantize)
         sides = Sides(base, trunk.client.welcome.cut)
@@ -93,8 +91,6 @@ def train_from_config(config: TrainConfig, where: str, *, dry_run: bool = False)
                 f"{where}: no gradient comes back from the trunk (mode none), and nothing behind it learns: "
                 "put adapters on the top, or train in mode exact, through a daemon that serves backward"
             )
-        print("", overview(model, sides, reference, trunk, trunk_place), "", sep="\n")
-        print("Data set", *(f"  {printable(line)}" for line in data.lines), sep="\n", flush=True)
         for rows, key in (
             (data.train, "per_device_train_batch_size"),
             (data.validation, "per_device_eval_batch_size"),
@@ -133,6 +129,10 @@ def train_from_config(config: TrainConfig, where: str, *, dry_run: bool = False)
             eval_dataset=data.validation,
             data_collator=data.collate or default_data_collator,
         )
+        # Only now, so that an error in it stands alone.
+        print("Configuration", *(f"  {line}" for line in config.as_toml().splitlines()), sep="\n")
+        print("", overview(model, sides, reference, trunk, trunk_place), "", sep="\n")
+        print("Data set", *(f"  {printable(line)}" for line in data.lines), sep="\n")
         print(*map(printable, _beginning(run, start, dry_run=dry_run)), sep="\n", flush=True)
         if dry_run:
             return

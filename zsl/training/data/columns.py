@@ -157,3 +157,12 @@ def _type_of(feature: Any) -> str:
         return name.lower()
     held = getattr(feature.feature, "dtype", "null") if isinstance(feature.feature, Value) else "null"
     return "list" if held == "null" else f"list of {held}"
+
+
+def without_filled(value: Any, feature: Any) -> Any:
+    """Leave out the keys that are None only because a struct of Arrow has the keys of all rows, at any depth."""
+    if isinstance(feature, dict) and isinstance(value, dict):
+        return {key: without_filled(item, feature[key]) for key, item in value.items() if item is not None}
+    if isinstance(value, list) and hasattr(feature, "feature"):
+        return [without_filled(item, feature.feature) for item in value]
+    return value

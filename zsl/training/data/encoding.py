@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from zsl.errors import DataError
 from zsl.training.data.chat import conversation_encoder, shared_length
-from zsl.training.data.columns import Column
+from zsl.training.data.columns import Column, without_filled
 from zsl.training.data.conversations import conversation_of
 from zsl.training.data.reading import read_batches
 from zsl.training.data.rows import NO_LABEL, TokenRow, pack
@@ -196,10 +196,12 @@ class Encoder:
         column = self.column
         names = [column.name, *column.beside]
         needed = [column.name, column.prompt] if column.prompt else [column.name]
+        features: dict[str, Any] = documents.rows.features or {}
         batches = documents.rows.select_columns(names).iter(DOCUMENTS_AT_ONCE)
         for batch in read_batches(batches, documents.described, reader=documents.reader, files=documents.files):
             rows = [
-                dict(zip(names, values, strict=True)) for values in zip(*(batch[name] for name in names), strict=True)
+                {name: without_filled(value, features.get(name)) for name, value in zip(names, values, strict=True)}
+                for values in zip(*(batch[name] for name in names), strict=True)
             ]
             there = [
                 (at if numbered else None, row)

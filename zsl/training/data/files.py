@@ -68,6 +68,8 @@ def _lines(file: str) -> Iterator[str]:
     try:
         with decompress(file) if decompress else Path(file).open("rb") as lines:
             for number, line in enumerate(lines, 1):
+                if b"\0" in line:  # UTF-8 too, as far as a decoder goes
+                    raise DataError(f"{file}, line {number}, cannot be read: it has a NUL, so it is not UTF-8 text")
                 try:
                     yield line.decode("utf-8-sig" if number == 1 else "utf-8")
                 except UnicodeDecodeError as error:
@@ -91,13 +93,22 @@ def _json_rows(file: str) -> Iterator[Row]:
 
 def _parsed(text: str, file: str, number: int) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         where = f"{file}, line {number + error.lineno - 1}, column {error.colno}"
         reason = f"{error.msg}; a row is an object in one line, or one item of a list"
         raise DataError(f"{where}: not JSON: {reason}") from error
     except (ValueError, RecursionError) as error:  # a number of too many digits, lists in lists in lists
         raise DataError(f"{file}, line {number}, cannot be read: {first_line(error)}") from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON. Raises `ValueError` for a key that it has twice: one of the values would be dropped."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"an object has the key {next(name for name in names if names.count(name) > 1)!r} twice")
+    return found
 
 
 def _json_row(value: Any, where: str, *, escapes: bool) -> Row:
