@@ -79,7 +79,7 @@ def test_many_small_steps_are_counted_as_what_the_process_grows_by_and_are_given
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
 def test_the_memory_of_a_graph_is_known_before_its_pass_and_one_too_large_is_computed_layer_by_layer(
-    family: str, checkpoints: Callable[..., Path]
+    family: str, checkpoints: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = plan_trunk(str(checkpoints(family)), parse_cut("2:4"), torch.float32, "cpu", forward_only=False)
     compute = plan.load(max_batch_tokens=256, merge_below_tokens=64, pass_memory_bytes=300_000)
@@ -105,6 +105,11 @@ def test_the_memory_of_a_graph_is_known_before_its_pass_and_one_too_large_is_com
         for ours, theirs in zip(*results, strict=True):
             assert torch.equal(ours, theirs)
     assert compute._fits((5,)) and not compute._fits((60,))
+    most = len(middle._graph_bytes) + 1
+    monkeypatch.setattr("zsl.trunk.middle.MAX_SIZES_REMEMBERED", most)
+    for tokens in (11, 12, 13):
+        middle.graph_to_keep(Rows(torch.randn(1, tokens, 32)), with_products=False)
+    assert len(middle._graph_bytes) == most
 
 
 def is_due(given: GiveBack, now: float, *, busy: bool = False, resident_bytes: int = 0) -> bool:
