@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import socket
 import threading
 import tracemalloc
+from concurrent.futures import Future
 from contextlib import ExitStack
 
 import pytest
@@ -14,11 +16,13 @@ from zmq.utils import z85
 
 from support.echo import HIDDEN, WAIT_SECONDS, EchoServer
 from support.hostile_scene import HOST, status
-from support.raw_zmtp import DEALER, RawKeys, RawPeer
+from support.raw_zmtp import DEALER, RawKeys, RawPeer, long_frame
 from support.square import SquareTrunk
 from test_leaks import comes_to, on_loop
 from zsl import TrunkClient
+from zsl.transport.connection import Connection, MessageLimits, State
 from zsl.transport.curve import KeyPair
+from zsl.transport.mechanisms import Null
 from zsl.trunk.costs import Costs, PassCost
 from zsl.trunk.memory import give_back_freed_memory, resident_bytes
 from zsl.trunk.replies import REMEMBERED_PER_SESSION, Replies
@@ -99,6 +103,38 @@ def test_answers_that_nobody_reads_are_so_many() -> None:
         most = ServerSettings().max_inflight_requests + CONTROL_MESSAGES
         comes_to(most, lambda: connection._unsent_messages)
         assert connection.unsent_bytes < most * 1024
+
+
+class Busy:
+    """An executor whose threads never come to it."""
+
+    def submit(self, *_: object) -> Future[object]:
+        return Future()
+
+
+def test_a_large_frame_counts_while_another_thread_decrypts_it() -> None:
+    nbytes, scratch = 100_000, memoryview(bytearray(1 << 16))
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.setblocking(False)
+        connection = Connection(
+            b"peer",
+            ours,
+            "there",
+            Null(),
+            MessageLimits(4, nbytes, nbytes),
+            max_unsent_messages=1,
+            receive=lambda *_: None,
+            changed=lambda _: None,
+            executor=Busy(),  # type: ignore[arg-type]
+            call_soon=lambda *_: None,
+            clock=lambda: 0.0,
+        )
+        connection.state = State.OPEN
+        theirs.sendall(long_frame(bytes(nbytes)))
+        for _ in range(3):
+            connection.read(scratch)
+        assert (connection.receiving_bytes, connection.wants_memory, connection.wants_to_read) == (nbytes, True, False)
 
 
 class NobodyAnyMore:
