@@ -6,9 +6,11 @@ import fcntl
 import json
 import os
 import re
+import select
 import signal
 import socket
 import subprocess
+import sys
 import termios
 import threading
 from collections.abc import Callable
@@ -277,6 +279,30 @@ def test_neither_unread_output_nor_sighup_stops_an_open_daemon_and_a_closed_term
         process.wait(30)
         process.stdout.close()
         process.stderr.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="opens /proc/self/fd")
+def test_a_library_that_writes_in_c_to_a_pipe_that_nobody_reads_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    reading, writing = os.pipe()
+    of_the_parent = os.dup(writing)
+    with open(writing, "w") as error:
+        monkeypatch.setattr("sys.stderr", error)
+        with written_by_threads(str):
+            assert not os.get_blocking(writing)
+            fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 1 << 16)
+            os.write(writing, bytes(1 << 16))
+            with pytest.raises(BlockingIOError):
+                os.write(writing, b"more")
+            assert os.get_blocking(of_the_parent), "whoever started it goes on to wait"
+            print("a line of the log", file=sys.stderr)
+            assert not drain_output(0.0)
+            read = b""
+            while b"a line of the log\n" not in read:
+                assert select.select([reading], [], [], 30)[0]
+                read += os.read(reading, 1 << 16)
+        assert os.get_blocking(writing)
+    os.close(of_the_parent)
+    os.close(reading)
 
 
 @pytest.mark.parametrize("stuck", ["full", "closed"])

@@ -7,17 +7,23 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from random import Random
 
 import pytest
 
 from support.besieged import Besieged, tenant_of
 from support.daemon import Daemon
+from support.echo import HIDDEN
 from support.faulty_link import FaultyLink
+from support.hostile_bytes import LEAVING
 from support.hostile_forms import forms
-from support.hostile_scene import HOST, Form
+from support.hostile_scene import HOST, Form, Place, Scene, Victim, forward, heard, tensor
+from support.hostile_sessions import sessions
 from support.raw_zmtp import DEALER, RawKeys, RawPeer
-from support.square import SquareClient, SquareDaemon, some
+from support.square import SquareClient, SquareDaemon, SquareServer, some
 from test_access import Keys
+from test_leaks import comes_to, entries, on_loop
+from zsl.trunk.settings import ServerSettings
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="what a process uses is read from /proc")
 
@@ -110,6 +116,42 @@ def test_all_hostile_peers_together_leave_nothing(
     daemon.begin()
     daemon.check_back(LEASE_SECONDS + 10)
     assert daemon.grown_mib() < WHOLE_GROWTH_MIB
+
+
+def test_no_form_with_sessions_leaves_an_entry_in_a_table() -> None:
+    """At a server of this process, whose tables can be looked into."""
+    with SquareServer() as server:
+        before = on_loop(server, lambda: entries(server.server))
+        for name, act in sessions().items():
+            with SquareClient(server.endpoint) as client:
+                welcome = client.connect()
+                victim = Victim(welcome.session, welcome.epoch, client.connection.new_request_id() + 1)
+                scene = Scene(Place(server.port, HIDDEN), victim, Random(f"{SEED} {name}"))
+                act(scene)
+                assert client.is_right(some(1), some(2)), name
+                scene.leave()
+                assert client.is_right(some(2), some(3)), name
+            comes_to((0, 0, 0), lambda: (server.sessions, server.connections, server.held_bytes))
+            comes_to(before, lambda: on_loop(server, lambda: entries(server.server)))
+
+
+def test_the_lease_ends_the_session_of_a_peer_that_leaves_without_bye() -> None:
+    """With steps that are held, and requests that are queued and computed."""
+    settings = ServerSettings(lease_seconds=0.5, ping_seconds=0.1)
+    with SquareServer(settings=settings) as server:
+        before = on_loop(server, lambda: entries(server.server))
+        scene = Scene(Place(server.port, HIDDEN), Victim(bytes(16), bytes(16), 0), Random(SEED))
+        for leave in LEAVING.values():
+            peer, welcome = scene.opened()
+            for request in range(1, 9):
+                peer.send_message(forward(welcome, [tensor((64, 64, HIDDEN))], request=request, keep=True))
+            heard(peer)
+            leave(peer)
+        assert (server.sessions, server.held_bytes > 0) == (len(LEAVING), True)
+        comes_to((0, 0, 0), lambda: (server.sessions, server.connections, server.held_bytes))
+        comes_to(before, lambda: on_loop(server, lambda: entries(server.server)))
+        for peer in scene.peers:
+            peer.close()
 
 
 def joined(port: int, keys: RawKeys | None, identity: bytes) -> RawPeer | None:

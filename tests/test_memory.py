@@ -24,10 +24,17 @@ import torch
 from zsl.split.cut import parse_cut
 from zsl.trunk.assemble import plan_trunk
 from zsl.trunk.memory import give_back_freed_memory, keep_freed_memory, resident_bytes
-from zsl.trunk.work import Batch, Keep, Kind, Packed, Shape, Work
+from zsl.trunk.sessions import Sessions
+from zsl.trunk.tenants import Tenant
+from zsl.trunk.work import Batch, Held, Keep, Kind, Packed, Shape, Work
 from zsl.wire.tensors import encode_tensor
 
 keep_freed_memory()
+sessions = Sessions(
+    lease_seconds=60, max_sessions=1, max_inflight_requests=1, max_inflight_bytes=1, max_total_inflight_bytes=1,
+    stash_memory_bytes=1 << 40, new_id=lambda: bytes(16),
+)
+tenant = Tenant("alice", "key", 1.0, 1, 1, 1 << 40)
 torch.set_num_threads(1)
 plan = plan_trunk(sys.argv[1], parse_cut("2:4"), torch.float32, "cpu", forward_only=False)
 compute = plan.load(max_batch_tokens=256, merge_below_tokens=64)
@@ -43,9 +50,12 @@ for keep, steps in ((Keep.INPUT, 2000), (Keep.PRODUCTS, 400), (Keep.GRAPH, 200),
     gc.collect()
     give_back_freed_memory()
     before = resident_bytes()
-    held = [stash(keep) for _ in range(steps)]
-    grown, counted = resident_bytes() - before, sum(one.nbytes for one in held)
-    del held
+    session = sessions.open(b"peer", 0.0, tenant=tenant)
+    for step in range(steps):
+        sessions.hold(session, step, Held(stash(keep), Shape(1, 1, (1,)), Packed()))
+    grown, counted = resident_bytes() - before, sessions.held_bytes
+    sessions.close(session.id)
+    del session
     gc.collect()
     give_back_freed_memory()
     found[keep.name] = counted, grown, resident_bytes() - before
@@ -69,7 +79,7 @@ def test_many_small_steps_are_counted_as_what_the_process_grows_by_and_are_given
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
 def test_the_memory_of_a_graph_is_known_before_its_pass_and_one_too_large_is_computed_layer_by_layer(
-    family: str, checkpoints: Callable[..., Path]
+    family: str, checkpoints: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = plan_trunk(str(checkpoints(family)), parse_cut("2:4"), torch.float32, "cpu", forward_only=False)
     compute = plan.load(max_batch_tokens=256, merge_below_tokens=64, pass_memory_bytes=300_000)
@@ -95,6 +105,11 @@ def test_the_memory_of_a_graph_is_known_before_its_pass_and_one_too_large_is_com
         for ours, theirs in zip(*results, strict=True):
             assert torch.equal(ours, theirs)
     assert compute._fits((5,)) and not compute._fits((60,))
+    most = len(middle._graph_bytes) + 1
+    monkeypatch.setattr("zsl.trunk.middle.MAX_SIZES_REMEMBERED", most)
+    for tokens in (11, 12, 13):
+        middle.graph_to_keep(Rows(torch.randn(1, tokens, 32)), with_products=False)
+    assert len(middle._graph_bytes) == most
 
 
 def is_due(given: GiveBack, now: float, *, busy: bool = False, resident_bytes: int = 0) -> bool:

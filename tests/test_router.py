@@ -439,6 +439,39 @@ async def test_large_frames_wait_while_there_is_no_memory_for_them(
     await sending
 
 
+async def test_of_large_messages_that_began_together_only_the_oldest_comes_in_when_the_memory_is_full(
+    cleanup: ExitStack, open_room: Callable[..., Room]
+) -> None:
+    """Whatever they are made of: one large frame, or small ones."""
+    room = open_room(max_receiving_bytes=1 << 20)
+    large = b"\x02" + (4 << 20).to_bytes(8, "big") + bytes(4 << 20)
+    small = b"".join(b"\x03" + (30_000).to_bytes(8, "big") + bytes(30_000) for _ in range(70)) + b"\0\0"
+    members = [tcp(cleanup, room.endpoint) for _ in range(8)]
+    for number, member in enumerate(members):
+        await say_as_zeromq(member, b"%d" % number)
+        room.router.hold(await room.heard(b"%d" % number))
+    connections = room.router._connections.values()
+    whole = [large if number % 2 == 0 else small for number in range(len(members))]
+    for number, member in enumerate(members):
+        member.sendall(whole[number][: 64 << 10])
+        await until(lambda: sum(c.receiving_bytes > 0 for c in connections) == number + 1)  # noqa: B023 (waits)
+    first, *others = members
+    first.sendall(large[64 << 10 : 80 << 10])
+    await until(lambda: room.router._receiving)
+    sending = [asyncio.create_task(asyncio.to_thread(first.sendall, large[80 << 10 : -1]))]
+    for member, message in zip(others, whole[1:], strict=True):
+        sending.append(asyncio.create_task(asyncio.to_thread(member.sendall, message[64 << 10 :])))
+    await until(lambda: len(room.router._parked) == len(others))
+    await until(lambda: room.router._connections[room.messages[0][0]].receiving_bytes == len(large) - 1)
+    # The oldest one, and what came in the turns in which the others were stopped.
+    assert sum(connection.receiving_bytes for connection in connections) <= len(large) + (6 << 20)
+    assert len(room.messages) == len(members)
+    await asyncio.to_thread(first.sendall, large[-1:])
+    await until(lambda: len(room.messages) == 2 * len(members))
+    assert (room.router._receiving, room.router._receiving_bytes, room.router._parked) == ({}, 0, {})
+    await asyncio.gather(*sending)
+
+
 async def test_a_message_that_comes_too_slowly_ends_the_connection(
     cleanup: ExitStack, open_room: Callable[..., Room]
 ) -> None:

@@ -42,6 +42,12 @@ class Honest(SquareClient):
         self.x, self.gradients = (random.standard_normal(shape).astype(np.float32) for _ in range(2))
         return welcome
 
+    def session(self) -> Welcome:
+        """The session that is open now: others may have ended earlier ones."""
+        while (link := self.connection._link) is None or (welcome := link._welcome) is None:
+            self.bits()  # opens one
+        return welcome
+
     def bits(self) -> bytes:
         """Run a step, and return its output and gradient."""
         return b"".join(part.tobytes() for part in self.step(self.x, self.gradients))
@@ -93,7 +99,7 @@ class Besieged:
         self.begin()
         before = self._memory("VmRSS")
         self._forget_peak()
-        welcome = self.honest.connection.welcome
+        welcome = self.honest.session()
         ids = self.honest.connection.new_request_id()
         victim = Victim(welcome.session, welcome.epoch, ids + 1)
         scene = Scene(self.place, victim, Random(f"{seed} {form.name}"))

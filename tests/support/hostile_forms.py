@@ -6,14 +6,13 @@ from collections.abc import Iterator
 
 from .hostile_bytes import before_ready
 from .hostile_frames import frames
-from .hostile_messages import messages, others_with_keys
+from .hostile_messages import messages
 from .hostile_scene import Form
+from .hostile_sessions import sessions
 
 
 def forms() -> Iterator[Form]:
     for keyed in (False, True):
-        acts = {**dict(before_ready(keyed=keyed)), **frames(), **messages()}
-        if keyed:
-            acts.update(others_with_keys())
+        acts = {**dict(before_ready(keyed=keyed)), **frames(), **messages(), **sessions()}
         for name, act in acts.items():
             yield Form(name, keyed, act)

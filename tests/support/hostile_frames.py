@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import time
-
 from .hostile_bytes import HUGE, LEAVING, MEBIBYTE, SLOW_SECONDS, SOME
 from .hostile_scene import FLOOD_SECONDS, Act, Acts, Scene, forward, status, tensor
 from .raw_zmtp import COMMAND, LONG, MORE, RawPeer, frame, greeting, long_frame, message
 
 SILENT = 300
 SMALL_BUFFER = 4096
-BOXES = 20_000  # each is encrypted by this process, which takes longer than to send it
+FRAMES_TOGETHER = 1000  # each may have to be encrypted, and the daemon may take none of them
 EMPTY_FRAMES = 1_000_000
 FLOOD_BYTES = 65 * 1000 * 1000
 
@@ -78,8 +76,8 @@ def frames() -> Acts:
         "a message without an end, of frames of 64 kB": lambda scene: _endless(scene, bytes(1 << 16)),
         "a message without an end, of frames of 1 MiB": lambda scene: _endless(scene, bytes(MEBIBYTE)),
         "a message without an end, of one byte each": lambda scene: _endless(scene, b"x"),
-        "a message of a million empty frames": lambda scene: _many_empty(scene, EMPTY_FRAMES, ends=True),
-        "65 MB of empty frames": lambda scene: _many_empty(scene, FLOOD_BYTES // 2, ends=False),
+        "a message of a million empty frames": lambda scene: _many_empty(scene, count=EMPTY_FRAMES),
+        "65 MB of empty frames": lambda scene: _many_empty(scene),
         "ten thousand empty messages": lambda scene: (peer := scene.joined()).send(
             b"".join(peer.wrapped(b"") for _ in range(10_000))
         ),
@@ -114,26 +112,26 @@ def _said(scene: Scene, data: bytes) -> RawPeer:
 
 
 def _endless(scene: Scene, body: bytes) -> None:
-    peer = scene.joined()
-    if not scene.keyed:
-        piece = (long_frame if len(body) > 255 else frame)(body, MORE)
-        scene.flood(peer, piece * max(1, MEBIBYTE // len(piece)), FLOOD_BYTES)
-        return
-    give_up_at = time.monotonic() + FLOOD_SECONDS
-    while peer.sent_bytes < FLOOD_BYTES and time.monotonic() < give_up_at:
-        if not peer.send(b"".join(peer.wrapped(body, MORE) for _ in range(16)), wait_seconds=FLOOD_SECONDS):
-            return
+    _frames_without_end(scene.joined(), body, most_bytes=FLOOD_BYTES)
 
 
-def _many_empty(scene: Scene, count: int, *, ends: bool) -> None:
+def _many_empty(scene: Scene, *, count: int | None = None) -> None:
+    """One message of so many frames, or what has 65 MB of them."""
     peer = scene.joined()
-    if scene.keyed:
-        scene.flood(peer, b"".join(peer.wrapped(b"", MORE) for _ in range(BOXES)), 1)
-        peer.send(b"".join(peer.wrapped(b"", MORE) for _ in range(BOXES)), wait_seconds=FLOOD_SECONDS)
-    else:
-        scene.flood(peer, frame(b"", MORE) * 50_000, 2 * count)
-    if ends:
+    if _frames_without_end(peer, b"", most_bytes=FLOOD_BYTES, count=count):
         peer.send(peer.wrapped(b""))
+
+
+def _frames_without_end(peer: RawPeer, body: bytes, *, most_bytes: int, count: int | None = None) -> bool:
+    """False if the daemon takes no more of them: it has ended the connection."""
+    together = max(1, min(FRAMES_TOGETHER, MEBIBYTE // max(len(body), 1)))
+    sent = 0
+    while sent < count if count is not None else peer.sent_bytes < most_bytes:
+        piece = b"".join(peer.wrapped(body, MORE) for _ in range(together))
+        if not peer.send(piece, wait_seconds=FLOOD_SECONDS):
+            return False
+        sent += together
+    return True
 
 
 def _answers_unread(scene: Scene) -> None:

@@ -1,4 +1,4 @@
-"""Hostile forms in zsl's own messages: preambles, headers, descriptors, tensors, ids of others, damage at random."""
+"""Hostile forms in zsl's own messages: preambles, headers, descriptors, tensors, damage at random."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from itertools import islice
 import msgpack
 
 from zsl.wire.frames import MAX_HEADER_BYTES
-from zsl.wire.messages import MessageType, Welcome
+from zsl.wire.messages import MessageType
 
-from .hostile_scene import Act, Acts, Scene, Victim, forward, heard, hello, packed, sealed, status, tensor
+from .hostile_scene import Act, Acts, Scene, Victim, forward, hello, packed, sealed, status, tensor
 from .mutations import mutated
 from .raw_zmtp import MORE
 
@@ -68,9 +68,6 @@ def messages() -> Acts:
         "HELLO with a software of 15 kB": says(hello(software="x" * 15_000)),
         "HELLO with an unknown dtype": says(hello(dtype="f64")),
         "HELLO for another cut": says(hello(cut={"start": 0, "stop": 65_536})),
-        "HELLO that resumes zeros": _resumes(bytes(16)),
-        "HELLO that resumes 15 bytes": _resumes(bytes(15)),
-        "a hundred HELLOs on a connection": _many_hellos,
         "a FORWARD before HELLO": lambda scene: scene.joined().send_message(
             forward(Victim(bytes(16), bytes(16), 0), [tensor((1, 2, scene.place.hidden))])
         ),
@@ -83,7 +80,7 @@ def messages() -> Acts:
         forms[f"a message of type {kind}"] = says(packed(kind, {"request": 1}))
     for number in range(BUNDLES):
         forms[f"{IN_A_BUNDLE} damaged messages, bundle {number}"] = _damaged
-    return {**forms, **works(), **others()}
+    return {**forms, **works()}
 
 
 def works() -> Acts:
@@ -136,43 +133,6 @@ def works() -> Acts:
         "a FORWARD for a backward that never comes, 20 times": asks(one((1, 32, -1)), times=20, keep=True),
         "a FORWARD over the credit of requests, no answer read": asks(one((1, 32, -1)), times=100),
         "a request id again with another content": asks(one((1, 2, -1)), times=5, request=1, keep=True),
-        "a BACKWARD without a FORWARD": _backward_without,
-    }
-
-
-def others() -> Acts:
-    """With the session and the request ids of an honest client."""
-
-    def tells(kind: int, **fields: object) -> Act:
-        def act(scene: Scene) -> None:
-            ids = {"session": scene.victim.session, "epoch": scene.victim.epoch}
-            scene.joined().send_message(packed(kind, {**ids, **fields}))
-
-        return act
-
-    forms: Acts = {"PING in another's session": tells(KINDS.PING, request=1)}
-    for name, kind, key in (("RELEASE", KINDS.RELEASE, "step"), ("CANCEL", KINDS.CANCEL, "request")):
-        forms[f"{name} of another's steps to come"] = lambda scene, kind=kind, key=key: [
-            tells(kind, **{key: scene.victim.request + more})(scene) for more in range(10)
-        ]
-    return forms
-
-
-def others_with_keys() -> Acts:
-    """List the forms that only keys keep from whoever knows a session's id."""
-
-    def asks(scene: Scene) -> None:
-        peer = scene.joined()
-        for more in range(6):
-            described = [tensor((1, 8, scene.place.hidden))]
-            peer.send_message(forward(scene.victim, described, request=scene.victim.request + more))
-
-    return {
-        "FORWARD in another's session, with its request ids to come": asks,
-        "BYE in another's session": lambda scene: scene.joined().send_message(
-            packed(KINDS.BYE, {"session": scene.victim.session, "epoch": scene.victim.epoch})
-        ),
-        "HELLO that resumes another's session": lambda scene: _resumes(scene.victim.session)(scene),
     }
 
 
@@ -188,46 +148,12 @@ def _unknown_keys(scene: Scene) -> None:
         peer.send_message(one)
 
 
-def _resumes(session: bytes) -> Act:
-    def act(scene: Scene) -> None:
-        peer = scene.joined()
-        peer.send_message(hello(resume=session))
-        answer = heard(peer)
-        if isinstance(answer, Welcome):  # to another session
-            scene.sessions.append(answer)
-
-    return act
-
-
-def _many_hellos(scene: Scene) -> None:
-    peer, _ = scene.opened()
-    for number in range(100):
-        peer.send_message(hello(request=number + 2))
-    # The last of them is the one that is left.
-    while True:
-        frames = peer.receive_message()
-        fields = msgpack.unpackb(frames[1])
-        if fields.get("request") == 101:
-            if frames[0][5] == KINDS.WELCOME:
-                scene.sessions.append(Welcome.model_validate(fields))
-            return
-
-
 def _not_finite(value: bytes) -> Act:
     def act(scene: Scene) -> None:
         peer, welcome = scene.opened()
         peer.send_message(forward(welcome, [tensor((1, 2, scene.place.hidden))], [value * (2 * scene.place.hidden)]))
 
     return act
-
-
-def _backward_without(scene: Scene) -> None:
-    peer, welcome = scene.opened()
-    gradients = tensor((1, 2, scene.place.hidden), "gradients")
-    fields = {"session": welcome.session, "epoch": welcome.epoch, "request": 1, "attempt": 0, "budget_ms": 1000}
-    peer.send_message(
-        packed(KINDS.BACKWARD, {**fields, "step": 7, "tensors": [gradients]}, [bytes(8 * scene.place.hidden)])
-    )
 
 
 def _damaged(scene: Scene) -> None:

@@ -178,15 +178,35 @@ def forward(
     **changes: object,
 ) -> list[bytes]:
     """A FORWARD. Without `buffers`: zeros of the sizes that the descriptors say."""
+    return _work(MessageType.FORWARD, welcome, tensors, buffers, {"keep": False, **changes})
+
+
+def backward(
+    welcome: Welcome | Victim,
+    step: int,
+    tensors: Sequence[dict[str, Any]],
+    buffers: Sequence[bytes] | None = None,
+    **changes: object,
+) -> list[bytes]:
+    """A BACKWARD, as `forward`."""
+    return _work(MessageType.BACKWARD, welcome, tensors, buffers, {"step": step, **changes})
+
+
+def _work(
+    kind: int,
+    welcome: Welcome | Victim,
+    tensors: Sequence[dict[str, Any]],
+    buffers: Sequence[bytes] | None,
+    changes: dict[str, object],
+) -> list[bytes]:
     fields: dict[str, object] = {
         "session": welcome.session,
         "epoch": welcome.epoch,
         "request": 1,
         "attempt": 0,
         "budget_ms": 20_000,
-        "keep": False,
         "tensors": list(tensors),
     }
     if buffers is None:
         buffers = [bytes(described["nbytes"]) for described in tensors]
-    return packed(MessageType.FORWARD, {**fields, **changes}, buffers)
+    return packed(kind, {**fields, **changes}, buffers)

@@ -19,6 +19,7 @@ from zsl.transport.mechanisms import Mechanism, Refused
 from zsl.transport.zmtp import (
     COMMAND,
     GREETING_BYTES,
+    LARGE_BYTES,
     MORE,
     FrameReader,
     ProtocolViolation,
@@ -111,9 +112,9 @@ class Connection:
         self._frames: list[Frame] = []
         self._message_bytes = 0
         self._message_since: float | None = None
-        self._opening = False  # a frame is opened on another thread
+        self._opening_bytes = 0  # of a frame that is opened on another thread
         self._parked = False
-        self.has_memory = False  # for the large frames of the message that is coming in
+        self.has_memory = False  # for the message that is coming in, which is large
         # out: what is not sent of a buffer, how large it was, and whether a message ends with it
         self._out: deque[tuple[memoryview, int, bool]] = deque()
         self._unsealed: deque[tuple[int, Frame]] = deque()  # flags and body, behind one that is sealed elsewhere
@@ -130,7 +131,7 @@ class Connection:
 
     @property
     def wants_to_read(self) -> bool:
-        return self.state is not State.CLOSED and not self._opening and not self._parked
+        return self.state is not State.CLOSED and not self._opening_bytes and not self._parked
 
     @property
     def wants_to_write(self) -> bool:
@@ -144,12 +145,12 @@ class Connection:
     @property
     def receiving_bytes(self) -> int:
         """What has come of an unfinished message."""
-        return self._message_bytes + self._reader.held_bytes
+        return self._message_bytes + self._reader.held_bytes + self._opening_bytes
 
     @property
     def wants_memory(self) -> bool:
-        """Whether the first large frame of a message has begun."""
-        return not self.has_memory and self._reader.rest is not None
+        """Whether a large frame of a message has begun, or its small ones are as much."""
+        return self._reader.rest is not None or self.receiving_bytes >= LARGE_BYTES
 
     def overdue(self, now: float) -> bool:
         """Whether its handshake, or a message on its way in, takes too long."""
@@ -267,7 +268,7 @@ class Connection:
             self.write()
             return 1
         if self._executor is not None and len(body) >= THREAD_BYTES:
-            self._opening = True
+            self._opening_bytes = len(body)
             self._changed(self)
             opened = self._executor.submit(self._mechanism.open, flags, body)
             opened.add_done_callback(lambda done: self._call_soon(self._opened, done))
@@ -275,7 +276,7 @@ class Connection:
         return self._take_opened(*self._mechanism.open(flags, body))
 
     def _opened(self, done: object) -> None:
-        self._opening = False
+        self._opening_bytes = 0
         if self.state is State.CLOSED:
             return
         try:

@@ -94,7 +94,8 @@ class Router:
         self._connections: dict[bytes, Connection] = {}
         self._strangers: dict[Connection, None] = {}  # oldest first
         self._unread: set[Connection] = set()  # peers that have not read all
-        self._receiving: set[Connection] = set()  # with memory for large frames, the last time that was asked
+        self._receiving: dict[Connection, int] = {}  # a large message: how much of it has come; oldest first
+        self._receiving_bytes = 0  # of all of them
         self._parked: dict[Connection, None] = {}
         self._members_selector = selectors.DefaultSelector()
         self._strangers_selector = selectors.DefaultSelector()
@@ -325,20 +326,38 @@ class Router:
             self._changed(connection)
 
     def _has_memory_for(self, connection: Connection) -> bool:
-        """Whether a large frame may be received now. Who has begun goes on: what waits holds none of the memory."""
+        """Whether more of a large message may be received now. Over the bound only the oldest one comes in."""
         if not connection.wants_memory:
             return True
-        self._receiving = {other for other in self._receiving if other.has_memory and other.state is State.OPEN}
-        if sum(other.receiving_bytes for other in self._receiving) > self._max_receiving_bytes:
+        if self._receiving_bytes > self._max_receiving_bytes and connection is not next(iter(self._receiving)):
             return False
         connection.has_memory = True
-        self._receiving.add(connection)
+        self._receiving.setdefault(connection, 0)
         return True
+
+    def _count_receiving(self, connection: Connection) -> None:
+        """Count what has come of its large message; if that is whole, those that wait for memory go on."""
+        before = self._receiving.get(connection)
+        if before is None:
+            return
+        if connection.has_memory and connection.state is State.OPEN:
+            self._receiving[connection] = connection.receiving_bytes
+            self._receiving_bytes += connection.receiving_bytes - before
+        else:
+            del self._receiving[connection]
+            self._receiving_bytes -= before
+            self._unpark()
+
+    def _unpark(self) -> None:
+        parked, self._parked = self._parked, {}
+        for connection in parked:
+            connection.unpark()  # its next turn asks for memory again
 
     def _changed(self, connection: Connection) -> None:
         """A connection wants to read or write other than before, or is closed."""
         if connection.peer not in self._connections:
             return
+        self._count_receiving(connection)
         stranger = connection in self._strangers
         selector = self._strangers_selector if stranger else self._members_selector
         if connection.state is State.CLOSED:
@@ -380,7 +399,6 @@ class Router:
         self._members_left.pop(connection, None)
         self._parked.pop(connection, None)
         self._unread.discard(connection)
-        self._receiving.discard(connection)
         logger.debug("a connection of %s ended: %s", connection.address, connection.why)
 
     def _hand_on(self, connection: Connection, frames: list[Frame]) -> None:
@@ -461,9 +479,7 @@ class Router:
         for connection in list(self._strangers):
             if now - connection.heard_at > STRANGER_SECONDS:
                 connection.close("silent, without a session")
-        parked, self._parked = self._parked, {}
-        for connection in parked:
-            connection.unpark()  # its next turn asks for memory again
+        self._unpark()
         self._timers["house"] = self._loop.call_later(HOUSEKEEPING_SECONDS, self._keep_house)
 
 

@@ -1,7 +1,8 @@
 """Standard output and error written by threads of their own: a pipe that nobody reads stops no daemon.
 
 Covers logs, the ready line, warnings, tracebacks and what libraries print in Python. Lines that find no room are
-dropped and counted. What a library writes to the descriptor in C does not pass here.
+dropped and counted. What a library writes to the descriptor in C does not pass here: where that is a full pipe, its
+write fails at once.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import contextlib
 import io
 import os
 import select
+import stat
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -103,14 +105,21 @@ def written_by_threads(dropped: Callable[[int], str]) -> Iterator[None]:
     _open_closed_descriptors()
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (_by_thread(stream, dropped) for stream in before)
+    waiting = [(outlet.fileno(), _never_wait(outlet.fileno())) for outlet in _outlets()]
     try:
         yield
     finally:
         # A stream that is stuck stays as it is: what the interpreter writes when it ends must not wait either.
-        if drain_output(EXIT_SECONDS):
+        drained = drain_output(EXIT_SECONDS)
+        if drained:
             for outlet in _outlets():
                 outlet.end()
             sys.stdout, sys.stderr = before
+        for descriptor, own in waiting:
+            if own is not None:
+                if drained:
+                    os.dup2(own, descriptor)
+                os.close(own)
 
 
 def drain_output(seconds: float) -> bool:
@@ -142,6 +151,23 @@ def _by_thread(stream: Any, dropped: Callable[[int], str]) -> Any:
     stream.flush()
     outlet: Any = Outlet(descriptor, dropped)
     return io.TextIOWrapper(outlet, encoding=stream.encoding, errors="backslashreplace", line_buffering=True)
+
+
+def _never_wait(descriptor: int) -> int | None:
+    """Have writes to a pipe fail where they would wait, and return a descriptor of it as it was.
+
+    O_NONBLOCK belongs to an open file, which is shared with whoever started this; so the pipe is opened once more.
+    """
+    if not stat.S_ISFIFO(os.fstat(descriptor).st_mode):
+        return None
+    try:
+        opened = os.open(f"/proc/self/fd/{descriptor}", os.O_WRONLY | os.O_NONBLOCK)
+    except OSError:  # not Linux, another user's, or nobody is there to read it
+        return None
+    before = os.dup(descriptor)
+    os.dup2(opened, descriptor)
+    os.close(opened)
+    return before
 
 
 def _open_closed_descriptors() -> None:
