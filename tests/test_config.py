@@ -124,6 +124,7 @@ def test_what_is_no_table_is_refused_with_the_file(text: str, overrides: dict[st
         ("model.path", "model.name"),
         ("data.path", "data.name"),
         ("train.learning_rat", "train.learning_rate"),
+        ("trunk.wire", "trunk.wire_dtype"),
     ],
 )
 def test_a_key_that_is_called_otherwise_elsewhere_is_told_by_its_name_here(written: str, meant: str) -> None:
@@ -137,6 +138,16 @@ def test_a_key_that_is_called_otherwise_elsewhere_is_told_by_its_name_here(writt
     with pytest.raises(ConfigError) as raised:
         checked()
     assert str(raised.value) == f"the command line: unknown key {written}; did you mean {meant}?"
+
+
+def test_a_key_or_table_that_is_like_no_other_is_told_all_there_are() -> None:
+    for overrides, known in (
+        ({"model": {"zzz": 1}}, ["dtype", "name", "quantize"]),
+        ({"zzz": {}}, ["[model]", "[peft]"]),
+    ):
+        with pytest.raises(ConfigError) as raised:
+            read_config(None, overrides=overrides)
+        assert [name for name in known if name not in str(raised.value)] == []
 
 
 def test_every_key_that_has_other_names_is_one() -> None:

@@ -75,6 +75,8 @@ def test_the_ready_line_names_endpoint_model_cut_and_parameters(
     assert re.fullmatch(r"zsl-trunkd [\d.]+ ready on tcp://127\.0\.0\.1:\d+", first), first
     assert re.fullmatch(rf"  {path}, layers 2:4, [\d,]+ parameters, float32 on cpu", what), what
     assert all(line.startswith("  ") and len(line) <= 80 for line in more), more
+    logged = (tmp_path / "log").read_text().splitlines()
+    assert logged and [line for line in logged if " INFO " not in line] == []  # no library's warnings
 
 
 def test_with_no_argument_it_serves_gpt2_small_cut_2_10(tmp_path: Path) -> None:

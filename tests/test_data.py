@@ -134,7 +134,7 @@ def test_a_text_is_cut_into_rows_of_one_length(
     assert data.collate is None and data.validation is None and data.fingerprint is None
     some = load(tmp_path / "moon.txt", samples=2).lines
     said = f"{tmp_path / 'moon.txt'}, 2 rows of 32 tokens (64 tokens)"
-    assert some == [said, "there are more rows than data.samples takes: 2 rows"]
+    assert some == [said, "there are more rows, left out by data.samples"]
 
 
 def test_a_byte_order_mark_is_not_of_the_text(load: Callable[..., TrainingData], tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_what_lies_behind_the_rows_that_were_asked_for_ends_nothing(
     rows = [{"messages": TURNS}, {"messages": TURNS}, {"messages": [{"role": "user"}]}]
     write_lines(tmp_path / "chat.jsonl", rows)
     data = load(tmp_path / "chat.jsonl", samples=2)
-    assert len(data.train) == 2 and data.lines[-1] == "there are more rows than data.samples takes: 2 rows"
+    assert len(data.train) == 2 and data.lines[-1] == "there are more rows, left out by data.samples"
     with pytest.raises(DataError, match="row 3"):
         load(tmp_path / "chat.jsonl")
 

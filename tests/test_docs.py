@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -72,6 +74,23 @@ def test_every_option_that_is_named_is_one_of_the_command() -> None:
             assert found <= known, f"{page.name}: `{span}`"
             named += len(found)
     assert named > 30
+
+
+def test_bench_says_which_benchmarks_there_are(tmp_path: Path) -> None:
+    (tmp_path / ".venv.sh").write_text(f"set -euo pipefail\nroot={ROOT}\nvenv={tmp_path}/none\n")
+    shutil.copy(ROOT / "bin/bench", tmp_path)
+
+    def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([tmp_path / "bench", *arguments], capture_output=True, text=True, timeout=60, check=False)
+
+    helped = bench("--help")
+    names = {line.strip() for line in helped.stdout.splitlines() if line.startswith("  ")}
+    assert helped.returncode == 0 and {"step", "gradient_modes"} < names
+    assert max(map(len, helped.stdout.splitlines())) <= 80
+    for unusable in ([], ["nosuch"], ["report"], ["-x"]):
+        refused = bench(*unusable)
+        assert refused.returncode == 2 and "  step\n" in refused.stderr
+        assert not unusable or unusable[0] in refused.stderr.splitlines()[0]
 
 
 def shape_of(page: Path) -> list[tuple[list[str], set[str]]]:

@@ -116,7 +116,7 @@ class Reader:
         elif name.startswith("bin/"):
             assert os.access(ROOT / name, os.X_OK), name
         elif name == "pkill":
-            assert arguments == ["-HUP", "-f", "zsl-trunkd"]
+            assert arguments == ["-HUP", "-x", "zsl-trunkd"]
             list(self._daemons.values())[-1].reload_tenants()
         elif name == "tail":
             subprocess.run(words, check=True, timeout=WAIT_SECONDS)

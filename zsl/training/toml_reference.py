@@ -25,9 +25,10 @@ HEAD = """\
 
 <!-- Made by `.venv/bin/python -m zsl.training.toml_reference > docs/configuration.md`; tests/test_docs.py holds it. -->
 
-A TOML file with five tables, all of them optional. `--set table.key=value` goes before the file, and the options of the
-command line (`--server`, `--lr`, …) before both. An unknown key is an error that names the nearest one that there is.
-`zsl-train --dry-run` checks all of it, reaches the trunk, and shows the configuration as it would be used.
+A TOML file with five tables, all of them optional. `--set table.key=value` wins over the file, and the other options of
+the command line (`--server`, `--lr`, …) win over both. An unknown key is an error that names the one that was probably
+meant, or all keys of a short table. `zsl-train --dry-run` checks all of it, reaches the trunk, and shows the
+configuration as it would be used.
 
 """
 PEFT = """\

@@ -40,6 +40,8 @@ OTHER_NAMES = {
     "train.resume_from_checkpoint": ("resume",),
 }
 
+MAX_LISTED = 20  # keys in an error; other libraries' classes have more than a hundred
+
 
 def check_keys(where: str, table: str, keys: Iterable[str], known: Iterable[str]) -> None:
     """Raises `ConfigError` for the first key that is not known."""
@@ -50,8 +52,8 @@ def check_keys(where: str, table: str, keys: Iterable[str], known: Iterable[str]
 
 
 def unknown_key(table: str, key: str, known: Iterable[str]) -> str:
-    """That a table has no such key, and the one that was probably meant."""
-    known = list(known)
+    """Say that a table has no such key, and name the one that was probably meant, or all of a short table."""
+    known = sorted(known)
     candidates = [
         meant
         for meant, others in OTHER_NAMES.items()
@@ -60,11 +62,17 @@ def unknown_key(table: str, key: str, known: Iterable[str]) -> str:
     ]
     candidates.sort(key=lambda meant: not meant.startswith(f"{table}."))
     if not candidates:
-        candidates = [f"{table}.{near}" for near in difflib.get_close_matches(key, known, n=1)]
-    return f"unknown key {table}.{key}" + (f"; did you mean {candidates[0]}?" if candidates else "")
+        begun = [name for name in known if name.startswith(f"{key}_")]
+        candidates = [f"{table}.{near}" for near in difflib.get_close_matches(key, known, n=1) or begun]
+    if candidates:
+        return f"unknown key {table}.{key}; did you mean {candidates[0]}?"
+    all_of_them = f"; [{table}] takes {', '.join(known)}" if len(known) <= MAX_LISTED else ""
+    return f"unknown key {table}.{key}{all_of_them}"
 
 
 def unknown_table(name: str, known: Iterable[str]) -> str:
-    """That there is no such table, and the one that was probably meant."""
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f"unknown table [{name}]" + (f"; did you mean [{near[0]}]?" if near else "")
+    """Say that there is no such table, and name the one that was probably meant, or all."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1)
+    meant = f"did you mean [{near[0]}]?" if near else f"there are {', '.join(f'[{table}]' for table in known)}"
+    return f"unknown table [{name}]; {meant}"

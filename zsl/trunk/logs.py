@@ -93,6 +93,8 @@ def set_up_logging(log_format: LogFormat, *, debug: bool) -> None:
     handler.setFormatter(formatter_for(log_format))
     if not debug:
         handler.addFilter(FewAlike())
+        # When it is loaded it warns of a kernel that it lacks; a trunk has no layers of 4 bits.
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("zsl").setLevel(logging.DEBUG if debug else logging.INFO)
     logging.captureWarnings(True)

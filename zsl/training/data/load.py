@@ -142,7 +142,7 @@ def _held(
     dataset = hold(rows, limit)
     about = tally.lines(encoder.column.kind, encoder.length)
     if limit is not None and len(dataset) == limit and _is_another(rows, documents):
-        about.append(f"there are more rows than data.{key} takes: {counted(limit, 'row')}")
+        about.append(f"there are more rows, left out by data.{key}")
     if not len(dataset):
         raise DataError(_no_row(what, encoder, tally))
     return dataset, [f"{what}, {_size(dataset, encoder)}", *about]
