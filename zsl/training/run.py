@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import sys
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,8 @@ def train_from_config(config: TrainConfig, where: str, *, dry_run: bool = False)
         stack.enter_context(held(directory))
         if config.resume_from is None:
             refuse_another_run(directory, record)  # before anything is loaded
+        if sys.stderr.isatty() and not arguments.disable_tqdm:  # what is printed below waits for all of this
+            print(f"zsl-train: loading {config.model.name}", file=sys.stderr)
         reference = resolve(config.model.name)
         check_can_be_split(reference.config)
         dtype: torch.dtype = getattr(torch, config.model.dtype)
