@@ -154,6 +154,8 @@ class TrunkServer:
     async def run(self, compute: Compute) -> None:
         """Serve until `stop`, or until a `drain` has ended. Raises `RunFailed` if the compute thread hangs."""
         self._traits = compute.traits
+        granted = self._settings.granted_tokens(self.info, self._traits.pass_memory)
+        self._limits = self._limits.model_copy(update={"max_request_tokens": granted})
         self._intake = Intake(self.info, self._limits, self._traits, self._sessions, self._replies)
         self._scheduler = Scheduler(
             max_batch_tokens=self._traits.batch_limits.max_batch_tokens,
@@ -386,9 +388,19 @@ class TrunkServer:
                 self._dispatch_later = loop.call_later(self._scheduler.waits_until - now, self._dispatch)
             return
         requests = [self._intake.under_way[job.key] for job in jobs]  # type: ignore[index]
-        lengths = [length for request in requests if request.keep for length in request.shape.lengths]
-        room = bool(lengths) and self._sessions.make_room(self._traits.graph_memory.nbytes(lengths))
+        room = self._make_room(requests)
         self._worker.give(requests, Batch(tuple(self._work(request, room) for request in requests)))
+
+    def _make_room(self, requests: list[Request]) -> bool:
+        """Make room for the graph that a pass makes; if it is too large, for a pass layer by layer. False then."""
+        lengths = [length for request in requests for length in request.shape.lengths]
+        if any(request.keep or _makes_graph(request) for request in requests) and self._sessions.make_room(
+            self._traits.graph_memory.nbytes(lengths)
+        ):
+            return True
+        needed = self._traits.pass_memory.nbytes(lengths)
+        self._sessions.make_room(min(needed, self._settings.stash_memory_bytes - 1))
+        return False
 
     def _work(self, request: Request, room: bool) -> Work:
         stash = request.held.stash if request.held else None
@@ -525,6 +537,11 @@ class TrunkServer:
 
     def _send(self, peer: bytes, header: Header, buffers: Sequence[Frame] = ()) -> bool:
         return self._router.send(peer, encode(header, buffers))
+
+
+def _makes_graph(request: Request) -> bool:
+    """Say if this is a backward without the graph of its forward."""
+    return isinstance(request.header, Backward) and (request.held is None or not request.held.stash.keep.has_graph)
 
 
 async def _wait_at_most(event: asyncio.Event, seconds: float) -> None:
