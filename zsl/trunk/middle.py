@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from zsl.split.stack import find_stack
@@ -85,7 +84,6 @@ class Middle:
         self._first_parameter = next(iter(inspect.signature(first.forward).parameters))
         first.register_forward_pre_hook(self._enter, with_kwargs=True)
         layers[cut.stop - 1].register_forward_hook(self._leave)
-        self._by_layers = False
         self._separated: _Separated | None = None
         for index in range(cut.start, cut.stop):
             layers[index].forward = partial(self._layer, layers[index].forward)
@@ -152,15 +150,12 @@ class Middle:
     def gradients_by_layers(
         self, inputs: Pass, at_output: torch.Tensor, *, after_layer: Callable[[], object] = lambda: None
     ) -> torch.Tensor:
-        """What `graph(inputs).gradients(at_output)` gives, with memory for the graph of one layer at a time."""
+        """What `graph(inputs).gradients(at_output)` gives, with memory for the graph of one layer at a time
+        (of all, if they cannot be called separately)."""
         with self.separate_layers(inputs) as layers:
             if layers:
                 return gradients_by_layers(layers, inputs.activations, at_output, after_layer=after_layer)
-        self._by_layers = True
-        try:
-            return self.graph(inputs).gradients(at_output)
-        finally:
-            self._by_layers = False
+        return self.graph(inputs).gradients(at_output)
 
     @contextmanager
     def separate_layers(self, inputs: Pass) -> Iterator[list[Layer]]:
@@ -238,17 +233,7 @@ class Middle:
     def _layer(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self._separated is not None:
             return self._separated.passed(forward, self._first_parameter, args, kwargs)
-        if not self._by_layers:
-            return forward(*args, **kwargs)
-        attend = self._attend  # of this pass; the backward computes the layer within it again
-        return checkpoint(
-            forward,
-            *args,
-            use_reentrant=False,
-            preserve_rng_state=False,
-            context_fn=lambda: (nullcontext(), attend()),
-            **kwargs,
-        )
+        return forward(*args, **kwargs)
 
     def _enter(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         if args:
