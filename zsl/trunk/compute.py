@@ -35,7 +35,7 @@ class TorchCompute:
     Requests that share a pass are packed into one row or stacked row on row, as their `sharing` says. If the trunk is
     deterministic, every pass that may be shared has just `max_batch_tokens` tokens, filled with zeros, so that a
     request's numbers do not depend on who shares it; longer requests run alone. A backward whose graph would take more
-    than `pass_memory_bytes` keeps only the inputs of its layers, and computes each layer's forward once more.
+    than `pass_memory_bytes` goes layer by layer, and computes each layer's forward once or twice more.
     """
 
     def __init__(self, middle: Middle, traits: TrunkTraits, *, pass_memory_bytes: int | None = None) -> None:
@@ -47,6 +47,12 @@ class TorchCompute:
         self._transfer = Transfer(middle.device)
 
     def run(self, batch: Batch) -> list[Outcome]:
+        outcomes = self._outcomes(batch)
+        if not self._fits(sum((work.shape.lengths for work in batch.works), ())):
+            self._give_back()
+        return outcomes
+
+    def _outcomes(self, batch: Batch) -> list[Outcome]:
         if len(batch.works) > 1:
             try:
                 return list(self._run(batch))
@@ -113,7 +119,7 @@ class TorchCompute:
         return [Done(reply) for reply in self._replies("gradients", ordered, [stash.reply_dtype for stash in stashes])]
 
     def _give_back(self) -> None:
-        """Between two layers of a pass: what they have freed lies between what is kept, and would add up."""
+        """Within and after a pass over the budget: what was freed lies between what is kept, and would add up."""
         assert self._pass_memory_bytes is not None
         if self._resident_at_start and resident_bytes() - self._resident_at_start > self._pass_memory_bytes:
             give_back_freed_memory()

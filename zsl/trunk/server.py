@@ -163,7 +163,7 @@ class TrunkServer:
             costs=self._traits.costs,
         )
         self._worker = Worker(compute, self._finish_batch, clock=self._clock, failpoint=self._failpoint)
-        self._give_back = GiveBack(resident_bytes())
+        self._give_back = GiveBack(resident_bytes(), self._settings.stash_memory_bytes)
         self._router.start(self._receive, self._dispatch)
         try:
             while not self._stopped.is_set():
