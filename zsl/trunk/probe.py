@@ -22,7 +22,7 @@ from zsl.trunk.work import Shape
 
 COST_TOKENS = (8, 96)
 MEMORY_TOKENS = (8, 48, 96)
-LAYER_TOKENS = (32, 128, 512)
+LAYER_TOKENS = (16, 64, 256)
 # The memory of a layer's backward by its tensors': kernels copy what they multiply, and what is freed lies between
 # what is not. 1.4 to 1.6 on Linux.
 BESIDE_TENSORS = 1.6

@@ -158,7 +158,7 @@ class TrunkServer:
         self._limits = self._limits.model_copy(update={"max_request_tokens": granted})
         self._intake = Intake(self.info, self._limits, self._traits, self._sessions, self._replies)
         self._scheduler = Scheduler(
-            max_batch_tokens=self._traits.batch_limits.max_batch_tokens,
+            max_batch_tokens=min(self._traits.batch_limits.max_batch_tokens, granted),
             max_wait_seconds=self._settings.max_wait_seconds,
             costs=self._traits.costs,
         )
