@@ -111,6 +111,7 @@ class TrunkServer:
             new_id=new_id,
         )
         self._replies = Replies(self._settings.reply_memory_bytes)
+        self._taken_bytes = 0  # of what was held and a backward under way will use
         self._forbidden: set[bytes] = set()  # connections that were told so once
         self._router = Router(
             max_message_bytes=self._limits.max_message_bytes,
@@ -302,6 +303,7 @@ class TrunkServer:
             all_unsent=self._router.all_unsent_bytes,
             retry_after_ms=self._retry_after_ms(),
         )
+        self._taken_bytes += request.taken_bytes
         weight = 1.0 if session.tenant is None else session.tenant.weight
         self._scheduler.add(request.job, now, weight=weight)
 
@@ -395,10 +397,10 @@ class TrunkServer:
         """Make room for the graph that a pass makes; if it is too large, for a pass layer by layer. False then."""
         lengths = [length for request in requests for length in request.shape.lengths]
         if any(request.keep or _makes_graph(request) for request in requests) and self._sessions.make_room(
-            self._traits.graph_memory.nbytes(lengths)
+            self._traits.graph_memory.nbytes(lengths) + self._taken_bytes
         ):
             return True
-        needed = self._traits.pass_memory.nbytes(lengths)
+        needed = self._traits.pass_memory.nbytes(lengths) + self._taken_bytes
         self._sessions.make_room(min(needed, self._settings.stash_memory_bytes - 1))
         return False
 
@@ -431,6 +433,7 @@ class TrunkServer:
         """Answer a request, and keep what its backward will need."""
         request_id = request.header.request
         del self._intake.under_way[request.session.id, request_id]
+        self._taken_bytes -= request.taken_bytes
         session = self._sessions.finish(request.session.id, request_id)
         if isinstance(outcome, WireError) and request.held is not None:
             request.held.stash.drop()
@@ -508,6 +511,7 @@ class TrunkServer:
         for request in session.inflight:
             if self._scheduler.discard((session_id, request)):
                 given_up = self._intake.under_way.pop((session_id, request))
+                self._taken_bytes -= given_up.taken_bytes
                 if given_up.held is not None:
                     given_up.held.stash.drop()
         for peer in (session.peer, session.pulse):
