@@ -4,6 +4,7 @@ computation after. Used by the daemon, and by whoever serves a trunk from Python
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from zsl.split.reference import ModelReference, resolve
 from zsl.split.stack import check_can_be_split, layer_count
 from zsl.trunk.compute import TorchCompute
 from zsl.trunk.costs import UNKNOWN_COSTS, BatchLimits, batch_limits
+from zsl.trunk.memory import give_back_freed_memory
 from zsl.trunk.middle import Middle
 from zsl.trunk.probe import (
     find_packed_forms,
@@ -92,6 +94,10 @@ class TrunkPlan:
             graph_memory=graph_memory,
             pass_memory=pass_memory,
         )
+        if pass_memory_bytes is not None:
+            # The baseline of what it may grow by: without what loading and measuring have left.
+            gc.collect()
+            give_back_freed_memory()
         return TorchCompute(middle, traits, pass_memory_bytes=pass_memory_bytes)
 
 

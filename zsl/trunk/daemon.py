@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import json
 import logging
 import os
@@ -27,7 +26,7 @@ from zsl.trunk.failpoints import Failpoint
 from zsl.trunk.hangup import Hangup
 from zsl.trunk.loading import Loading
 from zsl.trunk.logs import LogFormat
-from zsl.trunk.memory import give_back_freed_memory, keep_freed_memory
+from zsl.trunk.memory import keep_freed_memory
 from zsl.trunk.server import TrunkServer
 from zsl.trunk.settings import ServerSettings, TrunkInfo, TrunkTraits
 from zsl.trunk.sizes import to_mib
@@ -103,9 +102,6 @@ async def _serve(plan: TrunkPlan, options: DaemonOptions, loading: Loading, hang
                     pass_memory_bytes=options.stash_memory_bytes,
                 ),
             )
-            # What loading and measuring have left is no part of what the daemon grows by.
-            gc.collect()
-            give_back_freed_memory()
         _tell_bound(plan.info, settings, compute.traits)
         port = loading.port
         loading.close()
