@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import click
 import torch
@@ -17,12 +18,37 @@ from servers import trunk_daemon
 from zsl.client.trunk_client import TrunkClient
 from zsl.trunk.sizes import parse_size
 
+TIMEOUT_SECONDS = 600.0  # of a request
 IDLE_SECONDS = 15.0  # until a daemon has given back what it freed
-# Name, steps that are held, rows and tokens of each, and the lengths in its one row, which are repeated.
-CASES: list[tuple[str, int, int, int, tuple[int, ...]]] = [
-    ("steps of one token", 300, 1, 1, ()),
-    ("alternating lengths", 4, 1, 1536, (1, 2)),
-    ("one pass of 4,096 tokens", 1, 8, 512, ()),
+
+
+class Case(NamedTuple):
+    """Steps that are held; `lengths`: of the sequences in the one row of each, repeated; `masked`: with padding."""
+
+    name: str
+    steps: int
+    rows: int
+    tokens: int
+    lengths: tuple[int, ...] = ()
+    masked: bool = False
+
+    def beside(self) -> dict[str, torch.Tensor]:
+        """What goes along with the activations."""
+        if self.lengths:
+            return {"lengths": torch.tensor(self.lengths * (self.tokens // sum(self.lengths)))}
+        if not self.masked:
+            return {}
+        mask = torch.ones(self.rows, self.tokens, dtype=torch.long)
+        mask[:, :3] = 0
+        return {"attention_mask": mask}
+
+
+CASES = [
+    Case("300 steps of one token", 300, 1, 1),
+    Case("alternating lengths, 4 x 1,536 tokens", 4, 1, 1536, (1, 2)),
+    Case("a mask, 1 x 2,048 tokens", 1, 1, 2048, masked=True),
+    Case("8 x 512 tokens", 1, 8, 512),
+    Case("1 x 4,096 tokens", 1, 1, 4096),
 ]
 
 
@@ -38,29 +64,31 @@ def status_bytes(pid: int, field: str) -> int:
 @click.option("--cut", default="2:28", show_default=True, metavar="START:STOP", help="The trunk's layers.")
 @click.option("--stash-memory", "stash", default="256MiB", show_default=True, metavar="SIZE", help="Of the daemons.")
 @click.option("--threads", default=2, show_default=True, help="CPU threads of the daemons.")
+@click.option("--only", multiple=True, type=click.Choice([case.name for case in CASES]), help="A case; all without.")
 @out_option
-def main(model: str, cut: str, stash: str, threads: int, out: Path) -> None:
+def main(model: str, cut: str, stash: str, threads: int, only: tuple[str, ...], out: Path) -> None:
     """Measure each case, print a table, write it."""
     out.mkdir(parents=True, exist_ok=True)
     report = Report("budget", f"Growth of a daemon, {model}, cut {cut}, --stash-memory {stash}", out)
-    for name, steps, rows, tokens, lengths in CASES:
+    for case in CASES:
+        if only and case.name not in only:
+            continue
         serving = ("--model", model, "--cut", cut, "--threads", str(threads), "--stash-memory", stash)
         with trunk_daemon(*serving, log=out / "budget.log") as daemon:
             pid = daemon["pid"]
             start = status_bytes(pid, "VmRSS")
             Path(f"/proc/{pid}/clear_refs").write_text("5")  # the peak begins anew
-            with TrunkClient(daemon["endpoint"]) as trunk:
+            with TrunkClient(daemon["endpoint"], request_timeout_seconds=TIMEOUT_SECONDS) as trunk:
                 welcome = trunk.connect()
-                activations = torch.randn(rows, tokens, welcome.model.hidden_size)
-                beside = {"lengths": torch.tensor(lengths * (tokens // sum(lengths)))} if lengths else {}
-                held = [trunk.forward(activations, keep=True, **beside) for _ in range(steps)]
+                activations = torch.randn(case.rows, case.tokens, welcome.model.hidden_size)
+                held = [trunk.forward(activations, keep=True, **case.beside()) for _ in range(case.steps)]
                 counted, grown = trunk.status().held_bytes, status_bytes(pid, "VmRSS") - start
                 trunk.backward(held[-1], torch.ones_like(activations))
                 peak = status_bytes(pid, "VmHWM") - start
             time.sleep(IDLE_SECONDS)
             stays = status_bytes(pid, "VmRSS") - start
         report.add(
-            case=name,
+            case=case.name,
             budget_mib=parse_size(stash) / MIB,
             counted_mib=counted / MIB,
             resident_mib=grown / MIB,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -12,11 +13,20 @@ from pathlib import Path
 import pytest
 import torch
 
+from support.daemon import Daemon
+from zsl.client.trunk_client import TrunkClient
+from zsl.errors import TooLargeError
 from zsl.split.cut import parse_cut
+from zsl.split.stack import find_stack
 from zsl.trunk.assemble import plan_trunk
+from zsl.trunk.costs import GraphMemory, PassMemory
 from zsl.trunk.memory import IDLE_SECONDS, KEPT_BYTES, GiveBack
 from zsl.trunk.passes import Rows, sequences_of
 from zsl.trunk.work import Shape
+
+MIB = 1 << 20
+# A request's tensors, its answer, and the daemon's copies of them; what threads and allocator take once.
+IN_FLIGHT_BYTES = 24 * MIB
 
 HOLD_MANY_SMALL_STEPS = """
 import gc, json, sys
@@ -95,15 +105,9 @@ def test_the_memory_of_a_graph_is_known_before_its_pass_and_one_too_large_is_com
             module.register_forward_pre_hook(lambda *_, name=name: mlp_calls.update([name]))
     packed_rows = sequences_of(rows, Shape(1, 60, (7, 40, 13)))
     for inputs in (rows, packed_rows):
-        results, calls = [], []
-        for make in (middle.graph, middle.graph_by_layers):
-            counted = mlp_calls.copy()
-            graph = make(inputs)
-            results.append([graph.output.detach(), graph.gradients(gradients)])
-            calls.append((mlp_calls - counted).total())
-        assert calls == [2, 4], "each of the two layers is computed again for its gradient"
-        for ours, theirs in zip(*results, strict=True):
-            assert torch.equal(ours, theirs)
+        whole, by_layers = mlp_calls.copy(), middle.gradients_by_layers(inputs, gradients)
+        assert (mlp_calls - whole).total() == 3, "the first of the two layers is computed again for its gradient"
+        assert torch.equal(middle.graph(inputs).gradients(gradients), by_layers)
     assert compute._fits((5,)) and not compute._fits((60,))
     most = len(middle._graph_bytes) + 1
     monkeypatch.setattr("zsl.trunk.middle.MAX_SIZES_REMEMBERED", most)
@@ -117,7 +121,7 @@ def is_due(given: GiveBack, now: float, *, busy: bool = False, resident_bytes: i
 
 
 def test_freed_memory_is_given_back_once_when_nothing_was_freed_for_a_while() -> None:
-    given = GiveBack(resident_at_start=100)
+    given = GiveBack(resident_at_start=100, budget_bytes=2 * KEPT_BYTES)
     assert not is_due(given, 1000.0), "nothing was freed"
     given.freed(1000.0)
     assert not is_due(given, 1000.0 + IDLE_SECONDS / 2)
@@ -127,9 +131,75 @@ def test_freed_memory_is_given_back_once_when_nothing_was_freed_for_a_while() ->
 
 
 def test_far_more_memory_than_is_held_is_given_back_while_there_is_work_but_not_at_every_look() -> None:
-    given, over = GiveBack(resident_at_start=100), 100 + 10 + KEPT_BYTES + 1
+    given, over = GiveBack(resident_at_start=100, budget_bytes=2 * KEPT_BYTES), 100 + 10 + KEPT_BYTES + 1
     given.freed(1000.0)
     assert not is_due(given, 1000.0, busy=True, resident_bytes=over - 1)
     assert is_due(given, 1000.0, busy=True, resident_bytes=over)
     assert not is_due(given, 1001.0, busy=True, resident_bytes=over)
     assert is_due(given, 1000.0 + IDLE_SECONDS, busy=True, resident_bytes=over)
+
+
+def test_memory_over_the_budget_is_given_back_while_there_is_work() -> None:
+    given = GiveBack(resident_at_start=100, budget_bytes=50)
+    given.freed(1000.0)
+    assert not is_due(given, 1000.0, busy=True, resident_bytes=150)
+    assert is_due(given, 1000.0, busy=True, resident_bytes=151)
+
+
+@pytest.mark.parametrize("per_pair", [0.0, 0.5])
+def test_a_request_is_granted_as_many_tokens_as_a_pass_has_memory_for(per_pair: float) -> None:
+    memory = PassMemory(GraphMemory(1000.0, 8.0, per_pair), kept_bytes_per_token=2)
+    granted = memory.most_tokens(100_000, 64, least=16, most=32_768)
+    assert memory.nbytes_of_rows(granted, 64) <= 100_000 < memory.nbytes_of_rows(granted + 1, 64)
+    assert memory.most_tokens(0, 64, least=16, most=32_768) == 16, "there is a least"
+    assert memory.most_tokens(1 << 60, 64, least=16, most=32_768) == 32_768
+
+
+def test_layers_with_something_between_them_are_not_called_separately(checkpoints: Callable[..., Path]) -> None:
+    plan = plan_trunk(str(checkpoints("llama")), parse_cut("2:4"), torch.float32, "cpu", forward_only=False)
+    middle = plan.load(max_batch_tokens=256, merge_below_tokens=64)._middle
+    rows, gradients = Rows(torch.randn(1, 9, 32)), torch.randn(1, 9, 32)
+    plain = middle.gradients_by_layers(rows, gradients)
+    layers = find_stack(middle._model).layers
+    layers[2].register_forward_hook(lambda layer, args, output: output * 2)
+    with middle.separate_layers(rows) as separate:
+        assert separate == []
+    scaled = middle.gradients_by_layers(rows, gradients)
+    assert torch.equal(scaled, middle.graph(rows).gradients(gradients))
+    assert not torch.equal(scaled, plain)
+
+
+def kernel_bytes(pid: int, field: str) -> int:
+    """A size from the kernel's status of a process: VmRSS now, VmHWM at its peak."""
+    (line,) = (line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_largest_request_that_is_granted_takes_what_the_daemon_said_and_leaves_no_more_than_its_budget(
+    checkpoints: Callable[..., Path], tmp_path: Path
+) -> None:
+    sizes = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 8, "max_position_embeddings": 512}
+    serving = ("--model", str(checkpoints("llama", **sizes)), "--cut", "1:7", "--threads", "2")
+    batches = ("--max-batch-tokens", "512", "--merge-below-tokens", "32")
+    budget = 32 * MIB
+    with Daemon(*serving, *batches, "--stash-memory", str(budget), log=tmp_path / "log") as daemon:
+        pid = daemon.process.pid
+        (told,) = re.findall(r"take up to (\d+) MiB", (tmp_path / "log").read_text())
+        assert int(told) * MIB > budget
+        start = kernel_bytes(pid, "VmRSS")
+        Path(f"/proc/{pid}/clear_refs").write_text("5")  # the peak begins anew
+        with TrunkClient(daemon.endpoint) as trunk:
+            granted = trunk.connect().limits.max_request_tokens
+            assert granted == 4096
+            with pytest.raises(TooLargeError):
+                trunk.forward(torch.randn(1, granted + 1, 128))
+            small, rows = torch.randn(1, 64, 128), torch.randn(granted // 512, 512, 128)
+            others = [trunk.forward(small, keep=True) for _ in range(4)]
+            assert trunk.status().held_bytes > budget / 4, "graphs are held"
+            forward = trunk.forward(rows, keep=True)
+            trunk.backward(forward, torch.randn_like(rows))
+            assert trunk.status().held_bytes < 2 * sum(one.nbytes for one in (small,) * len(others))
+            peak, stays = kernel_bytes(pid, "VmHWM") - start, kernel_bytes(pid, "VmRSS") - start
+    assert peak <= int(told) * MIB + IN_FLIGHT_BYTES, (peak / MIB, told)
+    assert stays <= budget + IN_FLIGHT_BYTES, stays / MIB

@@ -16,9 +16,9 @@ from support.echo import HIDDEN, IDENTITY, ROW_TOKENS, EchoServer
 from support.faulty_link import FaultyLink
 from support.peer import Peer, forward
 from test_wire_frames import BAD_FRAMES
-from zsl.trunk.costs import BatchLimits, Costs, PassCost
+from zsl.trunk.costs import BatchLimits, Costs, GraphMemory, PassCost
 from zsl.trunk.settings import ServerSettings
-from zsl.trunk.work import Kind
+from zsl.trunk.work import Keep, Kind
 from zsl.wire.messages import (
     Backward,
     Bye,
@@ -168,6 +168,31 @@ def test_what_is_held_stays_within_the_memory_and_what_went_is_asked_for_again()
         assert 0 < peer.status().held_bytes <= 1000
         assert code_of(peer.ask(*backward(welcome, 101, step=1, tokens=8))) == "UNKNOWN_STEP"
         assert isinstance(peer.ask(*backward(welcome, 102, step=100, tokens=8)), Result)
+
+
+def test_what_queued_backwards_will_use_is_part_of_the_memory_until_they_have_run() -> None:
+    def kept(server: EchoServer) -> list[Keep]:
+        return [held.stash.keep for session in server.server._sessions for held in session.held.values()]
+
+    settings, memory = ServerSettings(stash_memory_bytes=1000), GraphMemory(400.0, 0.0, 0.0)
+    with EchoServer(settings=settings, graph_memory=memory) as server, Peer(server.endpoint) as one:
+        with Peer(server.endpoint) as other:
+            mine, theirs = one.hello(), other.hello()
+            one.ask(*forward(mine, 1, tokens=40, keep=True))  # 640 bytes
+            assert kept(server) == [Keep.GRAPH_AND_PRODUCTS]
+            server.compute.gate.clear()
+            one.send(*forward(mine, 2, tokens=40))
+            assert server.compute.begun.acquire(timeout=20) and server.compute.begun.acquire(timeout=20)
+            one.send(*backward(mine, 3, step=1, tokens=40))
+            assert one.status().held_bytes == 0
+            other.send(*forward(theirs, 1, keep=True))
+            assert other.status().queued_requests == 2
+            server.compute.gate.set()
+            other.hear(), one.hear(), one.hear()
+            assert server.compute.batches == [[Kind.FORWARD]] * 3 + [[Kind.BACKWARD]]
+            assert kept(server) == [Keep.INPUT], "there was no room for a graph beside the backward's"
+            other.ask(*forward(theirs, 2, keep=True))
+            assert kept(server) == [Keep.INPUT, Keep.GRAPH_AND_PRODUCTS]
 
 
 def test_a_new_hello_ends_the_connections_earlier_session_and_its_queued_work(server: EchoServer, peer: Peer) -> None:

@@ -71,7 +71,8 @@ class MemorySize(click.ParamType[int]):
     default="4GiB",
     show_default=True,
     show_envvar=True,
-    help="Memory for what pending backwards need; over it they compute their forward again.",
+    help="About what the daemon may grow by, for pending backwards and the pass that runs. Over it backwards compute "
+    "their forward again; it bounds the largest request.",
 )
 @click.option(
     "--max-batch-tokens",

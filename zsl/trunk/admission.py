@@ -103,7 +103,8 @@ def _check_inputs(buffers: Buffers, hidden_size: int, limits: Limits) -> Shape:
         raise BadShapeError(f"activations have hidden size {hidden}, this trunk has {hidden_size}")
     if rows * tokens > limits.max_request_tokens:
         raise TooLargeError(
-            f"a request of {rows} x {tokens} tokens is over {limits.max_request_tokens}; send fewer rows at once"
+            f"a request of {rows} x {tokens} tokens is over {limits.max_request_tokens}; send fewer rows at once, "
+            "or have the daemon started with more --stash-memory"
         )
     masked: frozenset[int] = frozenset()
     if "attention_mask" in buffers:

@@ -4,6 +4,7 @@ computation after. Used by the daemon, and by whoever serves a trunk from Python
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +17,15 @@ from zsl.split.reference import ModelReference, resolve
 from zsl.split.stack import check_can_be_split, layer_count
 from zsl.trunk.compute import TorchCompute
 from zsl.trunk.costs import UNKNOWN_COSTS, BatchLimits, batch_limits
+from zsl.trunk.memory import give_back_freed_memory
 from zsl.trunk.middle import Middle
-from zsl.trunk.probe import find_packed_forms, is_deterministic, measure_costs, measure_graph_memory
+from zsl.trunk.probe import (
+    find_packed_forms,
+    is_deterministic,
+    measure_costs,
+    measure_graph_memory,
+    measure_pass_memory,
+)
 from zsl.trunk.settings import TrunkInfo, TrunkTraits
 from zsl.wire.messages import Cut
 from zsl.wire.tensors import float_wire_name
@@ -72,6 +80,8 @@ class TrunkPlan:
             limits.max_batch_tokens if max_batch_tokens is None else max_batch_tokens,
             limits.merge_below_tokens if merge_below_tokens is None else merge_below_tokens,
         )
+        graph_memory = measure_graph_memory(middle)
+        pass_memory = measure_pass_memory(middle, graph_memory)
         traits = TrunkTraits(
             parameters=middle.parameter_count,
             merges=not middle.mixes_rows and limits.merge_below_tokens > 0,
@@ -81,8 +91,13 @@ class TrunkPlan:
             deterministic=deterministic,
             costs=costs,
             batch_limits=limits,
-            graph_memory=measure_graph_memory(middle),
+            graph_memory=graph_memory,
+            pass_memory=pass_memory,
         )
+        if pass_memory_bytes is not None:
+            # The baseline of what it may grow by: without what loading and measuring have left.
+            gc.collect()
+            give_back_freed_memory()
         return TorchCompute(middle, traits, pass_memory_bytes=pass_memory_bytes)
 
 

@@ -13,6 +13,7 @@ import torch
 
 from zsl.errors import InternalError, OutOfMemoryError, WireError
 from zsl.trunk.joining import Joined, alone, packed, stacked
+from zsl.trunk.memory import give_back_freed_memory, resident_bytes
 from zsl.trunk.middle import Middle
 from zsl.trunk.passes import Pass, Rows, Sequences, sequences_of
 from zsl.trunk.settings import TrunkTraits
@@ -34,17 +35,24 @@ class TorchCompute:
     Requests that share a pass are packed into one row or stacked row on row, as their `sharing` says. If the trunk is
     deterministic, every pass that may be shared has just `max_batch_tokens` tokens, filled with zeros, so that a
     request's numbers do not depend on who shares it; longer requests run alone. A backward whose graph would take more
-    than `pass_memory_bytes` keeps only the inputs of its layers, and computes each layer's forward once more.
+    than `pass_memory_bytes` goes layer by layer, and computes each layer's forward once or twice more.
     """
 
     def __init__(self, middle: Middle, traits: TrunkTraits, *, pass_memory_bytes: int | None = None) -> None:
         self._pass_memory_bytes = pass_memory_bytes
+        self._resident_at_start = resident_bytes() if middle.device.type == "cpu" else 0
         self.traits = traits
         self._middle = middle
         self._pass_tokens = traits.batch_limits.max_batch_tokens if traits.deterministic else 0
         self._transfer = Transfer(middle.device)
 
     def run(self, batch: Batch) -> list[Outcome]:
+        outcomes = self._outcomes(batch)
+        if not self._fits(sum((work.shape.lengths for work in batch.works), ())):
+            self._give_back()
+        return outcomes
+
+    def _outcomes(self, batch: Batch) -> list[Outcome]:
         if len(batch.works) > 1:
             try:
                 return list(self._run(batch))
@@ -99,15 +107,22 @@ class TorchCompute:
             of_rest = [stashes[place] for place in rest]
             joined = self._joined([works[place] for place in rest], [stash.inputs for stash in of_rest])
             products = take_products(of_rest)
+            at_output = joined.join([tensors[place] for place in rest])
             if self._fits(sum((works[place].shape.lengths for place in rest), ())):
                 graph = self._middle.graph(joined.inputs, None if products is None else joined.join_products(products))
+                at_input = graph.gradients(at_output)
             else:
                 del products
-                graph = self._middle.graph_by_layers(joined.inputs)
-            gradients = joined.split(graph.gradients(joined.join([tensors[place] for place in rest])))
-            results.update(zip(rest, gradients, strict=True))
+                at_input = self._middle.gradients_by_layers(joined.inputs, at_output, after_layer=self._give_back)
+            results.update(zip(rest, joined.split(at_input), strict=True))
         ordered = [results[place] for place in range(len(works))]
         return [Done(reply) for reply in self._replies("gradients", ordered, [stash.reply_dtype for stash in stashes])]
+
+    def _give_back(self) -> None:
+        """Within and after a pass over the budget: what was freed lies between what is kept, and would add up."""
+        assert self._pass_memory_bytes is not None
+        if self._resident_at_start and resident_bytes() - self._resident_at_start > self._pass_memory_bytes:
+            give_back_freed_memory()
 
     def _fits(self, lengths: tuple[int, ...]) -> bool:
         return self._pass_memory_bytes is None or self.traits.graph_memory.nbytes(lengths) <= self._pass_memory_bytes

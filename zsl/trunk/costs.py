@@ -46,7 +46,7 @@ class Costs:
 
 @dataclass(frozen=True, slots=True)
 class GraphMemory:
-    """Memory of a pass's graph and products: `fixed + per_token * tokens + per_pair * sum of squared lengths`."""
+    """Memory of a graph: `fixed + per_token * tokens + per_pair * sum of squared lengths`."""
 
     fixed_bytes: float
     bytes_per_token: float
@@ -67,8 +67,37 @@ def fit_graph_memory(samples: Sequence[tuple[int, int]]) -> GraphMemory:
     return GraphMemory(max(y2 - per_token * x2 - per_pair * x2 * x2, 0.0), per_token, per_pair)
 
 
+@dataclass(frozen=True, slots=True)
+class PassMemory:
+    """Memory of a backward that goes layer by layer, the least that a request can run in: what one layer takes, and so
+    many tensors of its input's size."""
+
+    layer: GraphMemory
+    kept_bytes_per_token: int
+
+    def nbytes(self, lengths: Sequence[int]) -> int:
+        """What a pass of sequences of these lengths takes at its peak."""
+        return self.layer.nbytes(lengths) + self.kept_bytes_per_token * sum(lengths)
+
+    def nbytes_of_rows(self, tokens: int, row_tokens: int) -> int:
+        """What so many tokens take at most, in rows as long as they may be."""
+        rows, rest = divmod(tokens, row_tokens)
+        return self.nbytes([*[row_tokens] * rows, *[rest] * bool(rest)])
+
+    def most_tokens(self, nbytes: int, row_tokens: int, *, least: int, most: int) -> int:
+        """The largest request that takes no more than `nbytes`, within bounds."""
+        while least < most:
+            middle = (least + most + 1) // 2
+            if self.nbytes_of_rows(middle, row_tokens) <= nbytes:
+                least = middle
+            else:
+                most = middle - 1
+        return least
+
+
 # Of a trunk that was not measured: nothing is bounded by it.
 UNKNOWN_GRAPH_MEMORY = GraphMemory(0.0, 0.0, 0.0)
+UNKNOWN_PASS_MEMORY = PassMemory(UNKNOWN_GRAPH_MEMORY, 0)
 # Of a trunk that was not measured: only the proportions matter, to fairness, and no pass waits for company.
 UNKNOWN_COSTS = Costs(PassCost(0.0, 1e-3), PassCost(0.0, 1e-3), PassCost(0.0, 1.2e-3))
 

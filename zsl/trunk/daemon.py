@@ -28,7 +28,8 @@ from zsl.trunk.loading import Loading
 from zsl.trunk.logs import LogFormat
 from zsl.trunk.memory import keep_freed_memory
 from zsl.trunk.server import TrunkServer
-from zsl.trunk.settings import ServerSettings, TrunkTraits
+from zsl.trunk.settings import ServerSettings, TrunkInfo, TrunkTraits
+from zsl.trunk.sizes import to_mib
 from zsl.trunk.standard_streams import check_output, drain_output
 from zsl.wire.messages import Cut
 
@@ -78,10 +79,10 @@ def run_daemon(options: DaemonOptions) -> None:
 
 
 async def _serve(plan: TrunkPlan, options: DaemonOptions, loading: Loading, hangup: Hangup) -> None:
-    access = options.access
+    access, settings = options.access, ServerSettings(stash_memory_bytes=options.stash_memory_bytes)
     server = TrunkServer(
         plan.info,
-        ServerSettings(stash_memory_bytes=options.stash_memory_bytes),
+        settings,
         keys=None if access is None else access.keys,
         allowlist=None if access is None else access.allowlist,
         failpoint=options.failpoint,
@@ -101,6 +102,7 @@ async def _serve(plan: TrunkPlan, options: DaemonOptions, loading: Loading, hang
                     pass_memory_bytes=options.stash_memory_bytes,
                 ),
             )
+        _tell_bound(plan.info, settings, compute.traits)
         port = loading.port
         loading.close()
         endpoint = server.bind(options.host, port)
@@ -116,6 +118,20 @@ async def _serve(plan: TrunkPlan, options: DaemonOptions, loading: Loading, hang
     await _check_ready_was_written()
     await server.run(compute)
     logger.info("stopped")
+
+
+def _tell_bound(info: TrunkInfo, settings: ServerSettings, traits: TrunkTraits) -> None:
+    """Say at start where `--stash-memory` bounds the largest request, or is less than it takes."""
+    granted = settings.granted_tokens(info, traits.pass_memory)
+    if granted == settings.max_request_tokens:
+        return
+    logger.warning(
+        "requests of up to %s are granted, which take up to %d MiB while they run; %s take --stash-memory %dMiB",
+        counted(granted, "token"),
+        to_mib(traits.pass_memory.nbytes_of_rows(granted, info.max_row_tokens)),
+        f"{settings.max_request_tokens:,}",
+        to_mib(traits.pass_memory.nbytes_of_rows(settings.max_request_tokens, info.max_row_tokens)),
+    )
 
 
 def _obey_signals(server: TrunkServer, loading: Loading, hangup: Hangup, *, reloads: bool) -> None:

@@ -34,6 +34,11 @@ class Request:
     arrived: float
     job: Job
 
+    @property
+    def taken_bytes(self) -> int:
+        """The memory of what was held for it, and is counted for no session any more."""
+        return 0 if self.held is None else self.held.stash.nbytes
+
     def is_asked_by(self, header: WorkHeader, frames: Sequence[Frame]) -> bool:
         """Whether a message of its id asks for the same. (A backward may bring its activations along, or not.)"""
         arrived = {d.role: frame for d, frame in zip(header.tensors, frames, strict=True)}

@@ -56,8 +56,10 @@ def give_back_freed_memory() -> bool:
 class GiveBack:
     """Decides when freed memory is to be given back. Pure: the clock and the sizes come from outside."""
 
-    def __init__(self, resident_at_start: int) -> None:
+    def __init__(self, resident_at_start: int, budget_bytes: int) -> None:
+        """`budget_bytes`: what the process may grow by; what is held is part of it."""
         self._resident_at_start = resident_at_start
+        self._budget_bytes = budget_bytes
         self._freed_at: float | None = None  # None: nothing since it was last given back
         self._next_look = 0.0
 
@@ -66,11 +68,11 @@ class GiveBack:
         self._freed_at = now
 
     def is_due(self, now: float, *, busy: bool, held_bytes: int, resident_bytes: int) -> bool:
-        """Say if it is time: nothing was freed for `IDLE_SECONDS`, or far more is kept than held."""
+        """Say if it is time: nothing was freed for `IDLE_SECONDS`, or far more is kept than is held or may be."""
         if self._freed_at is None or now < self._next_look:
             return False
         if busy or now - self._freed_at < IDLE_SECONDS:
-            if resident_bytes <= self._resident_at_start + held_bytes + KEPT_BYTES:
+            if resident_bytes - self._resident_at_start <= min(held_bytes + KEPT_BYTES, self._budget_bytes):
                 return False
         else:
             self._freed_at = None

@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 
 from zsl.split.stack import find_stack
 from zsl.trunk.attention import flash_is_slow, layout_of, segments_attention
+from zsl.trunk.by_layers import Layer, gradients_by_layers
 from zsl.trunk.passes import Pass, Sequences
 from zsl.trunk.products import LinearLayers, Products
 from zsl.wire.messages import Cut
@@ -48,6 +49,31 @@ class Graph:
         return result
 
 
+@dataclass(slots=True)
+class _Separated:
+    """The layers that a model has called, none of which has computed."""
+
+    layers: list[Layer]
+    complete: bool = True  # each was given just what the one before it returned
+    _returned: torch.Tensor | None = None
+
+    def passed(self, forward: Callable[..., Any], first: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Note a call of a layer, and return what enters it."""
+        if args:
+            entering, args = args[0], args[1:]
+        else:
+            kwargs = kwargs.copy()
+            entering = kwargs.pop(first)
+        beside = pytree.tree_leaves((args, kwargs))
+        if (self._returned is not None and entering is not self._returned) or any(
+            isinstance(value, torch.Tensor) and value.requires_grad for value in beside
+        ):
+            self.complete = False
+        self._returned = entering
+        self.layers.append(lambda x: forward(x, *args, **kwargs))
+        return entering
+
+
 class Middle:
     """Calls a model made by `zsl.split.loading.load_trunk_part`. Not for two threads at once."""
 
@@ -58,7 +84,7 @@ class Middle:
         self._first_parameter = next(iter(inspect.signature(first.forward).parameters))
         first.register_forward_pre_hook(self._enter, with_kwargs=True)
         layers[cut.stop - 1].register_forward_hook(self._leave)
-        self._by_layers = False
+        self._separated: _Separated | None = None
         for index in range(cut.start, cut.stop):
             layers[index].forward = partial(self._layer, layers[index].forward)
         self._linear_layers = LinearLayers(
@@ -121,13 +147,29 @@ class Middle:
         with torch.enable_grad(), linear_layers:
             return Graph(leaf, self._run(inputs, leaf), 0)
 
-    def graph_by_layers(self, inputs: Pass) -> Graph:
-        """The same, with a graph that keeps the inputs of the layers only: its gradients compute each layer again."""
-        self._by_layers = True
+    def gradients_by_layers(
+        self, inputs: Pass, at_output: torch.Tensor, *, after_layer: Callable[[], object] = lambda: None
+    ) -> torch.Tensor:
+        """What `graph(inputs).gradients(at_output)` gives, with memory for the graph of one layer at a time
+        (of all, if they cannot be called separately)."""
+        with self.separate_layers(inputs) as layers:
+            if layers:
+                return gradients_by_layers(layers, inputs.activations, at_output, after_layer=after_layer)
+        return self.graph(inputs).gradients(at_output)
+
+    @contextmanager
+    def separate_layers(self, inputs: Pass) -> Iterator[list[Layer]]:
+        """Within it, the layers as functions of what enters them; nothing is computed for it.
+
+        None of them if the model does anything else with its activations than to give them to the next layer.
+        """
+        self._separated = separated = _Separated([])
         try:
-            return self.graph(inputs)
+            self.graph(inputs)
         finally:
-            self._by_layers = False
+            self._separated = None
+        with self._attend():
+            yield separated.layers if separated.complete else []
 
     def graph_to_keep(self, inputs: Pass, *, with_products: bool) -> tuple[Graph, Products | None]:
         """A graph with the memory that it keeps, and the products for a backward that shares its pass."""
@@ -189,17 +231,9 @@ class Middle:
             self._entering = self._leaving = None
 
     def _layer(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if not self._by_layers:
-            return forward(*args, **kwargs)
-        attend = self._attend  # of this pass; the backward computes the layer within it again
-        return checkpoint(
-            forward,
-            *args,
-            use_reentrant=False,
-            preserve_rng_state=False,
-            context_fn=lambda: (nullcontext(), attend()),
-            **kwargs,
-        )
+        if self._separated is not None:
+            return self._separated.passed(forward, self._first_parameter, args, kwargs)
+        return forward(*args, **kwargs)
 
     def _enter(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         if args:

@@ -12,14 +12,20 @@ from typing import TypeVar
 
 import torch
 
-from zsl.trunk.costs import Costs, GraphMemory, fit_cost, fit_graph_memory
+from zsl.trunk.by_layers import Layer, layer_gradient, most_kept
+from zsl.trunk.costs import Costs, GraphMemory, PassMemory, fit_cost, fit_graph_memory
 from zsl.trunk.joining import alone, packed
+from zsl.trunk.live_bytes import peak_bytes
 from zsl.trunk.middle import Middle
 from zsl.trunk.passes import Rows, sequences_of
 from zsl.trunk.work import Shape
 
 COST_TOKENS = (8, 96)
 MEMORY_TOKENS = (8, 48, 96)
+LAYER_TOKENS = (16, 64, 256)
+# The memory of a layer's backward by its tensors': kernels copy what they multiply, and what is freed lies between
+# what is not. 1.4 to 1.6 on Linux.
+BESIDE_TENSORS = 1.6
 # Of repeated measurements the shortest counts: at least so many, and more while they are short.
 COST_REPEATS = 3
 COST_SECONDS = 0.2
@@ -174,6 +180,26 @@ def measure_graph_memory(middle: Middle) -> GraphMemory:
         graph, products = middle.graph_to_keep(_request(middle, plain(1, tokens), random), with_products=True)
         samples.append((tokens, graph.nbytes + (0 if products is None else products.nbytes)))
     return fit_graph_memory(samples)
+
+
+def measure_pass_memory(middle: Middle, graph_memory: GraphMemory) -> PassMemory:
+    """What a backward takes that goes layer by layer, from the first and the last layer alone."""
+    random, samples, kept = torch.Generator().manual_seed(SEED), [], 0
+    for tokens in LAYER_TOKENS:
+        # A mask with a hole: what families make of it grows with the square of a row.
+        mask = ((0, *(1,) * (tokens - 1)),)
+        rows = _request(middle, Form(Shape(1, tokens, (tokens,), frozenset({0})), mask), random)
+        with middle.separate_layers(rows) as layers:
+            if not layers:
+                return PassMemory(graph_memory, 0)
+            kept = most_kept(len(layers)) * middle.hidden_size * middle.dtype.itemsize
+            nbytes = max(_layer_bytes(layer, rows.activations) for layer in (layers[0], layers[-1]))
+        samples.append((tokens, round(nbytes * BESIDE_TENSORS)))
+    return PassMemory(fit_graph_memory(samples), kept)
+
+
+def _layer_bytes(layer: Layer, x: torch.Tensor) -> int:
+    return peak_bytes(lambda: layer_gradient(layer, x, x))
 
 
 def _timed(run: Callable[[], Timed], device: torch.device, clock: Callable[[], float]) -> tuple[Timed, float]:

@@ -111,6 +111,7 @@ class TrunkServer:
             new_id=new_id,
         )
         self._replies = Replies(self._settings.reply_memory_bytes)
+        self._taken_bytes = 0  # of what was held and a backward under way will use
         self._forbidden: set[bytes] = set()  # connections that were told so once
         self._router = Router(
             max_message_bytes=self._limits.max_message_bytes,
@@ -154,14 +155,16 @@ class TrunkServer:
     async def run(self, compute: Compute) -> None:
         """Serve until `stop`, or until a `drain` has ended. Raises `RunFailed` if the compute thread hangs."""
         self._traits = compute.traits
+        granted = self._settings.granted_tokens(self.info, self._traits.pass_memory)
+        self._limits = self._limits.model_copy(update={"max_request_tokens": granted})
         self._intake = Intake(self.info, self._limits, self._traits, self._sessions, self._replies)
         self._scheduler = Scheduler(
-            max_batch_tokens=self._traits.batch_limits.max_batch_tokens,
+            max_batch_tokens=min(self._traits.batch_limits.max_batch_tokens, granted),
             max_wait_seconds=self._settings.max_wait_seconds,
             costs=self._traits.costs,
         )
         self._worker = Worker(compute, self._finish_batch, clock=self._clock, failpoint=self._failpoint)
-        self._give_back = GiveBack(resident_bytes())
+        self._give_back = GiveBack(resident_bytes(), self._settings.stash_memory_bytes)
         self._router.start(self._receive, self._dispatch)
         try:
             while not self._stopped.is_set():
@@ -300,6 +303,7 @@ class TrunkServer:
             all_unsent=self._router.all_unsent_bytes,
             retry_after_ms=self._retry_after_ms(),
         )
+        self._taken_bytes += request.taken_bytes
         weight = 1.0 if session.tenant is None else session.tenant.weight
         self._scheduler.add(request.job, now, weight=weight)
 
@@ -386,9 +390,19 @@ class TrunkServer:
                 self._dispatch_later = loop.call_later(self._scheduler.waits_until - now, self._dispatch)
             return
         requests = [self._intake.under_way[job.key] for job in jobs]  # type: ignore[index]
-        lengths = [length for request in requests if request.keep for length in request.shape.lengths]
-        room = bool(lengths) and self._sessions.make_room(self._traits.graph_memory.nbytes(lengths))
+        room = self._make_room(requests)
         self._worker.give(requests, Batch(tuple(self._work(request, room) for request in requests)))
+
+    def _make_room(self, requests: list[Request]) -> bool:
+        """Make room for the graph that a pass makes; if it is too large, for a pass layer by layer. False then."""
+        lengths = [length for request in requests for length in request.shape.lengths]
+        if any(request.keep or _makes_graph(request) for request in requests) and self._sessions.make_room(
+            self._traits.graph_memory.nbytes(lengths) + self._taken_bytes
+        ):
+            return True
+        needed = self._traits.pass_memory.nbytes(lengths) + self._taken_bytes
+        self._sessions.make_room(min(needed, self._settings.stash_memory_bytes - 1))
+        return False
 
     def _work(self, request: Request, room: bool) -> Work:
         stash = request.held.stash if request.held else None
@@ -419,6 +433,7 @@ class TrunkServer:
         """Answer a request, and keep what its backward will need."""
         request_id = request.header.request
         del self._intake.under_way[request.session.id, request_id]
+        self._taken_bytes -= request.taken_bytes
         session = self._sessions.finish(request.session.id, request_id)
         if isinstance(outcome, WireError) and request.held is not None:
             request.held.stash.drop()
@@ -496,6 +511,7 @@ class TrunkServer:
         for request in session.inflight:
             if self._scheduler.discard((session_id, request)):
                 given_up = self._intake.under_way.pop((session_id, request))
+                self._taken_bytes -= given_up.taken_bytes
                 if given_up.held is not None:
                     given_up.held.stash.drop()
         for peer in (session.peer, session.pulse):
@@ -525,6 +541,11 @@ class TrunkServer:
 
     def _send(self, peer: bytes, header: Header, buffers: Sequence[Frame] = ()) -> bool:
         return self._router.send(peer, encode(header, buffers))
+
+
+def _makes_graph(request: Request) -> bool:
+    """Say if this is a backward without the graph of its forward."""
+    return isinstance(request.header, Backward) and (request.held is None or not request.held.stash.keep.has_graph)
 
 
 async def _wait_at_most(event: asyncio.Event, seconds: float) -> None:

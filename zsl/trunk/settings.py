@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from zsl.errors import WrongModelError
-from zsl.trunk.costs import UNKNOWN_GRAPH_MEMORY, BatchLimits, Costs, GraphMemory
+from zsl.trunk.costs import (
+    MAX_BATCH_TOKENS,
+    UNKNOWN_GRAPH_MEMORY,
+    UNKNOWN_PASS_MEMORY,
+    BatchLimits,
+    Costs,
+    GraphMemory,
+    PassMemory,
+)
 from zsl.wire.frames import MAX_HEADER_BYTES
 from zsl.wire.messages import Cut, FloatDtypeName, Hello, Limits, ModelIdentity
 
@@ -41,6 +49,7 @@ class TrunkTraits:
     packs_masks: bool = False
     packs_restarts: bool = False
     graph_memory: GraphMemory = UNKNOWN_GRAPH_MEMORY
+    pass_memory: PassMemory = UNKNOWN_PASS_MEMORY
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +89,11 @@ class ServerSettings:
             lease_ms=round(self.lease_seconds * 1000),
             ping_ms=round(self.ping_seconds * 1000),
         )
+
+    def granted_tokens(self, info: TrunkInfo, memory: PassMemory) -> int:
+        """The largest request that a pass has memory for, but no less than `MAX_BATCH_TOKENS`."""
+        least, most = min(MAX_BATCH_TOKENS, self.max_request_tokens), self.max_request_tokens
+        return memory.most_tokens(self.stash_memory_bytes, info.max_row_tokens, least=least, most=most)
 
 
 def check_wanted(info: TrunkInfo, hello: Hello) -> None:

@@ -24,3 +24,8 @@ def parse_size(text: str) -> int:
     if nbytes > MAX_BYTES:
         raise ConfigError(f"{text!r} is more than any machine has")
     return nbytes
+
+
+def to_mib(nbytes: int) -> int:
+    """Whole MiB, rounded up."""
+    return -(-nbytes // UNITS["mib"])

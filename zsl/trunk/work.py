@@ -33,6 +33,10 @@ class Keep(Enum):
     GRAPH = 3  # autograd's graph instead: the backward goes at once, with those that shared the forward or not at all
     GRAPH_AND_PRODUCTS = 4  # whichever the backward can use
 
+    @property
+    def has_graph(self) -> bool:
+        return self in (Keep.GRAPH, Keep.GRAPH_AND_PRODUCTS)
+
 
 @dataclass(frozen=True, slots=True)
 class Shape:
