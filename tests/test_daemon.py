@@ -14,6 +14,7 @@ import sys
 import termios
 import threading
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -366,11 +367,10 @@ def test_with_keys_it_serves_who_is_on_the_list_at_any_address_and_reads_the_lis
     write_list("alice")
     arguments = ["--model", str(checkpoints("llama")), "--cut", CUT, "--host", "0.0.0.0"]
     options = ["--keys", str(tmp_path), "--tenants", str(tenants)]
-    with Daemon(*arguments, *options, log=log) as daemon, client("alice") as alice, client("bob") as bob:
+    with Daemon(*arguments, *options, log=log) as daemon, client("alice") as alice:
         assert daemon.ready["encrypted"]
-        alice.connect()
         assert alice.forward(torch.zeros(1, 2, 32)).output.isfinite().all()
-        with pytest.raises(TrunkAuthError, match=r"tenants\.toml"):
+        with closing(client("bob")) as bob, pytest.raises(TrunkAuthError, match=r"tenants\.toml"):
             bob.connect()
         write_list("bob")
         daemon.signal(signal.SIGHUP)
@@ -378,11 +378,11 @@ def test_with_keys_it_serves_who_is_on_the_list_at_any_address_and_reads_the_lis
             assert daemon.process.poll() is None
         with pytest.raises((ForbiddenError, TrunkAuthError)):
             alice.forward(torch.zeros(1, 2, 32))
-        with client("bob") as bob_again:
-            bob_again.connect()
+        with client("bob"):
+            pass
         tenants.write_text("[tenants.bob]\n")
         daemon.signal(signal.SIGHUP)
-        with client("bob") as bob_again:
+        with closing(client("bob")) as bob_again:
             while "stays as it was" not in log.read_text():
                 assert daemon.process.poll() is None
             tenants.unlink()
