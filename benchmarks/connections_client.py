@@ -30,7 +30,7 @@ from echo_trunk import HIDDEN
 import zsl
 from zsl.client.connection import Connection
 from zsl.client.requests import Pending
-from zsl.transport.dealer import HANDSHAKE_MS, HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS
+from zsl.transport.dealer import HANDSHAKE_MS, KEEPALIVE
 from zsl.wire.frames import Frame, decode, encode
 from zsl.wire.messages import (
     TO_CLIENT,
@@ -127,12 +127,7 @@ class IdleSessions:
     def _connection(self) -> zmq.Socket[bytes]:
         """What is seen of it at the other end is as of a client's own."""
         connection = self._context.socket(zmq.DEALER)
-        for option, value in (
-            (zmq.HANDSHAKE_IVL, HANDSHAKE_MS),
-            (zmq.HEARTBEAT_IVL, HEARTBEAT_MS),
-            (zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS),
-            (zmq.TCP_KEEPALIVE, 1),
-        ):
+        for option, value in ((zmq.HANDSHAKE_IVL, HANDSHAKE_MS), *KEEPALIVE):
             connection.setsockopt(option, value)
         connection.connect(self._endpoint)
         return connection

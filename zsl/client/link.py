@@ -47,6 +47,7 @@ from zsl.transport.curve import ClientKeys
 from zsl.transport.dealer import Dealer, LinkEvent
 from zsl.wire.frames import Frame, decode, encode
 from zsl.wire.messages import (
+    MAX_TENSOR_BYTES,
     TO_CLIENT,
     Bye,
     Cancel,
@@ -127,7 +128,7 @@ class Link:
     def connect(self) -> None:
         """Take a fresh socket: nothing that is queued on an old one can arrive twice."""
         self._drop_sockets()
-        self._dealer = Dealer(self._context, self._endpoints.current, self._keys)
+        self._dealer = Dealer(self._context, self._endpoints.current, self._keys, max_frame_bytes=MAX_TENSOR_BYTES)
         self._attempt_until = time.monotonic() + ATTEMPT_SECONDS
         self._hello_request = None
         self._hello_not_before = 0.0
