@@ -8,7 +8,6 @@ that was restarted do not all come back in the same instant.
 from __future__ import annotations
 
 import random
-from collections import Counter
 from collections.abc import Callable
 
 from zsl.errors import ConfigError, TrunkAuthError, TrunkUnreachable, ZslError
@@ -16,9 +15,8 @@ from zsl.transport.dealer import LinkEvent, normalized_endpoint, resolves
 
 FIRST_PAUSE_SECONDS = 0.1
 LONGEST_PAUSE_SECONDS = 2.0
-# A handshake can also fail because the connection broke in the middle of it, or because the daemon has no place left.
-REFUSED_HANDSHAKES = 5
 
+# Each is proven by what the daemon says itself: its ERROR, or its greeting.
 _KEY_ERRORS: dict[LinkEvent | None, str] = {
     LinkEvent.UNKNOWN_KEY: "the daemon does not know this client's key: have its public key added to tenants.toml",
     LinkEvent.WRONG_SERVER_KEY: "the daemon has another key than server_key says: ask its owner for its .key file",
@@ -33,9 +31,6 @@ _UNREACHABLE: dict[LinkEvent | None, str] = {
     LinkEvent.LOST: "the connection broke",
     LinkEvent.CUT: "it closes the connection before the handshake: it may be full, or be no trunk daemon",
     **_KEY_ERRORS,
-    # As long as it has not been seen often enough to be taken for sure.
-    LinkEvent.WRONG_SERVER_KEY: "it closes the connection during the handshake: it may be full, or have another key "
-    "than server_key says",
 }
 
 
@@ -64,7 +59,6 @@ class Endpoints:
         self._resolves = resolves
         self._place = 0
         self._failures = 0  # since one answered
-        self._refused_handshakes = Counter[str]()  # in a row
         self._have_answered: set[str] = set()
         self._last_seen: dict[str, LinkEvent | None] = dict.fromkeys(endpoints)
         self.not_before = 0.0  # when to try `current`
@@ -87,15 +81,10 @@ class Endpoints:
         """What the connection to the current one is like; an error if that will never do."""
         if event is not LinkEvent.LOST or self.is_up:  # else what came before says why it was lost
             self._last_seen[self.current] = event
-        if event in (LinkEvent.UP, LinkEvent.LOST, LinkEvent.REFUSED, LinkEvent.CUT):
-            self._refused_handshakes[self.current] = 0
         if event not in _KEY_ERRORS:
             return None
-        self._refused_handshakes[self.current] += 1
-        if event is not LinkEvent.UNKNOWN_KEY:
-            in_a_row = self._refused_handshakes[self.current]
-            if in_a_row < REFUSED_HANDSHAKES or self.current in self._have_answered:
-                return None  # keys that were right before are right now
+        if event is not LinkEvent.UNKNOWN_KEY and self.current in self._have_answered:
+            return None  # keys that were right before are right now: the handshake was damaged
         return TrunkAuthError(f"{self.current}: {_KEY_ERRORS[event]}")
 
     def unreachable(self, seconds: float) -> TrunkUnreachable:
