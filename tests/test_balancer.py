@@ -104,6 +104,7 @@ def test_a_session_whose_own_connection_is_silent_too_is_lost_with_the_count_and
 def test_reconnects_are_logged_with_their_number_and_causes_and_not_without_end() -> None:
     counted, now, lines = Reconnects(), 100.0, []
     assert counted.lost("the connection was lost", now) == "the connection was lost"
+    assert counted.opened() and not counted.opened(), "that it is back is told once, where its loss was"
     for _ in range(200):
         now += 0.1
         lines.append(counted.lost("the session is not known there any more", now))

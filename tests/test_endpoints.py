@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from zsl.client.endpoints import (
     FIRST_PAUSE_SECONDS,
+    LASTING_SECONDS,
     LONGEST_PAUSE_SECONDS,
     Endpoints,
     parse_endpoints,
@@ -63,6 +64,22 @@ def test_a_pause_is_drawn_from_all_that_it_may_be_and_is_bounded(failures: int, 
         )
 
 
+def test_sessions_that_are_lost_again_and_again_without_an_answer_are_opened_after_growing_pauses() -> None:
+    tried, now, pauses = endpoints("a"), 0.0, []
+    for _ in range(5):
+        tried.opened(now)
+        tried.lost(now)
+        pauses.append(tried.not_before - now)
+        now = tried.not_before
+    assert pauses == pytest.approx([0, 0.1, 0.2, 0.4, 0.8])
+    tried.answered()
+    tried.lost(now)
+    assert tried.not_before == now, "it did something"
+    tried.opened(now)
+    tried.lost(now + LASTING_SECONDS)
+    assert tried.not_before == now + LASTING_SECONDS, "it lasted"
+
+
 def test_one_that_is_struck_out_is_never_tried_again_and_the_last_one_raises_why() -> None:
     tried = endpoints("a", "b", "c")
     tried.failed(0.0)
@@ -111,6 +128,6 @@ def test_a_daemon_that_cuts_connections_may_be_full_and_is_not_said_to_have_anot
 
 def test_keys_that_were_right_before_are_not_wrong_because_a_handshake_fails() -> None:
     tried = endpoints("a")
-    tried.answered()
+    tried.opened(0.0)
     assert [tried.saw(LinkEvent.WRONG_SERVER_KEY) for _ in range(20)] == [None] * 20
     assert tried.saw(LinkEvent.UNKNOWN_KEY) is not None, "it was taken off the list"

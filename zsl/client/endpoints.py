@@ -15,6 +15,7 @@ from zsl.transport.dealer import LinkEvent, normalized_endpoint, resolves
 
 FIRST_PAUSE_SECONDS = 0.1
 LONGEST_PAUSE_SECONDS = 2.0
+LASTING_SECONDS = 60.0  # a session that is lost after so long is no sign that the next one will be
 
 # Each is proven by what the daemon says itself: its ERROR, or its greeting.
 _KEY_ERRORS: dict[LinkEvent | None, str] = {
@@ -58,7 +59,9 @@ class Endpoints:
         self._draw = draw
         self._resolves = resolves
         self._place = 0
-        self._failures = 0  # since one answered
+        self._failures = 0  # since one answered a request
+        self._losses = 0  # of sessions, in a row
+        self._opened_at = 0.0
         self._have_answered: set[str] = set()
         self._last_seen: dict[str, LinkEvent | None] = dict.fromkeys(endpoints)
         self.not_before = 0.0  # when to try `current`
@@ -100,10 +103,24 @@ class Endpoints:
             return "the name of its host is not known here"
         return _UNREACHABLE[seen]
 
-    def answered(self) -> None:
-        """The current one has opened a session, and something came by it."""
-        self._failures = 0
+    def opened(self, now: float) -> None:
+        """The current one has opened a session."""
         self._have_answered.add(self.current)
+        self._opened_at = now
+
+    def answered(self) -> None:
+        """The current one has answered a request: the next pauses are short again."""
+        self._failures = self._losses = 0
+
+    def lost(self, now: float) -> None:
+        """The session of the current one was lost: the same again at once, if sessions there do or last anything."""
+        if now - self._opened_at >= LASTING_SECONDS:
+            self.answered()
+        self._losses += 1
+        if self._losses > 1:
+            self.failed(now)
+        else:
+            self.not_before = now
 
     def failed(self, now: float) -> None:
         """The current one did not answer: the next, after a pause."""

@@ -229,10 +229,15 @@ class Link:
                 self._request_timeout_seconds,
             )
         self._end_session()
-        if self._heard:
+        if not self._heard:
+            self._attempt_failed(why)  # a session by which nothing ever comes is no better than none
+            return
+        now = time.monotonic()
+        self._endpoints.lost(now)
+        if self._endpoints.not_before <= now:
             self.connect()
         else:
-            self._attempt_failed(why)  # a session by which nothing ever comes is no better than none
+            self._drop_sockets()
 
     def _end_session(self) -> None:
         self._welcome = None
@@ -306,16 +311,17 @@ class Link:
             except WrongModelError as error:
                 self._never_again(error)
                 return
-            logger.warning("the trunk at %s answers", endpoint)
         else:
             self._opened.set_result(welcome)
+        self._endpoints.opened(now)
         self._not_yet = None
         self._welcome = welcome
         self._say_released_again(welcome)
         self._last_session = endpoint, welcome.session
         self._carrying = Carrying(welcome, now)
         self._heard = False
-        self._reconnects.opened()
+        if self._reconnects.opened():
+            logger.warning("the trunk at %s answers", endpoint)
         self._progress = Progress(endpoint)
         if endpoint not in self._balanced:
             self._pulse = Pulse(
@@ -430,9 +436,7 @@ class Link:
             self._carrying.heard()
             if self._pulse is not None:
                 self._pulse.heard()
-            if not self._heard:
-                self._heard = True
-                self._endpoints.answered()
+            self._heard = True
         if isinstance(header, Welcome):
             self._on_welcome(header)
         elif isinstance(header, Error):
@@ -448,6 +452,7 @@ class Link:
         elif self._welcome is not None:
             pending = self._requests.ended(getattr(header, "request", None))
             if pending is not None:  # otherwise a late answer to something given up
+                self._endpoints.answered()
                 self._traffic.answered(header)
                 pending.future.set_result(message)
 
