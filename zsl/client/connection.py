@@ -261,7 +261,8 @@ class Connection:
             self._failure = error
         else:
             logger.exception("the connection failed")
-            self._failure = InternalError(f"the connection to {self.endpoint} failed: {error}")
+            state = None if self._link is None else self._link.state
+            self._failure = InternalError(f"the connection to {self.endpoint} failed in {state!r}: {error}")
         self._closing = True
 
     def _run(self, hello: Hello) -> None:
@@ -279,8 +280,6 @@ class Connection:
                 request_timeout_seconds=self._request_timeout_seconds,
             )
         try:
-            with self._driving:
-                link.connect()
             self._wanted.put(None)
             while not self._closing:
                 wanted = self._is_wanted()
