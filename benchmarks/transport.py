@@ -117,9 +117,17 @@ def main(rounds: int, out: Path) -> None:
         zsl = stack.enter_context(TrunkClient(start("echo_trunk.py")))
         zsl.connect()
         grpc = stack.enter_context(GrpcTrunk(start("baselines/grpc_trunk.py", "--echo")))
+
+        def by_thread(tensor: torch.Tensor) -> torch.Tensor:
+            """The same, with the connection's I/O thread at the socket instead of the caller."""
+            step, future = zsl.submit_forward(tensor)
+            zsl.finish_forward(step, zsl.wait(future))
+            return step.output
+
         round_trips: dict[str, RoundTrip] = {
             "bare": lambda tensor: torch.frombuffer(bare.echo(tensor.numpy().data), dtype=tensor.dtype).view_as(tensor),
             "zsl": lambda tensor: zsl.forward(tensor).output,
+            "zsl by thread": by_thread,
             "grpc": lambda tensor: grpc.forward(tensor)[1],
         }
         for payload in PAYLOADS:

@@ -91,6 +91,8 @@ def test_a_status_is_answered_by_a_status_only_and_a_request_never_by_one() -> N
     with SquareServer() as server, SquareClient(server.endpoint) as client:
         status = client.connection.submit_status().result(20).header
         assert status.TYPE is MessageType.STATUS
+        session = client.connection.welcome.session.hex()[:8]
+        assert f"Open({server.endpoint}, session {session}, 0 under way)" in repr(client.connection)
         assert np.array_equal(client.forward(X)[0], squared(X))
 
 

@@ -93,6 +93,9 @@ class Connection:
         self._welcome = self._result(self._opened, self._connect_timeout_seconds + self._request_timeout_seconds)
         return self._welcome
 
+    def __repr__(self) -> str:
+        return f"Connection({self.endpoint}: {'not opened' if self._link is None else repr(self._link.state)})"
+
     @property
     def welcome(self) -> Welcome:
         """What the daemon said when the session was opened. Raises `ClosedError` before that."""
@@ -261,8 +264,7 @@ class Connection:
             self._failure = error
         else:
             logger.exception("the connection failed")
-            state = None if self._link is None else self._link.state
-            self._failure = InternalError(f"the connection to {self.endpoint} failed in {state!r}: {error}")
+            self._failure = InternalError(f"{self!r} failed: {error}")
         self._closing = True
 
     def _run(self, hello: Hello) -> None:
