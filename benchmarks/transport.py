@@ -114,14 +114,16 @@ def main(rounds: int, out: Path) -> None:
             return f"127.0.0.1:{stack.enter_context(server_process(script, *arguments))['port']}"
 
         bare = stack.enter_context(BareClient(start("baselines/bare_zmq.py")))
-        zsl = stack.enter_context(TrunkClient(start("echo_trunk.py")))
+        echo = start("echo_trunk.py")
+        zsl, driven = (stack.enter_context(TrunkClient(echo)) for _ in range(2))
         zsl.connect()
+        driven.connect()
         grpc = stack.enter_context(GrpcTrunk(start("baselines/grpc_trunk.py", "--echo")))
 
         def by_thread(tensor: torch.Tensor) -> torch.Tensor:
             """The same, with the connection's I/O thread at the socket instead of the caller."""
-            step, future = zsl.submit_forward(tensor)
-            zsl.finish_forward(step, zsl.wait(future))
+            step, future = driven.submit_forward(tensor)
+            driven.finish_forward(step, driven.wait(future))
             return step.output
 
         round_trips: dict[str, RoundTrip] = {
