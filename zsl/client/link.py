@@ -223,9 +223,8 @@ class Link:
         state = self._state
         for pending, sent in self._shared.requests.expired(now):
             if not isinstance(state, Open):
-                lost = f"the connection to {self._shared.endpoints.current} was lost"
-                seconds = f"{self._shared.request_timeout_seconds:g} s"
-                pending.fail(ConnectionLost(f"{lost} and did not come back in {seconds}"))
+                to, seconds = self._shared.endpoints.current, f"{self._shared.request_timeout_seconds:g} s"
+                pending.fail(ConnectionLost(f"the connection to {to} was lost and did not come back in {seconds}"))
                 continue
             if sent:
                 state.cancel(pending.request)
