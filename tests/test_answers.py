@@ -96,6 +96,15 @@ def test_a_status_is_answered_by_a_status_only_and_a_request_never_by_one() -> N
         assert np.array_equal(client.forward(X)[0], squared(X))
 
 
+def test_a_daemon_that_says_goaway_again_and_again_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    away: Answer = GoAway(session=SESSION, epoch=EPOCH, drain_ms=0), []
+    with Rogue(lambda header: [*[away] * 50, result(header.request, squared(X))]) as daemon:
+        with SquareClient(daemon.endpoint) as client:
+            assert np.array_equal(client.forward(X)[0], squared(X))
+            assert np.array_equal(client.forward(X)[0], squared(X))
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+
+
 def test_forbidden_with_the_id_of_a_request_ends_that_request_at_once() -> None:
     with Rogue(lambda header: [error(header.request, "FORBIDDEN", session=SESSION)]) as daemon:
         with SquareClient(daemon.endpoint, request_timeout_seconds=60) as client:

@@ -26,6 +26,7 @@ from zsl.wire.messages import (
     InSession,
     Pong,
     Release,
+    Result,
     Status,
     Welcome,
 )
@@ -46,6 +47,7 @@ class Open:
         self._shared = shared
         self._dealer = dealer
         self._leaving = False  # the daemon takes no forwards any more, and there are others
+        self._goes_away = False  # a GOAWAY has come
         self._progress = Progress(self.endpoint)
         self._path = PathCheck(welcome, now)
         self._heartbeat: Heartbeat | None = None
@@ -224,14 +226,15 @@ class Open:
                 return self._on_error(header)
             case Pong():
                 return self._on_pong(header)
-            case GoAway():
+            case GoAway() if not self._goes_away:
+                self._goes_away = True
                 logger.warning(
                     "the trunk at %s is shutting down; steps that are open there may end within %.0f s",
                     self.endpoint,
                     header.drain_ms / 1000,
                 )
-            case _:
-                self._on_answer(message)
+            case Result() | Status() as answer:
+                self._on_answer(answer, message)
         return None
 
     def _is_meant_for_this(self, header: Header) -> bool:
@@ -245,11 +248,11 @@ class Open:
             return self._shared.requests.names_no_session(header.request)
         return getattr(header, "session", None) == self.welcome.session and not isinstance(header, Welcome)
 
-    def _on_answer(self, message: Message) -> None:
-        pending = self._shared.requests.ended(getattr(message.header, "request", None))
+    def _on_answer(self, answer: Result | Status, message: Message) -> None:
+        pending = self._shared.requests.ended(answer.request)
         if pending is not None:  # otherwise a late answer to something given up
             self._shared.endpoints.answered()
-            self._shared.traffic.answered(message.header)
+            self._shared.traffic.answered(answer)
             pending.future.set_result(message)
 
     def _on_error(self, header: Error) -> Event | None:
