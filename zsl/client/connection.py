@@ -1,10 +1,10 @@
 """A connection to a trunk daemon, for any thread: submit and wait on a future, or call.
 
 One thread at a time drives the link (`zsl.client.link`), under a lock: an I/O thread of the connection's own, or a
-caller that would only wait, and so saves two hand-overs between threads. Without that a round trip
-of 2 kB takes 0.72 ms instead of 0.67; at 0.8 MB and above nothing is gained (`bin/bench transport --rounds 100` on two
-cores, rows "zsl by thread" and "zsl"). Everybody else leaves commands in a queue, and wakes who drives by a pipe. All waits are bounded.
-Knows no torch.
+caller that would only wait, and so saves two hand-overs between threads. Without that a round trip of 2 kB takes
+0.72 ms instead of 0.67; at 0.8 MB and above nothing is gained (`bin/bench transport --rounds 100` on two cores, rows
+"zsl by thread" and "zsl"). Everybody else leaves commands in a queue, and wakes who drives by a pipe. All waits are
+bounded. Knows no torch.
 
 Ctrl-C may come wherever a caller is, also in the middle of driving. `_driving` is released in a `finally` that calls
 nothing before it; and whoever drives next finds `_torn` set, and has the link start over.
