@@ -30,7 +30,7 @@ from echo_trunk import HIDDEN
 import zsl
 from zsl.client.connection import Connection
 from zsl.client.requests import Pending
-from zsl.transport.dealer import HANDSHAKE_MS, HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS
+from zsl.transport.dealer import HANDSHAKE_MS, KEEPALIVE
 from zsl.wire.frames import Frame, decode, encode
 from zsl.wire.messages import (
     TO_CLIENT,
@@ -55,10 +55,10 @@ REQUEST_TIMEOUT_SECONDS = 60.0
 
 @dataclass(slots=True, eq=False)
 class IdleSession:
-    """`requests` and `pulse`: its two connections. The frames are the same each time: the daemon does not mind."""
+    """`requests` and `heartbeat`: its two connections. The frames are the same each time: the daemon does not mind."""
 
     requests: zmq.Socket[bytes]
-    pulse: zmq.Socket[bytes]
+    heartbeat: zmq.Socket[bytes]
     ping: list[Frame]
     bye: list[Frame]
 
@@ -87,9 +87,9 @@ class IdleSessions:
         for session in self._sessions[count:]:
             session.requests.send_multipart(session.bye)
             session.requests.close(LINGER_MS)
-            session.pulse.close(0)
+            session.heartbeat.close(0)
         del self._sessions[count:]
-        self._awaited = deque(session for session in self._awaited if not session.pulse.closed)
+        self._awaited = deque(session for session in self._awaited if not session.heartbeat.closed)
         self._next = cycle(self._sessions)
         self._pinged_until = time.monotonic()
 
@@ -97,14 +97,14 @@ class IdleSessions:
         """Take in pongs, and send the pings that are due: those of one interval evenly spread over it."""
         for _ in range(len(self._awaited)):
             session = self._awaited.popleft()
-            if int(session.pulse.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
-                hear(session.pulse, Pong)
+            if int(session.heartbeat.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+                hear(session.heartbeat, Pong)
             else:
                 self._awaited.append(session)
         due = int((time.monotonic() - self._pinged_until) / self._ping_seconds * len(self))
         for session in islice(self._next, due):
             self.missed += session in self._awaited
-            session.pulse.send_multipart(session.ping)
+            session.heartbeat.send_multipart(session.ping)
             self._awaited.append(session)
             self._pinged_until += self._ping_seconds / len(self)
 
@@ -118,21 +118,16 @@ class IdleSessions:
             named = {"session": welcome.session, "epoch": welcome.epoch}
             ping, bye = encode(Ping(request=2, **named)), encode(Bye(**named))
             session = IdleSession(connection, self._connection(), ping, bye)
-            session.pulse.send_multipart(session.ping)
+            session.heartbeat.send_multipart(session.ping)
             self._sessions.append(session)
             self._ping_seconds = welcome.limits.ping_ms / 1000
         for session in self._sessions[-count:]:
-            hear(session.pulse, Pong)
+            hear(session.heartbeat, Pong)
 
     def _connection(self) -> zmq.Socket[bytes]:
         """What is seen of it at the other end is as of a client's own."""
         connection = self._context.socket(zmq.DEALER)
-        for option, value in (
-            (zmq.HANDSHAKE_IVL, HANDSHAKE_MS),
-            (zmq.HEARTBEAT_IVL, HEARTBEAT_MS),
-            (zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS),
-            (zmq.TCP_KEEPALIVE, 1),
-        ):
+        for option, value in ((zmq.HANDSHAKE_IVL, HANDSHAKE_MS), *KEEPALIVE):
             connection.setsockopt(option, value)
         connection.connect(self._endpoint)
         return connection

@@ -114,12 +114,22 @@ def main(rounds: int, out: Path) -> None:
             return f"127.0.0.1:{stack.enter_context(server_process(script, *arguments))['port']}"
 
         bare = stack.enter_context(BareClient(start("baselines/bare_zmq.py")))
-        zsl = stack.enter_context(TrunkClient(start("echo_trunk.py")))
+        echo = start("echo_trunk.py")
+        zsl, driven = (stack.enter_context(TrunkClient(echo)) for _ in range(2))
         zsl.connect()
+        driven.connect()
         grpc = stack.enter_context(GrpcTrunk(start("baselines/grpc_trunk.py", "--echo")))
+
+        def by_thread(tensor: torch.Tensor) -> torch.Tensor:
+            """The same, with the connection's I/O thread at the socket instead of the caller."""
+            step, future = driven.submit_forward(tensor)
+            driven.finish_forward(step, driven.wait(future))
+            return step.output
+
         round_trips: dict[str, RoundTrip] = {
             "bare": lambda tensor: torch.frombuffer(bare.echo(tensor.numpy().data), dtype=tensor.dtype).view_as(tensor),
             "zsl": lambda tensor: zsl.forward(tensor).output,
+            "zsl by thread": by_thread,
             "grpc": lambda tensor: grpc.forward(tensor)[1],
         }
         for payload in PAYLOADS:

@@ -9,7 +9,7 @@ import pytest
 from support.peer import Peer, forward
 from support.rogue import EPOCH, SESSION, Answer, Rogue
 from support.square import SquareClient, SquareServer, squared
-from zsl.errors import ForbiddenError, ProtocolVersionError, Retry
+from zsl.errors import ConnectionLost, ForbiddenError, ProtocolVersionError, RequestTimeout, Retry
 from zsl.trunk.settings import ServerSettings
 from zsl.wire.frames import KIND, MAGIC, MAJOR, decode, seal
 from zsl.wire.messages import (
@@ -26,6 +26,7 @@ from zsl.wire.messages import (
     Result,
     TensorDescriptor,
     Welcome,
+    WorkHeader,
 )
 
 OTHERS = b"o" * 16
@@ -90,7 +91,18 @@ def test_a_status_is_answered_by_a_status_only_and_a_request_never_by_one() -> N
     with SquareServer() as server, SquareClient(server.endpoint) as client:
         status = client.connection.submit_status().result(20).header
         assert status.TYPE is MessageType.STATUS
+        session = client.connection.welcome.session.hex()[:8]
+        assert f"Open({server.endpoint}, session {session}, 0 under way)" in repr(client.connection)
         assert np.array_equal(client.forward(X)[0], squared(X))
+
+
+def test_a_daemon_that_says_goaway_again_and_again_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    away: Answer = GoAway(session=SESSION, epoch=EPOCH, drain_ms=0), []
+    with Rogue(lambda header: [*[away] * 50, result(header.request, squared(X))]) as daemon:
+        with SquareClient(daemon.endpoint) as client:
+            assert np.array_equal(client.forward(X)[0], squared(X))
+            assert np.array_equal(client.forward(X)[0], squared(X))
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
 
 
 def test_forbidden_with_the_id_of_a_request_ends_that_request_at_once() -> None:
@@ -108,6 +120,20 @@ def test_forbidden_with_the_id_of_a_request_sends_it_to_the_next_daemon() -> Non
         SquareClient(f"{daemon.endpoint},{other.endpoint}", request_timeout_seconds=10) as client,
     ):
         assert np.array_equal(client.forward(X)[0], squared(X))
+
+
+def test_a_daemon_that_opens_sessions_and_ends_them_at_once_is_asked_ever_less_often_with_the_cause_in_the_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def ends_it(header: WorkHeader) -> list[Answer]:
+        return [error(None, "UNKNOWN_SESSION", session=SESSION, retry=Retry.REHELLO)]
+
+    with Rogue(ends_it) as daemon, SquareClient(daemon.endpoint, request_timeout_seconds=2) as client:
+        with pytest.raises((ConnectionLost, RequestTimeout)):
+            client.forward(X)
+        hellos = sum(isinstance(header, Hello) for header in daemon.heard)
+    assert 2 < hellos < 60, "without pauses it would be hundreds"
+    assert "reconnected 2 times" in caplog.text and "the session is not known there any more" in caplog.text
 
 
 def test_what_the_daemon_answers_within_a_session_names_it() -> None:

@@ -12,9 +12,10 @@ import pytest
 from support.balancer import Balancer
 from support.square import SquareClient, SquareServer, some
 from test_faults_without_torch import steps_are_right, wait_until
+from zsl.client.open_session import Open
 from zsl.client.reconnects import ALL_ARE_SAID, BETWEEN_LINES_SECONDS, FIRST_WAIT_SECONDS, WINDOW_SECONDS, Reconnects
 from zsl.trunk.settings import ServerSettings
-from zsl.wire.messages import Ping
+from zsl.wire.messages import Ping, Welcome
 
 QUICK = ServerSettings(ping_seconds=0.05)
 CLIENTS = 3
@@ -29,13 +30,20 @@ def servers() -> Iterator[list[SquareServer]]:
 def reconnects(client: SquareClient) -> int:
     link = client.connection._link
     assert link is not None
-    return link._reconnects.count
+    return link.reconnects
+
+
+def session_of(client: SquareClient) -> Welcome:
+    """The WELCOME of the session that is open."""
+    link = client.connection._link
+    assert link is not None and isinstance(link.state, Open), link
+    return link.state.welcome
 
 
 def pings_alone(client: SquareClient) -> bool:
     """Whether its session has one connection, and that was shown to carry."""
     link = client.connection._link
-    return link is not None and link._pulse is None and link._endpoints.current in link._balanced
+    return link is not None and isinstance(link.state, Open) and link.state.pings_alone
 
 
 @pytest.mark.parametrize("seed", [None, 1, 2], ids=["in turn", "at random", "at random, otherwise"])
@@ -63,13 +71,13 @@ def test_a_lost_connection_that_comes_back_at_the_other_daemon_goes_on_there_com
 ) -> None:
     with Balancer([server.port for server in servers]) as balancer, SquareClient(balancer.endpoint) as client:
         wait_until(lambda: pings_alone(client), "it did not notice the other daemon")
-        first = client.connection._link._welcome.epoch  # type: ignore[union-attr]
+        first = session_of(client).epoch
         x, gradients = some(1), some(2)
         _, step = client.forward(x)
         balancer.cut()
         balancer.accepted = 1  # the next one leads to the other daemon
         assert (client.backward(step, x, gradients) == 2 * x * gradients).all()
-        assert client.connection._link._welcome.epoch != first  # type: ignore[union-attr]
+        assert session_of(client).epoch != first
         assert steps_are_right(client, 3)
         assert reconnects(client) == 1 and pings_alone(client)
     assert sum("balances" in text for text in caplog.messages) == 1
@@ -80,9 +88,9 @@ def test_a_session_with_one_connection_keeps_its_lease_and_notices_that_its_sess
     with SquareServer(settings=settings) as one, SquareServer(settings=settings) as other:
         with Balancer([one.port, other.port]) as balancer, SquareClient(balancer.endpoint) as client:
             wait_until(lambda: pings_alone(client), "it did not notice the other daemon")
-            welcome = client.connection._link._welcome  # type: ignore[union-attr]
-            closed = one if one.server._epoch == welcome.epoch else other  # type: ignore[union-attr]
-            closed.loop.call_soon_threadsafe(closed.server._close_session, welcome.session, "on purpose")  # type: ignore[union-attr]
+            welcome = session_of(client)
+            closed = one if one.server._epoch == welcome.epoch else other
+            closed.loop.call_soon_threadsafe(closed.server._close_session, welcome.session, "on purpose")
             wait_until(lambda: reconnects(client) == 1 and client.is_open, "it did not notice")
             assert steps_are_right(client, 1)
 
@@ -104,6 +112,7 @@ def test_a_session_whose_own_connection_is_silent_too_is_lost_with_the_count_and
 def test_reconnects_are_logged_with_their_number_and_causes_and_not_without_end() -> None:
     counted, now, lines = Reconnects(), 100.0, []
     assert counted.lost("the connection was lost", now) == "the connection was lost"
+    assert counted.opened() and not counted.opened(), "that it is back is told once, where its loss was"
     for _ in range(200):
         now += 0.1
         lines.append(counted.lost("the session is not known there any more", now))

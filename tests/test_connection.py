@@ -20,7 +20,7 @@ import zmq
 
 from support.echo import HIDDEN, IDENTITY, POISON, EchoServer
 from zsl import AsyncTrunkClient, RemoteTrunk, TrunkClient
-from zsl.client.link import UNREADABLE_ANSWERS
+from zsl.client.opening import UNREADABLE_ANSWERS
 from zsl.client.requests import Pending
 from zsl.errors import (
     BadShapeError,

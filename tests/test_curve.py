@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -40,8 +41,10 @@ from zsl.transport.curve import (
     refuses_unknown_keys,
     write_key_pair,
 )
-from zsl.transport.dealer import Dealer, LinkEvent
+from zsl.transport.dealer import CURVE_OVERHEAD_BYTES, Dealer, LinkEvent
 from zsl.transport.greeting import offered_mechanism
+from zsl.transport.mechanisms import Curve
+from zsl.wire.frames import MAX_HEADER_BYTES
 
 __all__ = ["cleanup", "dealer", "open_room"]  # the fixtures of test_router.py
 
@@ -63,8 +66,10 @@ def connect(cleanup: ExitStack) -> Connect:
     """`connect(endpoint, pair)` is a `Dealer`."""
     context = cleanup.enter_context(zmq.Context())
 
-    def connected(endpoint: str, own: KeyPair | None = ALICE, *, server: bytes = SERVER.public) -> Dealer:
-        opened = Dealer(context, endpoint, None if own is None else ClientKeys(server, own))
+    def connected(
+        endpoint: str, own: KeyPair | None = ALICE, *, server: bytes = SERVER.public, **limits: int
+    ) -> Dealer:
+        opened = Dealer(context, endpoint, None if own is None else ClientKeys(server, own), **limits)
         cleanup.callback(opened.close, linger_ms=0)
         return opened
 
@@ -98,7 +103,7 @@ async def say(client: Dealer, text: bytes) -> None:
 
 
 async def test_a_known_key_gets_in_and_its_messages_carry_it(encrypted: Room, connect: Connect) -> None:
-    client = connect(encrypted.endpoint)
+    client = connect(encrypted.endpoint, max_frame_bytes=len(LARGE))
     await say(client, b"one")
     await say(client, b"two")
     peer = await encrypted.heard(b"two")
@@ -200,6 +205,31 @@ async def test_a_client_that_gets_in_is_up_and_then_lost(encrypted: Room, connec
     await say(client, b"hello")
     encrypted.router.cut(await encrypted.heard(b"hello"))
     assert await events_until(client, LinkEvent.LOST) == [LinkEvent.LOST]
+
+
+async def test_a_client_takes_frames_up_to_its_bound_and_ends_a_connection_that_brings_a_larger_one(
+    encrypted: Room, open_room: Callable[..., Room], connect: Connect
+) -> None:
+    for room, own in ((encrypted, ALICE), (open_room(), None)):
+        client = connect(room.endpoint, own)
+        await say(client, b"hello")
+        peer = await room.heard(b"hello")
+        largest = bytes(MAX_HEADER_BYTES)
+        assert room.router.send(peer, [largest])
+        await until(partial(client.socket.poll, 0))
+        assert client.receive() == [largest]
+        assert room.router.send(peer, [bytes(MAX_HEADER_BYTES + CURVE_OVERHEAD_BYTES + 1)])
+        assert await events_until(client, LinkEvent.LOST) == [LinkEvent.MUTE, LinkEvent.UP, LinkEvent.LOST]
+        assert client.receive() is None
+    assert Curve.overhead_bytes == CURVE_OVERHEAD_BYTES
+
+
+def test_no_socket_of_a_client_has_heartbeats_of_libzmq(connect: Connect) -> None:
+    """Its timers abort the process when a peer goes whose connection is stopped by a high-water mark."""
+    client = connect("tcp://127.0.0.1:1")
+    for pipe in (client.socket, client.monitor):
+        assert pipe.get(zmq.HEARTBEAT_IVL) == 0
+    assert client.socket.get(zmq.TCP_KEEPALIVE) == 1
 
 
 @pytest.mark.parametrize("attempt", range(3))  # what libzmq reports of these is chance: see Dealer

@@ -72,7 +72,7 @@ def test_steps_over_a_bad_line_are_right(link: FaultyMessages, fault: str) -> No
 def test_a_network_that_is_parted_for_a_while_costs_time_only(
     link: FaultyMessages, fault: str, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("zsl.client.link.ATTEMPT_SECONDS", 1.0)
+    monkeypatch.setattr("zsl.client.opening.ATTEMPT_SECONDS", 1.0)
     with SquareClient(link.endpoint) as client, ThreadPoolExecutor(1) as pool:
         assert steps_are_right(client, 1)
         getattr(link, fault)(way)
@@ -87,7 +87,7 @@ def test_a_network_that_is_parted_for_a_while_costs_time_only(
 def test_flipped_bits_without_end_are_a_typed_error_and_no_wrong_number(
     link: FaultyMessages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("zsl.client.link.ATTEMPT_SECONDS", 0.4)
+    monkeypatch.setattr("zsl.client.opening.ATTEMPT_SECONDS", 0.4)
     with SquareClient(link.endpoint, request_timeout_seconds=1) as client:
         link.flip_bits("both", every_chunks=3)
         for seed in range(4):
@@ -261,7 +261,7 @@ def test_a_trunk_that_takes_over_with_other_weights_is_never_used() -> None:
 def test_a_flipped_bit_anywhere_in_a_handshake_or_hello_ends_no_training(
     link: FaultyMessages, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("zsl.client.link.ATTEMPT_SECONDS", 0.5)
+    monkeypatch.setattr("zsl.client.opening.ATTEMPT_SECONDS", 0.5)
     with SquareClient(link.endpoint) as client:
         for byte in range(64, 240, 11):  # behind the greeting, which is libzmq's own business
             link.cut()

@@ -13,6 +13,7 @@ import torch
 from support.echo import HIDDEN, POISON, EchoServer
 from support.faulty_link import FaultyLink
 from zsl import TrunkClient
+from zsl.client.open_session import Open
 from zsl.errors import BadShapeError, InternalError, RequestTimeout
 from zsl.trunk.settings import ServerSettings
 
@@ -125,10 +126,10 @@ def test_a_step_that_is_dropped_while_its_connection_is_away() -> None:
         assert link is not None
         pause = threading.Event()
         for _ in range(500):
-            if link._welcome is None:
+            if not isinstance(link.state, Open):
                 break
             pause.wait(0.01)
-        assert link._welcome is None
+        assert not isinstance(link.state, Open)
         del steps[0]
         assert server.held_bytes > 0
         line.heal()

@@ -31,7 +31,7 @@ def test_the_bytes_are_those_that_a_relay_between_saw() -> None:
             client.forward(some())
         client.status()  # one connection keeps its order: what was sent before has been seen
         traffic = client.traffic
-        # The pulse has a connection of its own, which carries less.
+        # The heartbeat has a connection of its own, which carries less.
         assert traffic.bytes_up == max(relay.bytes_up.values())
         assert traffic.bytes_down == max(relay.bytes_down.values())
     assert traffic.bytes_up > 9 * TENSOR_BYTES and traffic.bytes_down > 9 * TENSOR_BYTES

@@ -21,6 +21,7 @@ from zsl.wire.frames import KIND, MAGIC, MAJOR, MAX_HEADER_BYTES, MAX_ITEMS, MAX
 from zsl.wire.messages import (
     DTYPE_BYTES,
     MAX_DIMS,
+    MAX_TENSOR_BYTES,
     MAX_TENSORS,
     MAX_TEXT_CHARS,
     TO_CLIENT,
@@ -57,7 +58,7 @@ LIMITS = Limits(
     max_inflight_requests=1,
     max_inflight_bytes=1,
     lease_ms=1,
-    ping_ms=1,
+    ping_ms=10,
 )
 CUT = Cut(start=2, stop=10)
 ACTIVATIONS = TensorDescriptor(role="activations", dtype="f32", shape=(1, 2, 4), nbytes=32)
@@ -161,6 +162,22 @@ def test_a_value_of_a_wrong_type_or_size_is_refused(header: Header) -> None:
                 continue
             assert taken == value, f"{name}: {value!r} became {taken!r}"
     assert refused > 5 * len(fields)
+
+
+def test_a_number_that_would_keep_a_client_spinning_or_waiting_is_refused() -> None:
+    error = next(header for header in HEADERS if isinstance(header, Error)).model_dump()
+    for schema, fields, name, values in (
+        (Limits, LIMITS.model_dump(), "ping_ms", (0, 1, 60_001)),
+        (Limits, LIMITS.model_dump(), "max_inflight_requests", (0,)),
+        (Limits, LIMITS.model_dump(), "max_request_tokens", (0,)),
+        (Limits, LIMITS.model_dump(), "max_row_tokens", (0,)),
+        (Limits, LIMITS.model_dump(), "max_message_bytes", (MAX_TENSOR_BYTES + 1,)),
+        (Error, error, "retry_after_ms", (-1, 60_001)),
+    ):
+        for value in values:
+            with pytest.raises(ValidationError) as caught:
+                schema.model_validate({**fields, name: value})
+            assert [problem["loc"] for problem in caught.value.errors()] == [(name,)]
 
 
 def test_a_message_for_the_other_end_is_refused() -> None:

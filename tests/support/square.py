@@ -22,6 +22,7 @@ import numpy as np
 import zsl.trunk.server
 from zsl.client.connection import Connection
 from zsl.client.keys import read_client_keys
+from zsl.client.open_session import Open
 from zsl.client.requests import Pending
 from zsl.trunk.access import Access, read_access
 from zsl.trunk.failpoints import failpoint_from
@@ -149,7 +150,7 @@ class SquareClient:
     def is_open(self) -> bool:
         """Whether it has a session at this moment."""
         link = self.connection._link
-        return link is not None and link._welcome is not None
+        return link is not None and isinstance(link.state, Open)
 
     def __enter__(self) -> Self:
         self.connect()

@@ -8,7 +8,6 @@ that was restarted do not all come back in the same instant.
 from __future__ import annotations
 
 import random
-from collections import Counter
 from collections.abc import Callable
 
 from zsl.errors import ConfigError, TrunkAuthError, TrunkUnreachable, ZslError
@@ -16,9 +15,9 @@ from zsl.transport.dealer import LinkEvent, normalized_endpoint, resolves
 
 FIRST_PAUSE_SECONDS = 0.1
 LONGEST_PAUSE_SECONDS = 2.0
-# A handshake can also fail because the connection broke in the middle of it, or because the daemon has no place left.
-REFUSED_HANDSHAKES = 5
+LASTING_SECONDS = 60.0  # a session that is lost after so long is no sign that the next one will be
 
+# Each is proven by what the daemon says itself: its ERROR, or its greeting.
 _KEY_ERRORS: dict[LinkEvent | None, str] = {
     LinkEvent.UNKNOWN_KEY: "the daemon does not know this client's key: have its public key added to tenants.toml",
     LinkEvent.WRONG_SERVER_KEY: "the daemon has another key than server_key says: ask its owner for its .key file",
@@ -33,9 +32,6 @@ _UNREACHABLE: dict[LinkEvent | None, str] = {
     LinkEvent.LOST: "the connection broke",
     LinkEvent.CUT: "it closes the connection before the handshake: it may be full, or be no trunk daemon",
     **_KEY_ERRORS,
-    # As long as it has not been seen often enough to be taken for sure.
-    LinkEvent.WRONG_SERVER_KEY: "it closes the connection during the handshake: it may be full, or have another key "
-    "than server_key says",
 }
 
 
@@ -63,8 +59,9 @@ class Endpoints:
         self._draw = draw
         self._resolves = resolves
         self._place = 0
-        self._failures = 0  # since one answered
-        self._refused_handshakes = Counter[str]()  # in a row
+        self._failures = 0  # since one answered a request
+        self._losses = 0  # of sessions, in a row
+        self._opened_at = 0.0
         self._have_answered: set[str] = set()
         self._last_seen: dict[str, LinkEvent | None] = dict.fromkeys(endpoints)
         self.not_before = 0.0  # when to try `current`
@@ -87,15 +84,10 @@ class Endpoints:
         """What the connection to the current one is like; an error if that will never do."""
         if event is not LinkEvent.LOST or self.is_up:  # else what came before says why it was lost
             self._last_seen[self.current] = event
-        if event in (LinkEvent.UP, LinkEvent.LOST, LinkEvent.REFUSED, LinkEvent.CUT):
-            self._refused_handshakes[self.current] = 0
         if event not in _KEY_ERRORS:
             return None
-        self._refused_handshakes[self.current] += 1
-        if event is not LinkEvent.UNKNOWN_KEY:
-            in_a_row = self._refused_handshakes[self.current]
-            if in_a_row < REFUSED_HANDSHAKES or self.current in self._have_answered:
-                return None  # keys that were right before are right now
+        if event is not LinkEvent.UNKNOWN_KEY and self.current in self._have_answered:
+            return None  # keys that were right before are right now: the handshake was damaged
         return TrunkAuthError(f"{self.current}: {_KEY_ERRORS[event]}")
 
     def unreachable(self, seconds: float) -> TrunkUnreachable:
@@ -111,10 +103,24 @@ class Endpoints:
             return "the name of its host is not known here"
         return _UNREACHABLE[seen]
 
-    def answered(self) -> None:
-        """The current one has opened a session, and something came by it."""
-        self._failures = 0
+    def opened(self, now: float) -> None:
+        """The current one has opened a session."""
         self._have_answered.add(self.current)
+        self._opened_at = now
+
+    def answered(self) -> None:
+        """The current one has answered a request: the next pauses are short again."""
+        self._failures = self._losses = 0
+
+    def lost(self, now: float) -> None:
+        """The session of the current one was lost: the same again at once, if sessions there do or last anything."""
+        if now - self._opened_at >= LASTING_SECONDS:
+            self.answered()
+        self._losses += 1
+        if self._losses > 1:
+            self.failed(now)
+        else:
+            self.not_before = now
 
     def failed(self, now: float) -> None:
         """The current one did not answer: the next, after a pause."""

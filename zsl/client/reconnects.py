@@ -21,6 +21,7 @@ class Reconnects:
         self.count = 0  # of all lost connections
         self._lost: deque[tuple[float, str]] = deque(maxlen=1000)
         self._said = 0.0
+        self._tells = False  # a line was logged since a session was open
         self._attempts = 0  # that failed since a session was open
         self._since = self._next_line = 0.0
 
@@ -34,6 +35,7 @@ class Reconnects:
         if count > ALL_ARE_SAID and now - self._said < BETWEEN_LINES_SECONDS:
             return None
         self._said = now
+        self._tells = True
         if count == 1:
             return cause
         causes = Counter(cause for _, cause in self._lost).most_common()
@@ -47,10 +49,12 @@ class Reconnects:
         self._attempts += 1
         if now < self._next_line:
             return None
+        self._tells = True
         waited = now - self._since
         self._next_line = now + min(max(waited, FIRST_WAIT_SECONDS), LONGEST_WAIT_SECONDS)
         return f"no session after {self._attempts} attempts in {waited:.0f} s: {cause}"
 
-    def opened(self) -> None:
-        """Begin anew with attempts: a session is open."""
-        self._attempts = 0
+    def opened(self) -> bool:
+        """Begin anew with attempts: a session is open. Returns whether to log that, because its loss was logged."""
+        tells, self._tells, self._attempts = self._tells, False, 0
+        return tells

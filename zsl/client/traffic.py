@@ -15,7 +15,7 @@ class Traffic:
     """Of a connection until now, or between two moments: `later - earlier`.
 
     `bytes_up` and `bytes_down` are those of all frames of zsl's messages (preamble, header, tensors), also of those
-    that were sent again; not what ZeroMQ, TCP and encryption add, and not the pulse, which has a connection of its own.
+    that were sent again; not what ZeroMQ, TCP and encryption add, and not the heartbeat, which has its own connection.
     `queue_seconds` and `compute_seconds` are the daemon's own, of the requests that were answered: what was computed
     for several requests at once counts in full for each.
     """

@@ -17,18 +17,25 @@ from zsl.errors import ConfigError
 from zsl.transport.curve import ClientKeys, encrypt_client
 from zsl.transport.greeting import offered_mechanism
 from zsl.transport.monitor import Monitor
-from zsl.wire.frames import HEAD_FRAMES, Frame
+from zsl.wire.frames import HEAD_FRAMES, MAX_HEADER_BYTES, Frame
 from zsl.wire.messages import MAX_TENSORS
 
 LINGER_MS = 1_000
 RECONNECT_MS = 100
 RECONNECT_MAX_MS = 2_000
-HEARTBEAT_MS = 5_000
-# A heartbeat queues behind the message that is being sent: on a slow line that can be minutes of one large tensor.
-HEARTBEAT_TIMEOUT_MS = 120_000
 HANDSHAKE_MS = 5_000
 GREETING_SECONDS = 1.0
 MOST_FRAMES = HEAD_FRAMES + MAX_TENSORS
+CURVE_OVERHEAD_BYTES = 33  # that a frame of CURVE has over its content
+# TCP's own probes keep an idle connection open in firewalls, and end it 70 s after its peer has gone. libzmq's
+# heartbeats stay off: their timer ends the process where a connection that a high-water mark has stopped loses its
+# peer. Pings are ordinary messages.
+KEEPALIVE = (
+    (zmq.TCP_KEEPALIVE, 1),
+    (zmq.TCP_KEEPALIVE_IDLE, 10),
+    (zmq.TCP_KEEPALIVE_INTVL, 10),
+    (zmq.TCP_KEEPALIVE_CNT, 6),
+)
 
 
 class LinkEvent(Enum):
@@ -61,9 +68,19 @@ _REFUSALS = {400: LinkEvent.UNKNOWN_KEY, 500: LinkEvent.WRONG_SERVER_KEY}
 
 
 class Dealer:
-    """A connected DEALER and its monitor, encrypted with `keys`. `socket` and `monitor` are there to be polled."""
+    """A connected DEALER and its monitor, encrypted with `keys`. `socket` and `monitor` are there to be polled.
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, keys: ClientKeys | None = None) -> None:
+    A frame over `max_frame_bytes` ends the connection before memory is taken for it.
+    """
+
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        endpoint: str,
+        keys: ClientKeys | None = None,
+        *,
+        max_frame_bytes: int = MAX_HEADER_BYTES,
+    ) -> None:
         self._endpoint = endpoint
         self._mechanism = "NULL" if keys is None else "CURVE"
         self.socket = context.socket(zmq.DEALER)
@@ -75,9 +92,8 @@ class Dealer:
             (zmq.RECONNECT_IVL, RECONNECT_MS),
             (zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS),
             (zmq.HANDSHAKE_IVL, HANDSHAKE_MS),
-            (zmq.HEARTBEAT_IVL, HEARTBEAT_MS),
-            (zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS),
-            (zmq.TCP_KEEPALIVE, 1),
+            (zmq.MAXMSGSIZE, max_frame_bytes + CURVE_OVERHEAD_BYTES),
+            *KEEPALIVE,
             # A name is resolved to one address, and with IPV6 to that of IPv6, where no daemon may listen.
             (zmq.IPV6, int("[" in endpoint)),
         ):

@@ -15,7 +15,7 @@ from zsl.trunk.costs import (
     PassMemory,
 )
 from zsl.wire.frames import MAX_HEADER_BYTES
-from zsl.wire.messages import Cut, FloatDtypeName, Hello, Limits, ModelIdentity
+from zsl.wire.messages import MAX_TENSOR_BYTES, Cut, FloatDtypeName, Hello, Limits, ModelIdentity
 
 FP32_BYTES = 4
 
@@ -80,7 +80,7 @@ class ServerSettings:
     def limits(self, info: TrunkInfo) -> Limits:
         """What WELCOME states."""
         return Limits(
-            max_message_bytes=self.max_request_tokens * info.model.hidden_size * FP32_BYTES,
+            max_message_bytes=min(self.max_request_tokens * info.model.hidden_size * FP32_BYTES, MAX_TENSOR_BYTES),
             max_header_bytes=MAX_HEADER_BYTES,
             max_request_tokens=self.max_request_tokens,
             max_row_tokens=info.max_row_tokens,

@@ -17,6 +17,7 @@ from zsl.printable import is_printable, printable
 
 MAX_DIMS = 4
 MAX_TENSORS = 16
+MAX_TENSOR_BYTES = 4 << 30
 MAX_TEXT_CHARS = 512
 ID_BYTES = 16
 
@@ -42,7 +43,12 @@ Role = Literal["activations", "gradients", "attention_mask", "position_ids", "le
 Count = Annotated[int, Field(ge=0, le=2**53)]
 Dim = Annotated[int, Field(ge=0, le=2**31 - 1)]
 LayerIndex = Annotated[int, Field(ge=0, le=2**16)]
+Positive = Annotated[int, Field(ge=1, le=2**53)]
 Milliseconds = Annotated[int, Field(ge=0, le=7 * 24 * 3600 * 1000)]
+# A client obeys these: shorter pings would keep it spinning, a longer one or a longer pause would have it miss a daemon
+# that has died.
+PingMilliseconds = Annotated[int, Field(ge=10, le=60_000)]
+RetryMilliseconds = Annotated[int, Field(ge=0, le=60_000)]
 Id16 = Annotated[bytes, Field(min_length=ID_BYTES, max_length=ID_BYTES)]
 # Both reach terminals and logs of the other end: a name is refused, a text for people escaped.
 Name = Annotated[str, Field(max_length=200), AfterValidator(_refuse_controls)]
@@ -132,14 +138,14 @@ class Cut(_Strict):
 class Limits(_Strict):
     """What the daemon takes from one session, stated before anything is sent."""
 
-    max_message_bytes: Count
+    max_message_bytes: Annotated[int, Field(ge=0, le=MAX_TENSOR_BYTES)]  # of one tensor
     max_header_bytes: Count
-    max_request_tokens: Count  # rows x tokens of one request
-    max_row_tokens: Count  # tokens of one row: the model's positions
-    max_inflight_requests: Count
+    max_request_tokens: Positive  # rows x tokens of one request
+    max_row_tokens: Positive  # tokens of one row: the model's positions
+    max_inflight_requests: Positive
     max_inflight_bytes: Count
     lease_ms: Milliseconds
-    ping_ms: Milliseconds
+    ping_ms: PingMilliseconds
 
 
 class Hello(Header):
@@ -232,7 +238,7 @@ class Error(Header):
     epoch: Id16
     code: Name
     retry: Annotated[Retry, Field(strict=False)]
-    retry_after_ms: Milliseconds
+    retry_after_ms: RetryMilliseconds
     text: Text
 
 

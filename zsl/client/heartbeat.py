@@ -1,4 +1,4 @@
-"""The pulse of a daemon: pings on a connection of their own, so that they do not queue behind tensors.
+"""Heartbeat of a daemon: pings on a connection of their own, so that they do not queue behind tensors.
 
 A daemon that is stopped, hung or cut off is noticed after a few missed pings, however large a request is under way.
 What counts is pings without an answer, not time: a client that was itself stopped for a minute has missed nothing.
@@ -40,7 +40,7 @@ class Progress:
         self._said = self.pass_seconds > LONG_PASS_SECONDS
 
 
-class Pulse:
+class Heartbeat:
     """Pings for a session. `sockets` are to be polled; `turn` is due when they are ready, and at `next_ping`.
 
     `reaches_another`: another life of a daemon answers here than the one that opened the session. What that one says of

@@ -1,22 +1,23 @@
-"""Whether the connection that requests go over still carries them, in both directions and all of them.
+"""Check that the connection of the requests still carries them, in both directions and all of them.
 
 A daemon may be well while this connection is not: its bytes are swallowed, or a message was lost on it. Pings go over
-it too while requests are under way. They queue behind tensors, so more patience is due than with the pulse. Messages of
-one connection keep their order, so a pong tells which requests the daemon must have had. Pure: the clock is given.
+it too while requests are under way. They queue behind tensors, so more patience is due than with the heartbeat. A
+connection keeps the order of its messages, so a pong tells which requests the daemon must have had. Pure: the clock is
+given.
 """
 
 from __future__ import annotations
 
 from collections.abc import Set
 
-from zsl.client.pulse import MISSED_PINGS
+from zsl.client.heartbeat import MISSED_PINGS
 from zsl.wire.messages import Ping, Pong, Welcome
 
 # A connection that moves less than this is taken for broken.
 MIN_BYTES_PER_SECOND = 100_000
 
 
-class Carrying:
+class PathCheck:
     """The pings of one connection."""
 
     def __init__(self, welcome: Welcome, now: float) -> None:
