@@ -115,12 +115,12 @@ class EchoServer:
     @property
     def sessions(self) -> int:
         """How many are open."""
-        return len(self.server._sessions)
+        return self.server.stats.sessions
 
     @property
     def connections(self) -> int:
         """How many are accepted and not gone."""
-        return self.server._router.connections
+        return self.server.stats.connections
 
     @property
     def connections_of_peers(self) -> int:
@@ -130,7 +130,7 @@ class EchoServer:
 
     @property
     def held_bytes(self) -> int:
-        return self.server._sessions.held_bytes
+        return self.server.stats.held_bytes
 
     def reload_tenants(self) -> None:
         """As SIGHUP does. Raises what it raises."""

@@ -27,16 +27,18 @@ from zsl.errors import (
 )
 from zsl.transport.curve import KeyPair
 from zsl.transport.router import Router
+from zsl.trunk.credit import Credit
 from zsl.trunk.failpoints import Failpoint
 from zsl.trunk.greetings import status_for, welcome_to
-from zsl.trunk.intake import Intake, Request
+from zsl.trunk.intake import Intake
 from zsl.trunk.memory import GiveBack, give_back_freed_memory, resident_bytes
-from zsl.trunk.replies import Replies
+from zsl.trunk.reply_cache import ReplyCache
+from zsl.trunk.request_table import Request, RequestStats, RequestTable, State
 from zsl.trunk.scheduler import Scheduler
 from zsl.trunk.sessions import Session, Sessions
 from zsl.trunk.settings import ServerSettings, TrunkInfo, TrunkTraits, check_wanted
 from zsl.trunk.tenants import Allowlist, Tenant
-from zsl.trunk.work import Alone, Batch, Compute, Done, Held, Keep, Outcome, Work
+from zsl.trunk.work import Alone, Batch, Compute, Keep, Outcome, Work
 from zsl.trunk.worker import Finished, Worker
 from zsl.wire.frames import MAGIC, Frame, decode, encode
 from zsl.wire.messages import (
@@ -57,14 +59,12 @@ from zsl.wire.messages import (
     Release,
     Result,
     StatusRequest,
-    WorkHeader,
 )
 
 logger = logging.getLogger(__name__)
 
 HOUSEKEEPING_SECONDS = 0.2
 LAST_PASS_SECONDS = 30.0  # for the pass that runs when the daemon is to end
-MIN_RETRY_MS, MAX_RETRY_MS = 10, 5_000
 # The answers to a session's credit of requests, and what is said beside them (pongs, errors, goaway).
 CONTROL_MESSAGES = 64
 
@@ -75,6 +75,16 @@ class _Sender:
 
     peer: bytes
     tenant: Tenant | None
+
+
+@dataclass(frozen=True, slots=True)
+class ServerStats:
+    """Numbers of open sessions and connections, bytes that are kept for backwards, and requests by state."""
+
+    sessions: int
+    connections: int
+    held_bytes: int
+    requests: RequestStats
 
 
 class TrunkServer:
@@ -104,13 +114,9 @@ class TrunkServer:
         self._sessions = Sessions(
             lease_seconds=self._settings.lease_seconds,
             max_sessions=self._settings.max_sessions,
-            max_inflight_requests=self._settings.max_inflight_requests,
-            max_inflight_bytes=self._settings.max_inflight_bytes,
-            max_total_inflight_bytes=self._settings.max_total_inflight_bytes,
             stash_memory_bytes=self._settings.stash_memory_bytes,
             new_id=new_id,
         )
-        self._replies = Replies(self._settings.reply_memory_bytes)
         self._forbidden: set[bytes] = set()  # connections that were told so once
         self._router = Router(
             max_message_bytes=self._limits.max_message_bytes,
@@ -124,7 +130,7 @@ class TrunkServer:
         # Set by `run`, before anything is received.
         self._worker: Worker[Request]
         self._intake: Intake
-        self._scheduler: Scheduler
+        self._requests: RequestTable
         self._traits: TrunkTraits
         self._give_back: GiveBack
         self._giving_back: asyncio.Future[bool] | None = None
@@ -132,16 +138,15 @@ class TrunkServer:
         self._draining_until: float | None = None
         self._stuck = False  # a pass will never end
         self._stopped = asyncio.Event()
-        self._handlers: dict[type[Header], Callable[[_Sender, Header, Sequence[Frame]], None]] = {
-            Hello: self._on_hello,
-            Forward: self._on_work,
-            Backward: self._on_work,
-            Release: self._on_release,
-            Cancel: self._on_cancel,
-            Ping: self._on_ping,
-            Bye: self._on_bye,
-            StatusRequest: self._on_status,
-        }
+
+    @property
+    def stats(self) -> ServerStats:
+        return ServerStats(
+            sessions=len(self._sessions),
+            connections=self._router.connections,
+            held_bytes=self._sessions.held_bytes,
+            requests=self._requests.stats,
+        )
 
     def bind(self, host: str, port: int) -> str:
         """Take the port, and return the real endpoint. Nothing is answered before `run`. Raises `StartupError`."""
@@ -154,11 +159,20 @@ class TrunkServer:
     async def run(self, compute: Compute) -> None:
         """Serve until `stop`, or until a `drain` has ended. Raises `RunFailed` if the compute thread hangs."""
         self._traits = compute.traits
-        self._intake = Intake(self.info, self._limits, self._traits, self._sessions, self._replies)
-        self._scheduler = Scheduler(
-            max_batch_tokens=self._traits.batch_limits.max_batch_tokens,
-            max_wait_seconds=self._settings.max_wait_seconds,
-            costs=self._traits.costs,
+        self._intake = Intake(self.info, self._limits, self._traits)
+        self._requests = RequestTable(
+            self._sessions,
+            Scheduler(
+                max_batch_tokens=self._traits.batch_limits.max_batch_tokens,
+                max_wait_seconds=self._settings.max_wait_seconds,
+                costs=self._traits.costs,
+            ),
+            ReplyCache(self._settings.reply_memory_bytes),
+            Credit(
+                self._settings.max_inflight_requests,
+                self._settings.max_inflight_bytes,
+                self._settings.max_total_inflight_bytes,
+            ),
         )
         self._worker = Worker(compute, self._finish_batch, clock=self._clock, failpoint=self._failpoint)
         self._give_back = GiveBack(resident_bytes())
@@ -220,10 +234,29 @@ class TrunkServer:
             return
         header = message.header
         try:
-            self._handlers[type(header)](_Sender(peer, tenant), header, message.buffers)
+            self._handle(_Sender(peer, tenant), header, message.buffers)
         except WireError as error:
             named = header.session if isinstance(header, InSession) else None
             self._answer_error(peer, getattr(header, "request", None), error, session=named)
+
+    def _handle(self, sender: _Sender, header: Header, frames: Sequence[Frame]) -> None:
+        """Do what a message asks. Raises `WireError`."""
+        now = self._clock()
+        match header:
+            case Hello():
+                self._on_hello(sender, header, now)
+            case Forward() | Backward():
+                self._on_work(self._session(header, sender, now), header, frames, now)
+            case Release():
+                self._requests.release(self._session(header, sender, now), header.step)
+            case Cancel():
+                self._on_cancel(self._session(header, sender, now), header)
+            case Ping():
+                self._on_ping(sender, header, now)
+            case Bye():
+                self._close_session(self._session(header, sender, now).id, "closed by its client")
+            case StatusRequest():
+                self._on_status(sender, header)
 
     def _refuse(self, peer: bytes) -> None:
         """Nothing is taken from a key that has been taken off the list: it is told once, then cut off."""
@@ -234,9 +267,7 @@ class TrunkServer:
         self._forbidden.add(peer)
         self._answer_error(peer, None, ForbiddenError())
 
-    def _on_hello(self, sender: _Sender, header: Header, _: Sequence[Frame]) -> None:
-        assert isinstance(header, Hello)
-        now = self._clock()
+    def _on_hello(self, sender: _Sender, header: Hello, now: float) -> None:
         session = self._sessions.of_peer(sender.peer, sender.tenant)
         if session is None or session.hello != header.request:  # otherwise it was delivered twice
             check_wanted(self.info, header)
@@ -273,59 +304,30 @@ class TrunkServer:
         earlier = self._sessions.of_peer(sender.peer, sender.tenant)
         if earlier is not None:
             self._close_session(earlier.id, "its client opened another")
-        in_the_way = self._sessions.in_the_way(sender.tenant, now)
-        if in_the_way is not None:
-            self._close_session(in_the_way.id, "quiet, and another one needs its place")
+        quiet = self._sessions.eviction_candidate(sender.tenant, now)
+        if quiet is not None:
+            self._close_session(quiet.id, "quiet, and another one needs its place")
         session = self._sessions.open(sender.peer, now, hello=header.request, tenant=sender.tenant)
         whose = "" if sender.tenant is None else f" for {sender.tenant.name}"
         logger.info("session %s opened%s (zsl %r, %s)", session.id.hex()[:8], whose, header.software, header.dtype)
         return session
 
-    def _on_work(self, sender: _Sender, header: Header, frames: Sequence[Frame]) -> None:
-        assert isinstance(header, WorkHeader)
-        now = self._clock()
-        session = self._session(header, sender, now)
-        if self._intake.came_before(session, header, frames):
-            answer = self._replies.frames(session.id, header.request)
-            if answer is not None:
-                self._router.send(session.peer, answer)
-            return
-        request = self._intake.admit(
-            session,
-            header,
-            frames,
-            now,
-            draining=self._draining_until is not None,
-            unsent=self._router.unsent_bytes,
-            all_unsent=self._router.all_unsent_bytes,
-            retry_after_ms=self._retry_after_ms(),
-        )
-        weight = 1.0 if session.tenant is None else session.tenant.weight
-        self._scheduler.add(request.job, now, weight=weight)
+    def _on_work(self, session: Session, header: Forward | Backward, frames: Sequence[Frame], now: float) -> None:
+        answer = self._requests.repeated(session, header, frames)
+        if answer is None:
+            request = self._intake.request(session, header, frames, now, draining=self._draining_until is not None)
+            self._requests.add(request, now, unsent=self._router.unsent_bytes, all_unsent=self._router.all_unsent_bytes)
+        elif answer:
+            self._router.send(session.peer, answer)
 
-    def _retry_after_ms(self) -> int:
-        """When a client that is over its credit may come again: when what is queued should be done."""
-        return min(max(round(self._scheduler.backlog_seconds * 1000), MIN_RETRY_MS), MAX_RETRY_MS)
-
-    def _on_release(self, sender: _Sender, header: Header, _: Sequence[Frame]) -> None:
-        assert isinstance(header, Release)
-        session = self._session(header, sender, self._clock())
-        self._sessions.release(session, header.step)
-        self._replies.arrived(session.id, header.step)
-
-    def _on_cancel(self, sender: _Sender, header: Header, _: Sequence[Frame]) -> None:
-        assert isinstance(header, Cancel)
-        session = self._session(header, sender, self._clock())
-        key = (session.id, header.request)
-        if self._scheduler.discard(key):
-            self._finish(self._intake.under_way[key], CancelledByClientError())
+    def _on_cancel(self, session: Session, header: Cancel) -> None:
+        request = self._requests.get(session, header.request)
+        if request is not None and request.state is State.QUEUED:
+            self._end(request, CancelledByClientError())
         else:
-            self._sessions.release(session, header.request)
-            self._replies.arrived(*key)
+            self._requests.release(session, header.request)
 
-    def _on_ping(self, sender: _Sender, header: Header, _: Sequence[Frame]) -> None:
-        assert isinstance(header, Ping)
-        now = self._clock()
+    def _on_ping(self, sender: _Sender, header: Ping, now: float) -> None:
         self._check_epoch(header)
         session = self._sessions.renew(header.session, now, tenant=sender.tenant)
         if sender.peer not in (session.peer, session.pulse):
@@ -338,24 +340,18 @@ class TrunkServer:
             request=header.request,
             epoch=self._epoch,
             progress_age_ms=round(self._worker.busy_seconds(now) * 1000),
-            inflight_requests=len(session.inflight),
+            inflight_requests=self._requests.inflight(session),
         )
         self._send(sender.peer, pong)
 
-    def _on_bye(self, sender: _Sender, header: Header, _: Sequence[Frame]) -> None:
-        assert isinstance(header, Bye)
-        session = self._session(header, sender, self._clock())
-        self._close_session(session.id, "closed by its client")
-
-    def _on_status(self, sender: _Sender, header: Header, _: Sequence[Frame]) -> None:
-        assert isinstance(header, StatusRequest)
+    def _on_status(self, sender: _Sender, header: StatusRequest) -> None:
         status = status_for(
             header,
             self._epoch,
             self.info,
             self._traits,
             sessions=len(self._sessions),
-            queued_requests=len(self._scheduler),
+            queued_requests=self._requests.stats.queued,
             held_bytes=self._sessions.held_bytes,
         )
         self._send(sender.peer, status)
@@ -378,14 +374,13 @@ class TrunkServer:
             self._dispatch_later.cancel()
             self._dispatch_later = None
         now = self._clock()
-        self._answer_expired(now)
-        jobs = self._scheduler.take_batch(now)
-        if not jobs:
-            if self._scheduler.waits_until is not None:
+        self._end_expired(now)
+        requests = self._requests.take_batch(now)
+        if not requests:
+            if self._requests.waits_until is not None:
                 loop = asyncio.get_running_loop()
-                self._dispatch_later = loop.call_later(self._scheduler.waits_until - now, self._dispatch)
+                self._dispatch_later = loop.call_later(self._requests.waits_until - now, self._dispatch)
             return
-        requests = [self._intake.under_way[job.key] for job in jobs]  # type: ignore[index]
         lengths = [length for request in requests if request.keep for length in request.shape.lengths]
         room = bool(lengths) and self._sessions.make_room(self._traits.graph_memory.nbytes(lengths))
         self._worker.give(requests, Batch(tuple(self._work(request, room) for request in requests)))
@@ -406,61 +401,47 @@ class TrunkServer:
         return Keep.PRODUCTS if self._traits.deterministic else Keep.GRAPH_AND_PRODUCTS
 
     def _finish_batch(self, batch: Finished[Request]) -> None:
-        jobs = [request.job for request in batch.tickets]
         self._give_back.freed(self._clock())
-        self._scheduler.charge(jobs, batch.ended - batch.started, self._clock())
+        self._requests.charge(batch.tickets, batch.ended - batch.started, self._clock())
         self._router.drain()  # what arrived meanwhile can share the next pass, which begins here
         for request, outcome in zip(batch.tickets, batch.outcomes, strict=True):
-            self._finish(request, outcome, merged=len(batch.tickets), started=batch.started, ended=batch.ended)
+            self._end(request, outcome, merged=len(batch.tickets), started=batch.started, ended=batch.ended)
 
-    def _finish(
+    def _end(
         self, request: Request, outcome: Outcome, *, merged: int = 1, started: float = 0.0, ended: float = 0.0
     ) -> None:
-        """Answer a request, and keep what its backward will need."""
-        request_id = request.header.request
-        del self._intake.under_way[request.session.id, request_id]
-        session = self._sessions.finish(request.session.id, request_id)
-        if isinstance(outcome, WireError) and request.held is not None:
-            request.held.stash.drop()
-        if session is None:  # closed meanwhile: nobody waits
-            self._scheduler.forget_client(request.session.id)
-            if isinstance(outcome, Done) and outcome.stash is not None:
-                outcome.stash.drop()
-            return
-        if isinstance(outcome, WireError):
-            session.abandoned.discard(request_id)
-            self._answer_error(session.peer, request_id, outcome, session=session.id)
-            return
-        assert isinstance(outcome, Done)
-        if outcome.stash is not None:
-            held = Held(outcome.stash, request.shape, request.sharing)
-            self._sessions.hold(session, request_id, held)
-        session.abandoned.discard(request_id)
-        descriptors = [descriptor for descriptor, _ in outcome.buffers.values()]
-        result = Result(
-            session=session.id,
-            request=request_id,
-            epoch=self._epoch,
-            merged=merged,
-            queue_us=round((started - request.arrived) * 1e6),
-            compute_us=round((ended - started) * 1e6),
-            tensors=descriptors,
-        )
-        frames = encode(result, [buffer for _, buffer in outcome.buffers.values()])
-        self._replies.put(session.id, request.header, frames)
-        if not self._router.send(session.peer, frames):
-            # Gone, or it does not read. Its session is there while its lease lasts, and it can ask again.
-            self._router.cut(session.peer)
+        """End a request and answer it, unless its session was closed meanwhile."""
+        peer, session, request_id = request.session.peer, request.session.id, request.header.request
+        if request.state is State.ABANDONED:
+            self._requests.end(request, outcome)
+        elif isinstance(outcome, WireError):
+            self._requests.end(request, outcome)
+            self._answer_error(peer, request_id, outcome, session=session)
+        else:
+            result = Result(
+                session=session,
+                request=request_id,
+                epoch=self._epoch,
+                merged=merged,
+                queue_us=round((started - request.arrived) * 1e6),
+                compute_us=round((ended - started) * 1e6),
+                tensors=[descriptor for descriptor, _ in outcome.buffers.values()],
+            )
+            frames = encode(result, [buffer for _, buffer in outcome.buffers.values()])
+            self._requests.end(request, outcome, frames)
+            if not self._router.send(peer, frames):
+                # Gone, or it does not read. Its session is there while its lease lasts, and it can ask again.
+                self._router.cut(peer)
 
-    def _answer_expired(self, now: float) -> None:
-        for job in self._scheduler.take_expired(now):
-            self._finish(self._intake.under_way[job.key], DeadlineError())  # type: ignore[index]
+    def _end_expired(self, now: float) -> None:
+        for request in self._requests.expired(now):
+            self._end(request, DeadlineError())
 
     # --- housekeeping and answers ------------------------------------------------------------------------------
 
     def _keep_house(self) -> None:
         now = self._clock()
-        self._answer_expired(now)
+        self._end_expired(now)
         for session in self._sessions.expired(now):
             self._close_session(session.id, "nothing was heard of it for its lease")
             for peer in (session.peer, session.pulse):
@@ -476,7 +457,7 @@ class TrunkServer:
             self.stop()
         self._give_memory_back(now)
         if self._draining_until is not None:
-            open_steps = any(session.held or session.inflight for session in self._sessions)
+            open_steps = any(session.held or self._requests.inflight(session) for session in self._sessions)
             if not open_steps or now >= self._draining_until:
                 self.stop()
 
@@ -484,7 +465,7 @@ class TrunkServer:
         """Give freed memory back to the system when it is time, on another thread than the loop's."""
         if self._giving_back is not None and not self._giving_back.done():
             return
-        busy = self._worker.busy_since is not None or len(self._scheduler) > 0
+        busy = self._worker.busy_since is not None or self._requests.stats.queued > 0
         held, resident = self._sessions.held_bytes, resident_bytes()
         if self._give_back.is_due(now, busy=busy, held_bytes=held, resident_bytes=resident):
             self._giving_back = asyncio.get_running_loop().run_in_executor(None, give_back_freed_memory)
@@ -493,19 +474,11 @@ class TrunkServer:
         """Forget a session, what is held for it, and what of it is queued."""
         session = self._sessions.close(session_id)
         assert session is not None
-        for request in session.inflight:
-            if self._scheduler.discard((session_id, request)):
-                given_up = self._intake.under_way.pop((session_id, request))
-                if given_up.held is not None:
-                    given_up.held.stash.drop()
+        self._requests.close(session)
         for peer in (session.peer, session.pulse):
             if peer is not None:
                 self._router.release(peer)
-        self._replies.close(session_id)
         self._give_back.freed(self._clock())
-        self._scheduler.forget_client(session_id)
-        if session.tenant is None:  # a tenant with a key must not lose what it has used by coming anew
-            self._scheduler.forget_tenant(session_id)
         logger.info("session %s ended: %s", session_id.hex()[:8], why)
 
     def _answer_error(

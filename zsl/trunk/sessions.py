@@ -10,11 +10,11 @@ session stands for itself.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import count
 
-from zsl.errors import OverloadedError, QuotaError, UnknownSessionError
+from zsl.errors import QuotaError, UnknownSessionError
 from zsl.trunk.give_up_order import GiveUpOrder
 from zsl.trunk.tenants import Tenant
 from zsl.trunk.work import Held
@@ -35,12 +35,6 @@ class Session:
     last_heard: float
     pulse: bytes | None = None
     held: dict[int, Held] = field(default_factory=dict)  # step -> what its backward needs
-    inflight: dict[int, int] = field(default_factory=dict)  # request -> bytes
-    abandoned: set[int] = field(default_factory=set)  # requests in flight whose step the client no longer wants
-
-    @property
-    def inflight_bytes(self) -> int:
-        return sum(self.inflight.values())
 
     @property
     def owner(self) -> Hashable:
@@ -51,8 +45,7 @@ class Session:
 class Sessions:
     """The table of open sessions.
 
-    `max_inflight_requests` and `max_inflight_bytes` are the credit of one session, `max_total_inflight_bytes` that
-    of all together; `max_sessions` bounds their number, `stash_memory_bytes` what is kept for pending backwards.
+    `max_sessions` bounds their number, `stash_memory_bytes` what is kept for pending backwards.
     """
 
     def __init__(
@@ -60,23 +53,16 @@ class Sessions:
         *,
         lease_seconds: float,
         max_sessions: int,
-        max_inflight_requests: int,
-        max_inflight_bytes: int,
-        max_total_inflight_bytes: int,
         stash_memory_bytes: int,
         new_id: Callable[[], bytes],
     ) -> None:
         self._lease_seconds = lease_seconds
         self._max_sessions = max_sessions
-        self._max_inflight_requests = max_inflight_requests
-        self._max_inflight_bytes = max_inflight_bytes
-        self._max_total_inflight_bytes = max_total_inflight_bytes
         self._stash_memory_bytes = stash_memory_bytes
         self._new_id = new_id
         self._sessions: dict[bytes, Session] = {}
         self._by_peer: dict[bytes, Session] = {}
         self._by_owner: dict[Hashable, dict[bytes, Session]] = {}
-        self._inflight_bytes = 0
         self._held = GiveUpOrder()
         self._held_of: defaultdict[Hashable, GiveUpOrder] = defaultdict(GiveUpOrder)  # by tenant
         self._arrivals = count()
@@ -100,13 +86,13 @@ class Sessions:
         return True
 
     def open(self, peer: bytes, now: float, *, hello: int = 0, tenant: Tenant | None = None) -> Session:
-        """A new session. Ask `in_the_way` first."""
+        """A new session. Ask `eviction_candidate` first."""
         session = Session(self._new_id(), peer, hello, tenant, now)
         self._sessions[session.id] = self._by_peer[peer] = session
         self._by_owner.setdefault(session.owner, {})[session.id] = session
         return session
 
-    def in_the_way(self, tenant: Tenant | None, now: float) -> Session | None:
+    def eviction_candidate(self, tenant: Tenant | None, now: float) -> Session | None:
         """The session that is to be closed before this tenant can open another: one of its own, or without keys of
         anyone, that has been quiet. Raises `QuotaError` if all are at work.
         """
@@ -158,13 +144,16 @@ class Sessions:
         session = self._by_peer.get(peer)
         return session if session is not None and _same(session.tenant, tenant) else None
 
+    def of_tenant(self, tenant: Tenant | None) -> Iterable[Session]:
+        """The sessions of a tenant; none without keys."""
+        return () if tenant is None else self._of(tenant).values()
+
     def close(self, session_id: bytes) -> Session | None:
         """Forget a session and what is kept for it."""
         session = self._sessions.pop(session_id, None)
         if session is not None:
             for step in list(session.held):
-                self.give_up(session, step)
-            self._inflight_bytes -= session.inflight_bytes
+                self.release(session, step)
             if self._by_peer.get(session.peer) is session:
                 del self._by_peer[session.peer]
             of_owner = self._by_owner[session.owner]
@@ -178,65 +167,14 @@ class Sessions:
         """The sessions whose lease has ended."""
         return [session for session in self if now - session.last_heard >= self._lease_seconds]
 
-    def admit(
-        self,
-        session: Session,
-        request: int,
-        nbytes: int,
-        *,
-        unsent: Callable[[bytes], int] = lambda _: 0,
-        all_unsent: int = 0,
-        retry_after_ms: int = 50,
-    ) -> None:
-        """Count a request as in flight. Raises `OverloadedError` over the session's credit, its tenant's, or that of
-        all.
-
-        `unsent` tells the bytes of answers that a connection has not read, `all_unsent` those of all. They count as if
-        they were in flight.
-        """
-        over_requests = len(session.inflight) >= self._max_inflight_requests
-        inflight = session.inflight_bytes + unsent(session.peer)
-        if over_requests or (inflight and inflight + nbytes > self._max_inflight_bytes):
-            raise OverloadedError(
-                f"the session has {len(session.inflight)} requests and {inflight} bytes in flight or unread; "
-                f"{self._max_inflight_requests} and {self._max_inflight_bytes} are granted",
-                retry_after_ms=retry_after_ms,
-            )
-        if session.tenant is not None:
-            inflight = sum(one.inflight_bytes + unsent(one.peer) for one in self._of(session.tenant).values())
-            if inflight and inflight + nbytes > session.tenant.max_inflight_bytes:
-                raise OverloadedError(
-                    f"tenant {session.tenant.name} has {inflight} bytes in flight; "
-                    f"{session.tenant.max_inflight_bytes} are granted",
-                    retry_after_ms=retry_after_ms,
-                )
-        inflight = self._inflight_bytes + all_unsent
-        if inflight and inflight + nbytes > self._max_total_inflight_bytes:
-            raise OverloadedError(
-                f"all sessions together have {inflight} bytes in flight or unread", retry_after_ms=retry_after_ms
-            )
-        session.inflight[request] = nbytes
-        self._inflight_bytes += nbytes
-
-    def finish(self, session_id: bytes, request: int) -> Session | None:
-        """The request is answered; its session if that is still open."""
-        session = self._sessions.get(session_id)
-        if session is not None:
-            self._inflight_bytes -= session.inflight.pop(request, 0)
-        return session
-
     def hold(self, session: Session, step: int, held: Held) -> None:
-        """Keep what the step's backward needs, unless the client has let go of it; then stay within the memory.
+        """Keep what the step's backward needs, and stay within the memory.
 
         Over `stash_memory_bytes`, or over what its tenant may have kept, the oldest graphs are given up first (their
         backward computes the forward again), then the oldest products of linear layers, then the oldest inputs (their
         client sends them again).
         """
-        if step in session.abandoned:
-            session.abandoned.discard(step)
-            held.stash.drop()
-            return
-        self.give_up(session, step)
+        self.release(session, step)
         self._put(session, step, held, next(self._arrivals))
         tenant = session.tenant
         if tenant is not None and tenant.max_stash_bytes is not None:
@@ -258,13 +196,7 @@ class Sessions:
         return self._remove(session, step)[0] if step in session.held else None
 
     def release(self, session: Session, step: int) -> None:
-        """The client will ask no backward for this step, which may still be in flight."""
-        self.give_up(session, step)
-        if step in session.inflight:
-            session.abandoned.add(step)
-
-    def give_up(self, session: Session, step: int) -> None:
-        """What is kept for a step, if anything is, will not be used."""
+        """Drop what is kept for a step, if anything is."""
         held = self.take(session, step)
         if held is not None:
             held.stash.drop()
