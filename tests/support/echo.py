@@ -145,6 +145,17 @@ class EchoServer:
         self.loop.call_soon_threadsafe(reload)
         done.result(WAIT_SECONDS)
 
+    def close_session(self, session: bytes) -> None:
+        """As at the end of its lease."""
+
+        def close() -> None:
+            running = self.server._running
+            assert running is not None
+            found = next(one for one in self.server._sessions if one.id == session)
+            running.handlers.close_session(found, "on purpose")
+
+        self.loop.call_soon_threadsafe(close)
+
     def drain(self) -> None:
         self.loop.call_soon_threadsafe(self.server.drain)
 

@@ -68,10 +68,10 @@ class Request:
 class RequestStats:
     """Numbers of requests, by state. `released` are some of the queued and running, `replies` answers that are kept."""
 
-    queued: int
-    running: int
-    released: int
-    replies: int
+    queued: int = 0
+    running: int = 0
+    released: int = 0
+    replies: int = 0
 
 
 class RequestTable:

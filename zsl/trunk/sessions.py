@@ -37,6 +37,11 @@ class Session:
     held: dict[int, Held] = field(default_factory=dict)  # step -> what its backward needs
 
     @property
+    def peers(self) -> list[bytes]:
+        """Its connections."""
+        return [self.peer] if self.pulse is None else [self.peer, self.pulse]
+
+    @property
     def owner(self) -> Hashable:
         """Who shares the device fairly: the tenant, which is a key, or the session itself."""
         return self.id if self.tenant is None else self.tenant.public_key
@@ -134,10 +139,10 @@ class Sessions:
         session = self.renew(session_id, now, tenant=tenant)
         if self._by_peer.get(session.peer) is session:
             del self._by_peer[session.peer]
-        old = [one for one in (session.peer, session.pulse) if one not in (None, peer)]
+        old = [one for one in session.peers if one != peer]
         session.peer, session.hello, session.pulse = peer, hello, None
         self._by_peer[peer] = session
-        return session, [one for one in old if one is not None]
+        return session, old
 
     def of_peer(self, peer: bytes, tenant: Tenant | None = None) -> Session | None:
         """The session of a tenant's connection."""
