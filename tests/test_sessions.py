@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 
 import pytest
@@ -120,7 +121,7 @@ def test_a_session_that_is_resumed_keeps_what_it_held_and_leaves_its_old_connect
     sessions = table()
     session = sessions.open(b"old", now=0.0)
     sessions.hold(session, 1, kept(10))
-    session.pulse = b"pulse"
+    session.heartbeat = b"pulse"
     assert sessions.resume(session.id, b"new", now=59.0, hello=7, tenant=None) == (session, [b"old", b"pulse"])
     assert (sessions.of_peer(b"old"), sessions.of_peer(b"new")) == (None, session)
     assert 1 in session.held and sessions.expired(now=100.0) == []
@@ -194,8 +195,8 @@ class CountedKept:
 @pytest.mark.parametrize("quota", [None, 10])
 def test_to_hold_a_step_looks_at_no_more_entries_where_more_is_held(quota: int | None) -> None:
     def looks(already_held: int) -> int:
-        sessions = table(stash_memory_bytes=already_held, max_sessions=100)
-        sessions._new_id = lambda: CountedId(b"i" * 16)
+        new_id = partial(CountedId, b"i" * 16)
+        sessions = Sessions(lease_seconds=60, max_sessions=100, stash_memory_bytes=already_held, new_id=new_id)
         alice = tenant(max_stash_bytes=already_held if quota is None else already_held + quota)
         session = sessions.open(b"peer", now=0.0, tenant=alice)
 

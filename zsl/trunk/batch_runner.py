@@ -53,7 +53,7 @@ class BatchRunner:
         return self._worker.busy_since is not None
 
     def busy_seconds(self, now: float) -> float:
-        """For how long the pass that runs has been running; 0 while idle."""
+        """Measure for how long the pass has been running; 0 while idle."""
         return self._worker.busy_seconds(now)
 
     def step(self) -> None:

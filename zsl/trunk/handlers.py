@@ -1,6 +1,6 @@
 """Handlers of the messages that the daemon receives.
 
-    receive → decode → tenant → session → what the type asks
+    receive → tenant → decode → match → session → table of requests, or answer
 
 Sessions are opened, resumed and closed here; work is checked and queued, and the batch runner does the rest. Runs on
 the loop, and never waits. Knows no torch.
@@ -59,7 +59,7 @@ class _Sender:
 
 
 class Handlers:
-    """Does what messages ask. Takes them only from tenants on the `allowlist`, if there is one."""
+    """Handle messages. Where there is an `allowlist`, only from tenants on it."""
 
     def __init__(
         self,
@@ -88,7 +88,7 @@ class Handlers:
         self._forbidden: set[bytes] = set()  # connections that were told so once
 
     def receive(self, peer: bytes, tenant_key: str, frames: list[Frame]) -> None:
-        """Take a message of a connection. What is wrong with it is answered."""
+        """Handle a message, and answer an invalid one with its error."""
         tenant = None if self._allowlist is None else self._allowlist.by_key(tenant_key)
         if self._allowlist is not None and tenant is None:
             self._refuse(peer)
@@ -109,7 +109,7 @@ class Handlers:
             self._answers.send_error(peer, error, request=getattr(header, "request", None), session=session)
 
     def close_session(self, session: Session, why: str) -> None:
-        """Forget a session, what is held for it, and what of it is queued."""
+        """Close a session: drop the steps held for it, and abandon its requests."""
         self._sessions.close(session.id)
         self._requests.close(session)
         for peer in session.peers:
@@ -122,7 +122,7 @@ class Handlers:
         self._forbidden = {peer for peer in self._forbidden if self._router.is_connected(peer)}
 
     def _refuse(self, peer: bytes) -> None:
-        """Nothing is taken from a key that has been taken off the list: it is told once, then cut off."""
+        """Refuse a key that was taken off the list: tell it once, then cut it off."""
         if peer in self._forbidden:
             self._forbidden.discard(peer)
             self._router.cut(peer)
@@ -131,7 +131,7 @@ class Handlers:
         self._answers.send_error(peer, ForbiddenError(), request=None, session=None)
 
     def _handle(self, sender: _Sender, header: Header, frames: Sequence[Frame]) -> None:
-        """Do what a message asks. Raises `WireError`."""
+        """Handle a valid message. Raises `WireError`."""
         now = self._clock()
         match header:
             case Hello():
@@ -164,7 +164,7 @@ class Handlers:
             self.close_session(session, "its client has gone before it was open")
 
     def _limits_of(self, tenant: Tenant | None) -> Limits:
-        """What a client may have in flight, by itself or as all of its tenant's."""
+        """Bound a client's credit by its own limits and its tenant's."""
         limits = self._intake.limits
         if tenant is None:
             return limits
@@ -218,9 +218,9 @@ class Handlers:
         self._check_epoch(header)
         session = self._sessions.renew(header.session, now, tenant=sender.tenant)
         if sender.peer not in session.peers:
-            if session.pulse is not None:
-                self._router.release(session.pulse)
-            session.pulse = sender.peer
+            if session.heartbeat is not None:
+                self._router.release(session.heartbeat)
+            session.heartbeat = sender.peer
             self._router.hold(sender.peer)
         pong = Pong(
             session=session.id,

@@ -1,8 +1,8 @@
 """A cache of answers, for requests that come again: delivery is at least once, so each is computed once.
 
-A client that lost its connection asks again with the same request id. What was answered is remembered for a while, and
-the answer itself while there is memory. Losing it costs time only: a forward is computed again, and a backward that
-has nothing to go by any more is asked again in full. Pure: no sockets, no clock.
+A client that lost its connection asks again with the same request id. Answered ids are remembered for a while, and
+their answers while there is memory. Losing one costs time only: a forward is computed again, and the client sends a
+backward whose step is gone again in full. Pure: no sockets, no clock.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _Asked = tuple[object, ...]
 
 
 def asked_by(header: Forward | Backward) -> _Asked:
-    """What two deliveries of one request have in common. (A backward may bring its activations along, or not.)"""
+    """Fingerprint a request: equal for two deliveries of it. (A backward may bring its activations along, or not.)"""
     match header:
         case Backward():
             return "backward", header.step, next((d for d in header.tensors if d.role == "gradients"), None)

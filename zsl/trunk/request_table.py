@@ -77,8 +77,7 @@ class RequestStats:
 class RequestTable:
     """All requests of open sessions.
 
-    `waits_until`: after `take_batch` has given nothing though something is queued: when to ask again, if nothing comes
-    before.
+    `waits_until`: the time to ask again if no request comes before, after `take_batch` gave none though one is queued.
     """
 
     def __init__(self, sessions: Sessions, scheduler: Scheduler, replies: ReplyCache, credit: Credit) -> None:

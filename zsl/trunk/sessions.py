@@ -1,6 +1,6 @@
-"""Sessions, their leases, and what is kept for them. Pure: the clock and the source of ids come from outside.
+"""Sessions, their leases, and the steps held for them. Pure: the clock and the source of ids come from outside.
 
-A session is a lease: a client that is not heard of for `lease_seconds` is forgotten, with everything kept for it.
+A session is a lease: a client that is silent for `lease_seconds` is forgotten, with everything held for it.
 Losing a stash costs its client time, never a result, so it may go at any moment.
 
 With keys, sessions belong to tenants, who have quotas; nobody reaches a session of another tenant. Without keys every
@@ -25,7 +25,7 @@ QUIET_SECONDS = 10.0
 
 @dataclass(slots=True)
 class Session:
-    """One client's run. `peer` is the routing id of its connection, where its answers go; `pulse` that of the
+    """One client's run. `peer` is the routing id of its connection, where its answers go; `heartbeat` that of the
     connection on which it pings. `hello`: the request that opened it."""
 
     id: bytes
@@ -33,24 +33,24 @@ class Session:
     hello: int
     tenant: Tenant | None
     last_heard: float
-    pulse: bytes | None = None
-    held: dict[int, Held] = field(default_factory=dict)  # step -> what its backward needs
+    heartbeat: bytes | None = None
+    held: dict[int, Held] = field(default_factory=dict)  # step -> its backward's needs
 
     @property
     def peers(self) -> list[bytes]:
-        """Its connections."""
-        return [self.peer] if self.pulse is None else [self.peer, self.pulse]
+        """List its connections."""
+        return [self.peer] if self.heartbeat is None else [self.peer, self.heartbeat]
 
     @property
     def owner(self) -> Hashable:
-        """Who shares the device fairly: the tenant, which is a key, or the session itself."""
+        """Name the unit of fair shares: the tenant by its key, or the session itself."""
         return self.id if self.tenant is None else self.tenant.public_key
 
 
 class Sessions:
     """The table of open sessions.
 
-    `max_sessions` bounds their number, `stash_memory_bytes` what is kept for pending backwards.
+    `max_sessions` bounds their number, `stash_memory_bytes` the memory of all stashes.
     """
 
     def __init__(
@@ -80,26 +80,26 @@ class Sessions:
 
     @property
     def held_bytes(self) -> int:
-        """The memory that all stashes take."""
+        """Sum up the memory of all stashes."""
         return self._held.nbytes
 
     def make_room(self, nbytes: int) -> bool:
-        """Give up the costliest and oldest until there is memory for so much more; False if it is more than all."""
+        """Give up the costliest and oldest stashes until `nbytes` more fit. False if they are more than all memory."""
         if nbytes >= self._stash_memory_bytes:
             return False
         self._demote_until(self._held, self._stash_memory_bytes - nbytes)
         return True
 
     def open(self, peer: bytes, now: float, *, hello: int = 0, tenant: Tenant | None = None) -> Session:
-        """A new session. Ask `eviction_candidate` first."""
+        """Open a new session. Ask `eviction_candidate` first."""
         session = Session(self._new_id(), peer, hello, tenant, now)
         self._sessions[session.id] = self._by_peer[peer] = session
         self._by_owner.setdefault(session.owner, {})[session.id] = session
         return session
 
     def eviction_candidate(self, tenant: Tenant | None, now: float) -> Session | None:
-        """The session that is to be closed before this tenant can open another: one of its own, or without keys of
-        anyone, that has been quiet. Raises `QuotaError` if all are at work.
+        """Find the quiet session to close before this tenant can open another: one of its own, or without keys of
+        anyone. None if there is room. Raises `QuotaError` if all are at work.
         """
         most, sessions, whose = self._max_sessions, self._sessions, "this daemon"
         if tenant is not None and len(self._of(tenant)) >= tenant.max_sessions:
@@ -116,14 +116,14 @@ class Sessions:
         return quietest
 
     def get(self, session_id: bytes, peer: bytes, now: float, *, tenant: Tenant | None = None) -> Session:
-        """The session, its lease renewed. Raises `UnknownSessionError`, also for another connection's session."""
+        """Find a session, and renew its lease. Raises `UnknownSessionError`, also for another connection's session."""
         session = self._sessions.get(session_id)
         if session is None or session.peer != peer:
             raise UnknownSessionError("this session is not open here; its lease may have ended")
         return self.renew(session_id, now, tenant=tenant)
 
     def renew(self, session_id: bytes, now: float, *, tenant: Tenant | None = None) -> Session:
-        """The session, its lease renewed, from whatever connection. Raises `UnknownSessionError`, also for one of
+        """Find a session, and renew its lease, from any connection. Raises `UnknownSessionError`, also for one of
         another tenant."""
         session = self._sessions.get(session_id)
         if session is None or not _same(session.tenant, tenant):
@@ -135,26 +135,26 @@ class Sessions:
     def resume(
         self, session_id: bytes, peer: bytes, now: float, *, hello: int, tenant: Tenant | None
     ) -> tuple[Session, list[bytes]]:
-        """A session whose client has a new connection, and its old connections. Raises `UnknownSessionError`."""
+        """Move a session to a new connection; return it with its old ones. Raises `UnknownSessionError`."""
         session = self.renew(session_id, now, tenant=tenant)
         if self._by_peer.get(session.peer) is session:
             del self._by_peer[session.peer]
         old = [one for one in session.peers if one != peer]
-        session.peer, session.hello, session.pulse = peer, hello, None
+        session.peer, session.hello, session.heartbeat = peer, hello, None
         self._by_peer[peer] = session
         return session, old
 
     def of_peer(self, peer: bytes, tenant: Tenant | None = None) -> Session | None:
-        """The session of a tenant's connection."""
+        """Find the session of a tenant's connection."""
         session = self._by_peer.get(peer)
         return session if session is not None and _same(session.tenant, tenant) else None
 
     def of_tenant(self, tenant: Tenant | None) -> Iterable[Session]:
-        """The sessions of a tenant; none without keys."""
+        """List the sessions of a tenant; none without keys."""
         return () if tenant is None else self._of(tenant).values()
 
     def close(self, session_id: bytes) -> Session | None:
-        """Forget a session and what is kept for it."""
+        """Forget a session and the steps held for it."""
         session = self._sessions.pop(session_id, None)
         if session is not None:
             for step in list(session.held):
@@ -169,13 +169,13 @@ class Sessions:
         return session
 
     def expired(self, now: float) -> list[Session]:
-        """The sessions whose lease has ended."""
+        """List the sessions whose lease has ended."""
         return [session for session in self if now - session.last_heard >= self._lease_seconds]
 
     def hold(self, session: Session, step: int, held: Held) -> None:
-        """Keep what the step's backward needs, and stay within the memory.
+        """Hold a step for its backward, and stay within the memory.
 
-        Over `stash_memory_bytes`, or over what its tenant may have kept, the oldest graphs are given up first (their
+        Over `stash_memory_bytes`, or over its tenant's `max_stash_bytes`, the oldest graphs are given up first (their
         backward computes the forward again), then the oldest products of linear layers, then the oldest inputs (their
         client sends them again).
         """
@@ -187,7 +187,7 @@ class Sessions:
         self._demote_until(self._held, self._stash_memory_bytes)
 
     def _demote_until(self, held: GiveUpOrder, nbytes: int) -> None:
-        """Give up the costliest things, and of these the oldest, until no more than `nbytes` is kept."""
+        """Give up the costliest stashes, and of these the oldest, until no more than `nbytes` are held."""
         while held.nbytes > nbytes:
             session_id, step = held.first()
             session = self._sessions[session_id]
@@ -197,11 +197,11 @@ class Sessions:
                 self._put(session, step, replace(given_up, stash=left), arrival)
 
     def take(self, session: Session, step: int) -> Held | None:
-        """What was kept for a step, which is kept no more."""
+        """Remove a held step, and return it."""
         return self._remove(session, step)[0] if step in session.held else None
 
     def release(self, session: Session, step: int) -> None:
-        """Drop what is kept for a step, if anything is."""
+        """Drop a step, if it is held."""
         held = self.take(session, step)
         if held is not None:
             held.stash.drop()
