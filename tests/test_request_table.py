@@ -11,7 +11,7 @@ import pytest
 from zsl.errors import CancelledByClientError, MalformedError, OverloadedError
 from zsl.trunk.credit import Credit
 from zsl.trunk.reply_cache import ReplyCache
-from zsl.trunk.request_table import MAX_RETRY_MS, MIN_RETRY_MS, Request, RequestStats, RequestTable, State
+from zsl.trunk.request_table import MAX_RETRY_MS, MIN_RETRY_MS, Request, RequestState, RequestStats, RequestTable
 from zsl.trunk.scheduler import Job, Scheduler
 from zsl.trunk.sessions import Session, Sessions
 from zsl.trunk.tenants import Tenant
@@ -94,15 +94,15 @@ def tenant(name: str, max_inflight_bytes: int) -> Tenant:
 def test_a_request_is_queued_runs_and_is_answered(room: Room) -> None:
     session = room.sessions.open(b"peer", now=0.0)
     request = room.add(session)
-    assert (request.state, room.table.inflight(session)) == (State.QUEUED, 1)
+    assert (request.state, room.table.inflight(session)) == (RequestState.QUEUED, 1)
     assert room.table.repeated(session, request.header, [b"?"]) == (), "its one answer will serve"
     assert "1 queued, 0 running" in repr(room.table)
     assert room.table.take_batch(0.0) == [request]
-    assert request.state is State.RUNNING
+    assert request.state is RequestState.RUNNING
     assert "0 queued, 1 running" in repr(room.table)
     stash = Kept()
     room.table.end(request, Done({}, stash), [b"answer"])
-    assert (request.state, room.table.inflight(session)) == (State.ANSWERED, 0)
+    assert (request.state, room.table.inflight(session)) == (RequestState.ANSWERED, 0)
     assert session.held[request.header.request].stash is stash
     assert room.table.repeated(session, request.header, [b"?"]) == [b"answer"]
     assert room.table.stats == RequestStats(replies=1)
@@ -132,7 +132,7 @@ def test_a_queued_request_that_is_cancelled_does_not_run(room: Room) -> None:
     room.table.add(request, 0.0)
     assert 7 not in session.held
     room.table.end(request, CancelledByClientError())
-    assert (request.state, stash.dropped, room.table.take_batch(0.0)) == (State.ANSWERED, 1, [])
+    assert (request.state, stash.dropped, room.table.take_batch(0.0)) == (RequestState.ANSWERED, 1, [])
     assert room.table.stats == NONE
     assert room.table.repeated(session, request.header, [b"?"]) is None, "an error is not kept"
 
@@ -155,13 +155,13 @@ def test_a_closed_session_abandons_its_requests(room: Room, runs: bool) -> None:
     if runs:
         assert room.table.take_batch(0.0) == [request]
     room.close(session)
-    assert request.state is State.ABANDONED
+    assert request.state is RequestState.ABANDONED
     assert room.table.stats == RequestStats(queued=1)
     room.add(other, nbytes=99)  # within the credit of all: nothing counts any more for who has gone
     stash = Kept()
     if runs:
         room.table.end(request, Done({}, stash), [b"answer"])
-        assert (request.state, stash.dropped, room.sessions.held_bytes) == (State.ABANDONED, 1, 0)
+        assert (request.state, stash.dropped, room.sessions.held_bytes) == (RequestState.ABANDONED, 1, 0)
         assert room.table.stats.replies == 0
     assert room.table.take_batch(0.0) == [remaining]
 
@@ -183,7 +183,7 @@ def test_a_step_that_is_released_while_it_is_in_flight_is_not_held(room: Room, r
     if runs:
         room.table.take_batch(0.0)
     room.table.release(session, request.header.request)
-    assert (room.table.stats.released, request.state) == (1, State.RUNNING if runs else State.QUEUED)
+    assert (room.table.stats.released, request.state) == (1, RequestState.RUNNING if runs else RequestState.QUEUED)
     room.table.take_batch(0.0)
     stash = Kept()
     room.table.end(request, Done({}, stash), [b"answer"])

@@ -14,7 +14,7 @@ from zsl.transport.router import Router
 from zsl.trunk.answers import Answers, PassTimes
 from zsl.trunk.failpoints import Failpoint
 from zsl.trunk.memory import GiveBack
-from zsl.trunk.request_table import Request, RequestTable, State
+from zsl.trunk.request_table import Request, RequestState, RequestTable
 from zsl.trunk.sessions import Sessions
 from zsl.trunk.work import Alone, Batch, Compute, Keep, Outcome, Work
 from zsl.trunk.worker import Finished, Worker
@@ -80,7 +80,7 @@ class BatchRunner:
     def end(self, request: Request, outcome: Outcome, times: PassTimes = _NEVER_RAN) -> None:
         """End a request and answer it, unless its session was closed meanwhile."""
         session = request.session
-        if request.state is State.ABANDONED:
+        if request.state is RequestState.ABANDONED:
             self._requests.end(request, outcome)
         elif isinstance(outcome, WireError):
             self._requests.end(request, outcome)

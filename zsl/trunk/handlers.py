@@ -26,7 +26,7 @@ from zsl.trunk.batch_runner import BatchRunner
 from zsl.trunk.handshake import status_for, welcome_to
 from zsl.trunk.intake import Intake
 from zsl.trunk.memory import GiveBack
-from zsl.trunk.request_table import RequestTable, State
+from zsl.trunk.request_table import RequestState, RequestTable
 from zsl.trunk.sessions import Session, Sessions
 from zsl.trunk.settings import check_wanted
 from zsl.trunk.tenants import Allowlist, Tenant
@@ -209,7 +209,7 @@ class Handlers:
 
     def _cancel(self, session: Session, header: Cancel) -> None:
         request = self._requests.get(session, header.request)
-        if request is not None and request.state is State.QUEUED:
+        if request is not None and request.state is RequestState.QUEUED:
             self._runner.end(request, CancelledByClientError())
         else:
             self._requests.release(session, header.request)
@@ -238,7 +238,7 @@ class Handlers:
             self._intake.info,
             self._intake.traits,
             sessions=len(self._sessions),
-            queued_requests=self._requests.stats.queued,
+            queued_requests=self._requests.queued,
             held_bytes=self._sessions.held_bytes,
         )
         self._answers.send(sender.peer, status)

@@ -29,7 +29,7 @@ from zsl.wire.messages import Backward, Forward
 MIN_RETRY_MS, MAX_RETRY_MS = 10, 5_000
 
 
-class State(Enum):
+class RequestState(Enum):
     """The states of a request. The last two are ends."""
 
     QUEUED = "queued"
@@ -53,7 +53,7 @@ class Request:
     arrived: float
     nbytes: int
     job: Job
-    state: State = State.QUEUED
+    state: RequestState = RequestState.QUEUED
     released: bool = False
 
     def is_asked_by(self, header: Forward | Backward, frames: Sequence[Frame]) -> bool:
@@ -94,13 +94,19 @@ class RequestTable:
 
     @property
     def stats(self) -> RequestStats:
+        """Count the requests by state."""
         requests = [request for of_session in self._open.values() for request in of_session.values()]
         return RequestStats(
-            queued=len(self._scheduler),
-            running=sum(request.state is State.RUNNING for request in requests),
+            queued=self.queued,
+            running=sum(request.state is RequestState.RUNNING for request in requests),
             released=sum(request.released for request in requests),
             replies=len(self._replies),
         )
+
+    @property
+    def queued(self) -> int:
+        """Count the queued requests, without looking at each."""
+        return len(self._scheduler)
 
     @property
     def waits_until(self) -> float | None:
@@ -163,7 +169,7 @@ class RequestTable:
         """Begin the requests of the next pass, all of one kind. Empty if nothing is queued, or while it waits."""
         batch = [self._request_of(job) for job in self._scheduler.take_batch(now)]
         for request in batch:
-            request.state = State.RUNNING
+            request.state = RequestState.RUNNING
         return batch
 
     def charge(self, batch: Sequence[Request], seconds: float, now: float) -> None:
@@ -176,21 +182,21 @@ class RequestTable:
 
     def end(self, request: Request, outcome: Outcome, answer: Sequence[Frame] = ()) -> None:
         """End a request: with what it computed, or with the error that came before. `answer`: what is sent for it."""
-        if request.state is State.QUEUED:
+        if request.state is RequestState.QUEUED:
             self._scheduler.discard(request.job.key)
         if isinstance(outcome, WireError):
             if request.held is not None:
                 request.held.stash.drop()
         elif outcome.stash is not None:
-            if request.released or request.state is State.ABANDONED:
+            if request.released or request.state is RequestState.ABANDONED:
                 outcome.stash.drop()
             else:
                 held = Held(outcome.stash, request.shape, request.sharing)
                 self._sessions.hold(request.session, request.header.request, held)
-        if request.state is State.ABANDONED:
+        if request.state is RequestState.ABANDONED:
             self._scheduler.forget_client(request.session.id)
             return
-        request.state = State.ANSWERED
+        request.state = RequestState.ANSWERED
         self._remove(request)
         if not isinstance(outcome, WireError):
             self._replies.put(request.session.id, request.header, answer)
@@ -208,7 +214,7 @@ class RequestTable:
         for request in list(self._open.get(session.id, {}).values()):
             self._remove(request)
             was_queued = self._scheduler.discard(request.job.key)
-            request.state = State.ABANDONED
+            request.state = RequestState.ABANDONED
             if was_queued:
                 self.end(request, CancelledByClientError())
         self._replies.close(session.id)

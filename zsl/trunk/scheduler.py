@@ -141,7 +141,7 @@ class Scheduler:
         self._queued: dict[Hashable, Job] = {}
         self._queued_of: Counter[Hashable] = Counter()  # by client
         self._backlog_seconds = 0.0
-        self._orders: tuple[dict[Hashable, _Order], dict[Hashable, _Order]] = ({}, {})  # of backwards, of forwards
+        self._orders: dict[Kind, dict[Hashable, _Order]] = {Kind.BACKWARD: {}, Kind.FORWARD: {}}  # by merge key
         self._waits: deque[tuple[float, _Tenant]] = deque()  # by `waits_since`; stale where that has changed
         self._deadlines: list[tuple[float, int, Job]] = []
         self._ties = count()
@@ -280,7 +280,7 @@ class Scheduler:
             return (aged.backwards or aged.forwards)[0]
         lowest: _Tenant | None = None
         kind = Kind.BACKWARD
-        for order_kind, orders in zip((Kind.BACKWARD, Kind.FORWARD), self._orders, strict=True):
+        for order_kind, orders in self._orders.items():
             for key, order in list(orders.items()):
                 tenant = order.lowest()
                 if tenant is None:
@@ -331,7 +331,7 @@ class Scheduler:
 
     def _add_to_counter(self, tenant: _Tenant, amount: float) -> None:
         tenant.counter += amount
-        for kind in (Kind.BACKWARD, Kind.FORWARD):
+        for kind in self._orders:
             self._put(kind, tenant, again=amount < 0)
 
     def _put(self, kind: Kind, tenant: _Tenant, *, again: bool = False) -> None:
@@ -343,8 +343,7 @@ class Scheduler:
                 order.put(tenant)
 
     def _order(self, kind: Kind, merge_key: Hashable | None) -> _Order:
-        orders = self._orders[0 if kind is Kind.BACKWARD else 1]
-        order = orders.get(merge_key)
+        order = self._orders[kind].get(merge_key)
         if order is None:
-            order = orders[merge_key] = _Order(kind, merge_key)
+            order = self._orders[kind][merge_key] = _Order(kind, merge_key)
         return order

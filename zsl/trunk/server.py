@@ -237,7 +237,7 @@ class TrunkServer:
         """Give freed memory back to the system when it is time, on another thread than the loop's."""
         if running.trimming is not None and not running.trimming.done():
             return
-        busy = running.runner.is_busy or running.requests.stats.queued > 0
+        busy = running.runner.is_busy or running.requests.queued > 0
         held, resident = self._sessions.held_bytes, resident_bytes()
         if running.give_back.is_due(now, busy=busy, held_bytes=held, resident_bytes=resident):
             running.trimming = asyncio.get_running_loop().run_in_executor(None, give_back_freed_memory)
