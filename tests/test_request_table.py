@@ -87,8 +87,8 @@ def room() -> Room:
     return Room(sessions, RequestTable(sessions, Scheduler(max_batch_tokens=100), ReplyCache(1000), credit))
 
 
-def tenant(name: str, max_inflight_bytes: int) -> Tenant:
-    return Tenant(name, name.ljust(40, "0"), 1.0, 10, max_inflight_bytes, None)
+def tenant(name: str, max_inflight_bytes: int, weight: float = 1.0) -> Tenant:
+    return Tenant(name, name.ljust(40, "0"), weight, 10, max_inflight_bytes, None)
 
 
 def test_a_request_is_queued_runs_and_is_answered(room: Room) -> None:
@@ -137,6 +137,29 @@ def test_a_queued_request_that_is_cancelled_does_not_run(room: Room) -> None:
     assert room.table.repeated(session, request.header, [b"?"]) is None, "an error is not kept"
 
 
+def test_a_backward_that_brings_everything_ends_its_step(room: Room) -> None:
+    session = room.sessions.open(b"peer", now=0.0)
+    forward, stash = room.add(session), Kept()
+    room.table.end(forward, Done({}, stash), [b"answer"])
+    backward = room.request(session, step=forward.header.request)
+    backward.held = None
+    room.table.add(backward, 0.0)
+    assert (session.held, stash.dropped, room.table.stats.replies) == ({}, 1, 0)
+
+
+def test_a_tenant_of_greater_weight_goes_first(room: Room) -> None:
+    bob, alice = (
+        room.sessions.open(name, now=0.0, tenant=tenant(name.decode(), 100, weight))
+        for name, weight in ((b"bob", 1.0), (b"alice", 2.0))
+    )
+    for first in (True, False):
+        requests = [room.add(bob), room.add(alice)]
+        if first:
+            for _ in requests:
+                room.table.take_batch(0.0)
+    assert room.table.take_batch(0.0) == [requests[1]]
+
+
 def test_requests_whose_deadline_has_passed_are_found_once(room: Room) -> None:
     session = room.sessions.open(b"peer", now=0.0)
     late, other = room.request(session, deadline=5.0), room.request(session)
@@ -151,12 +174,16 @@ def test_requests_whose_deadline_has_passed_are_found_once(room: Room) -> None:
 @pytest.mark.parametrize("runs", [False, True])
 def test_a_closed_session_abandons_its_requests(room: Room, runs: bool) -> None:
     session, other = (room.sessions.open(peer, now=0.0) for peer in (b"peer", b"other"))
-    request, remaining = room.add(session, nbytes=100), room.add(other)
+    of_step = Kept()
+    room.sessions.hold(session, 7, Held(of_step, Shape(1, 1, (1,)), Alone()))
+    request = room.request(session, nbytes=100, step=7)
+    room.table.add(request, 0.0)
+    remaining = room.add(other)
     if runs:
         assert room.table.take_batch(0.0) == [request]
     room.close(session)
     assert request.state is RequestState.ABANDONED
-    assert room.table.stats == RequestStats(queued=1)
+    assert (room.table.stats, of_step.dropped) == (RequestStats(queued=1), 0 if runs else 1)
     room.add(other, nbytes=99)  # within the credit of all: nothing counts any more for who has gone
     stash = Kept()
     if runs:
@@ -225,3 +252,5 @@ def test_answers_that_are_not_read_count_as_in_flight(room: Room) -> None:
     with pytest.raises(OverloadedError, match="unread"):
         room.add(session, nbytes=10, unsent=95)
     room.add(session, nbytes=10, unsent=80)
+    with pytest.raises(OverloadedError, match="all sessions"):
+        room.table.add(room.request(session), 0.0, all_unsent=140)
