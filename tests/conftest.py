@@ -31,6 +31,7 @@ WITHOUT_TORCH = [
     "test_loading.py",
     "test_mutations.py",
     "test_no_pickle.py",
+    "test_request_table.py",
     "test_router.py",
     "test_scheduler.py",
     "test_server.py",

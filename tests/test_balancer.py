@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from typing import Any
 
 import pytest
 
@@ -14,6 +15,7 @@ from support.square import SquareClient, SquareServer, some
 from test_faults_without_torch import steps_are_right, wait_until
 from zsl.client.open_session import Open
 from zsl.client.reconnects import ALL_ARE_SAID, BETWEEN_LINES_SECONDS, FIRST_WAIT_SECONDS, WINDOW_SECONDS, Reconnects
+from zsl.trunk.handlers import Handlers
 from zsl.trunk.settings import ServerSettings
 from zsl.wire.messages import Ping, Welcome
 
@@ -89,22 +91,28 @@ def test_a_session_with_one_connection_keeps_its_lease_and_notices_that_its_sess
         with Balancer([one.port, other.port]) as balancer, SquareClient(balancer.endpoint) as client:
             wait_until(lambda: pings_alone(client), "it did not notice the other daemon")
             welcome = session_of(client)
-            closed = one if one.server._epoch == welcome.epoch else other
-            closed.loop.call_soon_threadsafe(closed.server._close_session, welcome.session, "on purpose")
+            closed = one if one.server.epoch == welcome.epoch else other
+            closed.close_session(welcome.session)
             wait_until(lambda: reconnects(client) == 1 and client.is_open, "it did not notice")
             assert steps_are_right(client, 1)
 
 
 def test_a_session_whose_own_connection_is_silent_too_is_lost_with_the_count_and_the_cause(
-    caplog: pytest.LogCaptureFixture,
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with SquareServer(settings=QUICK) as first, SquareServer(settings=QUICK) as second:
-        answers_pings = first.server._handlers[Ping]
-        first.server._handlers[Ping] = lambda *_: None
+        answer_ping = Handlers._ping
+
+        def ping(handlers: Handlers, sender: Any, header: Ping, now: float) -> None:
+            """Of the second only."""
+            if handlers._answers.epoch == second.server.epoch:
+                answer_ping(handlers, sender, header, now)
+
+        monkeypatch.setattr(Handlers, "_ping", ping)
         with Balancer([first.port, second.port]) as balancer, SquareClient(balancer.endpoint) as client:
             wait_until(lambda: "reconnected 2 times" in caplog.text, "it is not said")
             assert "carries nothing" in caplog.text and "balances" not in caplog.text
-            first.server._handlers[Ping] = answers_pings
+            monkeypatch.undo()
             wait_until(lambda: pings_alone(client), "it did not notice the other daemon")
             assert steps_are_right(client, 1)
 

@@ -25,7 +25,7 @@ from zsl.transport.curve import KeyPair
 from zsl.transport.mechanisms import Null
 from zsl.trunk.costs import Costs, PassCost
 from zsl.trunk.memory import give_back_freed_memory, resident_bytes
-from zsl.trunk.replies import REMEMBERED_PER_SESSION, Replies
+from zsl.trunk.reply_cache import REMEMBERED_PER_SESSION, ReplyCache
 from zsl.trunk.scheduler import Job, Scheduler
 from zsl.trunk.server import CONTROL_MESSAGES
 from zsl.trunk.settings import ServerSettings
@@ -50,7 +50,7 @@ def asked(session: bytes, request: int) -> Forward:
 def test_answers_and_the_requests_that_are_remembered_take_no_more_than_their_memory(taken: bool) -> None:
     """`taken`: the clients have taken the answers, so that only the requests are left."""
     most = 1 << 19
-    replies, header = Replies(most), asked(bytes(16), 0)
+    replies, header = ReplyCache(most), asked(bytes(16), 0)
     tracemalloc.start()
     try:
         for number in range(2000):
@@ -58,23 +58,23 @@ def test_answers_and_the_requests_that_are_remembered_take_no_more_than_their_me
             header = header.model_copy(update={"session": session, "request": number})
             replies.put(session, header, [bytes(16), bytes(150), bytes(32)])
             if taken:
-                replies.arrived(session, number)
+                replies.give_up(session, number)
         gc.collect()
         assert tracemalloc.get_traced_memory()[0] < 1.1 * most
     finally:
         tracemalloc.stop()
     assert most / 2 < replies.nbytes <= most
-    assert replies.answered(session, asked(session, number)), "the newest are remembered"
+    assert replies.get(session, asked(session, number)), "the newest are remembered"
     for number in range(20):
         replies.close(number.to_bytes(16))
-    assert (replies.nbytes, replies._answered, replies._kept, replies._of_session) == (0, {}, {}, {})
+    assert (replies.nbytes, replies._replies, replies._kept, replies._of_session) == (0, {}, {}, {})
 
 
 def test_so_many_requests_of_a_session_are_remembered() -> None:
-    replies, session = Replies(1 << 30), bytes(16)
+    replies, session = ReplyCache(1 << 30), bytes(16)
     for number in range(REMEMBERED_PER_SESSION + 10):
         replies.put(session, asked(session, number), [])
-    assert len(replies._answered) == len(replies._of_session[session]) == REMEMBERED_PER_SESSION
+    assert len(replies._replies) == len(replies._of_session[session]) == REMEMBERED_PER_SESSION
 
 
 def test_who_is_expected_has_one_entry_whatever_it_comes_with() -> None:
@@ -87,11 +87,11 @@ def test_who_is_expected_has_one_entry_whatever_it_comes_with() -> None:
         scheduler.add(job, float(number))
         scheduler.charge(scheduler.take_batch(number + 0.5), 0.1, number + 0.5)
     anticipation = scheduler._anticipation
-    assert len(anticipation._tenants) == clients
+    assert len(anticipation._clients) == clients
     assert sum(map(len, anticipation._expected.values())) <= clients >= len(anticipation._expected)
     for client in range(clients):
         scheduler.forget_tenant(client)
-    assert (anticipation._tenants, anticipation._expected, scheduler._tenants) == ({}, {}, {})
+    assert (anticipation._clients, anticipation._expected, scheduler._tenants) == ({}, {}, {})
 
 
 def test_answers_that_nobody_reads_are_so_many() -> None:
@@ -155,9 +155,9 @@ def test_who_was_told_that_its_key_is_off_the_list_is_remembered_while_it_is_the
             peer.handshake(DEALER, RawKeys.of_nobody(z85.decode(keys.public)))
             peer.send_message(status())
             peer.receive_message()
-        assert len(server.server._forbidden) == 20
+        assert len(server.server._running.handlers._forbidden) == 20
         stack.close()
-        comes_to(set(), lambda: server.server._forbidden)
+        comes_to(set(), lambda: server.server._running.handlers._forbidden)
 
 
 class GatedSquare(SquareTrunk):
@@ -179,6 +179,10 @@ def test_a_storm_of_cancelled_backwards_leaves_nothing_held_and_no_memory() -> N
     with EchoServer(compute=trunk, deterministic=True) as server, TrunkClient(server.endpoint) as client:
         client.connect()
 
+        def under_way() -> int:
+            requests = server.server.stats.requests
+            return requests.queued + requests.running
+
         def storm(cancelled: int) -> int:
             """The memory that is left after it, without the answers that are kept in case they are asked for again."""
             steps = [client.forward(torch.zeros(ROWS, TOKENS, HIDDEN), keep=True) for _ in range(cancelled)]
@@ -192,9 +196,9 @@ def test_a_storm_of_cancelled_backwards_leaves_nothing_held_and_no_memory() -> N
             client.wait(first)
             del steps, backwards
             gc.collect()
-            comes_to((0, 0), lambda: (server.held_bytes, len(server.server._intake.under_way)))
+            comes_to((0, 0), lambda: (server.held_bytes, under_way()))
             give_back_freed_memory()
-            return resident_bytes() - server.server._replies.nbytes
+            return resident_bytes() - server.server._running.requests._replies.nbytes  # type: ignore[union-attr]
 
         before = storm(CANCELLED // 2)
         assert storm(CANCELLED) - before < CANCELLED * step_bytes / 4

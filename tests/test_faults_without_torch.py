@@ -335,7 +335,7 @@ def test_a_daemon_that_says_come_again_at_once_does_not_keep_its_client_spinning
         asked += 1
         raise OverloadedError(retry_after_ms=0)
 
-    monkeypatch.setattr("zsl.trunk.sessions.Sessions.admit", refuse)
+    monkeypatch.setattr("zsl.trunk.credit.Credit.check", refuse)
     with SquareServer() as server, SquareClient(server.endpoint, request_timeout_seconds=0.3) as client:
         with pytest.raises(RequestTimeout):
             client.forward(some(1))

@@ -169,10 +169,10 @@ class HostileServer(EchoServer):
 def test_what_a_daemon_says_neither_steers_the_terminal_nor_poses_as_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         # As a daemon of somebody else would send it.
-        monkeypatch.setattr("zsl.trunk.server.Error", Error.model_construct)
+        monkeypatch.setattr("zsl.trunk.answers.Error", Error.model_construct)
         raise DrainingError(HOSTILE)
 
-    monkeypatch.setattr("zsl.trunk.server.TrunkServer._opened", refuse)
+    monkeypatch.setattr("zsl.trunk.handlers.Handlers._opened", refuse)
     with HostileServer(as_name=False) as server:
         shown = run(server.endpoint).output
     state = rows(shown)["state"]

@@ -115,12 +115,12 @@ class EchoServer:
     @property
     def sessions(self) -> int:
         """How many are open."""
-        return len(self.server._sessions)
+        return self.server.stats.sessions
 
     @property
     def connections(self) -> int:
         """How many are accepted and not gone."""
-        return self.server._router.connections
+        return self.server.stats.connections
 
     @property
     def connections_of_peers(self) -> int:
@@ -130,7 +130,7 @@ class EchoServer:
 
     @property
     def held_bytes(self) -> int:
-        return self.server._sessions.held_bytes
+        return self.server.stats.held_bytes
 
     def reload_tenants(self) -> None:
         """As SIGHUP does. Raises what it raises."""
@@ -144,6 +144,17 @@ class EchoServer:
 
         self.loop.call_soon_threadsafe(reload)
         done.result(WAIT_SECONDS)
+
+    def close_session(self, session: bytes) -> None:
+        """As at the end of its lease."""
+
+        def close() -> None:
+            running = self.server._running
+            assert running is not None
+            found = next(one for one in self.server._sessions if one.id == session)
+            running.handlers.close_session(found, "on purpose")
+
+        self.loop.call_soon_threadsafe(close)
 
     def drain(self) -> None:
         self.loop.call_soon_threadsafe(self.server.drain)

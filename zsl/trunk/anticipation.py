@@ -1,11 +1,11 @@
-"""Whether to wait a moment before a pass, for a job that is about to come and could share it. Pure: the clock is given.
+"""Anticipation of jobs: holds a pass back for one that is due and could share it. Pure: the clock is given.
 
 Clients go in a circle: forward, their own layers, backward, their own layers. Two of them that are out of step never
 meet, however much they would gain by it: while one's forward runs, the other computes or waits with its backward. A
 short wait, once, brings them into step.
 
 This is the idea of anticipatory scheduling (Iyer and Druschel, SOSP 2001: a disk that idles a moment because the next
-request will be near). How long a tenant takes until it comes again, and with what, is learned for each tenant as TCP
+request will be near). How long a client takes until it comes again, and with what, is learned for each client as TCP
 learns round trips (Jacobson, 1988): a mean and a mean deviation. A wait is worth it if, by the means, half of the fixed
 cost that the expected jobs share pays for it. It ends when they have come, or when one is later than it ever is.
 """
@@ -31,7 +31,7 @@ _Pass = tuple[Kind, Hashable]  # jobs of equal kind and merge key can share a pa
 
 @dataclass(slots=True)
 class _Habit:
-    """What a tenant does after an answer of one kind: with what it comes next, and after how long."""
+    """A client's next job after an answer of one kind: its pass, its tokens, and its delay."""
 
     next_pass: _Pass
     tokens: int
@@ -53,58 +53,60 @@ _Expected = tuple[float, int, float, int]  # when, tie, at the latest, tokens
 
 
 @dataclass(slots=True)
-class _Tenant:
+class _Client:
+    """A client's habits, and the job that is expected of it."""
+
     habits: dict[Kind, _Habit] = field(default_factory=dict)  # by the kind that was answered
     answered: tuple[Kind, float] | None = None  # until it comes again
     expected: tuple[_Pass, _Expected] | None = None
 
 
 class Anticipation:
-    """Learns when tenants come again. What jobs save by sharing a pass is the fixed part of its cost."""
+    """Learns when clients come again. Jobs that share a pass save the fixed part of its cost."""
 
     def __init__(self, costs: Costs) -> None:
         backward = min(costs.backward.fixed_seconds, costs.backward_from_products.fixed_seconds)
         self._fixed_seconds = {Kind.FORWARD: costs.forward.fixed_seconds, Kind.BACKWARD: backward}
-        self._tenants: defaultdict[Hashable, _Tenant] = defaultdict(_Tenant)
+        self._clients: defaultdict[Hashable, _Client] = defaultdict(_Client)
         self._expected: defaultdict[_Pass, list[_Expected]] = defaultdict(list)  # the soonest first
         self._ties = count()
 
-    def answered(self, name: Hashable, kind: Kind, now: float) -> None:
-        """A tenant that has nothing queued is being answered."""
-        tenant = self._tenants[name]
-        self._stop_expecting(tenant)
-        tenant.answered = kind, now
-        habit = tenant.habits.get(kind)
+    def answered(self, client_id: Hashable, kind: Kind, now: float) -> None:
+        """Note that a client with nothing queued is being answered."""
+        client = self._clients[client_id]
+        self._stop_expecting(client)
+        client.answered = kind, now
+        habit = client.habits.get(kind)
         if habit is not None:
             expected = now + habit.mean_seconds, next(self._ties), now + habit.latest_seconds, habit.tokens
-            tenant.expected = habit.next_pass, expected
+            client.expected = habit.next_pass, expected
             insort(self._expected[habit.next_pass], expected)
 
-    def arrived(self, name: Hashable, kind: Kind, merge_key: Hashable, tokens: int, now: float) -> None:
-        """A tenant has come with a job."""
-        tenant = self._tenants[name]
-        self._stop_expecting(tenant)
-        if tenant.answered is None:
+    def arrived(self, client_id: Hashable, kind: Kind, merge_key: Hashable, tokens: int, now: float) -> None:
+        """Note that a client's job has come."""
+        client = self._clients[client_id]
+        self._stop_expecting(client)
+        if client.answered is None:
             return
-        answered_kind, answered_at = tenant.answered
-        tenant.answered = None
+        answered_kind, answered_at = client.answered
+        client.answered = None
         seconds = now - answered_at
-        habit = tenant.habits.get(answered_kind)
+        habit = client.habits.get(answered_kind)
         if habit is None:
-            tenant.habits[answered_kind] = _Habit((kind, merge_key), tokens, seconds, seconds / 2)
+            client.habits[answered_kind] = _Habit((kind, merge_key), tokens, seconds, seconds / 2)
         else:
             habit.learn((kind, merge_key), tokens, seconds)
 
-    def forget(self, name: Hashable) -> None:
-        """The tenant is gone."""
-        tenant = self._tenants.pop(name, None)
-        if tenant is not None:
-            self._stop_expecting(tenant)
+    def forget(self, client_id: Hashable) -> None:
+        """Forget a client that is gone."""
+        client = self._clients.pop(client_id, None)
+        if client is not None:
+            self._stop_expecting(client)
 
     def worth_waiting_until(self, kind: Kind, merge_key: Hashable, room_tokens: int, now: float) -> float | None:
-        """Until when to wait before a pass that has room for so many more tokens, or None.
+        """Find the time until which a pass with room for so many more tokens should wait, or None.
 
-        Waits for the first n jobs that are expected, for the n with which most is gained.
+        It waits for the first n jobs that are expected, for the n with which most is gained.
         """
         share = WORTHWHILE_SHARE * self._fixed_seconds[kind]
         best_gain, until, last = 0.0, None, now
@@ -119,11 +121,11 @@ class Anticipation:
         return until
 
     def longest_wait_seconds(self, kind: Kind) -> float:
-        """However many are expected one after the other, nobody waits longer for company than company can save it."""
+        """Bound a wait: it is never longer than sharing a pass can save, however many jobs are expected in turn."""
         return self._fixed_seconds[kind]
 
     def _next_expected(self, where: _Pass, now: float) -> list[_Expected]:
-        """The soonest of the jobs that are expected. Those that have not come in their time are given up."""
+        """List the soonest of the jobs that are expected. Those that are overdue are given up."""
         expected = self._expected.get(where)
         if expected is None:
             return []
@@ -137,11 +139,11 @@ class Anticipation:
             del self._expected[where]
         return expected[:found]
 
-    def _stop_expecting(self, tenant: _Tenant) -> None:
-        if tenant.expected is None:
+    def _stop_expecting(self, client: _Client) -> None:
+        if client.expected is None:
             return
-        where, entry = tenant.expected
-        tenant.expected = None
+        where, entry = client.expected
+        client.expected = None
         expected = self._expected.get(where, [])
         place = bisect_left(expected, entry)
         if expected[place : place + 1] != [entry]:

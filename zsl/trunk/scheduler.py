@@ -1,7 +1,7 @@
-"""In which order requests are computed, and which of them together. Pure: no sockets, no torch, the clock is given.
+"""The scheduler: orders queued requests, and batches them. Pure: no sockets, no torch, the clock is given.
 
-- Whenever the device is free, what is queued goes. There is no waiting window; only where jobs that could share the
-  pass are due so soon that they save more than the wait costs is it held back (`zsl.trunk.anticipation`).
+- Whenever the device is free, a queued job goes. There is no waiting window; a pass is held back only where jobs that
+  could share it are due so soon that they save more than the wait costs (`zsl.trunk.anticipation`).
 - Fair: every tenant has a counter of the device time that it has used, divided by its weight; the lowest goes first
   (the virtual token counter of Sheng et al., "Fairness in Serving Large Language Models", 2024, over measured cost
   instead of tokens). A tenant that comes back from idling is lifted to the counter that was last the lowest, so that
@@ -34,9 +34,9 @@ AGED_BATCH_EVERY = 8
 class Job:
     """A queued request, as far as ordering needs to know it.
 
-    `merge_key`: jobs of one kind with equal keys can share a pass; None runs alone. `cost_seconds`: what it is
-    expected to take; `Scheduler.charge` corrects that. `deadline`: seconds on the clock of `now`. `client`: which of
-    its tenant's, if that has several.
+    `merge_key`: jobs of one kind with equal keys can share a pass; None runs alone. `cost_seconds`: its expected time,
+    which `Scheduler.charge` corrects. `deadline`: seconds on the clock of `now`. `client`: one of its tenant's, if that
+    has several.
     """
 
     key: Hashable
@@ -71,7 +71,7 @@ class _Tenant:
 
 
 class _Order:
-    """The tenants whose next job of a kind has a merge key, lowest counter first.
+    """The tenants whose next job of a kind has this merge key, lowest counter first.
 
     A tenant has one valid entry. If its counter has grown since, the entry is put right when it comes up.
     """
@@ -90,7 +90,7 @@ class _Order:
         heappush(self._heap, (tenant.counter, tie, tenant))
 
     def lowest(self) -> _Tenant | None:
-        """The first tenant; it stays in."""
+        """Find the first tenant; it stays in."""
         heap = self._heap
         while heap:
             counter, tie, tenant = heap[0]
@@ -109,7 +109,7 @@ class _Order:
         return None
 
     def pop_lowest(self) -> _Tenant | None:
-        """The first tenant, taken out."""
+        """Take out the first tenant."""
         tenant = self.lowest()
         if tenant is not None:
             heappop(self._heap)
@@ -120,9 +120,8 @@ class _Order:
 class Scheduler:
     """A queue of jobs. `max_batch_tokens` bounds a merged pass; a larger single job still runs, alone.
 
-    `costs`: of the trunk. If they are not known, no pass waits for company.
-    `waits_until`: after `take_batch` has given nothing though something is queued: when to ask again, if nothing
-    comes before.
+    `costs`: of the trunk. If they are unknown, no pass waits for company.
+    `waits_until`: the time to ask again if no job comes before, after `take_batch` gave none though one is queued.
     """
 
     def __init__(
@@ -142,7 +141,7 @@ class Scheduler:
         self._queued: dict[Hashable, Job] = {}
         self._queued_of: Counter[Hashable] = Counter()  # by client
         self._backlog_seconds = 0.0
-        self._orders: tuple[dict[Hashable, _Order], dict[Hashable, _Order]] = ({}, {})  # of backwards, of forwards
+        self._orders: dict[Kind, dict[Hashable, _Order]] = {Kind.BACKWARD: {}, Kind.FORWARD: {}}  # by merge key
         self._waits: deque[tuple[float, _Tenant]] = deque()  # by `waits_since`; stale where that has changed
         self._deadlines: list[tuple[float, int, Job]] = []
         self._ties = count()
@@ -154,7 +153,7 @@ class Scheduler:
 
     @property
     def backlog_seconds(self) -> float:
-        """What all queued jobs are expected to take, one by one."""
+        """Sum up the expected times of all queued jobs."""
         return max(self._backlog_seconds, 0.0)
 
     def add(self, job: Job, now: float, *, weight: float = 1.0) -> None:
@@ -180,7 +179,7 @@ class Scheduler:
         self._note_deadline(job)
 
     def discard(self, key: Hashable) -> bool:
-        """Take a job out; whether it was there."""
+        """Take a job out. False if it was not there."""
         job = self._queued.get(key)
         if job is None:
             return False
@@ -194,11 +193,11 @@ class Scheduler:
         return True
 
     def forget_client(self, client: Hashable) -> None:
-        """The client is gone."""
+        """Forget a client that is gone."""
         self._anticipation.forget(client)
 
     def forget_tenant(self, tenant: Hashable) -> None:
-        """The tenant is gone, and with it its counter; its jobs must have been discarded."""
+        """Forget a tenant that is gone, and its counter; its jobs must have been discarded."""
         self._anticipation.forget(tenant)
         found = self._tenants.get(tenant)
         if found is not None and not found.backlogged:
@@ -245,9 +244,7 @@ class Scheduler:
         return batch
 
     def charge(self, batch: list[Job], seconds: float, now: float) -> None:
-        """A batch has run, took `seconds`, and is being answered: correct what its tenants were charged when it was
-        taken. Each job bears the share of its tokens.
-        """
+        """Correct the charges of a batch that took `seconds`. Each job bears the share of its tokens."""
         all_tokens = sum(job.tokens for job in batch)
         for job in batch:
             tenant = self._tenants.get(job.tenant)
@@ -258,7 +255,7 @@ class Scheduler:
                     self._anticipation.answered(job.comes_from, job.kind, now)
 
     def _company_expected(self, first: Job, now: float) -> float | None:
-        """Until when to wait for jobs that could share this one's pass, if that is worth it."""
+        """Find the time until which to wait for jobs that could share this one's pass, if that is worth it."""
         if first.merge_key is None:
             return None
         room = self._max_batch_tokens - self._queued_tokens[first.kind, first.merge_key]
@@ -277,13 +274,13 @@ class Scheduler:
             heapify(self._deadlines)
 
     def _first(self, now: float) -> Job | None:
-        """The job that is due: of the tenant with the lowest counter, its backward before; or of one that has waited
-        too long."""
+        """Find the job that is due: of the tenant with the lowest counter, its backward first; or of one that has
+        waited too long."""
         if self._batches % AGED_BATCH_EVERY == 0 and (aged := self._aged(now)) is not None:
             return (aged.backwards or aged.forwards)[0]
         lowest: _Tenant | None = None
         kind = Kind.BACKWARD
-        for order_kind, orders in zip((Kind.BACKWARD, Kind.FORWARD), self._orders, strict=True):
+        for order_kind, orders in self._orders.items():
             for key, order in list(orders.items()):
                 tenant = order.lowest()
                 if tenant is None:
@@ -296,7 +293,7 @@ class Scheduler:
         return lowest.queue(kind)[0]
 
     def _aged(self, now: float) -> _Tenant | None:
-        """The tenant that has waited longest, if that is too long."""
+        """Find the tenant that has waited longest, if that is too long."""
         while self._waits:
             since, tenant = self._waits[0]
             if since != tenant.waits_since or not tenant.backlogged:
@@ -312,7 +309,7 @@ class Scheduler:
             self._waits = deque(entry for entry in self._waits if entry[0] == entry[1].waits_since)
 
     def _take(self, job: Job, now: float) -> None:
-        """A job leaves its queue for a batch, and its tenant is charged what it is expected to take."""
+        """Move a job from its queue to a batch, and charge its tenant for the expected time."""
         tenant = self._tenants[job.tenant]
         taken = tenant.queue(job.kind).popleft()
         assert taken is job
@@ -334,11 +331,11 @@ class Scheduler:
 
     def _add_to_counter(self, tenant: _Tenant, amount: float) -> None:
         tenant.counter += amount
-        for kind in (Kind.BACKWARD, Kind.FORWARD):
+        for kind in self._orders:
             self._put(kind, tenant, again=amount < 0)
 
     def _put(self, kind: Kind, tenant: _Tenant, *, again: bool = False) -> None:
-        """See to it that a tenant stands in the order of its next job."""
+        """Put a tenant into the order of its next job."""
         queue = tenant.queue(kind)
         if queue:
             order = self._order(kind, queue[0].merge_key)
@@ -346,8 +343,7 @@ class Scheduler:
                 order.put(tenant)
 
     def _order(self, kind: Kind, merge_key: Hashable | None) -> _Order:
-        orders = self._orders[0 if kind is Kind.BACKWARD else 1]
-        order = orders.get(merge_key)
+        order = self._orders[kind].get(merge_key)
         if order is None:
-            order = orders[merge_key] = _Order(kind, merge_key)
+            order = self._orders[kind][merge_key] = _Order(kind, merge_key)
         return order

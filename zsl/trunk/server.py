@@ -1,9 +1,7 @@
-"""The trunk server: from a message on the ROUTER to the answer, on one asyncio loop and one compute thread.
+"""The trunk server: start-up, main loop and shutdown, on one asyncio loop and one compute thread.
 
-    receive → decode → tenant → session → admission → scheduler → compute thread → answer
-
-The loop owns the socket, the sessions and the scheduler; the thread owns the model. They meet in a queue and in
-`call_soon_threadsafe`. No model work runs on the loop, so it answers pings while the device is busy. Knows no torch.
+The loop owns the socket, the sessions and the requests; the thread owns the model. They meet in a queue and in
+`call_soon_threadsafe` (`zsl.trunk.worker`). Knows no torch.
 """
 
 from __future__ import annotations
@@ -12,69 +10,55 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from zsl.errors import (
-    CancelledByClientError,
-    DeadlineError,
-    DrainingError,
-    ForbiddenError,
-    RunFailed,
-    StaleEpochError,
-    UnknownSessionError,
-    WireError,
-)
+from zsl.errors import RunFailed
 from zsl.transport.curve import KeyPair
 from zsl.transport.router import Router
+from zsl.trunk.answers import Answers
+from zsl.trunk.batch_runner import BatchRunner
+from zsl.trunk.credit import Credit
 from zsl.trunk.failpoints import Failpoint
-from zsl.trunk.greetings import status_for, welcome_to
-from zsl.trunk.intake import Intake, Request
+from zsl.trunk.handlers import Handlers
+from zsl.trunk.intake import Intake
 from zsl.trunk.memory import GiveBack, give_back_freed_memory, resident_bytes
-from zsl.trunk.replies import Replies
+from zsl.trunk.reply_cache import ReplyCache
+from zsl.trunk.request_table import RequestStats, RequestTable
 from zsl.trunk.scheduler import Scheduler
-from zsl.trunk.sessions import Session, Sessions
-from zsl.trunk.settings import ServerSettings, TrunkInfo, TrunkTraits, check_wanted
-from zsl.trunk.tenants import Allowlist, Tenant
-from zsl.trunk.work import Alone, Batch, Compute, Done, Held, Keep, Outcome, Work
-from zsl.trunk.worker import Finished, Worker
-from zsl.wire.frames import MAGIC, Frame, decode, encode
-from zsl.wire.messages import (
-    MAX_TEXT_CHARS,
-    TO_DAEMON,
-    Backward,
-    Bye,
-    Cancel,
-    Error,
-    Forward,
-    GoAway,
-    Header,
-    Hello,
-    InSession,
-    Limits,
-    Ping,
-    Pong,
-    Release,
-    Result,
-    StatusRequest,
-    WorkHeader,
-)
+from zsl.trunk.sessions import Sessions
+from zsl.trunk.settings import ServerSettings, TrunkInfo
+from zsl.trunk.tenants import Allowlist
+from zsl.trunk.work import Compute
+from zsl.wire.messages import GoAway
 
 logger = logging.getLogger(__name__)
 
 HOUSEKEEPING_SECONDS = 0.2
 LAST_PASS_SECONDS = 30.0  # for the pass that runs when the daemon is to end
-MIN_RETRY_MS, MAX_RETRY_MS = 10, 5_000
 # The answers to a session's credit of requests, and what is said beside them (pongs, errors, goaway).
 CONTROL_MESSAGES = 64
 
 
 @dataclass(frozen=True, slots=True)
-class _Sender:
-    """Who sent a message: its connection, and its tenant where there are keys."""
+class ServerStats:
+    """Numbers of open sessions and connections, bytes that are kept for backwards, and requests by state."""
 
-    peer: bytes
-    tenant: Tenant | None
+    sessions: int
+    connections: int
+    held_bytes: int
+    requests: RequestStats
+
+
+@dataclass(slots=True)
+class _Running:
+    """The parts of a server that has a computation. `trimming`: memory is being given back."""
+
+    requests: RequestTable
+    runner: BatchRunner
+    handlers: Handlers
+    give_back: GiveBack
+    trimming: asyncio.Future[bool] | None = None
 
 
 class TrunkServer:
@@ -99,22 +83,8 @@ class TrunkServer:
         self._allowlist = allowlist
         self._failpoint = failpoint
         self._clock = clock
-        self._epoch = new_id()
-        self._limits = self._settings.limits(info)
-        self._sessions = Sessions(
-            lease_seconds=self._settings.lease_seconds,
-            max_sessions=self._settings.max_sessions,
-            max_inflight_requests=self._settings.max_inflight_requests,
-            max_inflight_bytes=self._settings.max_inflight_bytes,
-            max_total_inflight_bytes=self._settings.max_total_inflight_bytes,
-            stash_memory_bytes=self._settings.stash_memory_bytes,
-            new_id=new_id,
-        )
-        self._replies = Replies(self._settings.reply_memory_bytes)
-        self._taken_bytes = 0  # of what was held and a backward under way will use
-        self._forbidden: set[bytes] = set()  # connections that were told so once
         self._router = Router(
-            max_message_bytes=self._limits.max_message_bytes,
+            max_message_bytes=self._settings.limits(info).max_message_bytes,
             send_hwm_messages=self._settings.max_inflight_requests + CONTROL_MESSAGES,
             max_connections=self._settings.max_connections,
             max_receiving_bytes=self._settings.max_total_inflight_bytes,
@@ -122,27 +92,32 @@ class TrunkServer:
             allowed=None if allowlist is None else allowlist.allows,
             clock=clock,
         )
-        # Set by `run`, before anything is received.
-        self._worker: Worker[Request]
-        self._intake: Intake
-        self._scheduler: Scheduler
-        self._traits: TrunkTraits
-        self._give_back: GiveBack
-        self._giving_back: asyncio.Future[bool] | None = None
-        self._dispatch_later: asyncio.TimerHandle | None = None
+        self._answers = Answers(self._router, epoch=new_id())
+        self._sessions = Sessions(
+            lease_seconds=self._settings.lease_seconds,
+            max_sessions=self._settings.max_sessions,
+            stash_memory_bytes=self._settings.stash_memory_bytes,
+            new_id=new_id,
+        )
+        self._running: _Running | None = None
         self._draining_until: float | None = None
         self._stuck = False  # a pass will never end
         self._stopped = asyncio.Event()
-        self._handlers: dict[type[Header], Callable[[_Sender, Header, Sequence[Frame]], None]] = {
-            Hello: self._on_hello,
-            Forward: self._on_work,
-            Backward: self._on_work,
-            Release: self._on_release,
-            Cancel: self._on_cancel,
-            Ping: self._on_ping,
-            Bye: self._on_bye,
-            StatusRequest: self._on_status,
-        }
+
+    @property
+    def epoch(self) -> bytes:
+        """The name of this life of the daemon."""
+        return self._answers.epoch
+
+    @property
+    def stats(self) -> ServerStats:
+        """Count what is open, queued and kept."""
+        return ServerStats(
+            sessions=len(self._sessions),
+            connections=self._router.connections,
+            held_bytes=self._sessions.held_bytes,
+            requests=RequestStats() if self._running is None else self._running.requests.stats,
+        )
 
     def bind(self, host: str, port: int) -> str:
         """Take the port, and return the real endpoint. Nothing is answered before `run`. Raises `StartupError`."""
@@ -154,26 +129,13 @@ class TrunkServer:
 
     async def run(self, compute: Compute) -> None:
         """Serve until `stop`, or until a `drain` has ended. Raises `RunFailed` if the compute thread hangs."""
-        self._traits = compute.traits
-        granted = self._settings.granted_tokens(self.info, self._traits.pass_memory)
-        self._limits = self._limits.model_copy(update={"max_request_tokens": granted})
-        self._intake = Intake(self.info, self._limits, self._traits, self._sessions, self._replies)
-        self._scheduler = Scheduler(
-            max_batch_tokens=min(self._traits.batch_limits.max_batch_tokens, granted),
-            max_wait_seconds=self._settings.max_wait_seconds,
-            costs=self._traits.costs,
-        )
-        self._worker = Worker(compute, self._finish_batch, clock=self._clock, failpoint=self._failpoint)
-        self._give_back = GiveBack(resident_bytes(), self._settings.stash_memory_bytes)
-        self._router.start(self._receive, self._dispatch)
+        running = self._running = self._start(compute)
         try:
             while not self._stopped.is_set():
-                self._keep_house()
+                self._keep_house(running)
                 await _wait_at_most(self._stopped, HOUSEKEEPING_SECONDS)
         finally:
-            if self._dispatch_later is not None:
-                self._dispatch_later.cancel()
-            if not self._stuck and not await self._worker.stop(LAST_PASS_SECONDS):
+            if not self._stuck and not await running.runner.stop(LAST_PASS_SECONDS):
                 logger.warning("the pass that runs has not ended in %.0f s; going without it", LAST_PASS_SECONDS)
             self._router.close()
         if self._stuck:
@@ -193,7 +155,7 @@ class TrunkServer:
         self._draining_until = self._clock() + self._settings.drain_seconds
         drain_ms = round(self._settings.drain_seconds * 1000)
         for session in self._sessions:
-            self._send(session.peer, GoAway(session=session.id, epoch=self._epoch, drain_ms=drain_ms))
+            self._answers.send(session.peer, GoAway(session=session.id, epoch=self.epoch, drain_ms=drain_ms))
 
     def reload_tenants(self) -> None:
         """Read the list of tenants again; who is not on it any more loses its sessions. To be called on the loop.
@@ -202,350 +164,85 @@ class TrunkServer:
         """
         assert self._allowlist is not None
         self._allowlist.reload()
+        if self._running is None:
+            return
         for session in list(self._sessions):
-            if session.tenant is not None and self._allowlist.by_key(session.tenant.public_key) is None:
-                self._close_session(session.id, f"the key of {session.tenant.name} was taken off the list")
+            tenant = session.tenant
+            if tenant is not None and self._allowlist.by_key(tenant.public_key) is None:
+                self._running.handlers.close_session(session, f"the key of {tenant.name} was taken off the list")
 
-    # --- from the socket ---------------------------------------------------------------------------------------
-
-    def _receive(self, peer: bytes, tenant_key: str, frames: list[Frame]) -> None:
-        tenant = None if self._allowlist is None else self._allowlist.by_key(tenant_key)
-        if self._allowlist is not None and tenant is None:
-            self._refuse(peer)
-            return
-        try:
-            message = decode(frames, TO_DAEMON)
-        except WireError as error:
-            if frames and bytes(frames[0][: len(MAGIC)]) == MAGIC:
-                self._answer_error(peer, error.request, error, session=error.session)
-            logger.warning("refused a message of %d frames: %s", len(frames), error)
-            self._router.distrust(peer)
-            return
-        header = message.header
-        try:
-            self._handlers[type(header)](_Sender(peer, tenant), header, message.buffers)
-        except WireError as error:
-            named = header.session if isinstance(header, InSession) else None
-            self._answer_error(peer, getattr(header, "request", None), error, session=named)
-
-    def _refuse(self, peer: bytes) -> None:
-        """Nothing is taken from a key that has been taken off the list: it is told once, then cut off."""
-        if peer in self._forbidden:
-            self._forbidden.discard(peer)
-            self._router.cut(peer)
-            return
-        self._forbidden.add(peer)
-        self._answer_error(peer, None, ForbiddenError())
-
-    def _on_hello(self, sender: _Sender, header: Header, _: Sequence[Frame]) -> None:
-        assert isinstance(header, Hello)
-        now = self._clock()
-        session = self._sessions.of_peer(sender.peer, sender.tenant)
-        if session is None or session.hello != header.request:  # otherwise it was delivered twice
-            check_wanted(self.info, header)
-            session = self._resumed(sender, header, now) or self._opened(sender, header, now)
-        welcome = welcome_to(header, session.id, self._epoch, self.info, self._traits, self._limits_of(sender))
-        self._router.hold(sender.peer)
-        if not self._send(sender.peer, welcome):
-            self._close_session(session.id, "its client has gone before it was open")
-
-    def _limits_of(self, sender: _Sender) -> Limits:
-        """What this client may have in flight, by itself or as all of its tenant's."""
-        if sender.tenant is None:
-            return self._limits
-        most = min(self._limits.max_inflight_bytes, sender.tenant.max_inflight_bytes)
-        return self._limits.model_copy(update={"max_inflight_bytes": most})
-
-    def _resumed(self, sender: _Sender, header: Hello, now: float) -> Session | None:
-        if header.resume is None:
-            return None
-        try:
-            session, old_peers = self._sessions.resume(
-                header.resume, sender.peer, now, hello=header.request, tenant=sender.tenant
-            )
-        except UnknownSessionError:
-            return None
-        for peer in old_peers:
-            self._router.cut(peer)  # what waits there for its client is answered here
-        logger.info("session %s has a new connection", session.id.hex()[:8])
-        return session
-
-    def _opened(self, sender: _Sender, header: Hello, now: float) -> Session:
-        if self._draining_until is not None:
-            raise DrainingError()
-        earlier = self._sessions.of_peer(sender.peer, sender.tenant)
-        if earlier is not None:
-            self._close_session(earlier.id, "its client opened another")
-        in_the_way = self._sessions.in_the_way(sender.tenant, now)
-        if in_the_way is not None:
-            self._close_session(in_the_way.id, "quiet, and another one needs its place")
-        session = self._sessions.open(sender.peer, now, hello=header.request, tenant=sender.tenant)
-        whose = "" if sender.tenant is None else f" for {sender.tenant.name}"
-        logger.info("session %s opened%s (zsl %r, %s)", session.id.hex()[:8], whose, header.software, header.dtype)
-        return session
-
-    def _on_work(self, sender: _Sender, header: Header, frames: Sequence[Frame]) -> None:
-        assert isinstance(header, WorkHeader)
-        now = self._clock()
-        session = self._session(header, sender, now)
-        if self._intake.came_before(session, header, frames):
-            answer = self._replies.frames(session.id, header.request)
-            if answer is not None:
-                self._router.send(session.peer, answer)
-            return
-        request = self._intake.admit(
-            session,
-            header,
-            frames,
-            now,
-            draining=self._draining_until is not None,
-            unsent=self._router.unsent_bytes,
-            all_unsent=self._router.all_unsent_bytes,
-            retry_after_ms=self._retry_after_ms(),
+    def _start(self, compute: Compute) -> _Running:
+        """Build what serves this computation, and begin to receive."""
+        settings, traits = self._settings, compute.traits
+        granted = settings.granted_tokens(self.info, traits.pass_memory)
+        limits = settings.limits(self.info).model_copy(update={"max_request_tokens": granted})
+        scheduler = Scheduler(
+            max_batch_tokens=min(traits.batch_limits.max_batch_tokens, granted),
+            max_wait_seconds=settings.max_wait_seconds,
+            costs=traits.costs,
         )
-        self._taken_bytes += request.taken_bytes
-        weight = 1.0 if session.tenant is None else session.tenant.weight
-        self._scheduler.add(request.job, now, weight=weight)
-
-    def _retry_after_ms(self) -> int:
-        """When a client that is over its credit may come again: when what is queued should be done."""
-        return min(max(round(self._scheduler.backlog_seconds * 1000), MIN_RETRY_MS), MAX_RETRY_MS)
-
-    def _on_release(self, sender: _Sender, header: Header, _: Sequence[Frame]) -> None:
-        assert isinstance(header, Release)
-        session = self._session(header, sender, self._clock())
-        self._sessions.release(session, header.step)
-        self._replies.arrived(session.id, header.step)
-
-    def _on_cancel(self, sender: _Sender, header: Header, _: Sequence[Frame]) -> None:
-        assert isinstance(header, Cancel)
-        session = self._session(header, sender, self._clock())
-        key = (session.id, header.request)
-        if self._scheduler.discard(key):
-            self._finish(self._intake.under_way[key], CancelledByClientError())
-        else:
-            self._sessions.release(session, header.request)
-            self._replies.arrived(*key)
-
-    def _on_ping(self, sender: _Sender, header: Header, _: Sequence[Frame]) -> None:
-        assert isinstance(header, Ping)
-        now = self._clock()
-        self._check_epoch(header)
-        session = self._sessions.renew(header.session, now, tenant=sender.tenant)
-        if sender.peer not in (session.peer, session.pulse):
-            if session.pulse is not None:
-                self._router.release(session.pulse)
-            session.pulse = sender.peer
-            self._router.hold(sender.peer)
-        pong = Pong(
-            session=session.id,
-            request=header.request,
-            epoch=self._epoch,
-            progress_age_ms=round(self._worker.busy_seconds(now) * 1000),
-            inflight_requests=len(session.inflight),
+        credit = Credit(settings.max_inflight_requests, settings.max_inflight_bytes, settings.max_total_inflight_bytes)
+        requests = RequestTable(self._sessions, scheduler, ReplyCache(settings.reply_memory_bytes), credit)
+        give_back = GiveBack(resident_bytes(), settings.stash_memory_bytes)
+        runner = BatchRunner(
+            compute,
+            requests,
+            self._sessions,
+            self._router,
+            self._answers,
+            give_back,
+            stash_memory_bytes=settings.stash_memory_bytes,
+            clock=self._clock,
+            failpoint=self._failpoint,
         )
-        self._send(sender.peer, pong)
-
-    def _on_bye(self, sender: _Sender, header: Header, _: Sequence[Frame]) -> None:
-        assert isinstance(header, Bye)
-        session = self._session(header, sender, self._clock())
-        self._close_session(session.id, "closed by its client")
-
-    def _on_status(self, sender: _Sender, header: Header, _: Sequence[Frame]) -> None:
-        assert isinstance(header, StatusRequest)
-        status = status_for(
-            header,
-            self._epoch,
-            self.info,
-            self._traits,
-            sessions=len(self._sessions),
-            queued_requests=len(self._scheduler),
-            held_bytes=self._sessions.held_bytes,
+        handlers = Handlers(
+            Intake(self.info, limits, traits),
+            requests,
+            self._sessions,
+            runner,
+            self._router,
+            self._answers,
+            give_back,
+            self._allowlist,
+            clock=self._clock,
+            is_draining=lambda: self._draining_until is not None,
         )
-        self._send(sender.peer, status)
+        self._router.start(handlers.receive, runner.step)
+        return _Running(requests, runner, handlers, give_back)
 
-    def _session(self, header: InSession, sender: _Sender, now: float) -> Session:
-        self._check_epoch(header)
-        return self._sessions.get(header.session, sender.peer, now, tenant=sender.tenant)
-
-    def _check_epoch(self, header: InSession) -> None:
-        if header.epoch != self._epoch:
-            raise StaleEpochError()
-
-    # --- to the compute thread and back ------------------------------------------------------------------------
-
-    def _dispatch(self) -> None:
-        """If the device is free, give it what is queued: after all that has arrived, so that it can share a pass."""
-        if self._worker.busy_since is not None:
-            return
-        if self._dispatch_later is not None:
-            self._dispatch_later.cancel()
-            self._dispatch_later = None
+    def _keep_house(self, running: _Running) -> None:
         now = self._clock()
-        self._answer_expired(now)
-        jobs = self._scheduler.take_batch(now)
-        if not jobs:
-            if self._scheduler.waits_until is not None:
-                loop = asyncio.get_running_loop()
-                self._dispatch_later = loop.call_later(self._scheduler.waits_until - now, self._dispatch)
-            return
-        requests = [self._intake.under_way[job.key] for job in jobs]  # type: ignore[index]
-        room = self._make_room(requests)
-        self._worker.give(requests, Batch(tuple(self._work(request, room) for request in requests)))
-
-    def _make_room(self, requests: list[Request]) -> bool:
-        """Make room for the graph that a pass makes; if it is too large, for a pass layer by layer. False then."""
-        lengths = [length for request in requests for length in request.shape.lengths]
-        if any(request.keep or _makes_graph(request) for request in requests) and self._sessions.make_room(
-            self._traits.graph_memory.nbytes(lengths) + self._taken_bytes
-        ):
-            return True
-        needed = self._traits.pass_memory.nbytes(lengths) + self._taken_bytes
-        self._sessions.make_room(min(needed, self._settings.stash_memory_bytes - 1))
-        return False
-
-    def _work(self, request: Request, room: bool) -> Work:
-        stash = request.held.stash if request.held else None
-        return Work(request.kind, request.buffers, request.shape, request.sharing, self._keep(request, room), stash)
-
-    def _keep(self, request: Request, room: bool) -> Keep:
-        """What to keep of a forward, if there is room for the graph of its pass. A backward in other company than its
-        forward needs products, else a graph."""
-        if not request.keep:
-            return Keep.NOTHING
-        if not room:
-            return Keep.INPUT
-        if request.sharing == Alone():
-            return Keep.GRAPH
-        return Keep.PRODUCTS if self._traits.deterministic else Keep.GRAPH_AND_PRODUCTS
-
-    def _finish_batch(self, batch: Finished[Request]) -> None:
-        jobs = [request.job for request in batch.tickets]
-        self._give_back.freed(self._clock())
-        self._scheduler.charge(jobs, batch.ended - batch.started, self._clock())
-        self._router.drain()  # what arrived meanwhile can share the next pass, which begins here
-        for request, outcome in zip(batch.tickets, batch.outcomes, strict=True):
-            self._finish(request, outcome, merged=len(batch.tickets), started=batch.started, ended=batch.ended)
-
-    def _finish(
-        self, request: Request, outcome: Outcome, *, merged: int = 1, started: float = 0.0, ended: float = 0.0
-    ) -> None:
-        """Answer a request, and keep what its backward will need."""
-        request_id = request.header.request
-        del self._intake.under_way[request.session.id, request_id]
-        self._taken_bytes -= request.taken_bytes
-        session = self._sessions.finish(request.session.id, request_id)
-        if isinstance(outcome, WireError) and request.held is not None:
-            request.held.stash.drop()
-        if session is None:  # closed meanwhile: nobody waits
-            self._scheduler.forget_client(request.session.id)
-            if isinstance(outcome, Done) and outcome.stash is not None:
-                outcome.stash.drop()
-            return
-        if isinstance(outcome, WireError):
-            session.abandoned.discard(request_id)
-            self._answer_error(session.peer, request_id, outcome, session=session.id)
-            return
-        assert isinstance(outcome, Done)
-        if outcome.stash is not None:
-            held = Held(outcome.stash, request.shape, request.sharing)
-            self._sessions.hold(session, request_id, held)
-        session.abandoned.discard(request_id)
-        descriptors = [descriptor for descriptor, _ in outcome.buffers.values()]
-        result = Result(
-            session=session.id,
-            request=request_id,
-            epoch=self._epoch,
-            merged=merged,
-            queue_us=round((started - request.arrived) * 1e6),
-            compute_us=round((ended - started) * 1e6),
-            tensors=descriptors,
-        )
-        frames = encode(result, [buffer for _, buffer in outcome.buffers.values()])
-        self._replies.put(session.id, request.header, frames)
-        if not self._router.send(session.peer, frames):
-            # Gone, or it does not read. Its session is there while its lease lasts, and it can ask again.
-            self._router.cut(session.peer)
-
-    def _answer_expired(self, now: float) -> None:
-        for job in self._scheduler.take_expired(now):
-            self._finish(self._intake.under_way[job.key], DeadlineError())  # type: ignore[index]
-
-    # --- housekeeping and answers ------------------------------------------------------------------------------
-
-    def _keep_house(self) -> None:
-        now = self._clock()
-        self._answer_expired(now)
-        for session in self._sessions.expired(now):
-            self._close_session(session.id, "nothing was heard of it for its lease")
-            for peer in (session.peer, session.pulse):
-                if peer is not None:
-                    self._router.cut(peer)  # its host may be gone without a word, and the connections still be there
-        for peer in self._router.slow_peers(now):
-            for slow in [session for session in self._sessions if session.peer == peer]:
-                self._close_session(slow.id, "its client does not read its answers")
-            self._router.cut(peer)
-        self._forbidden = {peer for peer in self._forbidden if self._router.is_connected(peer)}
-        if self._worker.busy_seconds(now) > self._settings.stuck_seconds:
+        running.runner.end_expired(now)
+        self._close_dead_sessions(running.handlers, now)
+        running.handlers.forget_gone_peers()
+        if running.runner.busy_seconds(now) > self._settings.stuck_seconds:
             self._stuck = True
             self.stop()
-        self._give_memory_back(now)
+        self._give_memory_back(running, now)
         if self._draining_until is not None:
-            open_steps = any(session.held or session.inflight for session in self._sessions)
+            open_steps = any(session.held or running.requests.inflight(session) for session in self._sessions)
             if not open_steps or now >= self._draining_until:
                 self.stop()
 
-    def _give_memory_back(self, now: float) -> None:
+    def _close_dead_sessions(self, handlers: Handlers, now: float) -> None:
+        """Close the sessions whose lease has ended, or whose client does not read."""
+        for session in self._sessions.expired(now):
+            handlers.close_session(session, "nothing was heard of it for its lease")
+            for peer in session.peers:
+                self._router.cut(peer)  # its host may be gone without a word, and the connections still be there
+        for peer in self._router.slow_peers(now):
+            for slow in [session for session in self._sessions if session.peer == peer]:
+                handlers.close_session(slow, "its client does not read its answers")
+            self._router.cut(peer)
+
+    def _give_memory_back(self, running: _Running, now: float) -> None:
         """Give freed memory back to the system when it is time, on another thread than the loop's."""
-        if self._giving_back is not None and not self._giving_back.done():
+        if running.trimming is not None and not running.trimming.done():
             return
-        busy = self._worker.busy_since is not None or len(self._scheduler) > 0
+        busy = running.runner.is_busy or running.requests.queued > 0
         held, resident = self._sessions.held_bytes, resident_bytes()
-        if self._give_back.is_due(now, busy=busy, held_bytes=held, resident_bytes=resident):
-            self._giving_back = asyncio.get_running_loop().run_in_executor(None, give_back_freed_memory)
-
-    def _close_session(self, session_id: bytes, why: str) -> None:
-        """Forget a session, what is held for it, and what of it is queued."""
-        session = self._sessions.close(session_id)
-        assert session is not None
-        for request in session.inflight:
-            if self._scheduler.discard((session_id, request)):
-                given_up = self._intake.under_way.pop((session_id, request))
-                self._taken_bytes -= given_up.taken_bytes
-                if given_up.held is not None:
-                    given_up.held.stash.drop()
-        for peer in (session.peer, session.pulse):
-            if peer is not None:
-                self._router.release(peer)
-        self._replies.close(session_id)
-        self._give_back.freed(self._clock())
-        self._scheduler.forget_client(session_id)
-        if session.tenant is None:  # a tenant with a key must not lose what it has used by coming anew
-            self._scheduler.forget_tenant(session_id)
-        logger.info("session %s ended: %s", session_id.hex()[:8], why)
-
-    def _answer_error(
-        self, peer: bytes, request: int | None, error: WireError, *, session: bytes | None = None
-    ) -> None:
-        """Answer a message that named this request and session."""
-        message = Error(
-            request=request,
-            session=session,
-            epoch=self._epoch,
-            code=error.code,
-            retry=error.retry,
-            retry_after_ms=error.retry_after_ms,
-            text=str(error)[:MAX_TEXT_CHARS],
-        )
-        self._send(peer, message)
-
-    def _send(self, peer: bytes, header: Header, buffers: Sequence[Frame] = ()) -> bool:
-        return self._router.send(peer, encode(header, buffers))
-
-
-def _makes_graph(request: Request) -> bool:
-    """Say if this is a backward without the graph of its forward."""
-    return isinstance(request.header, Backward) and (request.held is None or not request.held.stash.keep.has_graph)
+        if running.give_back.is_due(now, busy=busy, held_bytes=held, resident_bytes=resident):
+            running.trimming = asyncio.get_running_loop().run_in_executor(None, give_back_freed_memory)
 
 
 async def _wait_at_most(event: asyncio.Event, seconds: float) -> None:

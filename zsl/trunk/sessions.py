@@ -1,6 +1,6 @@
-"""Sessions, their leases, and what is kept for them. Pure: the clock and the source of ids come from outside.
+"""Sessions, their leases, and the steps held for them. Pure: the clock and the source of ids come from outside.
 
-A session is a lease: a client that is not heard of for `lease_seconds` is forgotten, with everything kept for it.
+A session is a lease: a client that is silent for `lease_seconds` is forgotten, with everything held for it.
 Losing a stash costs its client time, never a result, so it may go at any moment.
 
 With keys, sessions belong to tenants, who have quotas; nobody reaches a session of another tenant. Without keys every
@@ -10,11 +10,11 @@ session stands for itself.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import count
 
-from zsl.errors import OverloadedError, QuotaError, UnknownSessionError
+from zsl.errors import QuotaError, UnknownSessionError
 from zsl.trunk.give_up_order import GiveUpOrder
 from zsl.trunk.tenants import Tenant
 from zsl.trunk.work import Held
@@ -25,7 +25,7 @@ QUIET_SECONDS = 10.0
 
 @dataclass(slots=True)
 class Session:
-    """One client's run. `peer` is the routing id of its connection, where its answers go; `pulse` that of the
+    """One client's run. `peer` is the routing id of its connection, where its answers go; `heartbeat` that of the
     connection on which it pings. `hello`: the request that opened it."""
 
     id: bytes
@@ -33,26 +33,24 @@ class Session:
     hello: int
     tenant: Tenant | None
     last_heard: float
-    pulse: bytes | None = None
-    held: dict[int, Held] = field(default_factory=dict)  # step -> what its backward needs
-    inflight: dict[int, int] = field(default_factory=dict)  # request -> bytes
-    abandoned: set[int] = field(default_factory=set)  # requests in flight whose step the client no longer wants
+    heartbeat: bytes | None = None
+    held: dict[int, Held] = field(default_factory=dict)  # step -> its backward's needs
 
     @property
-    def inflight_bytes(self) -> int:
-        return sum(self.inflight.values())
+    def peers(self) -> list[bytes]:
+        """List its connections."""
+        return [self.peer] if self.heartbeat is None else [self.peer, self.heartbeat]
 
     @property
     def owner(self) -> Hashable:
-        """Who shares the device fairly: the tenant, which is a key, or the session itself."""
+        """Name the unit of fair shares: the tenant by its key, or the session itself."""
         return self.id if self.tenant is None else self.tenant.public_key
 
 
 class Sessions:
     """The table of open sessions.
 
-    `max_inflight_requests` and `max_inflight_bytes` are the credit of one session, `max_total_inflight_bytes` that
-    of all together; `max_sessions` bounds their number, `stash_memory_bytes` what is kept for pending backwards.
+    `max_sessions` bounds their number, `stash_memory_bytes` the memory of all stashes.
     """
 
     def __init__(
@@ -60,23 +58,16 @@ class Sessions:
         *,
         lease_seconds: float,
         max_sessions: int,
-        max_inflight_requests: int,
-        max_inflight_bytes: int,
-        max_total_inflight_bytes: int,
         stash_memory_bytes: int,
         new_id: Callable[[], bytes],
     ) -> None:
         self._lease_seconds = lease_seconds
         self._max_sessions = max_sessions
-        self._max_inflight_requests = max_inflight_requests
-        self._max_inflight_bytes = max_inflight_bytes
-        self._max_total_inflight_bytes = max_total_inflight_bytes
         self._stash_memory_bytes = stash_memory_bytes
         self._new_id = new_id
         self._sessions: dict[bytes, Session] = {}
         self._by_peer: dict[bytes, Session] = {}
         self._by_owner: dict[Hashable, dict[bytes, Session]] = {}
-        self._inflight_bytes = 0
         self._held = GiveUpOrder()
         self._held_of: defaultdict[Hashable, GiveUpOrder] = defaultdict(GiveUpOrder)  # by tenant
         self._arrivals = count()
@@ -89,26 +80,26 @@ class Sessions:
 
     @property
     def held_bytes(self) -> int:
-        """The memory that all stashes take."""
+        """Sum up the memory of all stashes."""
         return self._held.nbytes
 
     def make_room(self, nbytes: int) -> bool:
-        """Give up the costliest and oldest until there is memory for so much more; False if it is more than all."""
+        """Give up the costliest and oldest stashes until `nbytes` more fit. False if they are more than all memory."""
         if nbytes >= self._stash_memory_bytes:
             return False
         self._demote_until(self._held, self._stash_memory_bytes - nbytes)
         return True
 
     def open(self, peer: bytes, now: float, *, hello: int = 0, tenant: Tenant | None = None) -> Session:
-        """A new session. Ask `in_the_way` first."""
+        """Open a new session. Ask `eviction_candidate` first."""
         session = Session(self._new_id(), peer, hello, tenant, now)
         self._sessions[session.id] = self._by_peer[peer] = session
         self._by_owner.setdefault(session.owner, {})[session.id] = session
         return session
 
-    def in_the_way(self, tenant: Tenant | None, now: float) -> Session | None:
-        """The session that is to be closed before this tenant can open another: one of its own, or without keys of
-        anyone, that has been quiet. Raises `QuotaError` if all are at work.
+    def eviction_candidate(self, tenant: Tenant | None, now: float) -> Session | None:
+        """Find the quiet session to close before this tenant can open another: one of its own, or without keys of
+        anyone. None if there is room. Raises `QuotaError` if all are at work.
         """
         most, sessions, whose = self._max_sessions, self._sessions, "this daemon"
         if tenant is not None and len(self._of(tenant)) >= tenant.max_sessions:
@@ -125,14 +116,14 @@ class Sessions:
         return quietest
 
     def get(self, session_id: bytes, peer: bytes, now: float, *, tenant: Tenant | None = None) -> Session:
-        """The session, its lease renewed. Raises `UnknownSessionError`, also for another connection's session."""
+        """Find a session, and renew its lease. Raises `UnknownSessionError`, also for another connection's session."""
         session = self._sessions.get(session_id)
         if session is None or session.peer != peer:
             raise UnknownSessionError("this session is not open here; its lease may have ended")
         return self.renew(session_id, now, tenant=tenant)
 
     def renew(self, session_id: bytes, now: float, *, tenant: Tenant | None = None) -> Session:
-        """The session, its lease renewed, from whatever connection. Raises `UnknownSessionError`, also for one of
+        """Find a session, and renew its lease, from any connection. Raises `UnknownSessionError`, also for one of
         another tenant."""
         session = self._sessions.get(session_id)
         if session is None or not _same(session.tenant, tenant):
@@ -144,27 +135,30 @@ class Sessions:
     def resume(
         self, session_id: bytes, peer: bytes, now: float, *, hello: int, tenant: Tenant | None
     ) -> tuple[Session, list[bytes]]:
-        """A session whose client has a new connection, and its old connections. Raises `UnknownSessionError`."""
+        """Move a session to a new connection; return it with its old ones. Raises `UnknownSessionError`."""
         session = self.renew(session_id, now, tenant=tenant)
         if self._by_peer.get(session.peer) is session:
             del self._by_peer[session.peer]
-        old = [one for one in (session.peer, session.pulse) if one not in (None, peer)]
-        session.peer, session.hello, session.pulse = peer, hello, None
+        old = [one for one in session.peers if one != peer]
+        session.peer, session.hello, session.heartbeat = peer, hello, None
         self._by_peer[peer] = session
-        return session, [one for one in old if one is not None]
+        return session, old
 
     def of_peer(self, peer: bytes, tenant: Tenant | None = None) -> Session | None:
-        """The session of a tenant's connection."""
+        """Find the session of a tenant's connection."""
         session = self._by_peer.get(peer)
         return session if session is not None and _same(session.tenant, tenant) else None
 
+    def of_tenant(self, tenant: Tenant | None) -> Iterable[Session]:
+        """List the sessions of a tenant; none without keys."""
+        return () if tenant is None else self._of(tenant).values()
+
     def close(self, session_id: bytes) -> Session | None:
-        """Forget a session and what is kept for it."""
+        """Forget a session and the steps held for it."""
         session = self._sessions.pop(session_id, None)
         if session is not None:
             for step in list(session.held):
-                self.give_up(session, step)
-            self._inflight_bytes -= session.inflight_bytes
+                self.release(session, step)
             if self._by_peer.get(session.peer) is session:
                 del self._by_peer[session.peer]
             of_owner = self._by_owner[session.owner]
@@ -175,68 +169,17 @@ class Sessions:
         return session
 
     def expired(self, now: float) -> list[Session]:
-        """The sessions whose lease has ended."""
+        """List the sessions whose lease has ended."""
         return [session for session in self if now - session.last_heard >= self._lease_seconds]
 
-    def admit(
-        self,
-        session: Session,
-        request: int,
-        nbytes: int,
-        *,
-        unsent: Callable[[bytes], int] = lambda _: 0,
-        all_unsent: int = 0,
-        retry_after_ms: int = 50,
-    ) -> None:
-        """Count a request as in flight. Raises `OverloadedError` over the session's credit, its tenant's, or that of
-        all.
-
-        `unsent` tells the bytes of answers that a connection has not read, `all_unsent` those of all. They count as if
-        they were in flight.
-        """
-        over_requests = len(session.inflight) >= self._max_inflight_requests
-        inflight = session.inflight_bytes + unsent(session.peer)
-        if over_requests or (inflight and inflight + nbytes > self._max_inflight_bytes):
-            raise OverloadedError(
-                f"the session has {len(session.inflight)} requests and {inflight} bytes in flight or unread; "
-                f"{self._max_inflight_requests} and {self._max_inflight_bytes} are granted",
-                retry_after_ms=retry_after_ms,
-            )
-        if session.tenant is not None:
-            inflight = sum(one.inflight_bytes + unsent(one.peer) for one in self._of(session.tenant).values())
-            if inflight and inflight + nbytes > session.tenant.max_inflight_bytes:
-                raise OverloadedError(
-                    f"tenant {session.tenant.name} has {inflight} bytes in flight; "
-                    f"{session.tenant.max_inflight_bytes} are granted",
-                    retry_after_ms=retry_after_ms,
-                )
-        inflight = self._inflight_bytes + all_unsent
-        if inflight and inflight + nbytes > self._max_total_inflight_bytes:
-            raise OverloadedError(
-                f"all sessions together have {inflight} bytes in flight or unread", retry_after_ms=retry_after_ms
-            )
-        session.inflight[request] = nbytes
-        self._inflight_bytes += nbytes
-
-    def finish(self, session_id: bytes, request: int) -> Session | None:
-        """The request is answered; its session if that is still open."""
-        session = self._sessions.get(session_id)
-        if session is not None:
-            self._inflight_bytes -= session.inflight.pop(request, 0)
-        return session
-
     def hold(self, session: Session, step: int, held: Held) -> None:
-        """Keep what the step's backward needs, unless the client has let go of it; then stay within the memory.
+        """Hold a step for its backward, and stay within the memory.
 
-        Over `stash_memory_bytes`, or over what its tenant may have kept, the oldest graphs are given up first (their
+        Over `stash_memory_bytes`, or over its tenant's `max_stash_bytes`, the oldest graphs are given up first (their
         backward computes the forward again), then the oldest products of linear layers, then the oldest inputs (their
         client sends them again).
         """
-        if step in session.abandoned:
-            session.abandoned.discard(step)
-            held.stash.drop()
-            return
-        self.give_up(session, step)
+        self.release(session, step)
         self._put(session, step, held, next(self._arrivals))
         tenant = session.tenant
         if tenant is not None and tenant.max_stash_bytes is not None:
@@ -244,7 +187,7 @@ class Sessions:
         self._demote_until(self._held, self._stash_memory_bytes)
 
     def _demote_until(self, held: GiveUpOrder, nbytes: int) -> None:
-        """Give up the costliest things, and of these the oldest, until no more than `nbytes` is kept."""
+        """Give up the costliest stashes, and of these the oldest, until no more than `nbytes` are held."""
         while held.nbytes > nbytes:
             session_id, step = held.first()
             session = self._sessions[session_id]
@@ -254,17 +197,11 @@ class Sessions:
                 self._put(session, step, replace(given_up, stash=left), arrival)
 
     def take(self, session: Session, step: int) -> Held | None:
-        """What was kept for a step, which is kept no more."""
+        """Remove a held step, and return it."""
         return self._remove(session, step)[0] if step in session.held else None
 
     def release(self, session: Session, step: int) -> None:
-        """The client will ask no backward for this step, which may still be in flight."""
-        self.give_up(session, step)
-        if step in session.inflight:
-            session.abandoned.add(step)
-
-    def give_up(self, session: Session, step: int) -> None:
-        """What is kept for a step, if anything is, will not be used."""
+        """Drop a step, if it is held."""
         held = self.take(session, step)
         if held is not None:
             held.stash.drop()

@@ -1,4 +1,4 @@
-"""What the parts of the daemon hand to each other: a request to compute, its outcome, and what is kept of it.
+"""The types that the parts of the daemon exchange: a computation, its outcome, and the stash for its backward.
 
 No torch, no sockets: the scheduler, the sessions and the server see a computation only through these.
 """
@@ -25,11 +25,11 @@ class Kind(Enum):
 
 
 class Keep(Enum):
-    """What of a forward is kept for its backward, from the least to the most."""
+    """The part of a forward that is kept for its backward, from the least to the most."""
 
     NOTHING = 0
     INPUT = 1  # the backward computes the forward again
-    PRODUCTS = 2  # and what the linear layers gave: it computes only what is between them again
+    PRODUCTS = 2  # and the outputs of the linear layers: it computes only the rest between them again
     GRAPH = 3  # autograd's graph instead: the backward goes at once, with those that shared the forward or not at all
     GRAPH_AND_PRODUCTS = 4  # whichever the backward can use
 
@@ -80,22 +80,22 @@ Sharing = Alone | Packed | Stacked
 
 
 class Stash(Protocol):
-    """What the trunk keeps for a pending backward. Opaque but for its size."""
+    """The memory of a forward for its pending backward. Opaque but for its size."""
 
     @property
     def nbytes(self) -> int: ...
 
     @property
     def keep(self) -> Keep:
-        """What is kept."""
+        """Say which part of the forward is kept."""
         ...
 
     def demoted(self) -> Stash | None:
-        """What is left when the costliest thing in it is given up; None if that was the input."""
+        """Give up the costliest part, and return the rest; None if that was the input."""
         ...
 
     def drop(self) -> None:
-        """It will not be used; what it shares with others may be given up."""
+        """Drop the stash; the memory that it shares with others may be given up."""
         ...
 
 
@@ -145,7 +145,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """A computed answer, and what was kept of it."""
+    """A computed answer, and the stash for its backward."""
 
     buffers: Buffers
     stash: Stash | None = None
@@ -155,11 +155,11 @@ Outcome = Done | WireError
 
 
 class Compute(Protocol):
-    """What does the work: the torch trunk, or an echo in tests. Called from one thread, never from the loop."""
+    """The computation: the torch trunk, or an echo in tests. Called from one thread, never from the loop."""
 
     @property
     def traits(self) -> TrunkTraits: ...
 
     def run(self, batch: Batch) -> list[Outcome]:
-        """One outcome for each of the works. Never raises."""
+        """Compute a batch, and return an outcome for each of its works. Never raises."""
         ...

@@ -22,7 +22,7 @@ Ticket = TypeVar("Ticket")
 
 @dataclass(frozen=True, slots=True)
 class Finished(Generic[Ticket]):
-    """A batch that ran: what each ticket came to, and when it began and ended (seconds, monotonic)."""
+    """A batch that ran: an outcome for each ticket, and when it began and ended (seconds, monotonic)."""
 
     tickets: list[Ticket]
     outcomes: Sequence[Outcome]
@@ -57,7 +57,7 @@ class Worker(Generic[Ticket]):
         self._batches.put((tickets, batch))
 
     def busy_seconds(self, now: float) -> float:
-        """For how long the pass that runs has been running; 0 while idle."""
+        """Measure for how long the pass has been running; 0 while idle."""
         return 0.0 if self.busy_since is None else now - self.busy_since
 
     async def stop(self, seconds: float) -> bool:

@@ -35,7 +35,7 @@ def _refuse_controls(name: str) -> str:
     return name
 
 
-DtypeName = Literal["f32", "f16", "bf16", "i64", "i32", "i16", "i8", "u8", "bool"]
+WireDtypeName = Literal["f32", "f16", "bf16", "i64", "i32", "i16", "i8", "u8", "bool"]
 FloatDtypeName = Literal["f32", "f16", "bf16"]
 # `lengths`: the activations are one row of sequences of these lengths, one after the other.
 Role = Literal["activations", "gradients", "attention_mask", "position_ids", "lengths"]
@@ -82,7 +82,7 @@ class TensorDescriptor(_Strict):
     """One tensor of a message; its bytes are the buffer at the same index, little-endian and contiguous."""
 
     role: Role
-    dtype: DtypeName
+    dtype: WireDtypeName
     shape: tuple[Dim, ...] = Field(max_length=MAX_DIMS)
     nbytes: Count
 

@@ -13,20 +13,20 @@ import torch
 
 from zsl.errors import BadDtypeError
 from zsl.wire.frames import ALIGNMENT_BYTES, Frame
-from zsl.wire.messages import DtypeName, FloatDtypeName, Role, TensorDescriptor
+from zsl.wire.messages import FloatDtypeName, Role, TensorDescriptor, WireDtypeName
 
-TORCH_DTYPES: dict[DtypeName, torch.dtype] = {
+TORCH_DTYPES: dict[WireDtypeName, torch.dtype] = {
     "f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16,
     "i64": torch.int64, "i32": torch.int32, "i16": torch.int16, "i8": torch.int8,
     "u8": torch.uint8, "bool": torch.bool,
 }  # fmt: skip
-WIRE_NAMES: dict[torch.dtype, DtypeName] = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+WIRE_NAMES: dict[torch.dtype, WireDtypeName] = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 # libzmq leaves small messages in the buffer that it read them into: a tensor that stays would keep all of that.
 READ_BUFFER_BYTES = 8192
 
 
-def wire_name(dtype: torch.dtype) -> DtypeName:
+def wire_name(dtype: torch.dtype) -> WireDtypeName:
     """The name of a torch dtype on the wire. Raises `BadDtypeError` for one that does not travel."""
     try:
         return WIRE_NAMES[dtype]

@@ -1,4 +1,4 @@
-"""What the daemon says of itself: the answers to HELLO and STATUS."""
+"""The handshake: the daemon's answers to HELLO and STATUS, which need no session."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from zsl.wire.messages import Hello, Limits, Status, StatusRequest, Welcome
 def welcome_to(
     hello: Hello, session: bytes, epoch: bytes, info: TrunkInfo, traits: TrunkTraits, limits: Limits
 ) -> Welcome:
-    """The session is open."""
+    """Build the WELCOME to an open session."""
     return Welcome(
         request=hello.request,
         software=zsl.__version__,
@@ -37,7 +37,7 @@ def status_for(
     queued_requests: int,
     held_bytes: int,
 ) -> Status:
-    """What is served, and how busy it is."""
+    """Build the STATUS: the trunk that is served, and how busy the daemon is."""
     return Status(
         request=asked.request,
         software=zsl.__version__,

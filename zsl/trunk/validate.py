@@ -1,4 +1,4 @@
-"""Check that a request's tensors are what this trunk takes, and say how it may share a pass.
+"""Validate a request's tensors for this trunk, and decide how it may share a pass.
 
 Pure: looks at descriptors and values before anything becomes a torch tensor.
 """
@@ -21,7 +21,7 @@ from zsl.trunk.settings import TrunkTraits
 from zsl.trunk.work import Alone, Buffers, Packed, Shape, Sharing, Stacked
 from zsl.wire.messages import FLOAT_DTYPES, Limits, Role, TensorDescriptor
 
-# What the exponent of an infinity or NaN looks like.
+# The bits of an exponent that mean infinity or NaN.
 _EXPONENTS = {"f32": (np.uint32, 0x7F80_0000), "f16": (np.uint16, 0x7C00), "bf16": (np.uint16, 0x7F80)}
 _NUMPY_DTYPES = {"i64": np.int64, "i32": np.int32, "i16": np.int16, "i8": np.int8, "u8": np.uint8, "bool": np.uint8}
 
@@ -32,7 +32,7 @@ _OPTIONAL: set[Role] = {"attention_mask", "position_ids", "lengths"}
 
 
 def check_forward(buffers: Buffers, hidden_size: int, limits: Limits) -> Shape:
-    """The shape of a forward's activations `[rows, tokens, hidden]`.
+    """Check a forward, and return the shape of its activations `[rows, tokens, hidden]`.
 
     Optional beside them: `attention_mask` `[rows, tokens]` of 0 and 1, `position_ids` `[rows or 1, tokens]`, and
     for one row `lengths` `[sequences]`, which add up to its tokens.
@@ -43,7 +43,8 @@ def check_forward(buffers: Buffers, hidden_size: int, limits: Limits) -> Shape:
 
 
 def check_backward(buffers: Buffers, held: Shape | None, hidden_size: int, limits: Limits) -> Shape:
-    """The shape of a backward's gradients, which is that of its forward: `held`, or the activations beside them.
+    """Check a backward, and return the shape of its gradients: its forward's `held`, or that of the activations
+    beside them.
 
     Gradients may be infinite: a loss that is scaled for half precision overflows now and then, and its owner's
     `GradScaler` counts on seeing it.
@@ -66,7 +67,7 @@ def check_backward(buffers: Buffers, held: Shape | None, hidden_size: int, limit
 
 
 def sharing_of(buffers: Buffers, shape: Shape, traits: TrunkTraits) -> Sharing:
-    """How a checked request may share a pass of a trunk of these traits.
+    """Decide how a checked request may share a pass of a trunk of these traits.
 
     A request that neither packs nor has a row shape to be stacked by, that gains nothing by company, or whose bits
     company may not change, runs alone.
@@ -123,7 +124,7 @@ def _check_inputs(buffers: Buffers, hidden_size: int, limits: Limits) -> Shape:
 
 
 def _lengths(buffers: Buffers, rows: int, tokens: int, positions: Integers | None) -> tuple[int, ...]:
-    """The lengths of the sequences in a request: what it says about its one row, or its rows.
+    """Find the lengths of the sequences in a request: those that it states for its one row, or those of its rows.
 
     Without a mask, a row is one sequence as long as its positions count up by one: transformers masks between the
     tokens where they do not (`find_packed_sequence_indices`).
@@ -154,7 +155,7 @@ def _check_float(descriptor: TensorDescriptor) -> None:
 
 
 def _check_finite(buffers: Buffers) -> None:
-    """Raises `NonFiniteError`, which says where the first one is."""
+    """Check that all activations are finite. Raises `NonFiniteError`, with the place of the first that is not."""
     descriptor, buffer = buffers["activations"]
     integer, exponent = _EXPONENTS[descriptor.dtype]
     if descriptor.dtype == "f32":
@@ -175,7 +176,7 @@ def _check_finite(buffers: Buffers) -> None:
 
 
 def _integers(buffers: Buffers, role: Role, shapes: set[tuple[int, ...]], *, lowest: int, highest: int) -> Integers:
-    """The flat values of a tensor of integers, checked."""
+    """Check a tensor of integers, and return its flat values."""
     descriptor, buffer = buffers[role]
     if descriptor.dtype in FLOAT_DTYPES:
         raise BadDtypeError(f"{role} of {descriptor.dtype}: integers are needed")
