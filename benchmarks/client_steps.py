@@ -57,7 +57,7 @@ def _trunk_step(turn: Turn, seed: int, merged: list[int], stack: ExitStack) -> S
 
     def step() -> StepSeconds:
         began = perf_counter()
-        kept = forward(activations)
+        kept: Any = forward(activations)
         forwarded = perf_counter()
         backward(kept, gradients)
         ended = perf_counter()
@@ -89,6 +89,7 @@ def _note_merged(trunk: zsl.TrunkClient, merged: list[int]) -> None:
 
     def forward_and_note(*arguments: Any, **options: Any) -> Any:
         step = forward(*arguments, **options)
+        assert step.answer is not None
         merged.append(step.answer.merged)
         return step
 

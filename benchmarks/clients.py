@@ -45,7 +45,7 @@ class Clients:
     def prepare(self, turn: Turn) -> float:
         """Have all build what they need, and warm up; the seconds of their longest step."""
         self._say(asdict(turn))
-        return max(self._answer(index, ANSWER_SECONDS)["step_seconds"] for index in range(len(self._processes)))
+        return max(float(self._answer(index, ANSWER_SECONDS)["step_seconds"]) for index in range(len(self._processes)))
 
     def measure(self, seconds: float) -> list[Window]:
         """Have all begin at once; what each did in so many seconds."""

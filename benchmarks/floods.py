@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import click
 import msgpack
@@ -151,7 +152,7 @@ def main(seconds: float, rounds: int, kinds: str, out: Path) -> None:
         (folder / "tenants.toml").write_text(f'[tenants.alice]\npublic_key = "{alice}"\n')
         arguments = ["--model", directory, "--cut", f"0:{LAYERS}", "--threads", "1"]
         keyed = ["--keys", str(folder / "keys"), "--tenants", str(folder / "tenants.toml")]
-        ways = {
+        ways: dict[bool, tuple[list[str], dict[str, Any]]] = {
             False: (arguments, {}),
             True: (
                 arguments + keyed,

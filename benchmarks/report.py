@@ -27,7 +27,6 @@ from typing import Any
 import click
 import matplotlib
 import numpy as np
-import psutil
 
 matplotlib.use("Agg")  # no display; before pyplot
 from matplotlib import pyplot
@@ -205,7 +204,7 @@ def machine_facts() -> dict[str, Any]:
     return {
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30),
+        "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
         "versions": {package: version for package in PACKAGES if (version := _version(package)) is not None},

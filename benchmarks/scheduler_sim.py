@@ -22,7 +22,7 @@ import math
 import random
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from heapq import heappop, heappush
@@ -222,7 +222,7 @@ class Simulation:
         self._ties = count()
         self._now = 0.0
         self._events: list[tuple[float, int, Callable[[], None]]] = []
-        self._sent: dict[tuple[bytes, int], Lane] = {}
+        self._sent: dict[Hashable, Lane] = {}
         self._requests, self._tenants = count(), count()
         self._running: list[Job] = []
         self._running_seconds = 0.0
@@ -289,7 +289,7 @@ class Simulation:
             cost_seconds=cost.seconds(lane.tokens),
             deadline=self._now + DEADLINE_SECONDS,
         )
-        self._sent[job.key] = lane  # type: ignore[index]
+        self._sent[job.key] = lane
         self._policy.add(job, self._now)
 
     def _dispatch(self) -> None:
@@ -299,7 +299,7 @@ class Simulation:
         self._running = self._policy.take_batch(self._now)
         if self._running:
             for job in self._running:
-                self._sent[job.key].taken_after_batches = self._batches  # type: ignore[index]
+                self._sent[job.key].taken_after_batches = self._batches
             self._running_seconds = self._pass_seconds(self._running)
             self._later(self._now + self._running_seconds, self._end_pass)
         elif self._policy.waits_until is not None:
@@ -322,7 +322,7 @@ class Simulation:
         self._dispatch()
         tokens = sum(job.tokens for job in batch)
         for job in batch:
-            lane = self._sent.pop(job.key)  # type: ignore[arg-type]
+            lane = self._sent.pop(job.key)
             self._answered.append(
                 Answered(
                     behaviour=lane.behaviour,

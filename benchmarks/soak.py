@@ -38,7 +38,7 @@ from soak_client import STEPS, Task, train_rounds
 
 import zsl
 from support.daemon import Daemon
-from support.faulty_link import FaultyLink
+from support.faulty_link import FaultyLink, Way
 from support.history import History, check
 from support.models import CUT, write_checkpoint
 
@@ -139,7 +139,7 @@ def oracle_of(model: str, endpoint: str, directory: Path, seed: int) -> dict[int
 
 def line_fault(link: FaultyLink, chance: random.Random) -> str:
     """Set one fault of a line; its name."""
-    way = chance.choice(["up", "down", "both"])
+    way: Way = chance.choice(["up", "down", "both"])
     after = chance.randint(LEAST_ANSWER_BYTES, MOST_ANSWER_BYTES)
     name = chance.choice(["cut", "reset", "half_close", "flip_bits", "blackhole", "delay", "throttle"])
     if name == "blackhole":

@@ -31,7 +31,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import zsl
 from zsl.client.overlap import run_overlapped
-from zsl.client.trunk_client import REQUEST_TIMEOUT_SECONDS
 
 ROUND_TRIPS_MS = (20, 100)
 MBIT_PER_SECOND = 100
@@ -84,7 +83,7 @@ def optimizer_step(trained: Trainee, samples: list[torch.Tensor], overlap: int) 
         for task in tasks:
             task()
     else:
-        run_overlapped(tasks, in_flight=overlap, timeout_seconds=REQUEST_TIMEOUT_SECONDS)
+        run_overlapped(tasks, in_flight=overlap)
     trained.optimizer.step()
     trained.optimizer.zero_grad(set_to_none=True)
 

@@ -37,6 +37,7 @@ async def train(tenant: int, endpoint: str, steps: int) -> None:
             output = crossed.output.requires_grad_()
             loss = nn.functional.cross_entropy(top(output)[0, :-1], ids[0, 1:])
             loss.backward()
+            assert output.grad is not None
             answer = await trunk.backward(crossed, output.grad)  # the trunk's vector-Jacobian product
             activations.backward(answer.tensor)
             optimizer.step()

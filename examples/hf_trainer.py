@@ -23,9 +23,9 @@ TOKENS, ROWS = 128, 200
 
 set_seed(0)
 trunk = zsl.RemoteTrunk(options.server)
-model = zsl.load_client(options.model, trunk)  # the daemon says which layers it holds
-tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
-model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
+base = zsl.load_client(options.model, trunk)  # the daemon says which layers it holds
+tokenizer = AutoTokenizer.from_pretrained(base.name_or_path)
+model = get_peft_model(base, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
 model.print_trainable_parameters()
 
 # Python's own documentation, cut into rows. Ids and labels stay in this process.

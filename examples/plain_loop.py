@@ -19,9 +19,9 @@ STEPS, ROWS, TOKENS = 10, 2, 128
 
 torch.manual_seed(0)
 trunk = zsl.RemoteTrunk(options.server)
-model = zsl.load_client("random:gpt2", trunk)  # a real GPT2LMHeadModel; the daemon says which layers it holds
+base = zsl.load_client("random:gpt2", trunk)  # a real GPT2LMHeadModel; the daemon says which layers it holds
 model = get_peft_model(
-    model, LoraConfig(r=8, target_modules=["c_attn", "c_fc", "c_proj"], fan_in_fan_out=True, task_type="CAUSAL_LM")
+    base, LoraConfig(r=8, target_modules=["c_attn", "c_fc", "c_proj"], fan_in_fan_out=True, task_type="CAUSAL_LM")
 )
 model.train()
 print(trunk)

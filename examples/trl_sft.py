@@ -8,7 +8,7 @@ import argparse
 from pydoc_data.topics import topics
 
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from transformers import AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
@@ -52,6 +52,7 @@ trainer = SFTTrainer(
 )
 trainer.train()
 
+assert isinstance(trainer.model, PeftModel)  # the trainer has put the adapter on it
 zsl.save_adapter(trainer.model, "runs/trl_sft/adapter")  # loads on the whole model with PeftModel.from_pretrained
 print("saved runs/trl_sft/adapter")
 trunk.close()

@@ -131,7 +131,7 @@ def test_what_is_saved_exported_and_merged_has_the_models_embeddings(
     for name in ("export", "merge"):
         finished = run(name, tmp_path / "adapter", "--model", path, "--out", tmp_path / name)
         assert finished.exit_code == 0, finished.output
-    assert (f"embeddings are of {MORE} tokens" in finished.stderr) == (rows is not None)
+    assert (f"embeddings are of {MORE} " in finished.stderr) == (rows is not None)
     ids = NEW_IDS if rows else IDS
     expected = expected_logits(model, path, ids)
     for adapter in ("adapter", "export"):
@@ -195,7 +195,7 @@ def test_a_head_that_is_missing_beside_resized_embeddings_is_refused(
     )
     for name in ("export", "merge"):
         finished = run(name, tmp_path / "bottom", "--model", path, "--out", tmp_path / "out")
-        assert finished.exit_code == EXIT_STARTUP_FAILED and "lacks lm_head.weight" in finished.output
+        assert finished.exit_code == EXIT_STARTUP_FAILED and "lm_head.weight" in finished.output
     assert not (tmp_path / "out").exists()
 
 
@@ -249,7 +249,7 @@ def test_wrappers_leave_no_trace_in_what_is_saved_and_loaded(checkpoints: Callab
     assert torch.equal(loaded(input_ids=IDS).logits, model(input_ids=IDS).logits)
     inside: Any = model.get_base_model().model.layers
     inside[0] = torch.compile(inside[0], backend="eager")
-    with pytest.raises(ModelError, match="inside a compiled module"):
+    with pytest.raises(ModelError, match="compiled"):
         zsl.save_adapter(model, tmp_path / "inside")
 
 
@@ -258,7 +258,7 @@ def test_several_active_adapters_are_not_saved_as_one(checkpoints: Callable[...,
     model = get_peft_model(client(checkpoints("llama")), config, adapter_name="a")
     model.add_adapter("b", config)
     model.base_model.set_adapter(["a", "b"])
-    with pytest.raises(ModelError, match=r"2 adapters of a, b are active.*set_adapter"):
+    with pytest.raises(ModelError, match=r"2 adapters of a, b .*set_adapter"):
         zsl.save_adapter(model, tmp_path / "adapter")
     assert list(tmp_path.iterdir()) == []
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -233,9 +234,9 @@ def test_a_disk_that_is_full_leaves_what_was_there(tmp_path: Path, monkeypatch: 
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="Errno 28"):
         save(tmp_path, 3)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="Errno 28"):
         RunDirectory(tmp_path, MINE).finish(1.5)
     assert names(tmp_path) == before
     assert damage_of(tmp_path / "checkpoint-2") is None
@@ -289,14 +290,12 @@ def test_damaged_checkpoints_are_named_and_the_one_before_is_taken(
     start = run.start(None)
     assert start is not None
     assert start.step == 2
-    assert [record.getMessage() for record in caplog.records] == [
-        f"{tmp_path}/checkpoint-6 is left out, it is damaged: part/weights is not as it was written",
-        f"{tmp_path}/checkpoint-4 is left out, it is damaged: run.json is missing",
+    assert [re.findall(r"\S*checkpoint-\d+|part/weights|run\.json", text) for text in caplog.messages] == [
+        [f"{tmp_path}/checkpoint-6", "part/weights"],
+        [f"{tmp_path}/checkpoint-4", "run.json"],
     ]
     flip(tmp_path / "checkpoint-2" / "trainer_state.json", 3)
-    with pytest.raises(
-        StartupError, match=r"no whole checkpoint .*checkpoint-6.*checkpoint-2.*delete them .*--save-dir"
-    ):
+    with pytest.raises(StartupError, match=r"checkpoint-6.*checkpoint-2.*--save-dir"):
         run.start(None)
 
 
@@ -324,7 +323,7 @@ def test_another_configuration_is_refused_with_the_keys_that_differ_and_what_to_
         f"--save-dir to keep it, or begin anew over it with --restart"
     )
     changed = MINE.model_copy(update={"facts": {"the rows of the data": "abd"}})
-    with pytest.raises(ConfigError, match=r"the rows of the data \(abc there, abd here\)"):
+    with pytest.raises(ConfigError, match=r"the rows of the data .*abc.*abd"):
         RunDirectory(tmp_path, changed).start(None)
     assert names(tmp_path) == {"run.json", "checkpoint-2"}
 
@@ -348,7 +347,7 @@ def test_checkpoints_of_others_are_neither_taken_nor_removed(tmp_path: Path) -> 
     foreign = tmp_path / "checkpoint-7"
     foreign.mkdir()
     (foreign / "trainer_state.json").write_text('{"global_step": 7, "max_steps": 9}')
-    with pytest.raises(StartupError, match=r"checkpoint-7: checksums.json is missing"):
+    with pytest.raises(StartupError, match=r"checkpoint-7\b.*\bchecksums\.json\b"):
         RunDirectory(tmp_path, MINE).start(None)
     start = RunDirectory(tmp_path, MINE).start(str(foreign))  # unless they are asked for
     assert start is not None
@@ -375,11 +374,11 @@ def test_what_the_user_asks_for_is_respected(tmp_path: Path) -> None:
     assert start is not None and start.step == 4
     assert RunDirectory(tmp_path / "here", mine).start(False) is None
     flip(asked / "part" / "weights", 0)
-    with pytest.raises(StartupError, match=r"checkpoint-2.* is damaged: part/weights"):
+    with pytest.raises(StartupError, match=r"checkpoint-2\b.*\bpart/weights\b"):
         RunDirectory(tmp_path / "elsewhere", mine).start(str(asked))
-    with pytest.raises(ConfigError, match=r"nowhere.*No such file"):
+    with pytest.raises(ConfigError, match="nowhere"):
         RunDirectory(tmp_path / "elsewhere", mine).start(str(tmp_path / "nowhere"))
-    with pytest.raises(ConfigError, match="holds no checkpoint"):
+    with pytest.raises(ConfigError, match=r"resume_from_checkpoint.*--save-dir"):
         RunDirectory(tmp_path / "elsewhere", mine).start(True)
 
 
@@ -393,7 +392,7 @@ def test_a_directory_is_trained_into_by_one_process_at_a_time(tmp_path: Path) ->
     ) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == b"held\n"
-        with pytest.raises(StartupError, match="another zsl-train trains into"), held(tmp_path / "out"):
+        with pytest.raises(StartupError, match=r"zsl-train .*--save-dir"), held(tmp_path / "out"):
             pass
         other.kill()
         other.wait(10)
@@ -414,7 +413,7 @@ def test_a_directory_that_nothing_came_into_goes_again(tmp_path: Path) -> None:
 
 def test_a_directory_that_cannot_be_made_is_a_clear_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(StartupError, match=r"file/out cannot be written: Not a directory; name another --save-dir"):
+    with pytest.raises(StartupError, match=r"file/out .*Not a directory.*--save-dir"):
         with held(tmp_path / "file" / "out"):
             pass
 

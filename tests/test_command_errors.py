@@ -19,6 +19,16 @@ from zsl.errors import EXIT_RUN_FAILED, EXIT_STARTUP_FAILED, EXIT_USAGE, RunFail
 from zsl.printable import PrintableFormatter
 from zsl.split.output import new_directory
 
+# Of each command one text is held word for word; all other tests hold the path, option, name or number in it.
+#   zsl               test_an_output_without_space_is_told_in_a_line, here
+#   zsl-train         test_checkpoints.py -k another_configuration_is_refused_with_the_keys
+#   zsl-trunkd        test_daemon.py -k port_in_use
+#   zsl split         test_split_command.py -k nothing_is_put_in_the_place
+#   zsl export, merge test_merge.py -k moved_since
+#   zsl info          test_info.py -k nothing_there
+#   zsl keygen        test_keygen.py -k second_pair
+#   zsl doctor        test_doctor.py -k packages_are_compared
+
 LONG = "x" * 5000
 
 

@@ -81,7 +81,7 @@ def test_a_date_in_a_file_is_refused_by_its_key(tmp_path: Path) -> None:
         ("peft", "rank_pattern = {a = [1, 07:32:00]}", "peft.rank_pattern.a"),
     ):
         file.write_text(f"[{table}]\n{text}\n")
-        with pytest.raises(ConfigError, match=rf"^{re.escape(str(file))}: {key}\b.* is a date or a time, .*quotes$"):
+        with pytest.raises(ConfigError, match=rf"^{re.escape(str(file))}: {key}\b.* date .*quotes$"):
             read_config(file, overrides={})
 
 
@@ -89,7 +89,7 @@ def test_a_file_with_tables_within_each_other_without_end_is_refused(tmp_path: P
     file = tmp_path / "deep.toml"
     for text in ("x = " + "[" * 5000 + "]" * 5000, "[peft." + ".".join(["a"] * 5000) + "]"):
         file.write_text(text)
-        with pytest.raises(ConfigError, match=f"{file}: not valid TOML"):
+        with pytest.raises(ConfigError, match=f"{file}: .*TOML"):
             read_config(file, overrides={})
 
 
@@ -104,7 +104,7 @@ def test_a_file_that_begins_with_a_byte_order_mark_is_read(tmp_path: Path) -> No
 def test_what_is_no_table_is_refused_with_the_file(text: str, overrides: dict[str, Any], tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
     file.write_text(text)
-    with pytest.raises(ConfigError, match=rf"^{re.escape(str(file))}: (model|peft) is a table: "):
+    with pytest.raises(ConfigError, match=rf"^{re.escape(str(file))}: (model|peft) .*table\b"):
         read_config(file, overrides=overrides)
 
 
@@ -137,7 +137,7 @@ def test_a_key_that_is_called_otherwise_elsewhere_is_told_by_its_name_here(writt
 
     with pytest.raises(ConfigError) as raised:
         checked()
-    assert str(raised.value) == f"the command line: unknown key {written}; did you mean {meant}?"
+    assert re.findall(r"\b[a-z]+\.\w+", str(raised.value)) == [written, meant]
 
 
 def test_a_key_or_table_that_is_like_no_other_is_told_all_there_are() -> None:
@@ -208,17 +208,17 @@ def test_where_the_best_is_kept_validations_and_checkpoints_go_together_as_trans
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ([PATIENCE], r"early_stopping_patience goes by the validation loss: set data\.validation"),
-        (["train.load_best_model_at_end=true"], r"load_best_model_at_end goes by the .* set data\.validation"),
-        ([VALIDATION, PATIENCE, "train.save_strategy=no"], r"patience keeps the best checkpoint, and train\.save_str"),
-        ([VALIDATION, PATIENCE, "train.eval_strategy=no"], r"patience goes by the validation loss, and train\.eval_st"),
+        ([PATIENCE], r"early_stopping_patience .* data\.validation"),
+        (["train.load_best_model_at_end=true"], r"load_best_model_at_end .* data\.validation"),
+        ([VALIDATION, PATIENCE, "train.save_strategy=no"], r"early_stopping_patience .* train\.save_strategy"),
+        ([VALIDATION, PATIENCE, "train.eval_strategy=no"], r"early_stopping_patience .* train\.eval_strategy"),
         (
             [VALIDATION, "train.load_best_model_at_end=true", "train.save_strategy=no"],
-            r"end keeps .* writes none",
+            r"load_best_model_at_end .* train\.save_strategy",
         ),
-        (["train.save_strategy=best"], r'save_strategy = "best" goes by the validation loss: set data\.validation'),
-        ([VALIDATION, "train.metric_for_best_model=accuracy"], r"accuracy': what a validation gives is loss and perpl"),
-        (["train.auto_find_batch_size=true"], r"auto_find_batch_size .*: set train\.per_device_train_batch_size"),
+        (["train.save_strategy=best"], r'save_strategy = "best" .* data\.validation'),
+        ([VALIDATION, "train.metric_for_best_model=accuracy"], r"'accuracy'.* loss and perplexity"),
+        (["train.auto_find_batch_size=true"], r"auto_find_batch_size .* train\.per_device_train_batch_size"),
         (["train.overlap=2"], r"overlap = 2, .*gradient_accumulation_steps = 1"),
         (["train.overlap=4", "train.gradient_accumulation_steps=3"], r"overlap = 4, .*_accumulation_steps = 3"),
     ],

@@ -136,7 +136,7 @@ def test_an_unreachable_daemon_is_named_in_time() -> None:
         nobody.bind(("127.0.0.1", 0))  # and it does not listen
         endpoint = f"127.0.0.1:{nobody.getsockname()[1]}"
         client = TrunkClient(endpoint, connect_timeout_seconds=1.5)
-        with pytest.raises(TrunkUnreachable, match=rf"no trunk daemon at tcp://{endpoint}: nothing listens there"):
+        with pytest.raises(TrunkUnreachable, match=rf"tcp://{endpoint}: nothing listens"):
             client.connect()
         with pytest.raises(TrunkUnreachable):
             client.forward(some())
@@ -146,13 +146,13 @@ def test_an_unreachable_daemon_is_named_in_time() -> None:
 def test_something_else_on_the_port_is_named_in_time() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         endpoint = f"127.0.0.1:{listener.getsockname()[1]}"
-        with pytest.raises(TrunkUnreachable, match="something listens there that does not answer"):
+        with pytest.raises(TrunkUnreachable, match="something listens"):
             with TrunkClient(endpoint, connect_timeout_seconds=1.5):
                 pass
 
 
 def test_an_unknown_host_is_named_in_time() -> None:
-    with pytest.raises(TrunkUnreachable, match=r"no-such-host\.invalid:5555: the name of its host is not known"):
+    with pytest.raises(TrunkUnreachable, match=r"no-such-host\.invalid:5555: .*\bname\b"):
         with TrunkClient("no-such-host.invalid:5555", connect_timeout_seconds=0.5):
             pass
 
@@ -177,7 +177,7 @@ def test_a_daemon_of_another_version_is_named_with_both_versions() -> None:
             for _ in range(UNREADABLE_ANSWERS + 1):  # fewer could be damage on the line
                 peer, preamble, *_ = router.recv_multipart()
                 router.send_multipart([peer, preamble[:4] + b"\x07" + preamble[5:], b""])
-            with pytest.raises(ProtocolVersionError, match=rf"version {MAJOR} .* of 7"):
+            with pytest.raises(ProtocolVersionError, match=rf"\b{MAJOR}\b.*\b7\b"):
                 connecting.result(20)
 
 
@@ -194,7 +194,7 @@ def test_a_failed_computation_fails_its_own_request_only(client: TrunkClient) ->
 
 
 def test_a_message_over_the_daemons_limit_is_refused_before_it_is_sent(client: TrunkClient) -> None:
-    with pytest.raises(TooLargeError, match="smaller batch"):
+    with pytest.raises(TooLargeError, match="batch"):
         client.forward(torch.zeros(10_000, 10, HIDDEN))
     assert torch.equal(client.forward(some()).output, some(1.0))
 
@@ -286,7 +286,7 @@ def test_a_daemon_that_comes_back_with_another_trunk_is_refused(
         server.stop()
         with EchoServer(port=server.port, **changes):  # type: ignore[arg-type]
             for _ in range(2):
-                with pytest.raises(WrongModelError, match=f"another {next(iter(changes))} than this run began with"):
+                with pytest.raises(WrongModelError, match=f"another {next(iter(changes))}\\b"):
                     client.backward(step, some(4.0))
 
 
@@ -314,7 +314,7 @@ def test_a_mask_or_activations_that_are_written_after_the_forward_do_not_change_
     mask.zero_()
     assert torch.equal(step.inputs()["attention_mask"], torch.ones(1, 2, dtype=torch.long))  # type: ignore[arg-type]
     activations.zero_()
-    with pytest.raises(ChangedError, match="written in place"):
+    with pytest.raises(ChangedError, match="activations"):
         client.backward(step, some())
 
 

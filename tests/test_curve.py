@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import socket
 import stat
 import threading
@@ -382,21 +383,21 @@ def test_a_pair_is_never_overwritten(tmp_path: Path) -> None:
     for left_out in (None, public):
         if left_out is not None:
             left_out.unlink()
-        with pytest.raises(ConfigError, match="there already"):
+        with pytest.raises(ConfigError, match=rf"{tmp_path}/alice\.key.*--out"):
             write_key_pair(tmp_path, "alice")
     assert secret.read_bytes() == before
 
 
 @pytest.mark.parametrize("name", ["", "../x", "a/b", "a b", "a.b", ".a", "-a", "a\n", "é", "a" * 65, "\0"])
 def test_names_that_are_no_file_names_are_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(ConfigError, match="cannot name a key pair"):
+    with pytest.raises(ConfigError, match=rf"^{re.escape(repr(name))} .*64"):
         write_key_pair(tmp_path, name)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_directory_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(StartupError, match="cannot be written: "):
+    with pytest.raises(StartupError, match="file/keys"):
         write_key_pair(tmp_path / "file" / "keys", "alice")
 
 
@@ -436,10 +437,10 @@ def test_key_files_that_will_not_do_say_what_to_do(tmp_path: Path) -> None:
 
 def test_public_keys_that_will_not_do_say_what_to_do(tmp_path: Path) -> None:
     public, secret = write_key_pair(tmp_path, "alice")
-    with pytest.raises(ConfigError, match="secret key, which nobody but its owner should have"):
+    with pytest.raises(ConfigError, match=rf"{secret} .*secret key"):
         read_public_key(str(secret))
     for text in ("", "alice.key", "x" * 39, "x" * 41, "#" * 40, "'" * 40, "\0" * 40, str(tmp_path)):
-        with pytest.raises(ConfigError, match="neither a file nor a public key"):
+        with pytest.raises(ConfigError, match=rf"^{re.escape(repr(text))} .*40"):
             read_public_key(text)
     public.write_text(public.read_text().replace(read_public_key(str(public)).decode(), "x" * 39))
     with pytest.raises(ConfigError, match="damaged"):

@@ -6,6 +6,7 @@ import ast
 import re
 import shutil
 import subprocess
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -36,10 +37,40 @@ def test_every_test_that_is_named_is_there(document: str) -> None:
     assert missing == []
 
 
+def anchors_of(text: str) -> set[str]:
+    """The headings of a page as links name them: of two that read alike the second ends with -1."""
+    found: set[str] = set()
+    for heading in re.findall(r"^#+ +(.+?) *$", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE), re.M):
+        name = re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+        found.add(next(each for n in count() if (each := f"{name}-{n}" if n else name) not in found))
+    return found
+
+
+def dead_links(page: Path) -> list[str]:
+    """Links of a page, outside its blocks, to a file or a heading that is not there."""
+    dead = []
+    for link in re.findall(r"\]\(<?([^)>\s]+)>?|(?:src|href)=\"([^\"]+)\"|^\[[^]]+\]: (\S+)", prose_of(page), re.M):
+        place, _, anchor = "".join(link).partition("#")
+        if ":" in place:
+            continue  # of another site
+        target = page.parent / place if place else page
+        if not target.exists() or (anchor and anchor not in anchors_of(target.read_text())):
+            dead.append("".join(link))
+    return dead
+
+
 @pytest.mark.parametrize("document", PAGES, ids=lambda path: path.name)
-def test_every_file_that_is_linked_to_is_there(document: Path) -> None:
-    links = re.findall(r"\]\(([^)#:]+)\)", document.read_text())
-    assert [link for link in links if not (document.parent / link).exists()] == []
+def test_every_link_leads_to_a_file_or_a_heading(document: Path) -> None:
+    assert dead_links(document) == []
+
+
+def test_a_link_to_a_heading_that_is_not_there_is_dead(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("# Two `words`\n## Same\n## Same\n```sh\n# no heading\n```\n[a](#two-words) [b](page.md#same-1)\n")
+    assert dead_links(page) == []
+    with page.open("a") as more:
+        more.write("[c](#same-2) [d](#no-heading) [e](gone.md) [f](https://example.org/#x)\n\n[g]: gone.png\n")
+    assert dead_links(page) == ["#same-2", "#no-heading", "gone.md", "gone.png"]
 
 
 def test_every_block_says_what_it_is() -> None:

@@ -14,6 +14,7 @@ from support.compare import numbers_of, within
 from support.daemon import Daemon
 from support.models import CONFIGS, CUT, with_lora
 from support.relay import Relay
+from zsl.errors import BadDtypeError
 from zsl.split.cut import parse_cut
 from zsl.split.loading import load_trunk_part
 from zsl.split.reference import resolve
@@ -50,7 +51,7 @@ def test_the_wire_dtype_halves_the_bytes_and_keeps_the_gradient_to_its_precision
 
 
 def test_a_dtype_that_does_not_travel_is_refused_at_once() -> None:
-    with pytest.raises(zsl.ZslError, match="int8"):
+    with pytest.raises(BadDtypeError, match="int8"):
         zsl.RemoteTrunk("127.0.0.1:5555", wire_dtype=torch.int8)
 
 

@@ -106,7 +106,7 @@ def test_a_loss_that_depends_on_padding_is_an_error_not_a_wrong_gradient(
     model = with_lora(zsl.load_client(str(checkpoints("llama")), trunk))
     batch = batches.padded("right")
     del batch["labels"]
-    with pytest.raises(PaddingGradientError, match="padding"):
+    with pytest.raises(PaddingGradientError):
         model(**batch).logits.sum().backward()
     trunk.close()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -219,7 +220,7 @@ def test_the_numbers_are_the_local_models_and_the_file_loads_on_it(
     assert same(logits(loaded), logits(split))
 
     if config.peft_type in ONLY_TO_USE:
-        with pytest.raises(ModelError, match="does not hold all that"):
+        with pytest.raises(ModelError, match=str(tmp_path)):
             load_adapter(client(), tmp_path, is_trainable=True)
     else:
         assert differing(numbers, trained(load_adapter(client(), tmp_path, is_trainable=True))) == []
@@ -247,7 +248,7 @@ def test_methods_that_need_more_of_the_loop_give_the_local_models_numbers_from_p
     zsl.save_adapter(split, tmp_path)
     whole = whole_with(tmp_path, models["llama"].whole(), split.state_dict())
     assert differing(numbers, trained(whole, batch)) == []
-    with pytest.raises(ConfigError, match=r"it works (in your own loop|from Python)"):
+    with pytest.raises(ConfigError, match=f"peft.method.*'{kind.lower()}'.*(loop|Python)"):
         peft_config("run.toml", {"method": kind.lower(), **keys})
 
 
@@ -298,7 +299,7 @@ def test_the_part_of_a_side_loads_alone(
     parts: Keys = {}
     for side in ("bottom", "top"):
         if side not in sides:
-            with pytest.raises(ModelError, match=rf"no weights on the {side} side|it has no {side} part"):
+            with pytest.raises(ModelError, match=rf"\b{side}\b"):
                 zsl.save_adapter(split, tmp_path / side, sides=of, only=side)
             continue
         zsl.save_adapter(split, tmp_path / side, sides=of, only=side)
@@ -312,21 +313,21 @@ def test_the_part_of_a_side_loads_alone(
 
 
 REFUSED = {
-    "dora": ({"method": "dora"}, 'write method = "lora" with use_dora = true'),
+    "dora": ({"method": "dora"}, 'method = "lora".* use_dora = true'),
     "qlora": ({"method": "QLoRA"}, r'\[model\] quantize = "4bit"'),
-    "misspelt": ({"method": "loraa"}, "did you mean lora"),
-    "nothing like it": ({"method": "zzz"}, "unknown; there are adaption_prompt, beft"),
-    "misspelt key": ({"lora_aplha": 3}, "run.toml: unknown key peft.lora_aplha; did you mean peft.lora_alpha"),
-    "another's key": ({"method": "ia3", "r": 3}, r"unknown key peft\.r \(--lora-rank\); peft\.method = 'ia3' has none"),
-    "not a user's": ({"inference_mode": True}, "unknown key peft.inference_mode"),
+    "misspelt": ({"method": "loraa"}, "'loraa'.*\\blora\\b"),
+    "nothing like it": ({"method": "zzz"}, "'zzz'.* adaption_prompt, beft"),
+    "misspelt key": ({"lora_aplha": 3}, "peft.lora_aplha.* peft.lora_alpha"),
+    "another's key": ({"method": "ia3", "r": 3}, r"peft\.r \(--lora-rank\).* peft\.method = 'ia3'"),
+    "not a user's": ({"inference_mode": True}, "peft.inference_mode"),
     "not the type": ({"r": "many"}, "peft.r = 'many'"),
-    "not PEFT's": ({"method": "ia3", "target_modules": ["a"], "feedforward_modules": ["b"]}, "should be a subset"),
+    "not PEFT's": ({"method": "ia3", "target_modules": ["a"], "feedforward_modules": ["b"]}, "feedforward_modules"),
     "no virtual tokens": (
         {"method": "prompt_tuning"},
-        r"peft\.num_virtual_tokens is needed for peft\.method = 'prompt_tuning'",
+        r"peft\.num_virtual_tokens .*peft\.method = 'prompt_tuning'",
     ),
-    "no length": ({"method": "adaption-prompt", "adapter_layers": 2}, r"peft\.adapter_len is needed"),
-    "no layers": ({"method": "adaption_prompt", "adapter_len": 4}, r"peft\.adapter_layers is needed"),
+    "no length": ({"method": "adaption-prompt", "adapter_layers": 2}, r"peft\.adapter_len\b"),
+    "no layers": ({"method": "adaption_prompt", "adapter_len": 4}, r"peft\.adapter_layers\b"),
     "prefix tuning": ({"method": "prefix-tuning"}, "keys and values into every layer"),
     "cartridge": ({"method": "cartridge"}, "keys and values into every layer"),
     "xlora": ({"method": "xlora"}, "hidden states of every layer"),
@@ -353,42 +354,42 @@ def test_what_is_not_taken_is_refused_in_a_line(keys: Keys, reason: str) -> None
 
 
 def test_p_tuning_without_a_number_of_virtual_tokens_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"^run\.toml: peft\.num_virtual_tokens is needed"):
+    with pytest.raises(ConfigError, match=r"^run\.toml: peft\.num_virtual_tokens\b"):
         peft_config("run.toml", {"method": "p_tuning"}, checkpoints=False)
 
 
 def test_a_method_that_no_test_holds_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("zsl.training.peft_table.SHOWN", SHOWN - {"LOHA"})
-    with pytest.raises(ConfigError, match="not shown to give the local model's gradients"):
+    with pytest.raises(ConfigError, match="loha"):
         peft_config("run.toml", linear("loha")("llama"))
 
 
 NOT_HERE = {
-    "trunk's layers": ({"target_modules": ["q_proj"], "layers_to_transform": [1, 2, 3]}, r"\[2, 3\] are in the trunk"),
+    "trunk's layers": ({"target_modules": ["q_proj"], "layers_to_transform": [1, 2, 3]}, r"\[2, 3\].*trunk"),
     "a trunk's module": (
         {"target_modules": ["q_proj", "layers.3.mlp.up_proj"]},
-        "'layers.3.mlp.up_proj' is in the trunk",
+        "'layers.3.mlp.up_proj'.*trunk",
     ),
-    "to save in the trunk": ({"modules_to_save": ["layers.2.input_layernorm"]}, "is in the trunk"),
-    "to save nowhere": ({"modules_to_save": ["classifier"]}, "no 'classifier'; there are down_proj, embed_tokens"),
-    "nothing": ({"target_modules": ["c_attn"]}, "fits nothing outside the trunk; there are down_proj"),
-    "no pattern": ({"target_modules": r".*\.layers\.2\..*"}, "fits nothing outside the trunk"),
+    "to save in the trunk": ({"modules_to_save": ["layers.2.input_layernorm"]}, "'layers.2.input_layernorm'.*trunk"),
+    "to save nowhere": ({"modules_to_save": ["classifier"]}, "'classifier'.* down_proj, embed_tokens"),
+    "nothing": ({"target_modules": ["c_attn"]}, "c_attn.*trunk.* down_proj"),
+    "no pattern": ({"target_modules": r".*\.layers\.2\..*"}, "target_modules.*trunk"),
     "a name as a pattern": (
         {"target_modules": "q_proj"},
-        r'fits nothing outside the trunk; a string is a pattern for whole paths; write \["q_proj"\]$',
+        r'trunk.* \["q_proj"\]$',
     ),
-    "not in PEFT": ({"method": "beft", "target_modules": ["norm"]}, "BEFT cannot be put on this model: Target module"),
+    "not in PEFT": ({"method": "beft", "target_modules": ["norm"]}, "BEFT .*: Target module"),
     "no regular expression": (
         {"target_modules": "(["},
-        r"on this model: '\(\[' is no regular expression: un",
+        r": '\(\[' .*regular expression: un",
     ),
     "nor in a key": (
         {"target_modules": ["q_proj"], "rank_pattern": {"([": 2}},
-        r"LORA cannot be put on this model: '.*\(\[.*' is no regular expression: unterminated",
+        r"LORA .*: '.*\(\[.*' .*regular expression: unterminated",
     ),
-    "nor excluded": ({"target_modules": ["q_proj"], "exclude_modules": "(["}, "is no regular expression"),
+    "nor excluded": ({"target_modules": ["q_proj"], "exclude_modules": "(["}, "regular expression"),
     "no such token": ({"target_modules": ["q_proj"], "trainable_token_indices": [999999]}, "IndexError: .*99999"),
-    "past the trunk": (CASES["adaption prompt"]("llama") | {"adapter_layers": 3}, "2 layers are behind"),
+    "past the trunk": (CASES["adaption prompt"]("llama") | {"adapter_layers": 3}, "2 layers"),
 }
 
 
@@ -403,26 +404,26 @@ def test_where_every_layer_is_in_the_cut_it_is_said_what_is_left_to_adapt(
     keys: Keys, checkpoints: Callable[..., Path]
 ) -> None:
     model = load_client_part(resolve(str(checkpoints("llama"))), parse_cut("0:6"))
-    with pytest.raises(ConfigError, match=r"as all are in the cut: .* what is left: embed_tokens, lm_head, norm$"):
+    with pytest.raises(ConfigError, match=r"cut.* embed_tokens, lm_head, norm$"):
         with_adapter(model, peft_config("run.toml", keys))
 
 
 def test_a_method_with_nothing_to_train_is_refused(models: dict[str, Models]) -> None:
-    with pytest.raises(ConfigError, match="OSF finds nothing to train"):  # in Conv1D
+    with pytest.raises(ConfigError, match="OSF"):  # in Conv1D
         with_adapter(models["gpt2"].client(), peft_config("run.toml", linear("osf")("gpt2")))
 
 
 def test_an_adapter_with_weights_on_the_trunks_layers_is_not_loaded(models: dict[str, Models], tmp_path: Path) -> None:
     config = peft_config("run.toml", lora()("llama"))
     get_peft_model(models["llama"].whole(), config).save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match=r"on the trunk's layers: base_model\S+layers\.2\..* and 13 more"):
+    with pytest.raises(ModelError, match=r"trunk.* base_model\S+layers\.2\..* 13 "):
         load_adapter(models["llama"].client(), tmp_path)
     with pytest.raises(ModelError, match=r"layers\.2\..*zsl merge"):
         PeftModel.from_pretrained(models["llama"].client(), tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("key", "reason"), [("base_model.model.model.layers.0.other.weight", "fit nothing"), (None, "no weights where")]
+    ("key", "reason"), [("base_model.model.model.layers.0.other.weight", "layers.0.other.weight"), (None, "no weights")]
 )
 def test_an_adapter_that_does_not_fit_is_not_loaded(
     key: str | None, reason: str, models: dict[str, Models], tmp_path: Path
@@ -440,18 +441,18 @@ def test_an_adapter_whose_configuration_is_damaged_is_not_loaded(models: dict[st
     zsl.save_adapter(with_adapter(models["llama"].client(), peft_config("run.toml", lora()("llama"))), tmp_path)
     file = tmp_path / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"rank_pattern": {"([": 2}}))
-    with pytest.raises(ModelError, match=r"cannot be loaded: .* is no regular expression"):
+    with pytest.raises(ModelError, match="regular expression"):
         load_adapter(models["llama"].client(), tmp_path)
 
 
 def test_no_adapter_is_not_loaded(models: dict[str, Models], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ModelError, match="cannot be loaded"):
+    with pytest.raises(ModelError, match=str(tmp_path)):
         load_adapter(models["llama"].client(), tmp_path)
-    with pytest.raises(ModelError, match=r"some/where cannot be loaded: there is no such directory.*HF_HUB_OFFLINE"):
+    with pytest.raises(ModelError, match=r"some/where .*directory.*HF_HUB_OFFLINE"):
         load_adapter(models["llama"].client(), "some/where")
     monkeypatch.setattr("zsl.split.attach.PeftConfig", None)  # nothing is asked
     for name in ("nosuch", "./no/such", "a/b/c"):
-        with pytest.raises(ModelError, match=r"there is no such directory$"):
+        with pytest.raises(ModelError, match=rf"{re.escape(name)} .*directory$"):
             load_adapter(models["llama"].client(), name)
 
 
@@ -517,13 +518,13 @@ def test_the_whole_models_gradient_is_as_large_when_its_layers_are_quantized(
 
 
 def test_a_method_without_quantized_layers_is_refused_on_a_quantized_model(quantized: Quantized) -> None:
-    with pytest.raises(ConfigError, match="no layers of LOHA for quantized weights"):
+    with pytest.raises(ConfigError, match=r"LOHA.* quantized"):
         quantized("4bit", linear("loha")("llama"))
 
 
 @pytest.mark.parametrize(
     ("text", "installed", "reason"),
-    [("random:llama", True, "random weights"), ("", False, r"needs bitsandbytes: pip install bitsandbytes")],
+    [("random:llama", True, "random weights"), ("", False, r"pip install bitsandbytes")],
 )
 def test_what_cannot_be_quantized_is_refused(
     text: str, installed: bool, reason: str, checkpoints: Callable[..., Path], monkeypatch: pytest.MonkeyPatch

@@ -88,7 +88,7 @@ def test_straight_through_gives_every_lora_parameter_a_gradient(path: str, endpo
 
 def test_none_leaves_the_bottom_without_gradients_and_warns(path: str, endpoint: str) -> None:
     trunk = zsl.RemoteTrunk(endpoint, mode="none")
-    with pytest.warns(UserWarning, match="everything in front of it learns nothing"):
+    with pytest.warns(UserWarning, match="mode is 'none': no gradient"):
         split = with_lora(zsl.load_client(path, trunk))
     ours, exact = numbers_of(split, batches.plain()), numbers_of(with_lora(local_model(path)), batches.plain())
     sides = side_gradients(split)
@@ -101,7 +101,7 @@ def test_none_leaves_the_bottom_without_gradients_and_warns(path: str, endpoint:
 def test_a_forward_only_daemon_turns_exact_into_none_with_a_warning(path: str) -> None:
     with served(path, forward_only=True) as endpoint:
         trunk = zsl.RemoteTrunk(endpoint)
-        with pytest.warns(UserWarning, match="forward only"):
+        with pytest.warns(UserWarning, match="forward only.*'none'"):
             split = with_lora(zsl.load_client(path, trunk))
         assert (trunk.mode, trunk.effective_mode) == ("exact", "none")
         numbers_of(split, batches.plain())
@@ -195,15 +195,15 @@ def test_a_trunk_that_is_used_for_another_model_refuses_it(
 ) -> None:
     zsl.load_client(path, trunk)
     zsl.load_client(path, trunk)
-    with pytest.raises(WrongModelError, match="RemoteTrunk of its own"):
+    with pytest.raises(WrongModelError, match=r"RemoteTrunk.*llama.*2:4"):
         zsl.load_client(str(checkpoints("llama", seed=7)), trunk)
-    with pytest.raises(WrongModelError, match="RemoteTrunk of its own"):
+    with pytest.raises(WrongModelError, match=r"RemoteTrunk.*llama.*2:4"):
         zsl.load_client(path, trunk, cut=Cut(start=1, stop=4))
 
 
 def test_a_cache_is_refused_by_name(path: str, trunk: zsl.RemoteTrunk) -> None:
     model = zsl.load_client(path, trunk)
-    with pytest.raises(ModelError, match="use_cache=True is not supported"):
+    with pytest.raises(ModelError, match="use_cache=True"):
         model(input_ids=batches.tokens(1, 4), use_cache=True)
     with pytest.raises(ModelError, match="output_hidden_states"):
         model(input_ids=batches.tokens(1, 4), output_hidden_states=True)
@@ -259,7 +259,7 @@ def test_leaving_its_context_closes_it(endpoint: str) -> None:
 def test_autocast_is_warned_of_once(path: str, trunk: zsl.RemoteTrunk) -> None:
     model = zsl.load_client(path, trunk)
     with torch.autocast("cpu", torch.bfloat16):
-        with pytest.warns(UserWarning, match=r"autocast to torch\.bfloat16 .* computes in torch\.float32.*bf16=False"):
+        with pytest.warns(UserWarning, match=r"torch\.bfloat16.*torch\.float32.*bf16=False"):
             model(input_ids=batches.tokens(1, 4))
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -268,7 +268,7 @@ def test_autocast_is_warned_of_once(path: str, trunk: zsl.RemoteTrunk) -> None:
 
 def test_a_4_d_mask_is_refused_by_shape(path: str, trunk: zsl.RemoteTrunk) -> None:
     model = zsl.load_client(path, trunk)
-    with pytest.raises(ModelError, match=r"mask of shape \(1, 1, 4, 4\)"):
+    with pytest.raises(ModelError, match=r"mask .*\(1, 1, 4, 4\)"):
         model(input_ids=batches.tokens(1, 4), attention_mask=torch.zeros(1, 1, 4, 4))
 
 
@@ -296,7 +296,7 @@ def test_other_weights_another_cut_and_another_model_are_refused(
 
 def test_a_wrong_hidden_size_at_the_module_is_one_clear_error(endpoint: str) -> None:
     trunk = zsl.RemoteTrunk(endpoint)
-    with pytest.raises(BadShapeError, match="hidden size 33, this trunk has 32"):
+    with pytest.raises(BadShapeError, match=r"hidden size 33.* 32"):
         trunk(torch.zeros(1, 2, 33))
     trunk.close()
 
@@ -309,7 +309,7 @@ def test_a_hidden_state_of_bfloat16_comes_back_as_bfloat16(endpoint: str) -> Non
 
 def test_a_trunk_of_another_dtype_is_warned_of(endpoint: str, path: str) -> None:
     trunk = zsl.RemoteTrunk(endpoint)
-    with pytest.warns(UserWarning, match="losses will differ"):
+    with pytest.warns(UserWarning, match="torch.float32.*torch.bfloat16"):
         zsl.load_client(path, trunk, dtype=torch.bfloat16)
     trunk.close()
 

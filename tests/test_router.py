@@ -206,13 +206,13 @@ def test_it_binds_without_a_loop_and_tells_a_port_in_use() -> None:
     with closing(new_router()) as first:
         endpoint = first.bind("127.0.0.1", 0)
         _, port = address_of(endpoint)
-        with pytest.raises(StartupError, match=f"127.0.0.1:{port}: the port is in use"):
+        with pytest.raises(StartupError, match=f"127.0.0.1:{port}: .*port"):
             new_router().bind("127.0.0.1", port)
 
 
 @pytest.mark.parametrize("host", ["192.0.2.1", "no.such.host.invalid"])
 def test_an_address_that_this_machine_does_not_have_is_told_by_the_option_that_names_it(host: str) -> None:
-    with pytest.raises(StartupError, match=f"{host}:0: this machine has no such address; .*--host"):
+    with pytest.raises(StartupError, match=f"{host}:0: .*--host"):
         new_router().bind(host, 0)
 
 

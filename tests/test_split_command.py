@@ -234,7 +234,7 @@ def test_the_client_gets_tokenizer_and_generation_config(checkpoints: Callable[.
     assert here("split learning it").input_ids == there("split learning it").input_ids == [1, 2, 0]
     assert here.chat_template == there.chat_template and here.pad_token == there.pad_token
     assert (client / "generation_config.json").read_bytes() == (path / "generation_config.json").read_bytes()
-    with pytest.raises(ModelError, match="trunk's part"):
+    with pytest.raises(ModelError, match="trunk's"):
         resolve(str(tmp_path / "two" / "trunk")).tokenizer()
 
 
@@ -245,24 +245,24 @@ def test_a_part_in_the_wrong_place_is_refused_in_a_line(parts: Callable[[str], P
         plan_trunk(model, cut, torch.float32, "cpu", forward_only=False)
 
     remote = zsl.RemoteTrunk("127.0.0.1:9")
-    with pytest.raises(ModelError, match=r"client's part of a llama model, for the cut 2:4: a daemon needs .*--server"):
+    with pytest.raises(ModelError, match=r"client's .*llama .*2:4.*--server"):
         plan(client)
-    with pytest.raises(ModelError, match="trunk's part of a llama model, for the cut 2:4: a client needs"):
+    with pytest.raises(ModelError, match=r"trunk's .*llama .*2:4.*client"):
         zsl.load_client(trunk, remote)
-    with pytest.raises(ModelError, match="for the cut 2:4, not 1:4"):
+    with pytest.raises(ModelError, match="2:4, not 1:4"):
         plan(trunk, Cut(start=1, stop=4))
-    with pytest.raises(ModelError, match="for the cut 2:4, not 1:4"):
+    with pytest.raises(ModelError, match="2:4, not 1:4"):
         zsl.load_client(client, remote, cut=Cut(start=1, stop=4))
     for part in (client, trunk):
-        with pytest.raises(ModelError, match="the whole model is needed"):
+        with pytest.raises(ModelError, match="whole"):
             load_whole(resolve(part))
         finished = run("split", part, CUT, "--out", tmp_path / "again")
-        assert finished.exit_code == EXIT_STARTUP_FAILED and "the whole model is needed" in finished.output
+        assert finished.exit_code == EXIT_STARTUP_FAILED and "whole" in finished.output
 
 
 def test_a_training_without_a_daemon_says_that_a_part_needs_one(parts: Callable[[str], Path], tmp_path: Path) -> None:
     settings = [f"model.name={parts('llama') / 'client'}", f"train.output_dir={tmp_path / 'run'}", "data.max_length=16"]
-    with pytest.raises(ModelError, match="name a daemon with --server"):
+    with pytest.raises(ModelError, match="--server"):
         train_from_config(read_config(None, settings=settings, overrides={}), "here")
 
 
@@ -293,10 +293,10 @@ def edit(file: str, old: str, new: str) -> Callable[[Path], None]:
         (flip_a_bit, "damaged"),
         (cut_short, "cannot be read"),
         (edit("zsl.json", '"start": 2', '"start": 1'), "damaged"),
-        (edit("zsl.json", '"weights_digest": "', '"weights_digest": "0'), "not as zsl split wrote it"),
-        (edit("zsl.json", '"format": 2', '"format": 3'), "not as zsl split wrote it"),
-        (edit("zsl.json", '"format"', '"from": 1, "format"'), "not as zsl split wrote it"),
-        (edit("zsl.json", "{", ""), "not as zsl split wrote it"),
+        (edit("zsl.json", '"weights_digest": "', '"weights_digest": "0'), "zsl split"),
+        (edit("zsl.json", '"format": 2', '"format": 3'), "zsl split"),
+        (edit("zsl.json", '"format"', '"from": 1, "format"'), "zsl split"),
+        (edit("zsl.json", "{", ""), "zsl split"),
         (edit("config.json", '"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'), "damaged"),
     ],
 )
@@ -313,14 +313,15 @@ def test_what_cannot_be_written_leaves_nothing(checkpoints: Callable[..., Path],
     with files_of_at_most(100_000):  # the client's part has more, config.json less
         finished = run("split", checkpoints("llama"), CUT, "--out", tmp_path / "two")
     assert finished.exit_code == EXIT_RUN_FAILED, finished.output
-    assert finished.output.count("\n") == 1 and "could not be written" in finished.output
+    assert finished.output.count("\n") == 1 and f"{tmp_path}" in finished.output
     assert list(tmp_path.iterdir()) == []
 
 
 def test_nothing_is_put_in_the_place_of_anything(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
     (tmp_path / "notes").touch()
     finished = run("split", checkpoints("llama"), CUT, "--out", tmp_path)
-    assert finished.exit_code == EXIT_USAGE and "there already" in finished.output
+    assert finished.exit_code == EXIT_USAGE
+    assert finished.output == f"zsl split: {tmp_path} is there already: name another --out, or remove it\n"
     (tmp_path / "empty").mkdir()
     assert run("split", checkpoints("llama"), CUT, "--out", tmp_path / "empty").exit_code == 0
 
@@ -329,8 +330,8 @@ def test_nothing_is_put_in_the_place_of_anything(checkpoints: Callable[..., Path
     ("model", "cut", "code", "words"),
     [
         ("llama", "4:2", EXIT_USAGE, "START < STOP"),
-        ("llama", "2:9", EXIT_STARTUP_FAILED, "the model has layers 0 to 5"),
-        ("nothing", CUT, EXIT_STARTUP_FAILED, "cannot be loaded"),
+        ("llama", "2:9", EXIT_STARTUP_FAILED, "0 to 5"),
+        ("nothing", CUT, EXIT_STARTUP_FAILED, "nothing"),
     ],
 )
 def test_a_wrong_argument_is_one_line(

@@ -181,10 +181,10 @@ def test_a_number_that_would_keep_a_client_spinning_or_waiting_is_refused() -> N
 
 
 def test_a_message_for_the_other_end_is_refused() -> None:
-    with pytest.raises(MalformedError, match="not taken here"):
+    with pytest.raises(MalformedError, match=f"type {MessageType.STATUS}\\b"):
         decode(encode(StatusRequest(request=1)), {})
     welcome = next(header for header in HEADERS if isinstance(header, Welcome))
-    with pytest.raises(MalformedError, match="not taken here"):
+    with pytest.raises(MalformedError, match=f"type {MessageType.WELCOME}\\b"):
         decode(encode(welcome), TO_DAEMON)
 
 
@@ -431,9 +431,9 @@ def test_a_descriptor_takes_exactly_its_own_number_of_bytes(dtype: str, shape: l
     "character", ["\x07", "\x1b", "\n", "\r", "\x7f", "\x9b", "\u2028", "\u202e", "\u2066", "\ufeff"]
 )
 def test_a_name_with_a_control_character_is_refused_and_a_text_with_it_escaped(character: str) -> None:
-    with pytest.raises(ValidationError, match="control a terminal"):
+    with pytest.raises(ValidationError, match=r"1 validation error.*\n+software\n"):
         Hello(request=1, software=f"0{character}", dtype="f32", model=None, cut=None, resume=None)
-    with pytest.raises(ValidationError, match="control a terminal"):
+    with pytest.raises(ValidationError, match=r"1 validation error.*\n+model_type\n"):
         ModelIdentity.model_validate(IDENTITY.model_dump() | {"model_type": character})
     fields = {
         "request": 1,
