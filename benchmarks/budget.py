@@ -16,7 +16,7 @@ from report import Report, out_option
 from servers import trunk_daemon
 
 from zsl.client.trunk_client import TrunkClient
-from zsl.trunk.sizes import parse_size
+from zsl.text.byte_size import parse_size
 
 TIMEOUT_SECONDS = 600.0  # of a request
 IDLE_SECONDS = 15.0  # until a daemon has given back what it freed

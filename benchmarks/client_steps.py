@@ -13,9 +13,9 @@ from trainee import trainee
 from turns import StepSeconds, Turn
 
 import zsl
+from zsl.models.loading import load_whole
+from zsl.models.reference import resolve
 from zsl.split.cut import parse_cut
-from zsl.split.loading import load_whole
-from zsl.split.reference import resolve
 from zsl.split.stack import layer_count
 
 Step = Callable[[], StepSeconds]

@@ -28,8 +28,8 @@ import zmq
 from echo_trunk import HIDDEN
 
 import zsl
-from zsl.client.connection import Connection
-from zsl.client.requests import Pending
+from zsl.link.connection import Connection
+from zsl.link.pending import Pending
 from zsl.transport.dealer import HANDSHAKE_MS, KEEPALIVE
 from zsl.wire.frames import Frame, decode, encode
 from zsl.wire.messages import (

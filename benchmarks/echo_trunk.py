@@ -10,7 +10,7 @@ import asyncio
 import json
 
 from zsl.trunk.costs import UNKNOWN_COSTS, BatchLimits
-from zsl.trunk.server import TrunkServer
+from zsl.trunk.daemon.server import TrunkServer
 from zsl.trunk.settings import TrunkInfo, TrunkTraits
 from zsl.trunk.work import Batch, Done, Outcome
 from zsl.wire.messages import Cut, ModelIdentity

@@ -34,7 +34,7 @@ import click
 from report import Report, out_option, percentile
 
 from zsl.trunk.costs import Costs, PassCost, batch_limits
-from zsl.trunk.scheduler import Job, Scheduler
+from zsl.trunk.scheduling.scheduler import Job, Scheduler
 from zsl.trunk.settings import ServerSettings
 from zsl.trunk.work import Kind
 

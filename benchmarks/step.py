@@ -19,8 +19,8 @@ from trainee import Trainee, trainee
 
 import zsl
 from zsl.client.remote import RemoteTrunk
-from zsl.split.loading import load_whole
-from zsl.split.reference import ModelReference, resolve
+from zsl.models.loading import load_whole
+from zsl.models.reference import ModelReference, resolve
 
 DTYPES = ("float32", "bfloat16")
 # What is compared, and what is wanted of it.

@@ -13,8 +13,8 @@ from support.square import SquareClient, SquareServer, some
 from test_server import backward, code_of
 from zsl.errors import ConfigError, ForbiddenError, TrunkAuthError
 from zsl.transport.curve import ClientKeys, KeyPair, read_key_pair, write_key_pair
+from zsl.trunk.access.tenants import Allowlist
 from zsl.trunk.settings import ServerSettings
-from zsl.trunk.tenants import Allowlist
 from zsl.wire.messages import Error, Hello, Ping, Result, Welcome
 
 NAMES = ("server", "alice", "bob", "mallory")
@@ -181,7 +181,7 @@ def test_a_tenant_has_no_more_sessions_than_its_quota(keys: Keys) -> None:
 def test_a_tenant_whose_client_died_can_start_it_again_before_the_lease_has_ended(
     keys: Keys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("zsl.trunk.sessions.QUIET_SECONDS", 0.5)
+    monkeypatch.setattr("zsl.trunk.sessions.sessions.QUIET_SECONDS", 0.5)
     keys.write_list("alice", more="max_sessions = 1\n")
     settings = ServerSettings(lease_seconds=600)
     with SquareServer(keys=keys.pair("server"), allowlist=Allowlist(keys.list), settings=settings) as server:

@@ -13,9 +13,9 @@ import pytest
 from support.balancer import Balancer
 from support.square import SquareClient, SquareServer, some
 from test_faults_without_torch import steps_are_right, wait_until
-from zsl.client.open_session import Open
-from zsl.client.reconnects import ALL_ARE_SAID, BETWEEN_LINES_SECONDS, FIRST_WAIT_SECONDS, WINDOW_SECONDS, Reconnects
-from zsl.trunk.handlers import Handlers
+from zsl.link.open_session import Open
+from zsl.link.reconnects import ALL_ARE_SAID, BETWEEN_LINES_SECONDS, FIRST_WAIT_SECONDS, WINDOW_SECONDS, Reconnects
+from zsl.trunk.requests.handlers import Handlers
 from zsl.trunk.settings import ServerSettings
 from zsl.wire.messages import Ping, Welcome
 

@@ -19,12 +19,12 @@ from torch import nn
 
 import zsl
 from support.models import CUT, VOCABULARY, local_model
+from zsl.adapters.attach import load_adapter, with_adapter
 from zsl.cli.zsl import zsl as command
 from zsl.errors import EXIT_STARTUP_FAILED, ModelError
-from zsl.split.attach import load_adapter, with_adapter
+from zsl.models.loading import load_client_part
+from zsl.models.reference import resolve
 from zsl.split.cut import parse_cut
-from zsl.split.loading import load_client_part
-from zsl.split.reference import resolve
 from zsl.split.sides import Sides
 from zsl.split.stack import find_stack
 

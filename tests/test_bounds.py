@@ -20,14 +20,14 @@ from support.raw_zmtp import DEALER, RawKeys, RawPeer, long_frame
 from support.square import SquareTrunk
 from test_leaks import comes_to, on_loop
 from zsl import TrunkClient
-from zsl.transport.connection import Connection, MessageLimits, State
 from zsl.transport.curve import KeyPair
 from zsl.transport.mechanisms import Null
+from zsl.transport.peer_connection import Connection, MessageLimits, State
 from zsl.trunk.costs import Costs, PassCost
-from zsl.trunk.memory import give_back_freed_memory, resident_bytes
-from zsl.trunk.reply_cache import REMEMBERED_PER_SESSION, ReplyCache
-from zsl.trunk.scheduler import Job, Scheduler
-from zsl.trunk.server import CONTROL_MESSAGES
+from zsl.trunk.daemon.server import CONTROL_MESSAGES
+from zsl.trunk.malloc import give_back_freed_memory, resident_bytes
+from zsl.trunk.requests.reply_cache import REMEMBERED_PER_SESSION, ReplyCache
+from zsl.trunk.scheduling.scheduler import Job, Scheduler
 from zsl.trunk.settings import ServerSettings
 from zsl.trunk.work import Batch, Kind, Outcome
 from zsl.wire.messages import Forward, TensorDescriptor

@@ -18,11 +18,11 @@ from typing import Any
 import pytest
 
 from zsl.errors import ConfigError, StartupError
-from zsl.split.durable import aside, remove_leftovers, write_file
-from zsl.training.checkpoints import CHECKSUMS, checkpoints_in, damage_of, prune, put_in_place
-from zsl.training.config import TrainConfig
-from zsl.training.record import RunRecord, configuration_of, read_record
-from zsl.training.resume import RunDirectory, held, refuse_another_run
+from zsl.files.durable import aside, remove_leftovers, write_file
+from zsl.training.config.config import TrainConfig
+from zsl.training.directory.checkpoints import CHECKSUMS, checkpoints_in, damage_of, prune, put_in_place
+from zsl.training.directory.record import RunRecord, configuration_of, read_record
+from zsl.training.directory.resume import RunDirectory, held, refuse_another_run
 
 MINE = RunRecord(configuration={"train.learning_rate": 0.01}, facts={"the rows of the data": "abc"})
 
@@ -384,7 +384,7 @@ def test_what_the_user_asks_for_is_respected(tmp_path: Path) -> None:
 
 def test_a_directory_is_trained_into_by_one_process_at_a_time(tmp_path: Path) -> None:
     script = (
-        "import sys, pathlib; from zsl.training.resume import held\n"
+        "import sys, pathlib; from zsl.training.directory.resume import held\n"
         "with held(pathlib.Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
     )
     with subprocess.Popen(

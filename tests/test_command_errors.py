@@ -16,8 +16,8 @@ from zsl.cli.train import train
 from zsl.cli.trunkd import trunkd
 from zsl.cli.zsl import zsl as command
 from zsl.errors import EXIT_RUN_FAILED, EXIT_STARTUP_FAILED, EXIT_USAGE, RunFailed, StartupError
-from zsl.printable import PrintableFormatter
-from zsl.split.output import new_directory
+from zsl.files.new_directory import new_directory
+from zsl.text.printable import PrintableFormatter
 
 # Of each command one text is held word for word; all other tests hold the path, option, name or number in it.
 #   zsl               test_an_output_without_space_is_told_in_a_line, here
@@ -140,7 +140,7 @@ def test_a_folder_that_cannot_be_written_is_exit_3_with_its_name(
 def test_what_fails_in_the_middle_is_told_without_the_names_of_files_aside(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("zsl.split.output.sync_tree", refuse)
+    monkeypatch.setattr("zsl.files.new_directory.sync_tree", refuse)
     with pytest.raises(RunFailed) as raised, new_directory(tmp_path / "out"):
         pass
     assert str(raised.value) == f"{tmp_path / 'out'} could not be written: Permission denied"

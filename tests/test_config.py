@@ -14,10 +14,10 @@ from peft import LoraConfig
 from transformers import TrainingArguments
 
 from zsl.errors import ConfigError
-from zsl.training.config import TrainConfig, TrainerExtras, read_config
-from zsl.training.foreign import make_foreign
-from zsl.training.peft_table import peft_config
-from zsl.training.unknown_keys import OTHER_NAMES
+from zsl.training.config.config import TrainConfig, TrainerExtras, read_config
+from zsl.training.config.peft_table import peft_config
+from zsl.training.config.third_party import make_foreign
+from zsl.training.config.unknown_keys import OTHER_NAMES
 
 
 def printed_and_read(directory: Path, **tables: dict[str, Any]) -> tuple[Any, Any]:

@@ -20,8 +20,6 @@ import zmq
 
 from support.echo import HIDDEN, IDENTITY, POISON, EchoServer
 from zsl import AsyncTrunkClient, RemoteTrunk, TrunkClient
-from zsl.client.opening import UNREADABLE_ANSWERS
-from zsl.client.requests import Pending
 from zsl.errors import (
     BadShapeError,
     ChangedError,
@@ -35,6 +33,8 @@ from zsl.errors import (
     TrunkUnreachable,
     WrongModelError,
 )
+from zsl.link.opening import UNREADABLE_ANSWERS
+from zsl.link.pending import Pending
 from zsl.trunk.settings import ServerSettings
 from zsl.wire.frames import MAJOR
 from zsl.wire.messages import Cut

@@ -32,10 +32,10 @@ from zsl.cli.trunkd import trunkd
 from zsl.cli.zsl import zsl as zsl_command
 from zsl.errors import ForbiddenError, ModelError, RunFailed, TrunkAuthError
 from zsl.transport.curve import read_public_key, write_key_pair
-from zsl.trunk.daemon import DaemonOptions, run_daemon
+from zsl.trunk.daemon.process import DaemonOptions, run_daemon
+from zsl.trunk.daemon.standard_streams import MAX_WAITING_BYTES, check_output, drain_output, written_by_threads
 from zsl.trunk.failpoints import failpoint_from
 from zsl.trunk.settings import TrunkInfo
-from zsl.trunk.standard_streams import MAX_WAITING_BYTES, check_output, drain_output, written_by_threads
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -202,9 +202,9 @@ def test_before_it_knows_its_model_and_while_it_reads_the_weights_it_says_that_i
         os.kill(os.getpid(), signal.SIGHUP)
         return SimpleNamespace(info=TrunkInfo(IDENTITY, ECHO_CUT, "f32", False, 64), cut=ECHO_CUT, load=load)
 
-    monkeypatch.setattr("zsl.trunk.daemon.plan_trunk", plan)
-    monkeypatch.setattr("zsl.trunk.hangup._has_terminal", lambda: False)
-    monkeypatch.setattr("zsl.trunk.daemon.os._exit", end)
+    monkeypatch.setattr("zsl.trunk.daemon.process.plan_trunk", plan)
+    monkeypatch.setattr("zsl.trunk.daemon.hangup._has_terminal", lambda: False)
+    monkeypatch.setattr("zsl.trunk.daemon.process.os._exit", end)
     options = DaemonOptions(
         model="a model",
         cut=None,
@@ -335,8 +335,8 @@ def test_a_port_in_use_is_exit_3_with_the_port() -> None:
 
 def test_an_ipv6_address_may_stand_in_brackets(monkeypatch: pytest.MonkeyPatch) -> None:
     served: list[DaemonOptions] = []
-    monkeypatch.setattr("zsl.trunk.daemon.run_daemon", served.append)
-    monkeypatch.setattr("zsl.trunk.logs.set_up_logging", lambda *_, **__: None)
+    monkeypatch.setattr("zsl.trunk.daemon.process.run_daemon", served.append)
+    monkeypatch.setattr("zsl.trunk.daemon.log.set_up_logging", lambda *_, **__: None)
     for host in ("[::1]", "::1"):
         finished = CliRunner().invoke(trunkd, ["--host", host])
         assert finished.exit_code == 0, finished.output

@@ -28,7 +28,7 @@ from tokenizers import processors
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
-import zsl.split.hub
+import zsl.models.hub
 from support.data import (
     ANSWERS,
     CARD,
@@ -44,16 +44,16 @@ from support.hub import hub_of
 from support.models import local_model
 from zsl.cli.train import train
 from zsl.errors import ConfigError, DataError, ZslError
-from zsl.split.hub import why_no_answer
-from zsl.split.reference import ModelReference, resolve
-from zsl.training.config import read_config
+from zsl.models.hub import why_no_answer
+from zsl.models.reference import ModelReference, resolve
+from zsl.training.config.config import read_config
+from zsl.training.config.data_table import DataTable
 from zsl.training.data.chat import _by_characters, _by_prefixes, conversation_encoder
 from zsl.training.data.conversations import Conversation
 from zsl.training.data.load import TrainingData, load_data
 from zsl.training.data.rows import NO_LABEL, PadRight, TokenRow, pack
-from zsl.training.data.table import DataTable
-from zsl.training.metrics import RunMetrics
-from zsl.training.trainer import SplitTrainer
+from zsl.training.report.metrics import RunMetrics
+from zsl.training.trainer.trainer import SplitTrainer
 
 LENGTH = 32
 
@@ -703,9 +703,9 @@ def test_every_key_is_described_in_a_sentence() -> None:
 PROBE = """
 import json, sys
 from zsl.errors import ZslError
-from zsl.split.reference import resolve
+from zsl.models.reference import resolve
 from zsl.training.data.load import load_data
-from zsl.training.data.table import DataTable
+from zsl.training.config.data_table import DataTable
 model = resolve(sys.argv[1])
 for keys in map(json.loads, sys.argv[2:]):
     try:
@@ -814,13 +814,13 @@ def test_a_hub_that_hangs_or_is_unwell_counts_as_not_there(monkeypatch: pytest.M
         return why_no_answer()
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(zsl.split.hub, "CONNECT_SECONDS", 20)
+    monkeypatch.setattr(zsl.models.hub, "CONNECT_SECONDS", 20)
     with hub_of(tmp_path) as endpoint:
         assert look_at(endpoint) is None
     with hub_of(tmp_path, unwell=True) as endpoint:
         assert look_at(endpoint) == f"{endpoint} answers 503"
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        monkeypatch.setattr(zsl.split.hub, "CONNECT_SECONDS", 1.0)
+        monkeypatch.setattr(zsl.models.hub, "CONNECT_SECONDS", 1.0)
         assert "timed out" in str(look_at(f"http://127.0.0.1:{silent.getsockname()[1]}"))
     close_session()
 

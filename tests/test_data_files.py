@@ -20,9 +20,9 @@ from datasets import Dataset
 from support.data import SENTENCES, conversation, write_model
 from support.models import VOCABULARY
 from zsl.errors import ConfigError, DataError, StartupError
-from zsl.split.reference import ModelReference, resolve
+from zsl.models.reference import ModelReference, resolve
+from zsl.training.config.data_table import DataTable
 from zsl.training.data.load import TrainingData, load_data
-from zsl.training.data.table import DataTable
 
 TEXTS = SENTENCES[:3]
 # What pandas takes for missing, and pyarrow or pandas for something else than a text.

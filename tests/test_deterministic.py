@@ -15,9 +15,9 @@ from support.models import CUT
 from test_merging import backward_work, forward_work, run, split_randomly, tensors
 from zsl.errors import WrongModelError
 from zsl.split.cut import parse_cut
-from zsl.trunk.assemble import plan_trunk
-from zsl.trunk.compute import TorchCompute
-from zsl.trunk.probe import PackedForms, is_deterministic
+from zsl.trunk.compute.calibrate import PackedForms, is_deterministic
+from zsl.trunk.compute.engine import TorchCompute
+from zsl.trunk.daemon.load import plan_trunk
 from zsl.trunk.work import Alone, Keep
 
 PASS_TOKENS = 64

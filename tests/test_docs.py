@@ -15,7 +15,7 @@ from support.pages import LANGUAGES, PAGES, ROOT, TRANSLATED, blocks_of, prose_o
 from zsl.cli.train import train
 from zsl.cli.trunkd import trunkd
 from zsl.cli.zsl import zsl
-from zsl.training.toml_reference import toml_reference
+from zsl.training.config.reference import toml_reference
 
 NAMED = re.compile(r"`(?:bin/test )?(?:tests/)?(test_\w+)(?:\.py)?(?: -k (\w+))?`")
 DOCUMENTS = ["README.md", "README.zh-CN.md", "docs/reliability.md", "docs/security.md", "docs/batching.md"]

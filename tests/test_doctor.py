@@ -32,13 +32,13 @@ from zsl.cli.zsl import zsl as command
 from zsl.client.doctor import examination, machine, memory
 from zsl.client.doctor.daemon import check_versions
 from zsl.client.doctor.examination import Examination
-from zsl.client.probe import Probe
 from zsl.errors import EXIT_RUN_FAILED, EXIT_USAGE
+from zsl.link.status_client import Probe
+from zsl.models.divide import divide
+from zsl.models.reference import resolve
 from zsl.split.cut import parse_cut
-from zsl.split.divide import divide
-from zsl.split.reference import resolve
-from zsl.trunk.compute import TorchCompute
-from zsl.trunk.tenants import Allowlist
+from zsl.trunk.access.tenants import Allowlist
+from zsl.trunk.compute.engine import TorchCompute
 
 LINE = re.compile(r"(ok|warn|FAIL|skip) +([a-z ]+?)  +(.*)")
 
@@ -95,7 +95,7 @@ def test_a_model_that_does_not_fit_is_not_loaded(
     serve: Callable[..., Daemon], checkpoints: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory, "free_bytes", lambda: 1000)
-    monkeypatch.setattr("zsl.split.loading.load_whole", None)
+    monkeypatch.setattr("zsl.models.loading.load_whole", None)
     found = findings("--server", serve("llama").endpoint, "--model", str(checkpoints("llama")))
     assert found.state["gradient"] == "ok"
     assert "0.0 GiB" in found.text["gradient"]
@@ -236,7 +236,7 @@ def web_server(answer: int = 200) -> Iterator[str]:
 
 
 def test_another_program_listens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("zsl.client.probe.CONNECT_TIMEOUT_SECONDS", 0.5)
+    monkeypatch.setattr("zsl.link.status_client.CONNECT_TIMEOUT_SECONDS", 0.5)
     with web_server() as address:
         found = findings("--server", address)
     assert found.failed == ["daemon"]
@@ -244,7 +244,7 @@ def test_another_program_listens(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_another_program_that_speaks_zeromq_listens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("zsl.client.probe.ANSWER_TIMEOUT_SECONDS", 0.5)
+    monkeypatch.setattr("zsl.link.status_client.ANSWER_TIMEOUT_SECONDS", 0.5)
     with zmq.Context() as context, context.socket(zmq.ROUTER) as router:
         port = router.bind_to_random_port("tcp://127.0.0.1")
         found = findings("--server", f"127.0.0.1:{port}")

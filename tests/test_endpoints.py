@@ -6,14 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zsl.client.endpoints import (
+from zsl.errors import ConfigError, TrunkAuthError, WrongModelError
+from zsl.link.endpoints import (
     FIRST_PAUSE_SECONDS,
     LASTING_SECONDS,
     LONGEST_PAUSE_SECONDS,
     Endpoints,
     parse_endpoints,
 )
-from zsl.errors import ConfigError, TrunkAuthError, WrongModelError
 from zsl.transport.dealer import LinkEvent
 
 

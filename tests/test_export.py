@@ -20,15 +20,15 @@ from support.compare import within
 from support.embedded import served
 from support.fresh import logits_elsewhere
 from support.models import CUT, local_model
+from zsl.adapters.attach import with_adapter
 from zsl.cli.zsl import zsl as command
 from zsl.errors import EXIT_RUN_FAILED, EXIT_STARTUP_FAILED, EXIT_USAGE
-from zsl.split.attach import with_adapter
+from zsl.models.loading import load_client_part
+from zsl.models.reference import resolve
 from zsl.split.cut import parse_cut
-from zsl.split.loading import load_client_part
-from zsl.split.reference import resolve
 from zsl.split.sides import Sides
-from zsl.training.config import read_config
-from zsl.training.run import train_from_config
+from zsl.training.config.config import read_config
+from zsl.training.run.run import train_from_config
 
 IDS = batches.tokens(2, 16)
 TARGETS = {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn", "c_proj"]}
@@ -271,10 +271,10 @@ def test_what_peft_reads_back_otherwise_is_not_put_in_place(
         changed.view(torch.int32)[0, 0] ^= 1
         save_file({**tensors, name: changed}, *rest, **how)
 
-    monkeypatch.setattr("zsl.split.export.save_file", one_bit_other)
+    monkeypatch.setattr("zsl.adapters.export.save_file", one_bit_other)
     finished = run("export", trained / "run", "--out", tmp_path / "out")
     assert finished.exit_code == EXIT_STARTUP_FAILED and "1 of its" in finished.output
-    monkeypatch.setattr("zsl.split.export.save_file", full_disk)
+    monkeypatch.setattr("zsl.adapters.export.save_file", full_disk)
     finished = run("export", trained / "run", "--out", tmp_path / "out")
     assert finished.exit_code == EXIT_RUN_FAILED and "No space left" in finished.output
     assert list(tmp_path.iterdir()) == []

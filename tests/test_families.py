@@ -17,7 +17,7 @@ from support.embedded import served
 from support.models import CONFIGS, LAYERS, POSITIONS, local_model, with_lora
 from zsl.errors import ModelError
 from zsl.split.stack import check_can_be_split
-from zsl.trunk.assemble import plan_trunk
+from zsl.trunk.daemon.load import plan_trunk
 
 
 def with_mask(batch: dict[str, Any]) -> dict[str, Any]:

@@ -18,8 +18,8 @@ from support.faulty_link import FaultyLink
 from support.faulty_messages import FaultyMessages
 from support.peer import Peer, forward
 from support.square import SquareClient, SquareDaemon, SquareServer, gradient, some, squared
-from zsl.client.requests import SHORTEST_RETRY_SECONDS
 from zsl.errors import ConnectionLost, OverloadedError, RequestTimeout, TrunkUnreachable, WrongModelError, ZslError
+from zsl.link.pending import SHORTEST_RETRY_SECONDS
 from zsl.trunk.settings import ServerSettings
 from zsl.wire.messages import Cut, MessageType
 
@@ -72,7 +72,7 @@ def test_steps_over_a_bad_line_are_right(link: FaultyMessages, fault: str) -> No
 def test_a_network_that_is_parted_for_a_while_costs_time_only(
     link: FaultyMessages, fault: str, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("zsl.client.opening.ATTEMPT_SECONDS", 1.0)
+    monkeypatch.setattr("zsl.link.opening.ATTEMPT_SECONDS", 1.0)
     with SquareClient(link.endpoint) as client, ThreadPoolExecutor(1) as pool:
         assert steps_are_right(client, 1)
         getattr(link, fault)(way)
@@ -87,7 +87,7 @@ def test_a_network_that_is_parted_for_a_while_costs_time_only(
 def test_flipped_bits_without_end_are_a_typed_error_and_no_wrong_number(
     link: FaultyMessages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("zsl.client.opening.ATTEMPT_SECONDS", 0.4)
+    monkeypatch.setattr("zsl.link.opening.ATTEMPT_SECONDS", 0.4)
     with SquareClient(link.endpoint, request_timeout_seconds=1) as client:
         link.flip_bits("both", every_chunks=3)
         for seed in range(4):
@@ -261,7 +261,7 @@ def test_a_trunk_that_takes_over_with_other_weights_is_never_used() -> None:
 def test_a_flipped_bit_anywhere_in_a_handshake_or_hello_ends_no_training(
     link: FaultyMessages, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("zsl.client.opening.ATTEMPT_SECONDS", 0.5)
+    monkeypatch.setattr("zsl.link.opening.ATTEMPT_SECONDS", 0.5)
     with SquareClient(link.endpoint) as client:
         for byte in range(64, 240, 11):  # behind the greeting, which is libzmq's own business
             link.cut()
@@ -311,8 +311,8 @@ def test_a_daemon_that_is_told_to_end_while_a_pass_hangs_ends(tmp_path: Path) ->
 def test_a_client_that_reads_no_answers_is_dropped_and_the_others_do_not_notice(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("zsl.transport.connection.SLOW_SECONDS", 0.5)
-    monkeypatch.setattr("zsl.transport.connection.MIN_BYTES_PER_SECOND", 1e9)
+    monkeypatch.setattr("zsl.transport.peer_connection.SLOW_SECONDS", 0.5)
+    monkeypatch.setattr("zsl.transport.peer_connection.MIN_BYTES_PER_SECOND", 1e9)
     large = ServerSettings(max_request_tokens=1 << 20)
     with SquareServer(settings=large, row_tokens=1 << 20) as server, FaultyLink(server.port) as link:
         with SquareClient(server.endpoint) as healthy, Peer(link.endpoint) as slow:
@@ -335,7 +335,7 @@ def test_a_daemon_that_says_come_again_at_once_does_not_keep_its_client_spinning
         asked += 1
         raise OverloadedError(retry_after_ms=0)
 
-    monkeypatch.setattr("zsl.trunk.credit.Credit.check", refuse)
+    monkeypatch.setattr("zsl.trunk.requests.credit.Credit.check", refuse)
     with SquareServer() as server, SquareClient(server.endpoint, request_timeout_seconds=0.3) as client:
         with pytest.raises(RequestTimeout):
             client.forward(some(1))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from zsl.errors import ModelError
-from zsl.split import gguf
+from zsl.models import gguf
 
 
 def test_the_process_that_dequantizes_takes_no_module_from_the_working_folder(
@@ -20,7 +20,7 @@ def test_the_process_that_dequantizes_takes_no_module_from_the_working_folder(
     file.touch()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "cache"))
-    assert "from zsl.split.gguf import convert; " in gguf._START
+    assert "from zsl.models.gguf import convert; " in gguf._START
     to_be_found = gguf._START.replace("convert(*", "import random; sys.exit(random.__file__); (")
     monkeypatch.setattr(gguf, "_START", to_be_found)
     with pytest.raises(ModelError) as raised:

@@ -15,10 +15,10 @@ from support.echo import HIDDEN, EchoServer
 from support.peer import Peer, forward
 from support.square import SquareClient, some
 from test_access import Keys
-from zsl.client.requests import Pending
 from zsl.errors import TooLargeError
+from zsl.link.pending import Pending
+from zsl.trunk.access.tenants import Allowlist
 from zsl.trunk.settings import ServerSettings
-from zsl.trunk.tenants import Allowlist
 from zsl.wire.frames import KIND, MAGIC, MAJOR, Frame, Message, seal
 from zsl.wire.messages import (
     Backward,

@@ -15,11 +15,11 @@ from support.daemon import Daemon
 from support.models import CONFIGS, CUT, with_lora
 from support.relay import Relay
 from zsl.errors import BadDtypeError
+from zsl.models.loading import load_trunk_part
+from zsl.models.reference import resolve
 from zsl.split.cut import parse_cut
-from zsl.split.loading import load_trunk_part
-from zsl.split.reference import resolve
-from zsl.trunk.middle import Middle
-from zsl.trunk.passes import Rows
+from zsl.trunk.compute.passes import Rows
+from zsl.trunk.compute.trunk_model import Middle
 
 EAGER = ("gemma2", "xglm")  # families that do not run sdpa
 WITHOUT_FLOAT64 = ("mixtral", "gpt_oss")  # torch's product of experts takes none

@@ -18,8 +18,8 @@ from test_access import Keys, client
 from zsl.cli.zsl import zsl as command
 from zsl.client.serving import in_units
 from zsl.errors import EXIT_STARTUP_FAILED, EXIT_USAGE, DrainingError
-from zsl.printable import printable_lines
-from zsl.trunk.tenants import Allowlist
+from zsl.text.printable import printable_lines
+from zsl.trunk.access.tenants import Allowlist
 from zsl.wire.messages import Error, GoAway
 from zsl.wire.messages import Result as Answer
 
@@ -169,10 +169,10 @@ class HostileServer(EchoServer):
 def test_what_a_daemon_says_neither_steers_the_terminal_nor_poses_as_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         # As a daemon of somebody else would send it.
-        monkeypatch.setattr("zsl.trunk.answers.Error", Error.model_construct)
+        monkeypatch.setattr("zsl.trunk.requests.answers.Error", Error.model_construct)
         raise DrainingError(HOSTILE)
 
-    monkeypatch.setattr("zsl.trunk.handlers.Handlers._opened", refuse)
+    monkeypatch.setattr("zsl.trunk.requests.handlers.Handlers._opened", refuse)
     with HostileServer(as_name=False) as server:
         shown = run(server.endpoint).output
     state = rows(shown)["state"]

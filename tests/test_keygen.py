@@ -16,7 +16,7 @@ from zsl.cli.trunkd import trunkd
 from zsl.cli.zsl import zsl
 from zsl.errors import EXIT_USAGE
 from zsl.transport.curve import read_key_pair
-from zsl.trunk.tenants import read_tenants
+from zsl.trunk.access.tenants import read_tenants
 
 
 def run(*arguments: str) -> Result:

@@ -18,10 +18,10 @@ from zsl.client.trunk_client import TrunkClient
 from zsl.errors import TooLargeError
 from zsl.split.cut import parse_cut
 from zsl.split.stack import find_stack
-from zsl.trunk.assemble import plan_trunk
+from zsl.trunk.compute.passes import Rows, sequences_of
 from zsl.trunk.costs import GraphMemory, PassMemory
-from zsl.trunk.memory import IDLE_SECONDS, KEPT_BYTES, GiveBack
-from zsl.trunk.passes import Rows, sequences_of
+from zsl.trunk.daemon.load import plan_trunk
+from zsl.trunk.malloc import IDLE_SECONDS, KEPT_BYTES, GiveBack
 from zsl.trunk.work import Shape
 
 MIB = 1 << 20
@@ -32,10 +32,10 @@ HOLD_MANY_SMALL_STEPS = """
 import gc, json, sys
 import torch
 from zsl.split.cut import parse_cut
-from zsl.trunk.assemble import plan_trunk
-from zsl.trunk.memory import give_back_freed_memory, keep_freed_memory, resident_bytes
-from zsl.trunk.sessions import Sessions
-from zsl.trunk.tenants import Tenant
+from zsl.trunk.daemon.load import plan_trunk
+from zsl.trunk.malloc import give_back_freed_memory, keep_freed_memory, resident_bytes
+from zsl.trunk.sessions.sessions import Sessions
+from zsl.trunk.access.tenants import Tenant
 from zsl.trunk.work import Batch, Held, Keep, Kind, Packed, Shape, Work
 from zsl.wire.tensors import encode_tensor
 
@@ -110,7 +110,7 @@ def test_the_memory_of_a_graph_is_known_before_its_pass_and_one_too_large_is_com
         assert torch.equal(middle.graph(inputs).gradients(gradients), by_layers)
     assert compute._fits((5,)) and not compute._fits((60,))
     most = len(middle._graph_bytes) + 1
-    monkeypatch.setattr("zsl.trunk.middle.MAX_SIZES_REMEMBERED", most)
+    monkeypatch.setattr("zsl.trunk.compute.trunk_model.MAX_SIZES_REMEMBERED", most)
     for tokens in (11, 12, 13):
         middle.graph_to_keep(Rows(torch.randn(1, tokens, 32)), with_products=False)
     assert len(middle._graph_bytes) == most

@@ -20,14 +20,14 @@ import zsl
 from support import batches
 from support.models import CUT, local_model, tiny_model
 from support.tokenizer import tiny_tokenizer
+from zsl.adapters.attach import with_adapter
 from zsl.cli.zsl import zsl as command
 from zsl.errors import EXIT_RUN_FAILED, EXIT_STARTUP_FAILED, EXIT_USAGE
-from zsl.split.attach import with_adapter
+from zsl.models.identity import identify
+from zsl.models.loading import load_client_part
+from zsl.models.reference import resolve
 from zsl.split.cut import parse_cut
-from zsl.split.identity import identify
-from zsl.split.loading import load_client_part
-from zsl.split.reference import resolve
-from zsl.training.record import RECORD, RunRecord, as_bytes
+from zsl.training.directory.record import RECORD, RunRecord, as_bytes
 
 IDS = batches.tokens(2, 16)
 
@@ -230,7 +230,7 @@ def test_a_merge_that_went_wrong_is_not_put_in_place(
     finished = run(*command_line)
     assert finished.exit_code == EXIT_RUN_FAILED and "No space left" in finished.output
     monkeypatch.setattr(whole, "save_pretrained", save)
-    monkeypatch.setattr("zsl.split.merge.PeftModel", ForgetsToMerge)
+    monkeypatch.setattr("zsl.adapters.merge.PeftModel", ForgetsToMerge)
     finished = run(*command_line)
     assert finished.exit_code == EXIT_STARTUP_FAILED and "logits" in finished.output
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
@@ -293,7 +293,7 @@ def test_sigterm_leaves_nothing_of_what_was_written(
         written.extend(directory.rglob("*.safetensors"))
         signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr("zsl.split.output.sync_tree", end)
+    monkeypatch.setattr("zsl.files.new_directory.sync_tree", end)
     path = checkpoints("llama")
     finished = run(name, *([path, CUT] if name == "split" else [adapter, "--model", path]), "--out", tmp_path / "out")
     assert written and not terminated

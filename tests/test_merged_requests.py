@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from support.compare import within
 from support.requests import HIDDEN, MAX_REQUESTS, Request, Trunk, requests, served_trunk
 from test_merging import split_randomly
-from zsl.trunk.probe import PackedForms
+from zsl.trunk.compute.calibrate import PackedForms
 
 # Of the largest value. A trunk of half precision rounds each product by 2**-9, and answers in half precision by itself.
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}

@@ -25,15 +25,14 @@ from support.daemon import Daemon
 from support.models import with_lora
 from zsl.client.trunk_client import Answer, read_answer
 from zsl.split.cut import parse_cut
-from zsl.trunk import attention
-from zsl.trunk.assemble import plan_trunk
-from zsl.trunk.compute import TorchCompute
+from zsl.trunk.compute.engine import TorchCompute, attention
+from zsl.trunk.compute.linear_outputs import LinearLayers, Products
+from zsl.trunk.compute.packing import packed
+from zsl.trunk.compute.passes import Pass, Rows, sequences_of
+from zsl.trunk.compute.stash import STEP_BYTES, TorchStash
+from zsl.trunk.compute.trunk_model import NODE_BYTES, Graph, Middle, _nodes
 from zsl.trunk.costs import Costs, PassCost
-from zsl.trunk.joining import packed
-from zsl.trunk.middle import NODE_BYTES, Graph, Middle, _nodes
-from zsl.trunk.passes import Pass, Rows, sequences_of
-from zsl.trunk.products import LinearLayers, Products
-from zsl.trunk.stash import STEP_BYTES, TorchStash
+from zsl.trunk.daemon.load import plan_trunk
 from zsl.trunk.work import Batch, Done, Keep, Kind, Outcome, Packed, Shape, Sharing, Work
 from zsl.wire.frames import Message
 from zsl.wire.messages import Role
@@ -295,8 +294,8 @@ def test_one_kernel_for_sequences_of_any_lengths_does_what_one_call_a_group_does
         ]
         return torch.cat(each, 1).transpose(0, 1)
 
-    monkeypatch.setattr("zsl.trunk.attention._kernel_takes", lambda query, value: True)
-    monkeypatch.setattr("zsl.trunk.attention.varlen_attn", stand_in)
+    monkeypatch.setattr("zsl.trunk.compute.attention._kernel_takes", lambda query, value: True)
+    monkeypatch.setattr("zsl.trunk.compute.attention.varlen_attn", stand_in)
     for ours, theirs in zip(forward_and_backward(), expected, strict=True):
         assert within(TOLERANCE)(ours, theirs)
     assert calls == [[0, 3, 6, 9, 16, 28]] * 4, "two layers, forward and backward"
@@ -305,7 +304,7 @@ def test_one_kernel_for_sequences_of_any_lengths_does_what_one_call_a_group_does
 def test_sequences_of_equal_length_are_attended_to_at_once_in_whatever_order_they_stand(
     compute: TorchCompute, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("zsl.trunk.attention._attend", attend := Counted(attention._attend))
+    monkeypatch.setattr("zsl.trunk.compute.attention._attend", attend := Counted(attention._attend))
     monkeypatch.setattr(torch, "arange", arange := Counted(torch.arange))
     lengths, start = (1, 2) * 30, 0
     in_order: dict[int, list[int]] = {1: [], 2: []}
@@ -339,7 +338,7 @@ def test_the_masks_of_a_pass_are_shared_by_its_layers_and_end_with_it(
         made.append(weakref.ref(bias))
         return bias
 
-    monkeypatch.setattr("zsl.trunk.attention._bias_without_mask", remembered)
+    monkeypatch.setattr("zsl.trunk.compute.attention._bias_without_mask", remembered)
     monkeypatch.setattr(compute._middle._model.config, "_attn_implementation", "sdpa")
     part = sequences_of(Rows(torch.randn(1, 40, 32)), Shape(1, 40, (40,)))
     graph = compute._middle.graph(packed([part], pass_tokens=64).inputs)

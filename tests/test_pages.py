@@ -13,8 +13,8 @@ import pytest
 from support.data import write_model
 from support.pages import PAGES, ROOT, TRANSLATED, blocks_of
 from support.reader import Reader
-from zsl.client.traffic import Traffic
-from zsl.training.step_measure import StepMeasure
+from zsl.link.traffic import Traffic
+from zsl.training.report.step_measure import StepMeasure
 
 # A translation has the commands of its page (tests/test_docs.py).
 READ = [page for page in PAGES if page not in TRANSLATED.values() and blocks_of(page)]

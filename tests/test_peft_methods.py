@@ -24,20 +24,20 @@ from support import batches
 from support.compare import Numbers, differing, numbers_of, within
 from support.embedded import served
 from support.models import CUT, local_model
+from zsl.adapters.adapter import ONLY_TO_USE, adapter_parameters
+from zsl.adapters.attach import load_adapter, with_adapter
 from zsl.client.model import put_trunk
 from zsl.errors import ConfigError, ModelError
-from zsl.split.adapter import ONLY_TO_USE, adapter_parameters
-from zsl.split.attach import load_adapter, with_adapter
+from zsl.models.identity import identify
+from zsl.models.loading import load_client_part
+from zsl.models.quantize import quantization_config
+from zsl.models.reference import resolve
 from zsl.split.cut import parse_cut
-from zsl.split.identity import identify
-from zsl.split.loading import load_client_part
-from zsl.split.quantize import quantization_config
-from zsl.split.reference import resolve
 from zsl.split.sides import Sides
 from zsl.split.stack import causal_lm_class
-from zsl.training.overview import communication
-from zsl.training.peft_table import SHOWN, peft_config
-from zsl.training.step_measure import StepMeasure
+from zsl.training.config.peft_table import SHOWN, peft_config
+from zsl.training.report.overview import communication
+from zsl.training.report.step_measure import StepMeasure
 
 pytestmark = [
     # What PEFT remarks on these methods, with a whole local model too. Of missing keys it must not speak.
@@ -359,7 +359,7 @@ def test_p_tuning_without_a_number_of_virtual_tokens_is_refused() -> None:
 
 
 def test_a_method_that_no_test_holds_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("zsl.training.peft_table.SHOWN", SHOWN - {"LOHA"})
+    monkeypatch.setattr("zsl.training.config.peft_table.SHOWN", SHOWN - {"LOHA"})
     with pytest.raises(ConfigError, match="loha"):
         peft_config("run.toml", linear("loha")("llama"))
 
@@ -450,7 +450,7 @@ def test_no_adapter_is_not_loaded(models: dict[str, Models], tmp_path: Path, mon
         load_adapter(models["llama"].client(), tmp_path)
     with pytest.raises(ModelError, match=r"some/where .*directory.*HF_HUB_OFFLINE"):
         load_adapter(models["llama"].client(), "some/where")
-    monkeypatch.setattr("zsl.split.attach.PeftConfig", None)  # nothing is asked
+    monkeypatch.setattr("zsl.adapters.attach.PeftConfig", None)  # nothing is asked
     for name in ("nosuch", "./no/such", "a/b/c"):
         with pytest.raises(ModelError, match=rf"{re.escape(name)} .*directory$"):
             load_adapter(models["llama"].client(), name)
@@ -505,7 +505,7 @@ def test_the_whole_models_gradient_is_as_large_when_its_layers_are_quantized(
 ) -> None:
     shown: list[int] = []
     monkeypatch.setattr(
-        "zsl.training.overview.communication_table", lambda **told: shown.append(told["gradient_bytes"])
+        "zsl.training.report.overview.communication_table", lambda **told: shown.append(told["gradient_bytes"])
     )
     keys = lora()("llama")
     whole = models["llama"].whole()
@@ -529,6 +529,6 @@ def test_a_method_without_quantized_layers_is_refused_on_a_quantized_model(quant
 def test_what_cannot_be_quantized_is_refused(
     text: str, installed: bool, reason: str, checkpoints: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("zsl.split.quantize.find_spec", lambda name: installed or None)
+    monkeypatch.setattr("zsl.models.quantize.find_spec", lambda name: installed or None)
     with pytest.raises(ModelError, match=reason):
         load_client_part(resolve(text or str(checkpoints("llama"))), parse_cut(CUT), quantize="4bit")

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from zsl.errors import RunFailed
-from zsl.training.plot import COLOR, VALIDATION_COLOR, write_loss_plot
+from zsl.training.report.plot import COLOR, VALIDATION_COLOR, write_loss_plot
 
 Pairs = list[tuple[int, float]]
 TITLE = "random:gpt2, cut 2:10, exact"
@@ -93,7 +93,7 @@ def test_what_stood_there_stays_when_it_cannot_be_written(tmp_path: Path, monkey
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("zsl.split.durable.sync", full)
+    monkeypatch.setattr("zsl.files.durable.sync", full)
     with pytest.raises(RunFailed, match=r"loss\.png: No space left on device$"):
         write_loss_plot(tmp_path / "loss.png", falling(9), [], title=TITLE)
     assert np.array_equal(matplotlib.image.imread(tmp_path / "loss.png"), before)

@@ -13,8 +13,8 @@ import torch
 from support.echo import HIDDEN, POISON, EchoServer
 from support.faulty_link import FaultyLink
 from zsl import TrunkClient
-from zsl.client.open_session import Open
 from zsl.errors import BadShapeError, InternalError, RequestTimeout
+from zsl.link.open_session import Open
 from zsl.trunk.settings import ServerSettings
 
 # One request at a time, so that others wait at the client, where they can be cancelled.

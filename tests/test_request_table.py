@@ -9,12 +9,19 @@ from itertools import count
 import pytest
 
 from zsl.errors import CancelledByClientError, MalformedError, OverloadedError
-from zsl.trunk.credit import Credit
-from zsl.trunk.reply_cache import ReplyCache
-from zsl.trunk.request_table import MAX_RETRY_MS, MIN_RETRY_MS, Request, RequestState, RequestStats, RequestTable
-from zsl.trunk.scheduler import Job, Scheduler
-from zsl.trunk.sessions import Session, Sessions
-from zsl.trunk.tenants import Tenant
+from zsl.trunk.access.tenants import Tenant
+from zsl.trunk.requests.credit import Credit
+from zsl.trunk.requests.reply_cache import ReplyCache
+from zsl.trunk.requests.request_table import (
+    MAX_RETRY_MS,
+    MIN_RETRY_MS,
+    Request,
+    RequestState,
+    RequestStats,
+    RequestTable,
+)
+from zsl.trunk.scheduling.scheduler import Job, Scheduler
+from zsl.trunk.sessions.sessions import Session, Sessions
 from zsl.trunk.work import Alone, Done, Held, Keep, Kind, Shape
 from zsl.wire.messages import Backward, Forward, TensorDescriptor
 

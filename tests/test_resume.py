@@ -29,9 +29,9 @@ from support.full_disk import files_of_at_most
 from support.models import local_model, with_lora, write_checkpoint
 from zsl.cli.train import train as train_command
 from zsl.errors import RunFailed
-from zsl.training.metrics import RunMetrics
-from zsl.training.results import Results
-from zsl.training.trainer import SplitTrainer
+from zsl.training.report.metrics import RunMetrics
+from zsl.training.run.results import Results
+from zsl.training.trainer.trainer import SplitTrainer
 
 # Dropout and a warm-up, so that random numbers and the schedule matter. 6 steps an epoch, 12 in all.
 CONFIG = """
@@ -157,7 +157,7 @@ COMMAND = "from zsl.cli.train import train; train(prog_name='zsl-train')"
 # Killed while it writes the checkpoint of step 8: Trainer's files are there, and not yet the checksums.
 KILLED_WHILE_SAVING = """
 import os, signal
-from zsl.training import trainer
+from zsl.training.trainer.trainer import trainer
 put_in_place = trainer.put_in_place
 def dying(written, place):
     if place.name == "checkpoint-8":
@@ -168,8 +168,8 @@ trainer.put_in_place = dying
 # Takes its time for step 10, so that it can be killed there.
 STANDING_STILL = """
 import threading
-from zsl.training.metrics import RunMetrics
-from zsl.training.results import Results
+from zsl.training.report.metrics import RunMetrics
+from zsl.training.run.results import Results
 add = RunMetrics.add_micro_batch
 def standing(self, loss):
     if self.last_step == 9:

@@ -19,7 +19,7 @@ import pytest
 import zmq
 
 from zsl.errors import StartupError
-from zsl.transport.connection import HANDSHAKE_SECONDS, MIN_BYTES_PER_SECOND, SLOW_SECONDS
+from zsl.transport.peer_connection import HANDSHAKE_SECONDS, MIN_BYTES_PER_SECOND, SLOW_SECONDS
 from zsl.transport.router import OTHER_FILES, STRANGER_MESSAGE_BYTES, STRANGER_SECONDS, Router
 from zsl.wire.frames import HEAD_FRAMES, Frame
 from zsl.wire.messages import MAX_TENSORS

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zsl.trunk.scheduler import AGED_BATCH_EVERY, Job, Scheduler
+from zsl.trunk.scheduling.scheduler import AGED_BATCH_EVERY, Job, Scheduler
 from zsl.trunk.work import Kind
 
 BUDGET = 100

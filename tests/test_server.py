@@ -437,8 +437,8 @@ def test_memory_that_was_freed_is_given_back_when_nothing_runs(
         given_back.set()
         return True
 
-    monkeypatch.setattr("zsl.trunk.memory.IDLE_SECONDS", 0.01)
-    monkeypatch.setattr("zsl.trunk.server.give_back_freed_memory", give_back)
+    monkeypatch.setattr("zsl.trunk.malloc.IDLE_SECONDS", 0.01)
+    monkeypatch.setattr("zsl.trunk.daemon.server.give_back_freed_memory", give_back)
     assert isinstance(peer.ask(*forward(peer.hello(), 1)), Result)
     assert given_back.wait(20)
     assert threads[0] is not server._thread

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zsl.errors import QuotaError, UnknownSessionError
-from zsl.trunk.sessions import Sessions
-from zsl.trunk.tenants import Tenant
+from zsl.trunk.access.tenants import Tenant
+from zsl.trunk.sessions.sessions import Sessions
 from zsl.trunk.work import Alone, Held, Keep, Shape
 
 

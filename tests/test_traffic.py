@@ -12,7 +12,7 @@ from support.echo import HIDDEN, EchoServer
 from support.faulty_link import FaultyLink
 from support.relay import Relay
 from zsl import TrunkClient
-from zsl.client.traffic import Traffic, TrafficCounter
+from zsl.link.traffic import Traffic, TrafficCounter
 from zsl.wire.messages import Result, TensorDescriptor
 
 ROWS, TOKENS = 8, 64

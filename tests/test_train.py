@@ -24,10 +24,10 @@ from support.daemon import Daemon
 from support.data import synthetic_rows
 from support.models import CUT, local_model
 from zsl.cli.train import train as train_command
-from zsl.split.reference import resolve
-from zsl.training.config import read_config
+from zsl.models.reference import resolve
+from zsl.training.config.config import read_config
+from zsl.training.config.data_table import DataTable
 from zsl.training.data.load import load_data
-from zsl.training.data.table import DataTable
 
 COMMAND = [sys.executable, "-c", "from zsl.cli.train import train; train(prog_name='zsl-train')"]
 # What a shell starts in the background without job control inherits that SIGINT is ignored.

@@ -26,21 +26,21 @@ from support.models import local_model, tiny_model
 from test_train import COMMAND
 from zsl.cli.shown import Shown, shown_while_it_can_be
 from zsl.cli.train import train as train_command
-from zsl.client.traffic import Traffic
 from zsl.errors import EXIT_STARTUP_FAILED, EXIT_USAGE, ConfigError, RunFailed
-from zsl.printable import printable_lines
-from zsl.training.checkpoints import put_in_place, step_of
-from zsl.training.config import TrainConfig, read_config
+from zsl.link.traffic import Traffic
+from zsl.text.printable import printable_lines
+from zsl.training.config.config import TrainConfig, read_config
+from zsl.training.config.peft_table import peft_config
+from zsl.training.config.third_party import make_foreign
 from zsl.training.data.rows import TokenRow, hold
-from zsl.training.foreign import make_foreign
-from zsl.training.limits import check_limits
-from zsl.training.metrics import RunMetrics
-from zsl.training.peft_table import peft_config
-from zsl.training.record import read_record
-from zsl.training.report import final_summary, step_line, stopped_early
-from zsl.training.step_measure import StepMeasure
-from zsl.training.trained import find_trained
-from zsl.training.validation_loss import TokenLossMixin
+from zsl.training.directory.checkpoints import put_in_place, step_of
+from zsl.training.directory.record import read_record
+from zsl.training.directory.trained import find_trained
+from zsl.training.report.metrics import RunMetrics
+from zsl.training.report.screen import final_summary, step_line, stopped_early
+from zsl.training.report.step_measure import StepMeasure
+from zsl.training.run.limits import check_limits
+from zsl.training.trainer.validation_loss import TokenLossMixin
 from zsl.trunk.settings import ServerSettings
 
 ROOT = Path(__file__).parent.parent
@@ -100,7 +100,7 @@ def test_every_option_reaches_the_training(small: list[str], tmp_path: Path) -> 
 
 def test_the_other_options_reach_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[TrainConfig] = []
-    monkeypatch.setattr("zsl.training.run.train_from_config", lambda config, *_, **__: made.append(config))
+    monkeypatch.setattr("zsl.training.run.run.train_from_config", lambda config, *_, **__: made.append(config))
     options = ["--server", "a:1", "--server-key", "s.key", "--client-key", "c.key_secret", "--cut", "2:4"]
     for validation in ("0.25", "notes.txt"):
         result = run(*options, "--dataset", "a.txt", "--steps", "7", "--seed", "3", "--validation", validation)
@@ -453,7 +453,7 @@ def test_the_adapter_of_an_earlier_run_is_not_taken_for_that_of_one_that_was_kil
         raise SystemExit
 
     with monkeypatch.context() as patch:
-        patch.setattr("zsl.training.results.Results.save", killed)
+        patch.setattr("zsl.training.run.results.Results.save", killed)
         run(*command)
     with pytest.raises(ConfigError, match=r"checkpoint-4.* .*adapter"):
         find_trained([tmp_path])
@@ -584,7 +584,7 @@ def test_where_the_best_could_not_be_written_the_next_best_is_kept(
     def validation_losses() -> dict[int, float]:
         return {line["step"]: line["eval_loss"] for line in lines_in(tmp_path) if "eval_loss" in line and line["step"]}
 
-    monkeypatch.setattr("zsl.training.trainer.put_in_place", full_once)
+    monkeypatch.setattr("zsl.training.trainer.trainer.put_in_place", full_once)
     settings = [*STOPS_EARLY, "train.learning_rate=0.3", f"train.save_total_limit={limit}"]
     options = [word for setting in settings for word in ("--set", setting)]
     command = [*small, *options, "--epochs", "20", "--restart", "--save-dir", tmp_path]
@@ -612,7 +612,7 @@ def test_an_early_stopped_run_whose_adapters_could_not_be_saved_only_saves_them(
         raise RunFailed("no space left")
 
     with monkeypatch.context() as patch:
-        patch.setattr("zsl.training.results.save_adapter", full)
+        patch.setattr("zsl.training.run.results.save_adapter", full)
         failed = run(*command)
     assert failed.exit_code == 1 and "the training is done, but not all of it is saved" in failed.stderr
     before = lines_in(tmp_path)

@@ -8,8 +8,8 @@ import inspect
 import transformers
 from transformers import Trainer
 
-from zsl.training.trainer import SplitTrainer
-from zsl.training.whole_checkpoints import WholeCheckpointsMixin
+from zsl.training.trainer.trainer import SplitTrainer
+from zsl.training.trainer.whole_checkpoints import WholeCheckpointsMixin
 
 READ_AGAINST = "5.23"
 # The first digits of the SHA-256 of each method's source there.

@@ -19,9 +19,9 @@ from support.embedded import served
 from support.models import CUT, local_model, with_lora
 from support.tokenizer import tiny_tokenizer, words
 from zsl.client.crossing import PaddingMode
+from zsl.models.divide import divide
+from zsl.models.reference import resolve
 from zsl.split.cut import parse_cut
-from zsl.split.divide import divide
-from zsl.split.reference import resolve
 
 STEPS = 3
 # Of a loss near 0.5: padding does not cross, so that sums round otherwise.

@@ -66,8 +66,8 @@ def _tensors_of(frame: bytes) -> list[dict[str, object]]:
 PEAK_OF_A_CLIENT = """
 import resource, sys, torch
 import zsl
-from zsl.split.identity import identify
-from zsl.split.reference import resolve
+from zsl.models.identity import identify
+from zsl.models.reference import resolve
 
 path, endpoint = sys.argv[1:]
 reference = resolve(path)

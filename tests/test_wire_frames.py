@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from support.mutations import mutated
 from zsl.errors import CorruptError, MalformedError, ProtocolVersionError, Retry, TooLargeError, WireError
-from zsl.printable import is_printable, printable
+from zsl.text.printable import is_printable, printable
 from zsl.wire.frames import KIND, MAGIC, MAJOR, MAX_HEADER_BYTES, MAX_ITEMS, MAX_KEYS, Frame, decode, encode, seal
 from zsl.wire.messages import (
     DTYPE_BYTES,

@@ -10,14 +10,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from zsl.adapters.adapter import save_adapter as save_adapter
+    from zsl.adapters.attach import load_adapter as load_adapter
     from zsl.client.aio import AsyncTrunkClient as AsyncTrunkClient
     from zsl.client.model import load_client as load_client
     from zsl.client.remote import RemoteTrunk as RemoteTrunk
     from zsl.client.trunk_client import TrunkClient as TrunkClient
     from zsl.errors import ZslError as ZslError
-    from zsl.split.adapter import save_adapter as save_adapter
-    from zsl.split.attach import load_adapter as load_adapter
-    from zsl.training.overlap import OverlapMixin as OverlapMixin
+    from zsl.training.trainer.overlap_mixin import OverlapMixin as OverlapMixin
     from zsl.wire.messages import Cut as Cut
 
 __version__ = "0.1.0"
@@ -25,13 +25,13 @@ __version__ = "0.1.0"
 _HOMES = {
     "AsyncTrunkClient": "zsl.client.aio",
     "Cut": "zsl.wire.messages",
-    "OverlapMixin": "zsl.training.overlap",
+    "OverlapMixin": "zsl.training.trainer.overlap_mixin",
     "RemoteTrunk": "zsl.client.remote",
     "TrunkClient": "zsl.client.trunk_client",
     "ZslError": "zsl.errors",
-    "load_adapter": "zsl.split.attach",
+    "load_adapter": "zsl.adapters.attach",
     "load_client": "zsl.client.model",
-    "save_adapter": "zsl.split.adapter",
+    "save_adapter": "zsl.adapters.adapter",
 }
 
 __all__ = ["__version__", *_HOMES]

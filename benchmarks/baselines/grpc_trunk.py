@@ -136,11 +136,11 @@ def load(model: str, cut: str) -> Callable[[torch.Tensor], tuple[torch.Tensor, G
 
     All that this file takes from zsl: the same layers, called in the same way as its daemon does.
     """
+    from zsl.models.loading import load_trunk_part
+    from zsl.models.reference import resolve
     from zsl.split.cut import parse_cut
-    from zsl.split.loading import load_trunk_part
-    from zsl.split.reference import resolve
-    from zsl.trunk.middle import Middle
-    from zsl.trunk.passes import Rows
+    from zsl.trunk.compute.passes import Rows
+    from zsl.trunk.compute.trunk_model import Middle
 
     parsed = parse_cut(cut)
     middle = Middle(load_trunk_part(resolve(model), parsed), parsed)

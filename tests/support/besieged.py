@@ -14,8 +14,8 @@ from random import Random
 import numpy as np
 from zmq.utils import z85
 
-from zsl.client.probe import Probe
 from zsl.errors import ZslError
+from zsl.link.status_client import Probe
 from zsl.transport.curve import ClientKeys
 from zsl.wire.messages import Welcome
 

@@ -13,12 +13,12 @@ from typing import Any, Self
 import numpy as np
 
 from zsl.errors import InternalError
-from zsl.transport.connection import State
 from zsl.transport.curve import KeyPair
+from zsl.transport.peer_connection import State
+from zsl.trunk.access.tenants import Allowlist
 from zsl.trunk.costs import UNKNOWN_COSTS, BatchLimits
-from zsl.trunk.server import TrunkServer
+from zsl.trunk.daemon.server import TrunkServer
 from zsl.trunk.settings import ServerSettings, TrunkInfo, TrunkTraits
-from zsl.trunk.tenants import Allowlist
 from zsl.trunk.work import Batch, Compute, Done, Keep, Kind, Outcome, Work
 from zsl.wire.messages import Cut, FloatDtypeName, ModelIdentity
 

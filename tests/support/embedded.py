@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import torch
 
 from zsl.split.cut import parse_cut
-from zsl.training.embedded import EmbeddedTrunk
-from zsl.trunk.assemble import plan_trunk
+from zsl.trunk.daemon.embedded import EmbeddedTrunk
+from zsl.trunk.daemon.load import plan_trunk
 
 from .models import CUT
 

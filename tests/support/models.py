@@ -9,8 +9,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
-from zsl.split.loading import load_whole
-from zsl.split.reference import resolve
+from zsl.models.loading import load_whole
+from zsl.models.reference import resolve
 from zsl.split.stack import find_stack
 
 LAYERS = 6

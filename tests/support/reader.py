@@ -21,12 +21,12 @@ from click.testing import CliRunner
 from zsl.cli.train import train
 from zsl.cli.trunkd import trunkd
 from zsl.cli.zsl import zsl
-from zsl.training.embedded import EmbeddedTrunk
 from zsl.transport.curve import read_public_key, write_key_pair
-from zsl.trunk.assemble import plan_trunk
 from zsl.trunk.costs import BatchLimits
-from zsl.trunk.daemon import DaemonOptions
-from zsl.trunk.server import TrunkServer
+from zsl.trunk.daemon.embedded import EmbeddedTrunk
+from zsl.trunk.daemon.load import plan_trunk
+from zsl.trunk.daemon.process import DaemonOptions
+from zsl.trunk.daemon.server import TrunkServer
 
 from .data import ANSWERS, SENTENCES, conversation
 from .pages import ROOT, Block, words_of
@@ -130,7 +130,10 @@ class Reader:
             arguments += ["--model", self._stand_ins["random:gpt2"]]
         if is_run and program is train:
             arguments += self._for_train
-        with mock.patch("zsl.trunk.daemon.run_daemon", self._serve), mock.patch("zsl.trunk.logs.set_up_logging"):
+        with (
+            mock.patch("zsl.trunk.daemon.process.run_daemon", self._serve),
+            mock.patch("zsl.trunk.daemon.log.set_up_logging"),
+        ):
             finished = CliRunner().invoke(program, arguments, prog_name=name, env=environment)
         assert finished.exit_code == 0, f"{name} {' '.join(arguments)}: {finished.output}"
         return finished.output

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from zsl.client.trunk_client import Answer, Step, TrunkClient, read_answer
 from zsl.split.cut import parse_cut
-from zsl.trunk.assemble import plan_trunk
+from zsl.trunk.daemon.load import plan_trunk
 from zsl.trunk.settings import ServerSettings, TrunkTraits
 from zsl.trunk.work import Batch, Compute, Outcome
 from zsl.wire.frames import Message
@@ -242,7 +242,7 @@ def served_trunk(
         for client in clients:
             client.connect()
         trunk = Trunk(compute, clients)
-        logger = logging.getLogger("zsl.trunk.compute")
+        logger = logging.getLogger("zsl.trunk.compute.engine")
         logger.addHandler(trunk.failed_passes)
         stack.callback(logger.removeHandler, trunk.failed_passes)
         yield trunk

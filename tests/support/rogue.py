@@ -10,7 +10,7 @@ from typing import Self
 
 import zmq
 
-from zsl.trunk.handshake import welcome_to
+from zsl.trunk.requests.handshake import welcome_to
 from zsl.trunk.settings import ServerSettings, TrunkInfo
 from zsl.wire.frames import Frame, decode, encode
 from zsl.wire.messages import TO_DAEMON, Header, Hello, Ping, Pong, Welcome, WorkHeader

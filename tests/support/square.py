@@ -19,15 +19,15 @@ from typing import Any, Self
 
 import numpy as np
 
-import zsl.trunk.server
-from zsl.client.connection import Connection
-from zsl.client.keys import read_client_keys
-from zsl.client.open_session import Open
-from zsl.client.requests import Pending
-from zsl.trunk.access import Access, read_access
+import zsl.trunk.daemon.server
+from zsl.link.connection import Connection
+from zsl.link.keys import read_client_keys
+from zsl.link.open_session import Open
+from zsl.link.pending import Pending
+from zsl.trunk.access.access import Access, read_access
+from zsl.trunk.daemon.log import set_up_logging
+from zsl.trunk.daemon.server import TrunkServer
 from zsl.trunk.failpoints import failpoint_from
-from zsl.trunk.logs import set_up_logging
-from zsl.trunk.server import TrunkServer
 from zsl.trunk.settings import ServerSettings, TrunkInfo, TrunkTraits
 from zsl.trunk.work import Batch, Done, Keep, Kind, Outcome, Work
 from zsl.wire.frames import Frame, Message
@@ -220,7 +220,7 @@ class SquareDaemon(Daemon):
 
 async def _serve(port: int, settings: dict[str, Any], access: Access | None) -> None:
     if "ZSL_TEST_LAST_PASS_SECONDS" in os.environ:
-        zsl.trunk.server.LAST_PASS_SECONDS = float(os.environ["ZSL_TEST_LAST_PASS_SECONDS"])
+        zsl.trunk.daemon.server.LAST_PASS_SECONDS = float(os.environ["ZSL_TEST_LAST_PASS_SECONDS"])
     server = TrunkServer(
         TrunkInfo(IDENTITY, CUT, "f32", False, ROW_TOKENS),
         ServerSettings(**settings),

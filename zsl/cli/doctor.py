@@ -16,8 +16,8 @@ import click
 
 from zsl.cli.errors import one_line_errors, say, tell
 from zsl.errors import EXIT_RUN_FAILED
-from zsl.printable import PrintableFormatter, printable_lines
-from zsl.split.words import counted
+from zsl.text.plural import counted
+from zsl.text.printable import PrintableFormatter, printable_lines
 
 
 @click.command(short_help="Check this installation, or a daemon from here.")

@@ -15,7 +15,7 @@ import click
 
 from zsl.cli.shown import to_nowhere
 from zsl.errors import EXIT_RUN_FAILED, RunFailed, ZslError
-from zsl.printable import printable, printable_lines
+from zsl.text.printable import printable, printable_lines
 
 _LONGEST_FOREIGN_TEXT = 300  # characters: some libraries put all that they looked at into one
 

@@ -8,8 +8,8 @@ import click
 
 from zsl import __version__
 from zsl.cli.errors import one_line_errors, say, stop_on_sigterm
+from zsl.cli.model_of_adapters import model_of
 from zsl.cli.quiet import quiet_libraries
-from zsl.cli.trained import model_of
 
 
 @click.command(short_help="Make one PEFT adapter of what a training left.")
@@ -44,13 +44,13 @@ def export(adapters: tuple[Path, ...], out: Path, model: str | None, base_model:
           --base-model HuggingFaceTB/SmolLM2-135M-Instruct
     """
     with one_line_errors("zsl export", debug=debug):
-        from zsl.training.trained import find_trained
+        from zsl.training.directory.trained import find_trained
 
         trained = find_trained(adapters)
         stop_on_sigterm()  # as Ctrl-C: what was half written goes
         quiet_libraries(debug=debug)
 
-        from zsl.split.export import export as export_adapters
+        from zsl.adapters.export import export as export_adapters
 
         reference = model_of(trained, model)
         facts = {**trained.facts, "zsl": __version__}

@@ -8,7 +8,7 @@ import click
 
 from zsl.cli.errors import one_line_errors, say
 from zsl.errors import LoadingError, StartupError, ZslError
-from zsl.printable import printable
+from zsl.text.printable import printable
 
 
 @click.command(short_help="Show what a daemon serves, and how busy it is.")
@@ -29,9 +29,9 @@ def info(endpoint: str, server_key: str | None, client_key: str | None, as_json:
       zsl info a.example:5555,b.example:5555 --json
     """
     with one_line_errors("zsl info", debug=debug):
-        from zsl.client.endpoints import parse_endpoints
-        from zsl.client.keys import read_client_keys
         from zsl.client.serving import Serving, ask
+        from zsl.link.endpoints import parse_endpoints
+        from zsl.link.keys import read_client_keys
 
         keys = read_client_keys(server_key, client_key)
         found: dict[str, Serving | ZslError] = {}

@@ -7,9 +7,9 @@ from pathlib import Path
 import click
 
 from zsl.cli.errors import one_line_errors, say, stop_on_sigterm
+from zsl.cli.model_of_adapters import model_of
 from zsl.cli.quiet import quiet_libraries
-from zsl.cli.trained import model_of
-from zsl.split.dtypes import DTYPES
+from zsl.models.dtypes import DTYPES
 
 
 @click.command(short_help="Write the whole model with an adapter merged into it.")
@@ -45,8 +45,8 @@ def merge(adapters: tuple[Path, ...], out: Path, model: str | None, dtype: str |
           --out merged --dtype float32
     """
     with one_line_errors("zsl merge", debug=debug):
-        from zsl.training.report import byte_count
-        from zsl.training.trained import find_trained
+        from zsl.training.directory.trained import find_trained
+        from zsl.training.report.screen import byte_count
 
         trained = find_trained(adapters)
         stop_on_sigterm()  # as Ctrl-C: what was half written goes
@@ -54,9 +54,9 @@ def merge(adapters: tuple[Path, ...], out: Path, model: str | None, dtype: str |
 
         import torch
 
-        from zsl.split.merge import merge as merge_adapters
-        from zsl.split.output import size_bytes
-        from zsl.split.words import counted
+        from zsl.adapters.merge import merge as merge_adapters
+        from zsl.files.new_directory import size_bytes
+        from zsl.text.plural import counted
 
         reference = model_of(trained, model)
         made = merge_adapters(trained.adapters, reference, out, dtype=getattr(torch, dtype) if dtype else None)

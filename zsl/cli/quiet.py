@@ -6,7 +6,7 @@ import logging
 import os
 import warnings
 
-from zsl.printable import printable
+from zsl.text.printable import printable
 
 
 def quiet_libraries(*, debug: bool) -> None:

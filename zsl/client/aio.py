@@ -8,7 +8,6 @@ from typing import Self
 
 import torch
 
-from zsl.client.traffic import Traffic
 from zsl.client.trunk_client import (
     CONNECT_TIMEOUT_SECONDS,
     REQUEST_TIMEOUT_SECONDS,
@@ -17,6 +16,7 @@ from zsl.client.trunk_client import (
     TrunkClient,
     read_answer,
 )
+from zsl.link.traffic import Traffic
 from zsl.wire.messages import Cut, FloatDtypeName, ModelIdentity, Status, Welcome
 
 

@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 
 from zsl.client.remote import RemoteTrunk
 from zsl.errors import ModelError
-from zsl.split.identity import identify
-from zsl.split.loading import load_client_part
-from zsl.split.quantize import Quantization
-from zsl.split.reference import ModelReference, resolve
+from zsl.models.identity import identify
+from zsl.models.loading import load_client_part
+from zsl.models.quantize import Quantization
+from zsl.models.reference import ModelReference, resolve
 from zsl.split.slots import copy_plain_attributes
 from zsl.split.stack import find_stack
 from zsl.wire.messages import Cut

@@ -14,15 +14,15 @@ from typing import Any, Literal, Self, get_args
 import torch
 from torch.autograd import forward_ad
 
-from zsl.client.connection import after_fork
 from zsl.client.crossing import CallInputs, PaddingMode, crossing_of
-from zsl.client.endpoints import parse_endpoints
-from zsl.client.keys import read_client_keys
 from zsl.client.overlap import current_lane
-from zsl.client.requests import check_timeouts
 from zsl.client.trunk_client import CONNECT_TIMEOUT_SECONDS, REQUEST_TIMEOUT_SECONDS, TrunkClient
 from zsl.client.trunk_function import Call, CrossingEvent
 from zsl.errors import ConfigError, ModelError, WrongModelError
+from zsl.link.connection import after_fork
+from zsl.link.endpoints import parse_endpoints
+from zsl.link.keys import read_client_keys
+from zsl.link.pending import check_timeouts
 from zsl.split.no_weights import NoWeights
 from zsl.wire.messages import Cut, ModelIdentity, Welcome
 from zsl.wire.tensors import TORCH_DTYPES, float_wire_name

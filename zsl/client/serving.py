@@ -8,9 +8,9 @@ from typing import Any
 
 from pydantic import ByteSize
 
-from zsl.client.probe import Probe
 from zsl.errors import ZslError
-from zsl.split.words import counted
+from zsl.link.status_client import Probe
+from zsl.text.plural import counted
 from zsl.transport.curve import ClientKeys
 from zsl.wire.messages import FloatDtypeName, Status, Welcome
 

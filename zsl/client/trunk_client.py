@@ -17,11 +17,11 @@ from typing import Self
 
 import torch
 
-from zsl.client.connection import Connection
-from zsl.client.keys import read_client_keys
-from zsl.client.requests import Build, Pending
-from zsl.client.traffic import Traffic
 from zsl.errors import ChangedError, InternalError
+from zsl.link.connection import Connection
+from zsl.link.keys import read_client_keys
+from zsl.link.pending import Build, Pending
+from zsl.link.traffic import Traffic
 from zsl.wire.frames import Frame, Message
 from zsl.wire.messages import (
     Backward,

@@ -1,7 +1,7 @@
 """The parts that `zsl split` makes of a checkpoint, and `zsl.json`, which says of which model and cut a part is.
 
 A part is a checkpoint directory that lacks the other side's tensors. What it says of the whole model counts in the
-handshake as if the whole were there; that its own tensors are those that were written, `zsl.split.identity` checks.
+handshake as if the whole were there; that its own tensors are those that were written, `zsl.models.identity` checks.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ import zmq.auth
 from zmq.utils import z85
 
 from zsl.errors import ConfigError, StartupError
-from zsl.small_files import read_small_file
+from zsl.files.small_files import read_small_file
 from zsl.transport.monitor import Monitor
 
 logger = logging.getLogger(__name__)

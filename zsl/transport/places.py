@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-from zsl.transport.connection import Connection
+from zsl.transport.peer_connection import Connection
 
 
 def whose(connection: Connection) -> str:

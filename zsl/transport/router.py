@@ -20,9 +20,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from zsl.errors import StartupError
-from zsl.transport.connection import Connection, MessageLimits, State
 from zsl.transport.curve import KeyPair
 from zsl.transport.mechanisms import Curve, Mechanism, Null
+from zsl.transport.peer_connection import Connection, MessageLimits, State
 from zsl.transport.places import those_to_go
 from zsl.wire.frames import HEAD_FRAMES, MAX_HEADER_BYTES, Frame
 from zsl.wire.messages import MAX_TENSORS

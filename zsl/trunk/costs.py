@@ -37,7 +37,7 @@ class PassCost:
 @dataclass(frozen=True, slots=True)
 class Costs:
     """The costs of a trunk: forward, backward with the graph kept, and backward with the linear layers' products
-    kept (`zsl.trunk.products`), which is what a merged backward does."""
+    kept (`zsl.trunk.compute.linear_outputs`), which is what a merged backward does."""
 
     forward: PassCost
     backward: PassCost

@@ -13,7 +13,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, field_validator, model_validator
 
 from zsl.errors import Retry
-from zsl.printable import is_printable, printable
+from zsl.text.printable import is_printable, printable
 
 MAX_DIMS = 4
 MAX_TENSORS = 16

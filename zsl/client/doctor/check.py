@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from zsl.errors import ZslError
-from zsl.printable import printable
+from zsl.text.printable import printable
 
 
 class State(StrEnum):

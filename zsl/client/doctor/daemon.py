@@ -8,11 +8,11 @@ import torch
 
 import zsl
 from zsl.client.doctor.check import Check, State
-from zsl.client.probe import Probe
 from zsl.client.serving import DIGEST_CHARACTERS, DTYPE_WORDS, in_units
 from zsl.client.trunk_client import TrunkClient
-from zsl.split.reference import ModelReference
-from zsl.split.words import counted
+from zsl.link.status_client import Probe
+from zsl.models.reference import ModelReference
+from zsl.text.plural import counted
 from zsl.wire.messages import Cut, ModelIdentity, Status
 
 ROUND_TRIPS = 20

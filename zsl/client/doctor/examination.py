@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING
 
 from zsl.client.doctor.check import Check, State, attempt
 from zsl.client.doctor.machine import check_hub, check_keys, check_torch, check_zmq
-from zsl.client.endpoints import parse_endpoints
-from zsl.client.keys import read_client_keys
-from zsl.client.probe import Probe
 from zsl.errors import ConfigError
+from zsl.link.endpoints import parse_endpoints
+from zsl.link.keys import read_client_keys
+from zsl.link.status_client import Probe
 from zsl.wire.messages import Cut, FloatDtypeName, ModelIdentity, Status
 
 if TYPE_CHECKING:
     from zsl.client.trunk_client import TrunkClient
-    from zsl.split.reference import ModelReference
+    from zsl.models.reference import ModelReference
 
 REQUEST_TIMEOUT_SECONDS = 60.0
 # Relative differences that are rounding: several times what was seen between float64 and each of these, on a trunk of
@@ -88,10 +88,10 @@ class Examination:
     def _load_reference(self) -> Check:
         from transformers.utils.logging import disable_progress_bar
 
+        from zsl.models.identity import identify
+        from zsl.models.loading import check_part_loads
+        from zsl.models.reference import resolve
         from zsl.split.cut import check_cut
-        from zsl.split.identity import identify
-        from zsl.split.loading import check_part_loads
-        from zsl.split.reference import resolve
         from zsl.split.stack import check_can_be_split, layer_count
 
         assert self._model is not None

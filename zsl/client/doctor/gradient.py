@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 from zsl.client.model import load_client
 from zsl.client.remote import RemoteTrunk
 from zsl.client.trunk_client import TrunkClient
-from zsl.split.loading import load_whole
-from zsl.split.reference import ModelReference
+from zsl.models.loading import load_whole
+from zsl.models.reference import ModelReference
 from zsl.split.stack import find_stack
 from zsl.wire.messages import Cut, FloatDtypeName
 from zsl.wire.tensors import TORCH_DTYPES

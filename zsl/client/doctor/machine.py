@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from zsl.client.doctor.check import Check, State
-from zsl.client.keys import read_client_keys
+from zsl.link.keys import read_client_keys
 
 BFLOAT16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})  # as Linux names them on x86 and on ARM
 
@@ -43,7 +43,7 @@ def check_hub() -> Check:
     """Whether models can be had from the hub. That they cannot is a fact, and no fault."""
     from huggingface_hub import constants, is_offline_mode
 
-    from zsl.split.hub import why_no_answer
+    from zsl.models.hub import why_no_answer
 
     if is_offline_mode():
         return Check("hub", State.OK, f"not asked: HF_HUB_OFFLINE is set; {_without_hub()}")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from zsl.split.reference import ModelReference
+from zsl.models.reference import ModelReference
 from zsl.split.stack import causal_lm_class
 
 HEADROOM = 1.2  # of a step of few tokens, and of loading

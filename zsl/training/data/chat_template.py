@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from zsl.errors import DataError
-from zsl.split.reference import first_line
+from zsl.text.first_line import first_line
 from zsl.training.data.conversations import Conversation, texts_of
 
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")

@@ -9,9 +9,9 @@ from typing import Any, Literal
 from datasets import Features, Value
 
 from zsl.errors import DataError
+from zsl.training.config.data_table import DataTable
 from zsl.training.data.reading import foreign_errors
 from zsl.training.data.sources import Documents
-from zsl.training.data.table import DataTable
 
 STRINGS = ("string", "large_string", "string_view")
 NUMBER = "number"  # of a file that knows text only: learnt where it is asked for

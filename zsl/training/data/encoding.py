@@ -16,7 +16,7 @@ from zsl.training.data.conversations import conversation_of
 from zsl.training.data.reading import read_batches
 from zsl.training.data.rows import NO_LABEL, TokenRow, pack
 from zsl.training.data.sources import Documents
-from zsl.training.report import counted
+from zsl.training.report.screen import counted
 
 DOCUMENTS_AT_ONCE = 100
 SHOWN_CHARACTERS = 60  # of a row that has no number

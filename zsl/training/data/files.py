@@ -20,7 +20,7 @@ from typing import Any, Literal
 import pyarrow as pa  # type: ignore[import-untyped]
 
 from zsl.errors import DataError
-from zsl.split.reference import first_line
+from zsl.text.first_line import first_line
 
 Kind = Literal["text", "json", "csv", "tsv", "parquet"]
 Row = dict[str, Any]

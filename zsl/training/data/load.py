@@ -12,15 +12,15 @@ import xxhash
 from datasets import Dataset
 
 from zsl.errors import ConfigError, DataError
-from zsl.split.reference import ModelReference
+from zsl.models.reference import ModelReference
+from zsl.training.config.data_table import SYNTHETIC, DataTable
 from zsl.training.data.columns import Column, column_of
 from zsl.training.data.encoding import Encoder, Tally
 from zsl.training.data.rows import PadRight, TokenRow, count_tokens, hold, take
 from zsl.training.data.sources import Documents, open_documents, validation_documents
 from zsl.training.data.stream import SHUFFLE_ROWS, TokenStream
 from zsl.training.data.synthetic import SYNTHETIC_SAMPLES, synthetic_language
-from zsl.training.data.table import SYNTHETIC, DataTable
-from zsl.training.report import counted
+from zsl.training.report.screen import counted
 
 ROWS_COUNTED = 100  # of a stream, before it is trained on
 

@@ -16,7 +16,7 @@ from huggingface_hub.utils import logging
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from zsl.errors import DataError, StartupError, ZslError
-from zsl.split.reference import first_line
+from zsl.text.first_line import first_line
 
 # The number that pyarrow gives a line of JSON, in whatever part of the file it looks at.
 COUNTED_FROM_ZERO = re.compile(r"[.]? in row \d+$")

@@ -1,0 +1,1 @@
+"""Adapters of a split model: attach, save, load, join, export, merge."""

@@ -1,0 +1,1 @@
+"""Files that are whole or missing, and small files read within a bound."""

@@ -1,0 +1,1 @@
+"""A connection to a daemon: socket, session, requests, heartbeat. Knows no torch."""

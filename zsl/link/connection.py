@@ -1,0 +1,334 @@
+"""A connection to a trunk daemon, for any thread: submit and wait on a future, or call.
+
+One thread at a time drives the link (`zsl.link.link`), under a lock: an I/O thread of the connection's own, or a
+caller that would only wait, and so saves two hand-overs between threads. Without that a round trip of 2 kB takes
+0.72 ms instead of 0.67; at 0.8 MB and above nothing is gained (`bin/bench transport --rounds 100` on two cores, rows
+"zsl by thread" and "zsl"). Everybody else leaves commands in a queue, and wakes who drives by a pipe. All waits are
+bounded. Knows no torch.
+
+Ctrl-C may come wherever a caller is, also in the middle of driving. `_driving` is released in a `finally` that calls
+nothing before it; and whoever drives next finds `_torn` set, and has the link start over.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from copy import copy
+from itertools import count
+from queue import Empty, SimpleQueue
+from typing import TypeVar
+
+from zsl.errors import ClosedError, InternalError, RequestTimeout, ZslError
+from zsl.link.endpoints import parse_endpoints
+from zsl.link.link import Link
+from zsl.link.pending import Build, Pending, check_timeouts
+from zsl.link.traffic import Traffic
+from zsl.transport.curve import ClientKeys
+from zsl.wire.frames import Message
+from zsl.wire.messages import Cut, FloatDtypeName, Hello, ModelIdentity, StatusRequest, Welcome
+
+logger = logging.getLogger(__name__)
+
+WAIT_GRACE_SECONDS = 5.0  # a waiter outlasts the link's own deadline by this much
+IDLE_SECONDS = 0.5  # how often the I/O thread looks at a link that nobody drives
+
+Result = TypeVar("Result")
+
+
+class Connection:
+    """A session with the daemon at `endpoint`, or the first that answers of several with commas between them, kept
+    alive until `close`."""
+
+    def __init__(
+        self,
+        endpoint: str,
+        *,
+        keys: ClientKeys | None = None,
+        connect_timeout_seconds: float,
+        request_timeout_seconds: float,
+    ) -> None:
+        check_timeouts(connect_timeout_seconds=connect_timeout_seconds, request_timeout_seconds=request_timeout_seconds)
+        self._endpoints = parse_endpoints(endpoint)
+        self.endpoint = ",".join(self._endpoints)
+        self._keys = keys
+        self._connect_timeout_seconds = connect_timeout_seconds
+        self._request_timeout_seconds = request_timeout_seconds
+        self._pid = os.getpid()
+        # Reentrant: a finalizer may run `release` in the middle of anything, also of this thread's own `submit`.
+        self._lock = threading.RLock()
+        self._commands: deque[Callable[[Link], None]] = deque()
+        self._ids = count(1)
+        self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._thread: threading.Thread | None = None
+        self._link: Link | None = None
+        # Reentrant, because the release of one by a thread that does not hold it is an error and changes nothing.
+        self._driving = threading.RLock()
+        self._driver: int | None = None  # the caller that holds it
+        self._torn = False  # driving has begun and not come to its end
+        # A word in it: the I/O thread is to drive. Its `put` is reentrant, as finalizers need it.
+        self._wanted: SimpleQueue[None] = SimpleQueue()
+        self._opened: Future[Welcome] = Future()
+        self._welcome: Welcome | None = None  # what it brought
+        self._closing = False
+        self._failure: ZslError | None = None  # why the link cannot go on
+        self._ended_by: ZslError | None = None  # no command is taken any more
+
+    def open(self, model: ModelIdentity | None, cut: Cut | None, dtype: FloatDtypeName) -> Welcome:
+        """Open the session, and wait for the daemon's WELCOME.
+
+        Raises `TrunkUnreachable`, `WrongModelError` or another `WireError`.
+        """
+        self._check_usable()
+        with self._lock:
+            if self._thread is None:
+                hello = Hello(request=0, software="", dtype=dtype, model=model, cut=cut, resume=None)
+                self._thread = threading.Thread(target=self._run, args=(hello,), name="zsl-io", daemon=True)
+            if self._thread.ident is None:
+                self._thread.start()
+        # The link ends it sooner: after the first of them, unless a daemon is there that is still loading.
+        self._welcome = self._result(self._opened, self._connect_timeout_seconds + self._request_timeout_seconds)
+        return self._welcome
+
+    def __repr__(self) -> str:
+        return f"Connection({self.endpoint}: {'not opened' if self._link is None else repr(self._link.state)})"
+
+    @property
+    def welcome(self) -> Welcome:
+        """What the daemon said when the session was opened. Raises `ClosedError` before that."""
+        if self._welcome is None:
+            raise self._not_open()
+        return self._welcome
+
+    @property
+    def replays(self) -> int:
+        """How many requests had to be sent again so far."""
+        return self.traffic.replays
+
+    @property
+    def traffic(self) -> Traffic:
+        """What went over the connection so far."""
+        return Traffic() if self._link is None else self._link.traffic
+
+    def new_request_id(self) -> int:
+        """An id that this connection has not used, larger than all before it."""
+        return next(self._ids)
+
+    def submit(self, request: int, build: Build, *, nbytes: int = 0) -> Future[Message]:
+        """Send a request; the future brings the RESULT (or STATUS), or raises a `ZslError`."""
+        self._check_usable()
+        if self._thread is None:
+            raise self._not_open()
+        pending = self._pending(request, build, nbytes)
+        if not self._command(lambda link: link.add(pending)):
+            self._check_usable()
+        return pending.future
+
+    def call(self, request: int, build: Build, *, nbytes: int = 0) -> Message:
+        """`submit` and `wait`. If nobody drives the link, this thread does it while it waits."""
+        self._check_usable()  # before any lock: in the child of a fork one may be locked for ever
+        link, this_thread = self._link, threading.get_ident()
+        if self._welcome is None or link is None or self._driver == this_thread:
+            return self.wait(self.submit(request, build, nbytes=nbytes))
+        pending: Pending | None = None
+        try:
+            if self._driving.acquire(blocking=False):
+                self._driver = this_thread
+                self._check_usable()
+                pending = self._pending(request, build, nbytes)
+                self._drive(link, pending)
+        except BaseException:
+            if pending is not None:
+                pending.future.cancel()  # Ctrl-C: nobody waits for it any more
+            raise
+        finally:
+            if self._driver == this_thread:
+                self._driver = None
+            try:
+                self._driving.release()
+            except RuntimeError:
+                pass  # another thread drives
+            if self._closing or self._commands or self._torn or link.busy:
+                self._wanted.put(None)
+        return self.wait(self.submit(request, build, nbytes=nbytes) if pending is None else pending.future)
+
+    def submit_status(self) -> Future[Message]:
+        """Ask what the daemon serves."""
+        request = self.new_request_id()
+        return self.submit(request, lambda welcome, pending: (StatusRequest(request=request), ()))
+
+    def release(self, step: int, session: bytes) -> None:
+        """Tell the daemon that no backward will come for this step. For finalizers too: it waits for nothing."""
+        if os.getpid() == self._pid:
+            self._command(lambda link: link.release(step, session))
+
+    @property
+    def longest_wait_seconds(self) -> float:
+        """After which a request has ended, whatever happened."""
+        return self._request_timeout_seconds + WAIT_GRACE_SECONDS
+
+    def wait(self, future: Future[Message]) -> Message:
+        """The future's result; the wait is bounded even if the I/O thread were gone."""
+        try:
+            return self._result(future, self._request_timeout_seconds)
+        except KeyboardInterrupt:
+            future.cancel()
+            raise
+
+    def close(self) -> None:
+        """End the session and the thread. Requests without an answer end with `ClosedError`."""
+        if os.getpid() != self._pid or self._closing:
+            return
+        self._closing = True
+        self._command(lambda link: None)
+        if self._thread is threading.current_thread() or self._driver == threading.get_ident():
+            return  # a finalizer that ran in the middle of driving; the I/O thread ends the link
+        if self._thread is not None:
+            self._thread.join(self._connect_timeout_seconds + WAIT_GRACE_SECONDS)
+        else:
+            self._end(self._closed())
+
+    def _result(self, future: Future[Result], seconds: float) -> Result:
+        try:
+            return future.result(seconds + WAIT_GRACE_SECONDS)
+        except TimeoutError:
+            if future.done():
+                raise
+            raise RequestTimeout(f"{self.endpoint} did not answer within {seconds:g} s") from None
+
+    def _check_usable(self) -> None:
+        if os.getpid() != self._pid:
+            raise after_fork(self.endpoint, self._pid)
+        if self._ended_by is not None:
+            raise copy(self._ended_by)  # a fresh one, which collects the frames of this call only
+        if self._closing:
+            raise self._closed()
+
+    def _pending(self, request: int, build: Build, nbytes: int) -> Pending:
+        return Pending(request, build, time.monotonic() + self._request_timeout_seconds, nbytes)
+
+    def _not_open(self) -> ClosedError:
+        return ClosedError(f"the connection to {self.endpoint} is not open; call connect() first")
+
+    def _closed(self) -> ClosedError:
+        return ClosedError(f"the connection to {self.endpoint} is closed")
+
+    def _command(self, command: Callable[[Link], None]) -> bool:
+        """Hand a command to who drives; False if the connection has ended."""
+        with self._lock:
+            if self._ended_by is not None:
+                return False
+            self._commands.append(command)
+            try:
+                os.write(self._wake_write, b"\0")
+            except BlockingIOError:
+                pass  # the pipe is full of wake-ups already
+            self._wanted.put(None)
+            return True
+
+    def _end(self, error: ZslError) -> None:
+        with self._lock:
+            self._ended_by = error
+            os.close(self._wake_read)
+            os.close(self._wake_write)
+
+    # --- driving -----------------------------------------------------------------------------------------------
+
+    def _drive(self, link: Link, pending: Pending) -> None:
+        """Send a request, and drive until it has ended."""
+        try:
+            self._advance(link, pending)
+            while not pending.future.done() and not self._closing:
+                link.wait(self._wake_read)
+                self._advance(link)
+        except Exception as error:
+            self._fail(error)
+
+    def _advance(self, link: Link, pending: Pending | None = None) -> None:
+        """Do what is to be done for the link. Raises `ZslError` if it cannot go on."""
+        if self._torn:
+            link.start_over()
+        self._torn = True
+        if pending is not None:
+            link.add(pending)
+        self._run_commands(link)
+        link.turn()
+        self._torn = False
+
+    def _fail(self, error: Exception) -> None:
+        """The link cannot go on; the I/O thread ends it."""
+        if isinstance(error, ZslError):
+            self._failure = error
+        else:
+            logger.exception("the connection failed")
+            self._failure = InternalError(f"{self!r} failed: {error}")
+        self._closing = True
+
+    def _run(self, hello: Hello) -> None:
+        """The I/O thread: drives whenever it is wanted, and looks after an idle link."""
+        with self._driving:
+            if self._link is not None:
+                return  # Ctrl-C came while the thread started, and it was started again
+            link = self._link = Link(
+                self._endpoints,
+                hello,
+                keys=self._keys,
+                opened=self._opened,
+                new_request_id=self.new_request_id,
+                connect_timeout_seconds=self._connect_timeout_seconds,
+                request_timeout_seconds=self._request_timeout_seconds,
+            )
+        try:
+            self._wanted.put(None)
+            while not self._closing:
+                wanted = self._is_wanted()
+                if not self._driving.acquire(blocking=wanted):
+                    continue  # a caller drives
+                try:
+                    self._advance(link)
+                    while (link.busy or self._commands) and not self._closing:
+                        link.wait(self._wake_read)
+                        self._advance(link)
+                finally:
+                    self._driving.release()
+        except Exception as error:
+            self._fail(error)
+        with self._driving:
+            ended_by = self._failure or self._closed()
+            self._closing = True
+            self._end(ended_by)
+            self._run_commands(link, wake_pipe_open=False)
+            link.close(ended_by, say_bye=not self._torn)
+
+    def _is_wanted(self) -> bool:
+        """Whether somebody wants the link to be driven, before the idle time is over."""
+        try:
+            self._wanted.get(timeout=IDLE_SECONDS)
+        except Empty:
+            return False
+        while not self._wanted.empty():
+            self._wanted.get_nowait()  # one look is enough for all of them
+        return True
+
+    def _run_commands(self, link: Link, *, wake_pipe_open: bool = True) -> None:
+        if wake_pipe_open:
+            try:
+                os.read(self._wake_read, 4096)
+            except BlockingIOError:
+                pass
+        while self._commands:
+            self._commands[0](link)  # twice, if it is interrupted before the next line: none of them minds
+            self._commands.popleft()
+
+
+def after_fork(endpoint: str, pid: int) -> ClosedError:
+    """The error of a process that was forked from the one that a connection belongs to."""
+    return ClosedError(
+        f"the connection to {endpoint} was made in process {pid} and cannot be used after a fork; "
+        "make a new RemoteTrunk in the child, or start workers with the 'spawn' method"
+    )

@@ -1,0 +1,1 @@
+"""Model references, checkpoints and their identity: resolve, load, quantize, divide."""

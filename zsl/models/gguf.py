@@ -1,0 +1,79 @@
+"""GGUF files: dequantized once into a checkpoint directory, which is reused.
+
+Transformers reads a GGUF file as a whole, so the conversion runs in a process of its own: the process that asked
+never holds the weights of the other side.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from zsl.errors import ModelError
+
+logger = logging.getLogger(__name__)
+
+# A random.py in the working folder must not be taken for the library's, hence -P; zsl itself is found from anywhere.
+_ROOT = str(Path(__file__).resolve().parents[2])
+_START = "import sys; sys.path.append(sys.argv[1]); from zsl.models.gguf import convert; convert(*sys.argv[2:])"
+
+
+def dequantized_directory(file: Path) -> Path:
+    """The checkpoint directory (fp32 safetensors, configuration, tokenizer) that a GGUF file became.
+
+    It lies in the cache of huggingface_hub under the digest of the file's content, and is made if it is not
+    there. Raises `ModelError` if the file cannot be read or converted.
+    """
+    from huggingface_hub.constants import HF_HOME
+
+    try:
+        with file.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise ModelError(f"model {str(file)!r}: {error.strerror}") from error
+    directory = Path(HF_HOME) / "zsl" / "gguf" / digest[:32]
+    if not directory.is_dir():
+        _convert_aside(file, directory)
+    return directory
+
+
+def _convert_aside(file: Path, directory: Path) -> None:
+    logger.warning("dequantizing %s, once: that may take minutes", file)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=".converting-", dir=directory.parent))
+    try:
+        command = [sys.executable, "-P", "-c", _START, _ROOT, str(file.resolve()), str(aside)]
+        finished = subprocess.run(command, capture_output=True, text=True, check=False)
+        if finished.returncode != 0:
+            reason = (finished.stderr.strip().splitlines() or ["no reason given"])[-1]
+            raise ModelError(f"model {str(file)!r} cannot be dequantized: {reason}")
+        try:
+            os.replace(aside, directory)
+        except OSError:
+            if not directory.is_dir():  # otherwise another process made it meanwhile
+                raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def convert(file: str, directory: str) -> None:
+    """Write the checkpoint that a GGUF file stands for into a directory. Takes the memory of the whole model."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    where = {"pretrained_model_name_or_path": str(Path(file).parent), "gguf_file": Path(file).name}
+    read = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    # What was read is marked as quantized, and transformers saves no quantized GGUF model; a fresh one has no mark.
+    config = read.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    plain.load_state_dict(read.state_dict())
+    plain.save_pretrained(directory)
+    AutoTokenizer.from_pretrained(**where).save_pretrained(directory)

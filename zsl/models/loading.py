@@ -1,0 +1,118 @@
+"""Load the part of a model that a side owns, with plain `from_pretrained`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import BitsAndBytesConfig, PreTrainedModel
+
+from zsl.errors import ModelError
+from zsl.models.identity import RANDOM_SEED
+from zsl.models.quantize import Quantization, keep_as_loaded, quantization_config
+from zsl.models.random_weights import initialize_by_name
+from zsl.models.reference import ModelReference
+from zsl.split.cut import check_cut
+from zsl.split.parts import PartName
+from zsl.split.slots import middle_only, with_hole
+from zsl.split.stack import BUILDING, base_class, causal_lm_class, check_can_be_split, layer_count
+from zsl.text.first_line import first_line
+from zsl.wire.messages import Cut
+
+
+def load_client_part(
+    reference: ModelReference, cut: Cut, dtype: torch.dtype = torch.float32, *, quantize: Quantization | None = None
+) -> PreTrainedModel:
+    """The real causal language model with pass-throughs in the slots of the cut. Nothing of the trunk is allocated.
+
+    `quantize`: in how many bits the linear layers are, if fewer than `dtype` has; see `zsl.models.quantize`.
+    `use_cache` is off: the trunk keeps no keys and values, so a cached generation would be wrong.
+    Raises `ModelError`.
+    """
+    _check(reference, "client", cut)
+    cls = with_hole(causal_lm_class(reference.config), cut)
+    model = _load(cls, reference, dtype, quantization_config(reference, quantize, dtype) if quantize else None)
+    keep_as_loaded(model)
+    if reference.part is not None:
+        model.name_or_path = reference.hub_id or ""  # an adapter of it is one of the whole model, not of the part
+    model.config.use_cache = False
+    if model.generation_config is not None:
+        model.generation_config.use_cache = False
+    return model
+
+
+def load_trunk_part(reference: ModelReference, cut: Cut, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The base model with the layers of the cut only, frozen and in eval mode. Raises `ModelError`."""
+    _check(reference, "trunk", cut)
+    model = _load(middle_only(base_class(reference.config), reference.config, cut), reference, dtype)
+    model.config.use_cache = False
+    model.eval().requires_grad_(False)
+    return model
+
+
+def load_whole(reference: ModelReference, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The whole local model, with the same weights as the two parts. Raises `ModelError`."""
+    if reference.part is not None:
+        raise ModelError(f"{reference.part.described(reference.text)}: the whole model is needed here")
+    return _load(causal_lm_class(reference.config), reference, dtype)
+
+
+def _check(reference: ModelReference, part: PartName, cut: Cut) -> None:
+    check_cut(cut, layer_count(reference.config))
+    check_can_be_split(reference.config)
+    if reference.part is not None:
+        reference.part.cut_for(reference.text, part, cut)
+
+
+def check_part_loads(reference: ModelReference) -> None:
+    """Raises `ModelError` if the part at a reference lacks a tensor that its side needs. Allocates nothing."""
+    config, part = reference.config, reference.part
+    if part is None:
+        return
+    if part.part == "client":
+        cls = with_hole(causal_lm_class(config), part.cut)
+    else:
+        cls = middle_only(base_class(config), config, part.cut)
+    _load(cls, reference, torch.float32, device="meta")
+
+
+def _load(
+    cls: Any,
+    reference: ModelReference,
+    dtype: torch.dtype,
+    quantization: BitsAndBytesConfig | None = None,
+    *,
+    device: str | None = None,
+) -> PreTrainedModel:
+    if reference.location is None:
+        return _build_random(cls, reference, dtype)
+    try:
+        with BUILDING:
+            model, loading = cls.from_pretrained(
+                reference.location,
+                config=reference.config,
+                dtype=dtype,
+                use_safetensors=True,
+                variant=reference.part.variant if reference.part is not None else None,
+                output_loading_info=True,
+                quantization_config=quantization,
+                device_map=device,
+            )
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise ModelError(f"model {reference.text!r} cannot be loaded: {first_line(error)}") from error
+    if loading["missing_keys"]:
+        missing = ", ".join(sorted(loading["missing_keys"])[:3])
+        raise ModelError(f"model {reference.text!r}: the checkpoint lacks {missing}")
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def _build_random(cls: Any, reference: ModelReference, dtype: torch.dtype) -> PreTrainedModel:
+    # Built on the meta device, so that what is carved away never has memory.
+    with BUILDING, torch.device("meta"):
+        model: PreTrainedModel = cls._from_config(reference.config, dtype=dtype)
+    model.to_empty(device="cpu")
+    model.tie_weights()
+    initialize_by_name(model, RANDOM_SEED)
+    model.eval()
+    return model

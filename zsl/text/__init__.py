@@ -1,0 +1,1 @@
+"""Text for people: escaped, counted, with units. Knows nothing of models and sockets."""

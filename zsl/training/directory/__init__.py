@@ -1,0 +1,1 @@
+"""The run directory: record, checkpoints, resume."""

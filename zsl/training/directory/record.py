@@ -1,0 +1,110 @@
+"""What a run is, as `run.json` says it: so that a run that was ended can be told from another one.
+
+In the directory of a run it says too whether the run has come to its end; in a checkpoint, what is needed beside
+Trainer's own files to go on from there; with an adapter, what model it is of. Knows no torch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from zsl.training.config.config import TrainConfig
+
+RECORD = "run.json"
+MODEL_NAME = "model.name"  # a key of `RunRecord.configuration`
+# Of `RunRecord.facts`.
+DATA, MODEL_CONFIGURATION, WEIGHTS = "the rows of the data", "the model's configuration", "the model's weights"
+
+# What may be another one when a run goes on: where the trunk and the results are, how long to wait, what is shown, and
+# how often and how many checkpoints are kept. The numbers of a training do not depend on it.
+_MAY_DIFFER = {
+    "trunk.endpoint",
+    "trunk.connect_timeout_seconds",
+    "trunk.request_timeout_seconds",
+    "trunk.server_key",
+    "trunk.client_key",
+    "train.output_dir",
+    "train.save_steps",
+    "train.save_total_limit",
+    "train.disable_tqdm",
+    "train.report_to",
+    "train.run_name",
+    "train.project",
+}
+_MAY_DIFFER_PREFIXES = ("train.log_", "train.logging_", "train.trackio_", "train.hub_", "train.push_to_")
+
+
+class RunRecord(BaseModel):
+    """`configuration` by `table.key`; `facts` are what it stands for: a digest of the data, of the weights, …"""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
+
+    configuration: dict[str, Any]
+    facts: dict[str, str] = {}
+    run: str = ""  # tells it from other runs, also from those of the same configuration
+    finished: bool = False
+    seconds: float = 0.0  # of training until then
+
+    def of_adapter(self) -> RunRecord:
+        """What goes with an adapter: which model it is of, and how it was split. Nothing of the data."""
+        configuration = {key: value for key, value in self.configuration.items() if key == MODEL_NAME}
+        facts = {fact: value for fact, value in self.facts.items() if fact != DATA}
+        return RunRecord(configuration=configuration, facts=facts, run=self.run)
+
+    def differences(self, here: RunRecord) -> list[str]:
+        """Where the run of this record is not that of `here`, in words; none if it is the same one.
+
+        Facts that only one of them has are not compared.
+        """
+        keys = sorted(self.configuration.keys() | here.configuration.keys())
+        words = [_difference(key, self.configuration.get(key), here.configuration.get(key)) for key in keys]
+        return [difference for difference in words if difference] + self._differences_of(self.facts, here)
+
+    def model_differences(self, here: RunRecord) -> list[str]:
+        """Where the model of this record is not that of `here`, in words."""
+        return self._differences_of((MODEL_CONFIGURATION, WEIGHTS), here)
+
+    def _differences_of(self, facts: Iterable[str], here: RunRecord) -> list[str]:
+        both = [
+            (fact, self.facts[fact], here.facts[fact]) for fact in facts if fact in self.facts and fact in here.facts
+        ]
+        return [difference for fact, there, now in both if (difference := _difference(fact, there, now))]
+
+
+def configuration_of(config: TrainConfig) -> dict[str, Any]:
+    """Every key that the numbers of a training depend on."""
+    tables = config.model_dump(mode="json", exclude_none=True)
+    keys = {f"{table}.{key}": value for table, fields in tables.items() for key, value in fields.items()}
+    if isinstance(config.resume_from, bool):
+        keys.pop("train.resume_from_checkpoint", None)  # whether to go on, not with what
+    return {k: v for k, v in keys.items() if k not in _MAY_DIFFER and not k.startswith(_MAY_DIFFER_PREFIXES)}
+
+
+def read_record(directory: Path) -> RunRecord | None:
+    """The record in a directory; None if there is none that can be read."""
+    try:
+        return RunRecord.model_validate_json((directory / RECORD).read_bytes())
+    except (OSError, ValidationError):
+        return None
+
+
+def as_bytes(record: RunRecord) -> bytes:
+    """What `run.json` holds."""
+    return (record.model_dump_json(indent=1) + "\n").encode()
+
+
+def _difference(name: str, there: Any, here: Any) -> str | None:
+    if there == here:
+        return None
+    return f"{name} ({_shown(there)} there, {_shown(here)} here)"
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "not set"
+    return str(value)[:12] if re.fullmatch("[0-9a-f]{32,}", str(value)) else str(value)  # a digest

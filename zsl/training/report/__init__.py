@@ -1,0 +1,1 @@
+"""Numbers of a run and their presentation: metrics, screen, plot."""

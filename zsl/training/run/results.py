@@ -1,0 +1,75 @@
+"""What a run leaves in its directory when it ends: adapters and a plot, beside the metrics that are there already."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from peft import PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+
+from zsl.adapters.adapter import remove_adapter, save_adapter
+from zsl.errors import ModelError, RunFailed
+from zsl.models.reference import ModelReference
+from zsl.split.sides import Sides
+from zsl.training.directory.record import RECORD, RunRecord, as_bytes
+from zsl.training.directory.resume import METRICS
+from zsl.training.report.metrics import RunMetrics
+from zsl.training.report.overview import SIDES
+from zsl.training.report.plot import write_loss_plot
+
+PLOT = "loss.png"
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Results:
+    """The trained model, and where what was trained goes."""
+
+    model: PeftModel
+    sides: Sides
+    reference: ModelReference
+    directory: Path
+    metrics: RunMetrics
+    record: RunRecord
+
+    def save(self) -> list[str]:
+        """Write `adapter/`, `bottom_lora/`, `top_lora/`, `loss.png`; a line about each. Raises `RunFailed`."""
+        base_model = self.reference.hub_id
+        # It stays with the adapter when that is moved, or when another run begins in this directory.
+        beside = {RECORD: as_bytes(self.record.of_adapter())}
+        save_adapter(self.model, self.directory / "adapter", base_model=base_model, beside=beside)
+        lines = [f"{self.directory / 'adapter'}  (loads on the whole model)"]
+        for side in SIDES:
+            target = self.directory / f"{side}_lora"
+            try:
+                save_adapter(self.model, target, base_model=base_model, sides=self.sides, only=side, beside=beside)
+            except ModelError:  # the configuration puts no adapter on this side: what lies there is another run's
+                remove_adapter(target, RECORD)
+                continue
+            kilobytes = (target / SAFETENSORS_WEIGHTS_NAME).stat().st_size / 1000
+            lines.append(f"{target}  ({kilobytes:.0f} kB)")
+        lines.append(f"{self.directory / METRICS}  (a line per step)")
+        if self.metrics.steps and self._drew():
+            lines.append(f"{self.directory / PLOT}")
+        return lines
+
+    def _drew(self) -> bool:
+        """Draw the losses. A picture that cannot be written ends nothing."""
+        file = self.directory / PLOT
+        try:
+            write_loss_plot(file, self.metrics.steps, self.metrics.validations, title=self.reference.text)
+        except RunFailed as error:
+            logger.warning("%s", error)
+            return False
+        return True
+
+    def save_after_a_failure(self) -> str:
+        """Save after a failure, which another one must not hide; what became of it, in words."""
+        try:
+            self.save()
+        except RunFailed as error:
+            return f"the adapters of the steps until then are not saved: {error}"
+        return f"the adapters of the steps until then are in {self.directory}"

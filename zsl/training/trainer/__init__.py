@@ -1,0 +1,1 @@
+"""Hugging Face `Trainer` on a split model."""

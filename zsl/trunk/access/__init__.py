@@ -1,0 +1,1 @@
+"""Access to the daemon: hosts, keys and tenants. Knows no torch."""

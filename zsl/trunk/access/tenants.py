@@ -1,0 +1,144 @@
+"""Who may use this daemon, and how much of it: `tenants.toml`, checked. Knows no socket and no torch.
+
+    [tenants.alice]
+    public_key = "…"             # what is in alice.key
+    weight = 2.0                 # her share of the device, where others have 1
+    max_sessions = 64
+    max_inflight_bytes = "2GiB"
+    max_stash_bytes = "1GiB"     # of what is kept for pending backwards; without it, the daemon's own limit
+
+An authenticated key is a tenant: all that its holder's clients do together counts against these.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from zsl.errors import ConfigError
+from zsl.files.small_files import read_toml
+from zsl.text.byte_size import parse_size
+from zsl.transport.curve import NAME, is_public_key
+
+# Weights divide seconds of the device; with any number, sums of them could lose what is added.
+MIN_WEIGHT, MAX_WEIGHT = 0.001, 1000.0
+_HOW_TO_WRITE = "write a table [tenants.NAME] with a public_key for each client (`zsl keygen NAME` shows its lines)"
+
+
+def _size(value: object) -> object:
+    return parse_size(value) if isinstance(value, str) else value
+
+
+def _key(value: str) -> str:
+    if not is_public_key(value):
+        raise ValueError("is no public key; take what stands as public-key in the tenant's .key file")
+    return value
+
+
+_Bytes = Annotated[int, BeforeValidator(_size), Field(strict=True)]
+
+
+class _TenantTable(BaseModel):
+    """`[tenants.NAME]`"""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    public_key: Annotated[str, AfterValidator(_key)]
+    weight: float = Field(default=1.0, ge=MIN_WEIGHT, le=MAX_WEIGHT)
+    max_sessions: int = Field(default=64, ge=1)
+    max_inflight_bytes: Annotated[_Bytes, Field(ge=1)] = 2 << 30
+    max_stash_bytes: Annotated[_Bytes, Field(ge=0)] | None = None
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    tenants: dict[str, _TenantTable] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class Tenant:
+    """One tenant and its quotas. `max_stash_bytes` None: only the daemon's own limit."""
+
+    name: str
+    public_key: str
+    weight: float
+    max_sessions: int
+    max_inflight_bytes: int
+    max_stash_bytes: int | None
+
+
+class Tenants:
+    """All tenants of a file."""
+
+    def __init__(self, tenants: Iterable[Tenant]) -> None:
+        self._by_key = {tenant.public_key: tenant for tenant in tenants}
+
+    def __len__(self) -> int:
+        return len(self._by_key)
+
+    def by_key(self, public_key: str) -> Tenant | None:
+        """The tenant with this public key, in z85."""
+        return self._by_key.get(public_key)
+
+
+class Allowlist:
+    """The tenants of a file, as it was when last read whole. Raises `ConfigError` if it cannot be read at first."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._tenants = read_tenants(path)
+
+    def reload(self) -> None:
+        """Read the file again. Raises `ConfigError`; the tenants stay as they were then."""
+        self._tenants = read_tenants(self._path)
+
+    def allows(self, public_key: str) -> bool:
+        """Whether the holder of this key may connect."""
+        return self.by_key(public_key) is not None
+
+    def by_key(self, public_key: str) -> Tenant | None:
+        """The tenant with this public key, in z85."""
+        return self._tenants.by_key(public_key)
+
+
+def read_tenants(path: Path) -> Tenants:
+    """The tenants in a file. Raises `ConfigError`, which names file, table and key."""
+    try:
+        tables = read_toml(path)
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: there is no such file; {_HOW_TO_WRITE}") from None
+    try:
+        checked = _File.model_validate(tables).tenants
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {_first_problem(error)}") from None
+    if not checked:
+        raise ConfigError(f"{path}: no tenants; {_HOW_TO_WRITE}")
+    names: dict[str, str] = {}
+    for name, table in checked.items():
+        if NAME.fullmatch(name) is None:
+            raise ConfigError(f"{path}: [tenants.{name!r}]: a name has up to 64 letters, digits, - and _")
+        other = names.setdefault(table.public_key, name)
+        if other != name:
+            raise ConfigError(f"{path}: tenants.{name}.public_key is that of tenants.{other}, too; each needs its own")
+    return Tenants(Tenant(name, **table.model_dump()) for name, table in checked.items())
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors(include_url=False)[0]
+    path = [str(part) for part in problem["loc"]]
+    shown, kind = ".".join(path), problem["type"]
+    if kind == "extra_forbidden":
+        known: dict[str, Any] = _File.model_fields if len(path) == 1 else _TenantTable.model_fields
+        near = difflib.get_close_matches(path[-1], list(known), n=1)
+        return f"unknown key {shown}" + (f"; did you mean {'.'.join([*path[:-1], near[0]])}?" if near else "")
+    if kind == "missing":
+        return f"{shown} is missing"
+    if kind in ("model_type", "dict_type"):
+        return f"{shown} is a table: write [{'.'.join(path[:1])}.NAME] and its keys below it"
+    return f"{shown}: {problem['msg'].removeprefix('Value error, ')}"

@@ -1,0 +1,247 @@
+"""What a loaded trunk can do, found out by trying: which forms of requests its family packs, whether packed passes of
+one length are the same bit for bit whoever shares them, and what its passes cost. Takes a few passes at start.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+from zsl.trunk.compute.by_layers import Layer, layer_gradient, most_kept
+from zsl.trunk.compute.live_bytes import peak_bytes
+from zsl.trunk.compute.packing import alone, packed
+from zsl.trunk.compute.passes import Rows, sequences_of
+from zsl.trunk.compute.trunk_model import Middle
+from zsl.trunk.costs import Costs, GraphMemory, PassMemory, fit_cost, fit_graph_memory
+from zsl.trunk.work import Shape
+
+COST_TOKENS = (8, 96)
+MEMORY_TOKENS = (8, 48, 96)
+LAYER_TOKENS = (16, 64, 256)
+# The memory of a layer's backward by its tensors': kernels copy what they multiply, and what is freed lies between
+# what is not. 1.4 to 1.6 on Linux.
+BESIDE_TENSORS = 1.6
+# Of repeated measurements the shortest counts: at least so many, and more while they are short.
+COST_REPEATS = 3
+COST_SECONDS = 0.2
+COMPOSITIONS, COMPOSITIONS_OF_A_FORM = 12, 4
+SEED = 0
+
+Timed = TypeVar("Timed")
+Result = tuple[torch.Tensor, torch.Tensor]  # output and gradient at the input, [rows, tokens, hidden]
+Bits = tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """The shape of a request, and what it brings along: a mask or positions, as rows of numbers."""
+
+    shape: Shape
+    attention_mask: Bits | None = None
+    position_ids: Bits | None = None
+
+
+def plain(rows: int, tokens: int) -> Form:
+    return Form(Shape(rows, tokens, (tokens,) * rows))
+
+
+# Equal and different lengths, one of a single token.
+PLAIN = (plain(1, 5), plain(2, 3), plain(1, 1), plain(1, 5))
+# Padding on the left and on the right, a hole, a row without a token, one without padding; shifted positions.
+MASKED = (
+    Form(Shape(3, 5, (5, 5, 5), frozenset({0, 1, 2})), ((0, 0, 1, 1, 1), (1, 1, 0, 1, 1), (0, 0, 0, 0, 0))),
+    Form(Shape(2, 4, (4, 4), frozenset({0})), ((1, 1, 1, 0), (1, 1, 1, 1)), ((3, 4, 5, 6), (0, 1, 2, 3))),
+)
+RESTARTING = (
+    Form(Shape(1, 7, (3, 4)), None, ((0, 1, 2, 0, 1, 2, 3),)),
+    Form(Shape(2, 5, (2, 3, 2, 3)), None, ((0, 1, 6, 7, 8),)),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedForms:
+    """Forms of requests that a family packs: plain ones, those with a mask, those whose positions start again."""
+
+    plain: bool = False
+    masks: bool = False
+    restarts: bool = False
+
+
+def find_packed_forms(middle: Middle) -> PackedForms:
+    """Try which requests, packed into one row, give what each gives alone, forward and backward."""
+    if middle.mixes_rows or not _packs(middle, PLAIN):
+        return PackedForms()
+    masks = not middle.masks_by_padding and _packs(middle, (*MASKED, *PLAIN))
+    return PackedForms(True, masks, _packs(middle, (*RESTARTING, *PLAIN)))
+
+
+def _packs(middle: Middle, forms: Sequence[Form]) -> bool:
+    random = torch.Generator().manual_seed(SEED)
+    parts = [_request(middle, form, random) for form in forms]
+    gradients = [torch.randn(part.activations.shape, generator=random).to(part.activations) for part in parts]
+    shapes = [form.shape for form in forms]
+    try:
+        together = _packed_results(middle, parts, shapes, gradients, pass_tokens=0)
+    except Exception:  # whatever a family's own code says to a packed row
+        return False
+    separate = [_alone_result(middle, part, gradient) for part, gradient in zip(parts, gradients, strict=True)]
+    # Of the largest magnitude. A family that does not pack is wrong by far more; random inputs are out of distribution
+    # and amplify rounding.
+    tolerance = math.sqrt(torch.finfo(middle.dtype).eps)
+    return all(
+        _close(ours, theirs, tolerance)
+        for pair in zip(together, separate, strict=True)
+        for ours, theirs in zip(*pair, strict=True)
+    )
+
+
+def is_deterministic(middle: Middle, pass_tokens: int, forms: PackedForms) -> bool:
+    """Try if a request's output and gradient are the same bits in random company, in passes of `pass_tokens`."""
+    random = torch.Generator().manual_seed(SEED)
+
+    def below(stop: int) -> int:
+        return int(torch.randint(0, stop, (), generator=random))
+
+    special = [*(MASKED if forms.masks else ()), *(RESTARTING if forms.restarts else ())]
+    probes = [plain(1, 1 + below(max(pass_tokens // 4, 1))), *special]
+    for form in probes:
+        room = pass_tokens - form.shape.total_tokens
+        if room < 0:
+            continue
+        probe = _request(middle, form, random)
+        gradient = torch.randn(probe.activations.shape, generator=random).to(probe.activations)
+        (expected,) = _packed_results(middle, [probe], [form.shape], [gradient], pass_tokens=pass_tokens)
+        for _ in range(COMPOSITIONS if form is probes[0] else COMPOSITIONS_OF_A_FORM):
+            neighbours = _random_forms(room, special, below)
+            place = below(len(neighbours) + 1)
+            company = [_request(middle, one, random) for one in neighbours]
+            gradients = [torch.randn(one.activations.shape, generator=random).to(probe.activations) for one in company]
+            found = _packed_results(
+                middle,
+                [*company[:place], probe, *company[place:]],
+                [*(one.shape for one in neighbours[:place]), form.shape, *(one.shape for one in neighbours[place:])],
+                [*gradients[:place], gradient, *gradients[place:]],
+                pass_tokens=pass_tokens,
+            )[place]
+            if not all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True)):
+                return False
+    return True
+
+
+def _random_forms(room: int, special: Sequence[Form], below: Callable[[int], int]) -> list[Form]:
+    """Up to six forms of at most `room` tokens together: rows of any length, and now and then a special one."""
+    forms: list[Form] = []
+    while room > 0 and len(forms) < 6:
+        form = special[below(len(special))] if special and below(3) == 0 else plain(1, 1 + below(room))
+        if form.shape.total_tokens > room:
+            form = plain(1, room)
+        forms.append(form)
+        room -= form.shape.total_tokens
+    return forms
+
+
+def measure_costs(middle: Middle, clock: Callable[[], float] = time.perf_counter) -> Costs:
+    """The fitted costs of this trunk on this device, from a few short passes."""
+    random = torch.Generator().manual_seed(SEED)
+    samples: dict[str, list[tuple[int, float]]] = {"forward": [], "backward": [], "products": []}
+    for tokens in COST_TOKENS:
+        part = alone(_request(middle, plain(1, tokens), random)).inputs
+        gradient = torch.ones_like(part.activations)
+        _, products = middle.forward_with_products(part)  # and warm up
+        best = {name: float("inf") for name in samples}
+        begun = clock()
+        repeats = 0
+        while repeats < COST_REPEATS or clock() - begun < COST_SECONDS:
+            repeats += 1
+            graph, forward_seconds = _timed(lambda: middle.graph(part), middle.device, clock)  # noqa: B023
+            _, backward_seconds = _timed(lambda: graph.gradients(gradient), middle.device, clock)  # noqa: B023
+            _, products_seconds = _timed(
+                lambda: middle.graph(part, products).gradients(gradient),  # noqa: B023
+                middle.device,
+                clock,
+            )
+            for name, seconds in zip(samples, (forward_seconds, backward_seconds, products_seconds), strict=True):
+                best[name] = min(best[name], seconds)
+        for name, seconds in best.items():
+            samples[name].append((tokens, seconds))
+    forward, backward, from_products = (fit_cost(samples[name]) for name in samples)
+    return Costs(forward, backward, from_products)
+
+
+def measure_graph_memory(middle: Middle) -> GraphMemory:
+    """What the graphs of this trunk keep, from three of them."""
+    random, samples = torch.Generator().manual_seed(SEED), []
+    for tokens in MEMORY_TOKENS:
+        graph, products = middle.graph_to_keep(_request(middle, plain(1, tokens), random), with_products=True)
+        samples.append((tokens, graph.nbytes + (0 if products is None else products.nbytes)))
+    return fit_graph_memory(samples)
+
+
+def measure_pass_memory(middle: Middle, graph_memory: GraphMemory) -> PassMemory:
+    """What a backward takes that goes layer by layer, from the first and the last layer alone."""
+    random, samples, kept = torch.Generator().manual_seed(SEED), [], 0
+    for tokens in LAYER_TOKENS:
+        # A mask with a hole: what families make of it grows with the square of a row.
+        mask = ((0, *(1,) * (tokens - 1)),)
+        rows = _request(middle, Form(Shape(1, tokens, (tokens,), frozenset({0})), mask), random)
+        with middle.separate_layers(rows) as layers:
+            if not layers:
+                return PassMemory(graph_memory, 0)
+            kept = most_kept(len(layers)) * middle.hidden_size * middle.dtype.itemsize
+            nbytes = max(_layer_bytes(layer, rows.activations) for layer in (layers[0], layers[-1]))
+        samples.append((tokens, round(nbytes * BESIDE_TENSORS)))
+    return PassMemory(fit_graph_memory(samples), kept)
+
+
+def _layer_bytes(layer: Layer, x: torch.Tensor) -> int:
+    return peak_bytes(lambda: layer_gradient(layer, x, x))
+
+
+def _timed(run: Callable[[], Timed], device: torch.device, clock: Callable[[], float]) -> tuple[Timed, float]:
+    begun = clock()
+    result = run()
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return result, clock() - begun
+
+
+def _request(middle: Middle, form: Form, random: torch.Generator) -> Rows:
+    """A random request of this form."""
+
+    def beside(bits: Bits | None) -> torch.Tensor | None:
+        return None if bits is None else torch.tensor(bits, device=middle.device)
+
+    shape = (form.shape.rows, form.shape.tokens, middle.hidden_size)
+    activations = torch.randn(shape, generator=random).to(middle.device, middle.dtype)
+    return Rows(activations, beside(form.attention_mask), beside(form.position_ids))
+
+
+def _alone_result(middle: Middle, part: Rows, gradient: torch.Tensor) -> Result:
+    graph = middle.graph(part)
+    return graph.output.detach(), graph.gradients(gradient)
+
+
+def _packed_results(
+    middle: Middle,
+    parts: Sequence[Rows],
+    shapes: Sequence[Shape],
+    gradients: Sequence[torch.Tensor],
+    *,
+    pass_tokens: int,
+) -> list[Result]:
+    """Output and gradient of each part, computed as the daemon does: a forward, then a backward from its products."""
+    sequences = [sequences_of(part, shape) for part, shape in zip(parts, shapes, strict=True)]
+    joined = packed(sequences, [(shape.rows, shape.tokens) for shape in shapes], pass_tokens=pass_tokens)
+    output, products = middle.forward_with_products(joined.inputs)
+    at_input = middle.graph(joined.inputs, products).gradients(joined.join(gradients))
+    return list(zip(joined.split(output), joined.split(at_input), strict=True))
+
+
+def _close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) -> bool:
+    scale = float(theirs.abs().max()) or 1.0
+    return float((ours - theirs).abs().max()) <= tolerance * scale

@@ -1,0 +1,200 @@
+"""The torch side of the daemon: runs passes of the trunk, alone or merged. Knows no asyncio and no socket.
+
+A request that runs alone runs in its own shape: its numbers are those of the client's whole model. A pass that
+fails is run again request by request, so that one bad request fails alone.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+
+from zsl.errors import InternalError, OutOfMemoryError, WireError
+from zsl.trunk.compute.packing import Joined, alone, packed, stacked
+from zsl.trunk.compute.passes import Pass, Rows, Sequences, sequences_of
+from zsl.trunk.compute.stash import TorchStash, gradients_of_common_graph, stashes_of, take_products, with_common_graphs
+from zsl.trunk.compute.transfer import Transfer
+from zsl.trunk.compute.trunk_model import Middle
+from zsl.trunk.malloc import give_back_freed_memory, resident_bytes
+from zsl.trunk.settings import TrunkTraits
+from zsl.trunk.work import Batch, Buffers, Done, Keep, Kind, Outcome, Packed, Stacked, Work
+from zsl.wire.messages import Role
+from zsl.wire.tensors import TORCH_DTYPES, decode_tensor, encode_tensor
+
+logger = logging.getLogger(__name__)
+
+_WITH_PRODUCTS = (Keep.PRODUCTS, Keep.GRAPH_AND_PRODUCTS)
+_WITH_GRAPH = (Keep.GRAPH, Keep.GRAPH_AND_PRODUCTS)
+
+
+class TorchCompute:
+    """Computes forwards and backwards of one trunk, in the one thread that calls it.
+
+    Requests that share a pass are packed into one row or stacked row on row, as their `sharing` says. If the trunk is
+    deterministic, every pass that may be shared has just `max_batch_tokens` tokens, filled with zeros, so that a
+    request's numbers do not depend on who shares it; longer requests run alone. A backward whose graph would take more
+    than `pass_memory_bytes` goes layer by layer, and computes each layer's forward once or twice more.
+    """
+
+    def __init__(self, middle: Middle, traits: TrunkTraits, *, pass_memory_bytes: int | None = None) -> None:
+        self._pass_memory_bytes = pass_memory_bytes
+        self._resident_at_start = resident_bytes() if middle.device.type == "cpu" else 0
+        self.traits = traits
+        self._middle = middle
+        self._pass_tokens = traits.batch_limits.max_batch_tokens if traits.deterministic else 0
+        self._transfer = Transfer(middle.device)
+
+    def run(self, batch: Batch) -> list[Outcome]:
+        outcomes = self._outcomes(batch)
+        if not self._fits(sum((work.shape.lengths for work in batch.works), ())):
+            self._give_back()
+        return outcomes
+
+    def _outcomes(self, batch: Batch) -> list[Outcome]:
+        if len(batch.works) > 1:
+            try:
+                return list(self._run(batch))
+            except Exception:
+                logger.exception("a merged pass of %d requests failed; running them one by one", len(batch.works))
+        return [self._run_alone(work) for work in batch.works]
+
+    def _run_alone(self, work: Work) -> Outcome:
+        try:
+            return self._run(Batch((work,)))[0]
+        except WireError as error:
+            return error
+        except torch.OutOfMemoryError:
+            return OutOfMemoryError("the trunk's device has no memory for this request; send fewer tokens at once")
+        except Exception as error:
+            if isinstance(error, RuntimeError) and "allocate memory" in str(error):
+                return OutOfMemoryError("the trunk has no memory for this request; send fewer tokens at once")
+            logger.exception("a %s failed", work.kind.value)
+            return InternalError(f"the trunk failed in this {work.kind.value}; its log says why")
+
+    def _run(self, batch: Batch) -> list[Done]:
+        return self._forward(batch.works) if batch.kind is Kind.FORWARD else self._backward(batch.works)
+
+    def _forward(self, works: Sequence[Work]) -> list[Done]:
+        parts = [self._inputs(work) for work in works]
+        joined = self._joined(works, parts)
+        keeps = [work.keep for work in works]
+        with_products = not set(keeps).isdisjoint(_WITH_PRODUCTS)
+        graph = products = None
+        if set(keeps) <= set(_WITH_GRAPH):
+            graph, products = self._middle.graph_to_keep(joined.inputs, with_products=with_products)
+            output = graph.output.detach()
+        elif with_products:
+            output, products = self._middle.forward_with_products(joined.inputs)
+        else:
+            output = self._middle.forward(joined.inputs)
+        dtypes = [_reply_dtype(work) for work in works]
+        replies = self._replies("activations", joined.split(output), dtypes)
+        stashes = stashes_of(joined, parts, [work.shape for work in works], dtypes, keeps, graph, products)
+        return [Done(reply, stash) for reply, stash in zip(replies, stashes, strict=True)]
+
+    def _backward(self, works: Sequence[Work]) -> list[Done]:
+        stashes = [self._stash(work) for work in works]
+        tensors = self._transfer.to_device([decode_tensor(*work.buffers["gradients"]) for work in works])
+        tensors = [tensor.to(self._middle.dtype) for tensor in tensors]
+        results: dict[int, torch.Tensor] = {}  # by the place of a request
+        for group in self._groups_by_graph(works, stashes):
+            gradients = gradients_of_common_graph([stashes[p] for p in group], [tensors[p] for p in group])
+            results.update(zip(group, gradients, strict=True))
+        rest = [place for place in range(len(works)) if place not in results]
+        if rest:
+            of_rest = [stashes[place] for place in rest]
+            joined = self._joined([works[place] for place in rest], [stash.inputs for stash in of_rest])
+            products = take_products(of_rest)
+            at_output = joined.join([tensors[place] for place in rest])
+            if self._fits(sum((works[place].shape.lengths for place in rest), ())):
+                graph = self._middle.graph(joined.inputs, None if products is None else joined.join_products(products))
+                at_input = graph.gradients(at_output)
+            else:
+                del products
+                at_input = self._middle.gradients_by_layers(joined.inputs, at_output, after_layer=self._give_back)
+            results.update(zip(rest, joined.split(at_input), strict=True))
+        ordered = [results[place] for place in range(len(works))]
+        return [Done(reply) for reply in self._replies("gradients", ordered, [stash.reply_dtype for stash in stashes])]
+
+    def _give_back(self) -> None:
+        """Within and after a pass over the budget: what was freed lies between what is kept, and would add up."""
+        assert self._pass_memory_bytes is not None
+        if self._resident_at_start and resident_bytes() - self._resident_at_start > self._pass_memory_bytes:
+            give_back_freed_memory()
+
+    def _fits(self, lengths: tuple[int, ...]) -> bool:
+        return self._pass_memory_bytes is None or self.traits.graph_memory.nbytes(lengths) <= self._pass_memory_bytes
+
+    def _groups_by_graph(self, works: Sequence[Work], stashes: Sequence[TorchStash]) -> list[list[int]]:
+        """Which of these backwards go by the graphs of their forwards, one pass for each, if that is cheaper than one
+        pass for all from products: that one reads the weights once, but computes more."""
+        groups = with_common_graphs(stashes)
+        tokens = [sum(works[place].shape.total_tokens for place in group) for group in groups]
+        all_tokens = sum(work.shape.total_tokens for work in works)
+        others = all_tokens - sum(tokens)
+        if len(groups) == 1 and not others:
+            return groups
+        by_graph, from_products = self.traits.costs.backward, self.traits.costs.backward_from_products
+        seconds = sum(by_graph.seconds(of_group) for of_group in tokens)
+        if others:
+            seconds += from_products.seconds(others)
+        return groups if seconds <= from_products.seconds(all_tokens) else []
+
+    def _joined(self, works: Sequence[Work], parts: Sequence[Pass]) -> Joined:
+        """One pass of these requests, built as they may share it (a batch's works all have the same `sharing`)."""
+        sharing, shared = works[0].sharing, len(works) > 1
+        if (isinstance(sharing, Packed) and (shared or self._pass_tokens)) or self._is_long_row(works[0]):
+            sequences = [_sequences(part, work) for part, work in zip(parts, works, strict=True)]
+            shapes = [(work.shape.rows, work.shape.tokens) for work in works]
+            return packed(sequences, shapes, pass_tokens=self._pass_tokens)
+        if isinstance(sharing, Stacked) and shared:
+            return stacked([_rows(part) for part in parts])
+        (part,) = parts
+        return alone(part)
+
+    def _is_long_row(self, work: Work) -> bool:
+        """Say if a request runs as its sequences though it is alone: its rows' mask would grow with their square."""
+        shape = work.shape
+        return not shape.fits_rows and len(shape.lengths) > shape.rows and self.traits.packs_restarts
+
+    def _stash(self, work: Work) -> TorchStash:
+        """What was kept for a backward, or what it brings along."""
+        if work.stash is None:
+            inputs = self._inputs(work)
+            return TorchStash(inputs, _reply_dtype(work), inputs.nbytes, inputs.nbytes)
+        assert isinstance(work.stash, TorchStash)
+        return work.stash
+
+    def _inputs(self, work: Work) -> Pass:
+        buffers, shape = work.buffers, work.shape
+        roles: list[Role] = [role for role in ("activations", "attention_mask", "position_ids") if role in buffers]
+        moved = self._transfer.to_device([decode_tensor(*buffers[role]) for role in roles])
+        tensors = dict(zip(roles, moved, strict=True))
+        activations, positions = tensors["activations"].to(self._middle.dtype), tensors.get("position_ids")
+        rows = Rows(activations, tensors.get("attention_mask"), None if positions is None else positions.long())
+        return sequences_of(rows, shape) if "lengths" in buffers else rows
+
+    def _replies(self, role: Role, tensors: Sequence[torch.Tensor], dtypes: Sequence[torch.dtype]) -> list[Buffers]:
+        replies = [_own(tensor.to(dtype)) for tensor, dtype in zip(tensors, dtypes, strict=True)]
+        return [{role: encode_tensor(role, tensor)} for tensor in self._transfer.to_host(replies)]
+
+
+def _sequences(part: Pass, work: Work) -> Sequences:
+    return part if isinstance(part, Sequences) else sequences_of(part, work.shape)
+
+
+def _rows(part: Pass) -> Rows:
+    if not isinstance(part, Rows):
+        raise TypeError("sequences in one row have no rows to be stacked by")
+    return part
+
+
+def _own(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in memory of its own: an answer is kept for a while, and must not keep all of its pass."""
+    return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
+
+
+def _reply_dtype(work: Work) -> torch.dtype:
+    return TORCH_DTYPES[work.buffers["activations"][0].dtype]

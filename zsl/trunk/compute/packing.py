@@ -1,0 +1,108 @@
+"""Many requests as one pass, and its result as many answers. Pure torch: no model, no wire.
+
+Packed: all sequences of all requests in one row, one after the other, never padded. Stacked: rows on rows, for requests
+of equal row shape. Which of the two requests allow is their `Sharing` (`zsl.trunk.work`); the types here keep to it:
+packing takes `Sequences`, stacking takes `Rows`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+
+from zsl.trunk.compute.linear_outputs import Products
+from zsl.trunk.compute.passes import Pass, Rows, Sequences, joined_sequences
+
+Part = TypeVar("Part")
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """A pass for several requests. `order` says which request stands at each place, `filling` how many tokens of
+    nobody end it."""
+
+    inputs: Pass
+    order: tuple[int, ...]
+    shapes: tuple[tuple[int, int], ...]  # rows and tokens of the request at each place
+    filling: int = 0
+
+    @property
+    def sizes(self) -> list[int]:
+        """The tokens at each place."""
+        return [rows * tokens for rows, tokens in self.shapes]
+
+    @property
+    def _spans(self) -> list[int]:
+        return [*self.sizes, self.filling]
+
+    def join(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The tensors `[rows, tokens, hidden]` of the requests, in the shape of the pass."""
+        flat = torch.cat([tensors[index].flatten(0, 1) for index in self.order])
+        return _filled(flat, self.filling).view(self.inputs.activations.shape)
+
+    def split(self, result: torch.Tensor) -> list[torch.Tensor]:
+        """A tensor of the shape of the pass, as one `[rows, tokens, hidden]` a request."""
+        parts = result.flatten(0, 1).split(self._spans)[: len(self.order)]
+        return self._in_order_of_requests(
+            [part.view(*shape, -1) for part, shape in zip(parts, self.shapes, strict=True)]
+        )
+
+    def join_products(self, products: Sequence[Products]) -> Products:
+        """The products of the requests as those of the pass."""
+        joined = Products.joined([products[index] for index in self.order])
+        return Products(tuple(_filled(output, self.filling) for output in joined.outputs))
+
+    def split_products(self, products: Products) -> list[Products]:
+        """The products of the pass as one a request."""
+        return self._in_order_of_requests(products.split(self._spans)[: len(self.order)])
+
+    def _in_order_of_requests(self, parts: Sequence[Part]) -> list[Part]:
+        by_request = dict(zip(self.order, parts, strict=True))
+        return [by_request[index] for index in range(len(parts))]
+
+
+def alone(part: Pass) -> Joined:
+    """A request by itself, in its own shape: what the client's whole model would compute."""
+    return Joined(part, (0,), ((part.rows, part.tokens),))
+
+
+def packed(
+    parts: Sequence[Sequences], shapes: Sequence[tuple[int, int]] | None = None, *, pass_tokens: int = 0
+) -> Joined:
+    """One row of all sequences; with `pass_tokens`, filled with zeros up to that length.
+
+    `shapes`: rows and tokens of each request, if not one row.
+    """
+    # Sequences of equal length side by side are attended to at once.
+    order = sorted(range(len(parts)), key=lambda index: (parts[index].lengths[0], 0 in parts[index].masked))
+    filling = max(0, pass_tokens - sum(part.tokens for part in parts))
+    inputs = joined_sequences([parts[index] for index in order], filling=filling, invariant=pass_tokens > 0)
+    if shapes is None:
+        shapes = [(1, part.tokens) for part in parts]
+    return Joined(inputs, tuple(order), tuple(shapes[index] for index in order), filling)
+
+
+def stacked(parts: Sequence[Rows]) -> Joined:
+    """Rows on rows, for requests with rows of equal length and the same tensors beside them."""
+
+    def rows(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+        present = [t.expand(part.rows, -1) for t, part in zip(tensors, parts, strict=True) if t is not None]
+        if len(present) not in (0, len(parts)):
+            raise ValueError("some of the requests bring a mask or positions and some do not")
+        return torch.cat(present) if present else None
+
+    inputs = Rows(
+        torch.cat([part.activations for part in parts]),
+        rows([part.attention_mask for part in parts]),
+        rows([part.position_ids for part in parts]),
+    )
+    return Joined(inputs, tuple(range(len(parts))), tuple((part.rows, part.tokens) for part in parts))
+
+
+def _filled(flat: torch.Tensor, filling: int) -> torch.Tensor:
+    """`[tokens, features]` and so many tokens of zeros behind."""
+    return F.pad(flat, (0, 0, 0, filling)) if filling else flat

@@ -1,0 +1,272 @@
+"""The trunk as a function: activations in, activations out, differentiable, with no state.
+
+The family's own base-model `forward` runs, so masks, rotary embeddings and per-layer attention types are those of
+transformers. The activations are put in front of the first layer of the cut, where whatever the model computed
+until there (of an empty placeholder) is thrown away; what leaves the last layer of the cut is the result.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+from transformers import PreTrainedModel
+
+from zsl.split.stack import find_stack
+from zsl.trunk.compute.attention import flash_is_slow, layout_of, segments_attention
+from zsl.trunk.compute.by_layers import Layer, gradients_by_layers
+from zsl.trunk.compute.linear_outputs import LinearLayers, Products
+from zsl.trunk.compute.passes import Pass, Sequences
+from zsl.wire.messages import Cut
+
+# Rotary embeddings whose frequencies depend on the longest row of a pass: with those a neighbour would be noticed.
+LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+# Sizes of graphs are remembered for so many forms of input, of at most so many kinds of sequences each.
+MAX_SIZES_REMEMBERED, MAX_KINDS_REMEMBERED = 1024, 16
+# Memory of a node of autograd's graph with the tensors that it saves, beside their elements: 850 to 990 bytes on Linux.
+NODE_BYTES = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Graph:
+    """A forward that can be differentiated: `gradients` uses it up."""
+
+    leaf: torch.Tensor  # [rows, tokens, hidden]
+    output: torch.Tensor  # [rows, tokens, hidden]
+    nbytes: int  # of what it keeps, beside the weights, its nodes too
+
+    def gradients(self, at_output: torch.Tensor) -> torch.Tensor:
+        """The vector-Jacobian product `[rows, tokens, hidden]`."""
+        (result,) = torch.autograd.grad(self.output, self.leaf, at_output)
+        return result
+
+
+@dataclass(slots=True)
+class _Separated:
+    """The layers that a model has called, none of which has computed."""
+
+    layers: list[Layer]
+    complete: bool = True  # each was given just what the one before it returned
+    _returned: torch.Tensor | None = None
+
+    def passed(self, forward: Callable[..., Any], first: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Note a call of a layer, and return what enters it."""
+        if args:
+            entering, args = args[0], args[1:]
+        else:
+            kwargs = kwargs.copy()
+            entering = kwargs.pop(first)
+        beside = pytree.tree_leaves((args, kwargs))
+        if (self._returned is not None and entering is not self._returned) or any(
+            isinstance(value, torch.Tensor) and value.requires_grad for value in beside
+        ):
+            self.complete = False
+        self._returned = entering
+        self.layers.append(lambda x: forward(x, *args, **kwargs))
+        return entering
+
+
+class Middle:
+    """Calls a model made by `zsl.models.loading.load_trunk_part`. Not for two threads at once."""
+
+    def __init__(self, model: PreTrainedModel, cut: Cut) -> None:
+        self._model = model
+        layers = find_stack(model).layers
+        first = layers[cut.start]
+        self._first_parameter = next(iter(inspect.signature(first.forward).parameters))
+        first.register_forward_pre_hook(self._enter, with_kwargs=True)
+        layers[cut.stop - 1].register_forward_hook(self._leave)
+        self._separated: _Separated | None = None
+        for index in range(cut.start, cut.stop):
+            layers[index].forward = partial(self._layer, layers[index].forward)
+        self._linear_layers = LinearLayers(
+            module for index in range(cut.start, cut.stop) for module in layers[index].modules()
+        )
+        self._weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        self._graph_bytes: dict[tuple[object, ...], int] = {}
+        self._entering: torch.Tensor | None = None
+        self._leaving: torch.Tensor | None = None
+        self._attend: Callable[[], AbstractContextManager[None]] = nullcontext
+        self._own_attention = model.config._attn_implementation == "sdpa" and flash_is_slow(self.dtype, self.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._model.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._model.device
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self._model.config.get_text_config().hidden_size)
+
+    @property
+    def parameter_count(self) -> int:
+        return sum(parameter.numel() for parameter in self._model.parameters())
+
+    @property
+    def masks_by_padding(self) -> bool:
+        """Say if what a token attends to depends on where its row's padding ends, as in chunked attention."""
+        return "chunked_attention" in (getattr(self._model.config.get_text_config(), "layer_types", None) or ())
+
+    @property
+    def mixes_rows(self) -> bool:
+        """Whether a row's result depends on the other rows of its pass, so that none may be merged."""
+        kinds = {str(getattr(module, "rope_type", "")) for module in self._model.modules()}
+        return any(kind in LENGTH_DEPENDENT_ROPE for kind in kinds)
+
+    def forward(self, inputs: Pass) -> torch.Tensor:
+        """Activations `[rows, tokens, hidden]` to the same, without a graph."""
+        with torch.no_grad():
+            return self._run(inputs, inputs.activations)
+
+    def forward_with_products(self, inputs: Pass) -> tuple[torch.Tensor, Products | None]:
+        """The same, and the products of the linear layers (None if the model does not let them be)."""
+        with self._linear_layers.recording(inputs.rows, inputs.tokens) as products:
+            output = self.forward(inputs)
+        return output, products()
+
+    def graph(self, inputs: Pass, products: Products | None = None) -> Graph:
+        """The same, with the autograd graph from input to output, to be used at once.
+
+        With the `products` of its forward, no linear layer computes again.
+        """
+        leaf = inputs.activations.detach().requires_grad_()
+        linear_layers: AbstractContextManager[object] = nullcontext()
+        if products is not None:
+            linear_layers = self._linear_layers.replaying(inputs.rows, inputs.tokens, products)
+        with torch.enable_grad(), linear_layers:
+            return Graph(leaf, self._run(inputs, leaf), 0)
+
+    def gradients_by_layers(
+        self, inputs: Pass, at_output: torch.Tensor, *, after_layer: Callable[[], object] = lambda: None
+    ) -> torch.Tensor:
+        """What `graph(inputs).gradients(at_output)` gives, with memory for the graph of one layer at a time
+        (of all, if they cannot be called separately)."""
+        with self.separate_layers(inputs) as layers:
+            if layers:
+                return gradients_by_layers(layers, inputs.activations, at_output, after_layer=after_layer)
+        return self.graph(inputs).gradients(at_output)
+
+    @contextmanager
+    def separate_layers(self, inputs: Pass) -> Iterator[list[Layer]]:
+        """Within it, the layers as functions of what enters them; nothing is computed for it.
+
+        None of them if the model does anything else with its activations than to give them to the next layer.
+        """
+        self._separated = separated = _Separated([])
+        try:
+            self.graph(inputs)
+        finally:
+            self._separated = None
+        with self._attend():
+            yield separated.layers if separated.complete else []
+
+    def graph_to_keep(self, inputs: Pass, *, with_products: bool) -> tuple[Graph, Products | None]:
+        """A graph with the memory that it keeps, and the products for a backward that shares its pass."""
+        leaf = inputs.activations.detach().requires_grad_()
+        # Measured once for each form of input: to watch what autograd saves slows small passes down.
+        form = _form(inputs)
+        nbytes = None if form is None else self._graph_bytes.get(form)
+        with ExitStack() as stack:
+            products = None
+            if with_products:
+                products = stack.enter_context(self._linear_layers.recording(inputs.rows, inputs.tokens))
+            stack.enter_context(torch.enable_grad())
+            if nbytes is None:
+                output, nbytes = self._measured(lambda: self._run(inputs, leaf))
+                if form is not None and len(self._graph_bytes) < MAX_SIZES_REMEMBERED:
+                    self._graph_bytes[form] = nbytes
+            else:
+                output = self._run(inputs, leaf)
+        return Graph(leaf, output, nbytes), products() if products else None
+
+    def _measured(self, run: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, int]:
+        """What `run` returns, and the bytes that its graph keeps."""
+        kept: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in self._weights:
+                kept[storage.data_ptr()] = storage.nbytes()
+            # Detached: a saved output that kept its own history would never be freed.
+            return tensor.detach(), tensor._version
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, _unpack):
+            output = run()
+        return output, sum(kept.values()) + NODE_BYTES * _nodes(output)
+
+    def _run(self, inputs: Pass, activations: torch.Tensor) -> torch.Tensor:
+        attend: Callable[[], AbstractContextManager[None]] = nullcontext
+        if isinstance(inputs, Sequences):
+            # Given, so that transformers does not look for sequences in the positions; it is not used.
+            mask: torch.Tensor | None = torch.ones(activations.shape[:2], dtype=torch.bool, device=self.device)
+            layout = layout_of(
+                inputs.lengths, inputs.masked, inputs.seen, invariant=inputs.invariant, device=self.device
+            )
+            attend = partial(segments_attention, self._model.config, layout)
+        else:
+            mask = inputs.attention_mask
+            if self._own_attention:
+                attend = partial(segments_attention, self._model.config, None)
+        placeholder = torch.zeros((), dtype=self.dtype, device=self.device).expand(activations.shape)
+        self._entering, self._attend = activations, attend
+        try:
+            with attend():
+                self._model(
+                    inputs_embeds=placeholder, attention_mask=mask, position_ids=inputs.position_ids, use_cache=False
+                )
+            assert self._leaving is not None
+            return self._leaving
+        finally:
+            self._entering = self._leaving = None
+
+    def _layer(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self._separated is not None:
+            return self._separated.passed(forward, self._first_parameter, args, kwargs)
+        return forward(*args, **kwargs)
+
+    def _enter(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        if args:
+            return (self._entering, *args[1:]), kwargs
+        return args, {**kwargs, self._first_parameter: self._entering}
+
+    def _leave(self, layer: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+        self._leaving = output
+
+
+def _form(inputs: Pass) -> tuple[object, ...] | None:
+    """What the memory of a graph depends on; None if that is too much to remember."""
+    if isinstance(inputs, Sequences):
+        kinds = Counter((length, index in inputs.masked) for index, length in enumerate(inputs.lengths))
+        return None if len(kinds) > MAX_KINDS_REMEMBERED else (inputs.tokens, *sorted(kinds.items()))
+    return (inputs.rows, inputs.tokens, inputs.attention_mask is None, inputs.position_ids is None)
+
+
+def _nodes(output: torch.Tensor) -> int:
+    """The number of nodes in the graph of a tensor."""
+    waiting, found = [output.grad_fn], {output.grad_fn}
+    while waiting:
+        node = waiting.pop()
+        assert node is not None
+        following = {after for after, _ in node.next_functions if after is not None} - found
+        found |= following
+        waiting += following
+    return len(found)
+
+
+def _unpack(packed: tuple[torch.Tensor, int]) -> torch.Tensor:
+    """Autograd's own check, which its hooks switch off: a tensor that was written since is no basis for a gradient."""
+    tensor, version = packed
+    if tensor._version != version:
+        raise RuntimeError("a tensor that the backward needs was modified in place by the model's forward")
+    return tensor

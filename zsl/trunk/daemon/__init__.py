@@ -1,0 +1,1 @@
+"""The daemon's process: settings to a served port, logs, signals."""

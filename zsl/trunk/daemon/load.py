@@ -1,0 +1,138 @@
+"""From a model reference to a trunk that can be served: what is known before the weights are loaded, and the
+computation after. Used by the daemon, and by whoever serves a trunk from Python.
+"""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass
+
+import torch
+
+from zsl.errors import ModelError, StartupError
+from zsl.models.identity import identify
+from zsl.models.loading import load_trunk_part
+from zsl.models.reference import ModelReference, resolve
+from zsl.split.cut import check_cut
+from zsl.split.stack import check_can_be_split, layer_count
+from zsl.trunk.compute.calibrate import (
+    find_packed_forms,
+    is_deterministic,
+    measure_costs,
+    measure_graph_memory,
+    measure_pass_memory,
+)
+from zsl.trunk.compute.engine import TorchCompute
+from zsl.trunk.compute.trunk_model import Middle
+from zsl.trunk.costs import UNKNOWN_COSTS, BatchLimits, batch_limits
+from zsl.trunk.malloc import give_back_freed_memory
+from zsl.trunk.settings import TrunkInfo, TrunkTraits
+from zsl.wire.messages import Cut
+from zsl.wire.tensors import float_wire_name
+
+# For a model whose configuration states no number of positions.
+DEFAULT_ROW_TOKENS = 32_768
+# The length of a pass of a deterministic trunk. Not measured: two starts of a daemon must agree on it.
+DETERMINISTIC_PASS_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class TrunkPlan:
+    """Which trunk to serve, checked, with nothing loaded."""
+
+    reference: ModelReference
+    cut: Cut
+    dtype: torch.dtype
+    device: torch.device
+    info: TrunkInfo
+
+    def load(
+        self,
+        *,
+        max_batch_tokens: int | None = None,
+        merge_below_tokens: int | None = None,
+        deterministic: bool = False,
+        pass_memory_bytes: int | None = None,
+    ) -> TorchCompute:
+        """Load the weights, and find out what the trunk can do. Raises `ModelError` or `StartupError`.
+
+        A batch size that is not given follows from what passes cost. With `deterministic` every pass that may be
+        shared has `max_batch_tokens` tokens; whether that holds what it is for, the traits of the result say.
+        A backward whose graph would take more than `pass_memory_bytes` is computed layer by layer.
+        """
+        model = load_trunk_part(self.reference, self.cut, self.dtype)
+        try:
+            model.to(self.device)  # type: ignore[arg-type]
+        except RuntimeError as error:
+            raise StartupError(f"the trunk cannot be moved to {self.device}: {str(error).splitlines()[0]}") from error
+        middle = Middle(model, self.cut)
+        forms = find_packed_forms(middle)
+        costs = UNKNOWN_COSTS
+        limits = BatchLimits()
+        if deterministic:
+            pass_tokens = max_batch_tokens or DETERMINISTIC_PASS_TOKENS
+            limits = BatchLimits(pass_tokens, pass_tokens)
+            deterministic = forms.plain and is_deterministic(middle, pass_tokens, forms)
+        elif max_batch_tokens is None or merge_below_tokens is None:
+            costs = measure_costs(middle)
+            limits = batch_limits(costs)
+        limits = BatchLimits(
+            limits.max_batch_tokens if max_batch_tokens is None else max_batch_tokens,
+            limits.merge_below_tokens if merge_below_tokens is None else merge_below_tokens,
+        )
+        graph_memory = measure_graph_memory(middle)
+        pass_memory = measure_pass_memory(middle, graph_memory)
+        traits = TrunkTraits(
+            parameters=middle.parameter_count,
+            merges=not middle.mixes_rows and limits.merge_below_tokens > 0,
+            packs=forms.plain,
+            packs_masks=forms.masks,
+            packs_restarts=forms.restarts,
+            deterministic=deterministic,
+            costs=costs,
+            batch_limits=limits,
+            graph_memory=graph_memory,
+            pass_memory=pass_memory,
+        )
+        if pass_memory_bytes is not None:
+            # The baseline of what it may grow by: without what loading and measuring have left.
+            gc.collect()
+            give_back_freed_memory()
+        return TorchCompute(middle, traits, pass_memory_bytes=pass_memory_bytes)
+
+
+def plan_trunk(model: str, cut: Cut | None, dtype: torch.dtype, device: str, *, forward_only: bool) -> TrunkPlan:
+    """Resolve and check everything that needs no weights. Raises `ModelError` or `StartupError`."""
+    reference = resolve(model)
+    check_can_be_split(reference.config)  # before its files are read
+    layers = layer_count(reference.config)
+    if reference.part is not None:
+        cut = reference.part.cut_for(model, "trunk", cut)
+    cut = cut or default_cut(layers)
+    check_cut(cut, layers)
+    info = TrunkInfo(
+        model=identify(reference),
+        cut=cut,
+        dtype=float_wire_name(dtype),
+        forward_only=forward_only,
+        max_row_tokens=getattr(reference.config.get_text_config(), "max_position_embeddings", None)
+        or DEFAULT_ROW_TOKENS,
+    )
+    return TrunkPlan(reference, cut, dtype, checked_device(device), info)
+
+
+def default_cut(layers: int) -> Cut:
+    """Two layers at each end for the client, as in GPT-2's 2:10."""
+    if layers < 5:
+        raise ModelError(f"a model of {layers} layers has no default cut; choose one with --cut START:STOP")
+    return Cut(start=2, stop=layers - 2)
+
+
+def checked_device(name: str) -> torch.device:
+    """The torch device of this name. Raises `StartupError` if this machine does not have it."""
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise StartupError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return device

@@ -1,0 +1,253 @@
+"""The trunk server: start-up, main loop and shutdown, on one asyncio loop and one compute thread.
+
+The loop owns the socket, the sessions and the requests; the thread owns the model. They meet in a queue and in
+`call_soon_threadsafe` (`zsl.trunk.compute.worker`). Knows no torch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from zsl.errors import RunFailed
+from zsl.transport.curve import KeyPair
+from zsl.transport.router import Router
+from zsl.trunk.access.tenants import Allowlist
+from zsl.trunk.failpoints import Failpoint
+from zsl.trunk.malloc import GiveBack, give_back_freed_memory, resident_bytes
+from zsl.trunk.requests.answers import Answers
+from zsl.trunk.requests.batch_runner import BatchRunner
+from zsl.trunk.requests.credit import Credit
+from zsl.trunk.requests.handlers import Handlers
+from zsl.trunk.requests.intake import Intake
+from zsl.trunk.requests.reply_cache import ReplyCache
+from zsl.trunk.requests.request_table import RequestStats, RequestTable
+from zsl.trunk.scheduling.scheduler import Scheduler
+from zsl.trunk.sessions.sessions import Sessions
+from zsl.trunk.settings import ServerSettings, TrunkInfo
+from zsl.trunk.work import Compute
+from zsl.wire.messages import GoAway
+
+logger = logging.getLogger(__name__)
+
+HOUSEKEEPING_SECONDS = 0.2
+LAST_PASS_SECONDS = 30.0  # for the pass that runs when the daemon is to end
+# The answers to a session's credit of requests, and what is said beside them (pongs, errors, goaway).
+CONTROL_MESSAGES = 64
+
+
+@dataclass(frozen=True, slots=True)
+class ServerStats:
+    """Numbers of open sessions and connections, bytes that are kept for backwards, and requests by state."""
+
+    sessions: int
+    connections: int
+    held_bytes: int
+    requests: RequestStats
+
+
+@dataclass(slots=True)
+class _Running:
+    """The parts of a server that has a computation. `trimming`: memory is being given back."""
+
+    requests: RequestTable
+    runner: BatchRunner
+    handlers: Handlers
+    give_back: GiveBack
+    trimming: asyncio.Future[bool] | None = None
+
+
+class TrunkServer:
+    """Serves one trunk. `clock` gives seconds, `new_id` 16 fresh bytes.
+
+    With `keys` everything is encrypted, and only who is on the `allowlist` gets in.
+    """
+
+    def __init__(
+        self,
+        info: TrunkInfo,
+        settings: ServerSettings | None = None,
+        *,
+        keys: KeyPair | None = None,
+        allowlist: Allowlist | None = None,
+        failpoint: Failpoint | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        new_id: Callable[[], bytes] = lambda: secrets.token_bytes(16),
+    ) -> None:
+        self.info = info
+        self._settings = settings or ServerSettings()
+        self._allowlist = allowlist
+        self._failpoint = failpoint
+        self._clock = clock
+        self._router = Router(
+            max_message_bytes=self._settings.limits(info).max_message_bytes,
+            send_hwm_messages=self._settings.max_inflight_requests + CONTROL_MESSAGES,
+            max_connections=self._settings.max_connections,
+            max_receiving_bytes=self._settings.max_total_inflight_bytes,
+            keys=keys,
+            allowed=None if allowlist is None else allowlist.allows,
+            clock=clock,
+        )
+        self._answers = Answers(self._router, epoch=new_id())
+        self._sessions = Sessions(
+            lease_seconds=self._settings.lease_seconds,
+            max_sessions=self._settings.max_sessions,
+            stash_memory_bytes=self._settings.stash_memory_bytes,
+            new_id=new_id,
+        )
+        self._running: _Running | None = None
+        self._draining_until: float | None = None
+        self._stuck = False  # a pass will never end
+        self._stopped = asyncio.Event()
+
+    @property
+    def epoch(self) -> bytes:
+        """The name of this life of the daemon."""
+        return self._answers.epoch
+
+    @property
+    def stats(self) -> ServerStats:
+        """Count what is open, queued and kept."""
+        return ServerStats(
+            sessions=len(self._sessions),
+            connections=self._router.connections,
+            held_bytes=self._sessions.held_bytes,
+            requests=RequestStats() if self._running is None else self._running.requests.stats,
+        )
+
+    def bind(self, host: str, port: int) -> str:
+        """Take the port, and return the real endpoint. Nothing is answered before `run`. Raises `StartupError`."""
+        return self._router.bind(host, port)
+
+    def close(self) -> None:
+        """Give the port back without having run."""
+        self._router.close()
+
+    async def run(self, compute: Compute) -> None:
+        """Serve until `stop`, or until a `drain` has ended. Raises `RunFailed` if the compute thread hangs."""
+        running = self._running = self._start(compute)
+        try:
+            while not self._stopped.is_set():
+                self._keep_house(running)
+                await _wait_at_most(self._stopped, HOUSEKEEPING_SECONDS)
+        finally:
+            if not self._stuck and not await running.runner.stop(LAST_PASS_SECONDS):
+                logger.warning("the pass that runs has not ended in %.0f s; going without it", LAST_PASS_SECONDS)
+            self._router.close()
+        if self._stuck:
+            raise RunFailed(
+                f"a pass has not ended in {self._settings.stuck_seconds:g} s; the device or its driver may hang. "
+                "Start the daemon again: its clients wait for it, and lose nothing"
+            )
+
+    def stop(self) -> None:
+        """End as soon as the pass that runs has ended. To be called on the loop."""
+        self._stopped.set()
+
+    def drain(self) -> None:
+        """Take no new forward, let open steps end for up to `drain_seconds`, then stop. To be called on the loop."""
+        if self._draining_until is not None:
+            return
+        self._draining_until = self._clock() + self._settings.drain_seconds
+        drain_ms = round(self._settings.drain_seconds * 1000)
+        for session in self._sessions:
+            self._answers.send(session.peer, GoAway(session=session.id, epoch=self.epoch, drain_ms=drain_ms))
+
+    def reload_tenants(self) -> None:
+        """Read the list of tenants again; who is not on it any more loses its sessions. To be called on the loop.
+
+        Raises `ConfigError`; the list that was there stays then.
+        """
+        assert self._allowlist is not None
+        self._allowlist.reload()
+        if self._running is None:
+            return
+        for session in list(self._sessions):
+            tenant = session.tenant
+            if tenant is not None and self._allowlist.by_key(tenant.public_key) is None:
+                self._running.handlers.close_session(session, f"the key of {tenant.name} was taken off the list")
+
+    def _start(self, compute: Compute) -> _Running:
+        """Build what serves this computation, and begin to receive."""
+        settings, traits = self._settings, compute.traits
+        granted = settings.granted_tokens(self.info, traits.pass_memory)
+        limits = settings.limits(self.info).model_copy(update={"max_request_tokens": granted})
+        scheduler = Scheduler(
+            max_batch_tokens=min(traits.batch_limits.max_batch_tokens, granted),
+            max_wait_seconds=settings.max_wait_seconds,
+            costs=traits.costs,
+        )
+        credit = Credit(settings.max_inflight_requests, settings.max_inflight_bytes, settings.max_total_inflight_bytes)
+        requests = RequestTable(self._sessions, scheduler, ReplyCache(settings.reply_memory_bytes), credit)
+        give_back = GiveBack(resident_bytes(), settings.stash_memory_bytes)
+        runner = BatchRunner(
+            compute,
+            requests,
+            self._sessions,
+            self._router,
+            self._answers,
+            give_back,
+            stash_memory_bytes=settings.stash_memory_bytes,
+            clock=self._clock,
+            failpoint=self._failpoint,
+        )
+        handlers = Handlers(
+            Intake(self.info, limits, traits),
+            requests,
+            self._sessions,
+            runner,
+            self._router,
+            self._answers,
+            give_back,
+            self._allowlist,
+            clock=self._clock,
+            is_draining=lambda: self._draining_until is not None,
+        )
+        self._router.start(handlers.receive, runner.step)
+        return _Running(requests, runner, handlers, give_back)
+
+    def _keep_house(self, running: _Running) -> None:
+        now = self._clock()
+        running.runner.end_expired(now)
+        self._close_dead_sessions(running.handlers, now)
+        running.handlers.forget_gone_peers()
+        if running.runner.busy_seconds(now) > self._settings.stuck_seconds:
+            self._stuck = True
+            self.stop()
+        self._give_memory_back(running, now)
+        if self._draining_until is not None:
+            open_steps = any(session.held or running.requests.inflight(session) for session in self._sessions)
+            if not open_steps or now >= self._draining_until:
+                self.stop()
+
+    def _close_dead_sessions(self, handlers: Handlers, now: float) -> None:
+        """Close the sessions whose lease has ended, or whose client does not read."""
+        for session in self._sessions.expired(now):
+            handlers.close_session(session, "nothing was heard of it for its lease")
+            for peer in session.peers:
+                self._router.cut(peer)  # its host may be gone without a word, and the connections still be there
+        for peer in self._router.slow_peers(now):
+            for slow in [session for session in self._sessions if session.peer == peer]:
+                handlers.close_session(slow, "its client does not read its answers")
+            self._router.cut(peer)
+
+    def _give_memory_back(self, running: _Running, now: float) -> None:
+        """Give freed memory back to the system when it is time, on another thread than the loop's."""
+        if running.trimming is not None and not running.trimming.done():
+            return
+        busy = running.runner.is_busy or running.requests.queued > 0
+        held, resident = self._sessions.held_bytes, resident_bytes()
+        if running.give_back.is_due(now, busy=busy, held_bytes=held, resident_bytes=resident):
+            running.trimming = asyncio.get_running_loop().run_in_executor(None, give_back_freed_memory)
+
+
+async def _wait_at_most(event: asyncio.Event, seconds: float) -> None:
+    """Wait for an event; a wait that is cut off loses nothing."""
+    try:
+        await asyncio.wait_for(event.wait(), seconds)
+    except TimeoutError:
+        pass

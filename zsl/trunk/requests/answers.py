@@ -1,0 +1,59 @@
+"""Answers on their way out: encoded, and given to the router."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from zsl.errors import WireError
+from zsl.transport.router import Router
+from zsl.trunk.requests.request_table import Request
+from zsl.trunk.work import Done
+from zsl.wire.frames import Frame, encode
+from zsl.wire.messages import MAX_TEXT_CHARS, Error, Header, Result
+
+
+@dataclass(frozen=True, slots=True)
+class PassTimes:
+    """How many requests shared a pass, and when it began and ended (seconds, monotonic)."""
+
+    merged: int
+    started: float
+    ended: float
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """Sends what one life of a daemon, its `epoch`, has to say."""
+
+    router: Router
+    epoch: bytes
+
+    def send(self, peer: bytes, header: Header) -> bool:
+        """Send a message without tensors. False if the peer is gone or does not read."""
+        return self.router.send(peer, encode(header))
+
+    def send_error(self, peer: bytes, error: WireError, *, request: int | None, session: bytes | None) -> None:
+        """Answer a message that named this request and session."""
+        message = Error(
+            request=request,
+            session=session,
+            epoch=self.epoch,
+            code=error.code,
+            retry=error.retry,
+            retry_after_ms=error.retry_after_ms,
+            text=str(error)[:MAX_TEXT_CHARS],
+        )
+        self.send(peer, message)
+
+    def result(self, request: Request, done: Done, times: PassTimes) -> list[Frame]:
+        """Encode what a request has computed."""
+        result = Result(
+            session=request.session.id,
+            request=request.header.request,
+            epoch=self.epoch,
+            merged=times.merged,
+            queue_us=round((times.started - request.arrived) * 1e6),
+            compute_us=round((times.ended - times.started) * 1e6),
+            tensors=[descriptor for descriptor, _ in done.buffers.values()],
+        )
+        return encode(result, [buffer for _, buffer in done.buffers.values()])

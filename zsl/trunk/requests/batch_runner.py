@@ -1,0 +1,146 @@
+"""Steps of the daemon: schedule, run, end.
+
+When the device is free, the next batch goes to the compute thread. When it has run, its requests end and are answered.
+No model work runs on the loop, so it answers pings while the device is busy. Knows no torch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from zsl.errors import DeadlineError, WireError
+from zsl.transport.router import Router
+from zsl.trunk.compute.worker import Finished, Worker
+from zsl.trunk.failpoints import Failpoint
+from zsl.trunk.malloc import GiveBack
+from zsl.trunk.requests.answers import Answers, PassTimes
+from zsl.trunk.requests.request_table import Request, RequestState, RequestTable
+from zsl.trunk.sessions.sessions import Sessions
+from zsl.trunk.work import Alone, Batch, Compute, Keep, Outcome, Work
+from zsl.wire.messages import Backward
+
+_NEVER_RAN = PassTimes(merged=1, started=0.0, ended=0.0)
+
+
+class BatchRunner:
+    """Runs batches of the requests in a table, one at a time, and ends them."""
+
+    def __init__(
+        self,
+        compute: Compute,
+        requests: RequestTable,
+        sessions: Sessions,
+        router: Router,
+        answers: Answers,
+        give_back: GiveBack,
+        *,
+        stash_memory_bytes: int,
+        clock: Callable[[], float],
+        failpoint: Failpoint | None,
+    ) -> None:
+        self._traits = compute.traits
+        self._requests = requests
+        self._sessions = sessions
+        self._router = router
+        self._answers = answers
+        self._give_back = give_back
+        self._stash_memory_bytes = stash_memory_bytes
+        self._clock = clock
+        self._worker: Worker[Request] = Worker(compute, self._finish_batch, clock=clock, failpoint=failpoint)
+        self._step_later: asyncio.TimerHandle | None = None
+
+    @property
+    def is_busy(self) -> bool:
+        """Say if a pass runs."""
+        return self._worker.busy_since is not None
+
+    def busy_seconds(self, now: float) -> float:
+        """Measure for how long the pass has been running; 0 while idle."""
+        return self._worker.busy_seconds(now)
+
+    def step(self) -> None:
+        """If the device is free, give it what is queued: after all that has arrived, so that it can share a pass."""
+        if self.is_busy:
+            return
+        if self._step_later is not None:
+            self._step_later.cancel()
+            self._step_later = None
+        now = self._clock()
+        self.end_expired(now)
+        requests = self._requests.take_batch(now)
+        if requests:
+            self._worker.give(requests, self._batch(requests))
+        elif self._requests.waits_until is not None:
+            loop = asyncio.get_running_loop()
+            self._step_later = loop.call_later(self._requests.waits_until - now, self.step)
+
+    def end_expired(self, now: float) -> None:
+        """End the queued requests whose deadline has passed."""
+        for request in self._requests.expired(now):
+            self.end(request, DeadlineError())
+
+    def end(self, request: Request, outcome: Outcome, times: PassTimes = _NEVER_RAN) -> None:
+        """End a request and answer it, unless its session was closed meanwhile."""
+        session = request.session
+        if request.state is RequestState.ABANDONED:
+            self._requests.end(request, outcome)
+        elif isinstance(outcome, WireError):
+            self._requests.end(request, outcome)
+            self._answers.send_error(session.peer, outcome, request=request.header.request, session=session.id)
+        else:
+            frames = self._answers.result(request, outcome, times)
+            self._requests.end(request, outcome, frames)
+            if not self._router.send(session.peer, frames):
+                # Gone, or it does not read. Its session is there while its lease lasts, and it can ask again.
+                self._router.cut(session.peer)
+
+    async def stop(self, seconds: float) -> bool:
+        """Stop after the pass that runs. False if that takes longer than `seconds`."""
+        if self._step_later is not None:
+            self._step_later.cancel()
+        return await self._worker.stop(seconds)
+
+    def _batch(self, requests: list[Request]) -> Batch:
+        room = self._make_room(requests)
+        return Batch(tuple(self._work(request, room) for request in requests))
+
+    def _make_room(self, requests: list[Request]) -> bool:
+        """Make room for the graph that a pass makes; if it is too large, for a pass layer by layer. False then."""
+        lengths = [length for request in requests for length in request.shape.lengths]
+        taken = self._requests.taken_bytes
+        if any(request.keep or _makes_graph(request) for request in requests) and self._sessions.make_room(
+            self._traits.graph_memory.nbytes(lengths) + taken
+        ):
+            return True
+        needed = self._traits.pass_memory.nbytes(lengths) + taken
+        self._sessions.make_room(min(needed, self._stash_memory_bytes - 1))
+        return False
+
+    def _work(self, request: Request, room: bool) -> Work:
+        stash = request.held.stash if request.held else None
+        return Work(request.kind, request.buffers, request.shape, request.sharing, self._keep(request, room), stash)
+
+    def _keep(self, request: Request, room: bool) -> Keep:
+        """Choose what to keep of a forward, if there is room for the graph of its pass. A backward in other company
+        than its forward needs products, else a graph."""
+        if not request.keep:
+            return Keep.NOTHING
+        if not room:
+            return Keep.INPUT
+        if request.sharing == Alone():
+            return Keep.GRAPH
+        return Keep.PRODUCTS if self._traits.deterministic else Keep.GRAPH_AND_PRODUCTS
+
+    def _finish_batch(self, batch: Finished[Request]) -> None:
+        self._give_back.freed(self._clock())
+        self._requests.charge(batch.tickets, batch.ended - batch.started, self._clock())
+        self._router.drain()  # what arrived meanwhile can share the next pass, which begins here
+        times = PassTimes(len(batch.tickets), batch.started, batch.ended)
+        for request, outcome in zip(batch.tickets, batch.outcomes, strict=True):
+            self.end(request, outcome, times)
+
+
+def _makes_graph(request: Request) -> bool:
+    """Say if this is a backward without the graph of its forward."""
+    return isinstance(request.header, Backward) and (request.held is None or not request.held.stash.keep.has_graph)

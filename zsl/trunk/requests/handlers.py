@@ -1,0 +1,252 @@
+"""Handlers of the messages that the daemon receives.
+
+    receive → tenant → decode → match → session → table of requests, or answer
+
+Sessions are opened, resumed and closed here; work is checked and queued, and the batch runner does the rest. Runs on
+the loop, and never waits. Knows no torch.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from zsl.errors import (
+    CancelledByClientError,
+    DrainingError,
+    ForbiddenError,
+    StaleEpochError,
+    UnknownSessionError,
+    WireError,
+)
+from zsl.transport.router import Router
+from zsl.trunk.access.tenants import Allowlist, Tenant
+from zsl.trunk.malloc import GiveBack
+from zsl.trunk.requests.answers import Answers
+from zsl.trunk.requests.batch_runner import BatchRunner
+from zsl.trunk.requests.handshake import status_for, welcome_to
+from zsl.trunk.requests.intake import Intake
+from zsl.trunk.requests.request_table import RequestState, RequestTable
+from zsl.trunk.sessions.sessions import Session, Sessions
+from zsl.trunk.settings import check_wanted
+from zsl.wire.frames import MAGIC, Frame, decode
+from zsl.wire.messages import (
+    TO_DAEMON,
+    Backward,
+    Bye,
+    Cancel,
+    Forward,
+    Header,
+    Hello,
+    InSession,
+    Limits,
+    Ping,
+    Pong,
+    Release,
+    StatusRequest,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Sender:
+    """The connection that a message came on, and its tenant where there are keys."""
+
+    peer: bytes
+    tenant: Tenant | None
+
+
+class Handlers:
+    """Handle messages. Where there is an `allowlist`, only from tenants on it."""
+
+    def __init__(
+        self,
+        intake: Intake,
+        requests: RequestTable,
+        sessions: Sessions,
+        runner: BatchRunner,
+        router: Router,
+        answers: Answers,
+        give_back: GiveBack,
+        allowlist: Allowlist | None,
+        *,
+        clock: Callable[[], float],
+        is_draining: Callable[[], bool],
+    ) -> None:
+        self._intake = intake
+        self._requests = requests
+        self._sessions = sessions
+        self._runner = runner
+        self._router = router
+        self._answers = answers
+        self._give_back = give_back
+        self._allowlist = allowlist
+        self._clock = clock
+        self._is_draining = is_draining
+        self._forbidden: set[bytes] = set()  # connections that were told so once
+
+    def receive(self, peer: bytes, tenant_key: str, frames: list[Frame]) -> None:
+        """Handle a message, and answer an invalid one with its error."""
+        tenant = None if self._allowlist is None else self._allowlist.by_key(tenant_key)
+        if self._allowlist is not None and tenant is None:
+            self._refuse(peer)
+            return
+        try:
+            message = decode(frames, TO_DAEMON)
+        except WireError as error:
+            if frames and bytes(frames[0][: len(MAGIC)]) == MAGIC:
+                self._answers.send_error(peer, error, request=error.request, session=error.session)
+            logger.warning("refused a message of %d frames: %s", len(frames), error)
+            self._router.distrust(peer)
+            return
+        header = message.header
+        try:
+            self._handle(_Sender(peer, tenant), header, message.buffers)
+        except WireError as error:
+            session = header.session if isinstance(header, InSession) else None
+            self._answers.send_error(peer, error, request=getattr(header, "request", None), session=session)
+
+    def close_session(self, session: Session, why: str) -> None:
+        """Close a session: drop the steps held for it, and abandon its requests."""
+        self._sessions.close(session.id)
+        self._requests.close(session)
+        for peer in session.peers:
+            self._router.release(peer)
+        self._give_back.freed(self._clock())
+        logger.info("session %s ended: %s", session.id.hex()[:8], why)
+
+    def forget_gone_peers(self) -> None:
+        """Forget the refused connections that are not there any more."""
+        self._forbidden = {peer for peer in self._forbidden if self._router.is_connected(peer)}
+
+    def _refuse(self, peer: bytes) -> None:
+        """Refuse a key that was taken off the list: tell it once, then cut it off."""
+        if peer in self._forbidden:
+            self._forbidden.discard(peer)
+            self._router.cut(peer)
+            return
+        self._forbidden.add(peer)
+        self._answers.send_error(peer, ForbiddenError(), request=None, session=None)
+
+    def _handle(self, sender: _Sender, header: Header, frames: Sequence[Frame]) -> None:
+        """Handle a valid message. Raises `WireError`."""
+        now = self._clock()
+        match header:
+            case Hello():
+                self._hello(sender, header, now)
+            case Forward() | Backward():
+                self._work(self._session(header, sender, now), header, frames, now)
+            case Release():
+                self._requests.release(self._session(header, sender, now), header.step)
+            case Cancel():
+                self._cancel(self._session(header, sender, now), header)
+            case Ping():
+                self._ping(sender, header, now)
+            case Bye():
+                self.close_session(self._session(header, sender, now), "closed by its client")
+            case StatusRequest():
+                self._status(sender, header)
+            case _:
+                raise TypeError(f"{header.TYPE.name} has no handler")
+
+    def _hello(self, sender: _Sender, header: Hello, now: float) -> None:
+        intake = self._intake
+        session = self._sessions.of_peer(sender.peer, sender.tenant)
+        if session is None or session.hello != header.request:  # otherwise it was delivered twice
+            check_wanted(intake.info, header)
+            session = self._resumed(sender, header, now) or self._opened(sender, header, now)
+        limits = self._limits_of(sender.tenant)
+        welcome = welcome_to(header, session.id, self._answers.epoch, intake.info, intake.traits, limits)
+        self._router.hold(sender.peer)
+        if not self._answers.send(sender.peer, welcome):
+            self.close_session(session, "its client has gone before it was open")
+
+    def _limits_of(self, tenant: Tenant | None) -> Limits:
+        """Bound a client's credit by its own limits and its tenant's."""
+        limits = self._intake.limits
+        if tenant is None:
+            return limits
+        most = min(limits.max_inflight_bytes, tenant.max_inflight_bytes)
+        return limits.model_copy(update={"max_inflight_bytes": most})
+
+    def _resumed(self, sender: _Sender, header: Hello, now: float) -> Session | None:
+        if header.resume is None:
+            return None
+        try:
+            session, old_peers = self._sessions.resume(
+                header.resume, sender.peer, now, hello=header.request, tenant=sender.tenant
+            )
+        except UnknownSessionError:
+            return None
+        for peer in old_peers:
+            self._router.cut(peer)  # what waits there for its client is answered here
+        logger.info("session %s has a new connection", session.id.hex()[:8])
+        return session
+
+    def _opened(self, sender: _Sender, header: Hello, now: float) -> Session:
+        if self._is_draining():
+            raise DrainingError()
+        earlier = self._sessions.of_peer(sender.peer, sender.tenant)
+        if earlier is not None:
+            self.close_session(earlier, "its client opened another")
+        quiet = self._sessions.eviction_candidate(sender.tenant, now)
+        if quiet is not None:
+            self.close_session(quiet, "quiet, and another one needs its place")
+        session = self._sessions.open(sender.peer, now, hello=header.request, tenant=sender.tenant)
+        whose = "" if sender.tenant is None else f" for {sender.tenant.name}"
+        logger.info("session %s opened%s (zsl %r, %s)", session.id.hex()[:8], whose, header.software, header.dtype)
+        return session
+
+    def _work(self, session: Session, header: Forward | Backward, frames: Sequence[Frame], now: float) -> None:
+        answer = self._requests.repeated(session, header, frames)
+        if answer is None:
+            request = self._intake.request(session, header, frames, now, draining=self._is_draining())
+            self._requests.add(request, now, unsent=self._router.unsent_bytes, all_unsent=self._router.all_unsent_bytes)
+        elif answer:
+            self._router.send(session.peer, answer)
+
+    def _cancel(self, session: Session, header: Cancel) -> None:
+        request = self._requests.get(session, header.request)
+        if request is not None and request.state is RequestState.QUEUED:
+            self._runner.end(request, CancelledByClientError())
+        else:
+            self._requests.release(session, header.request)
+
+    def _ping(self, sender: _Sender, header: Ping, now: float) -> None:
+        self._check_epoch(header)
+        session = self._sessions.renew(header.session, now, tenant=sender.tenant)
+        if sender.peer not in session.peers:
+            if session.heartbeat is not None:
+                self._router.release(session.heartbeat)
+            session.heartbeat = sender.peer
+            self._router.hold(sender.peer)
+        pong = Pong(
+            session=session.id,
+            request=header.request,
+            epoch=self._answers.epoch,
+            progress_age_ms=round(self._runner.busy_seconds(now) * 1000),
+            inflight_requests=self._requests.inflight(session),
+        )
+        self._answers.send(sender.peer, pong)
+
+    def _status(self, sender: _Sender, header: StatusRequest) -> None:
+        status = status_for(
+            header,
+            self._answers.epoch,
+            self._intake.info,
+            self._intake.traits,
+            sessions=len(self._sessions),
+            queued_requests=self._requests.queued,
+            held_bytes=self._sessions.held_bytes,
+        )
+        self._answers.send(sender.peer, status)
+
+    def _session(self, header: InSession, sender: _Sender, now: float) -> Session:
+        self._check_epoch(header)
+        return self._sessions.get(header.session, sender.peer, now, tenant=sender.tenant)
+
+    def _check_epoch(self, header: InSession) -> None:
+        if header.epoch != self._answers.epoch:
+            raise StaleEpochError()

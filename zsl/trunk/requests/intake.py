@@ -1,0 +1,64 @@
+"""From a FORWARD or BACKWARD message to a request that can be queued: checked against what the trunk takes.
+
+Knows no socket and no clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from zsl.errors import DrainingError, ForwardOnlyError
+from zsl.trunk.requests.request_table import Request
+from zsl.trunk.requests.validate import check_backward, check_forward, sharing_of
+from zsl.trunk.scheduling.scheduler import Job
+from zsl.trunk.sessions.sessions import Session
+from zsl.trunk.settings import TrunkInfo, TrunkTraits
+from zsl.trunk.work import Alone, Buffers, Kind
+from zsl.wire.frames import Frame
+from zsl.wire.messages import Backward, Forward, Limits
+
+
+@dataclass(frozen=True, slots=True)
+class Intake:
+    """Takes requests in for one trunk."""
+
+    info: TrunkInfo
+    limits: Limits
+    traits: TrunkTraits
+
+    def request(
+        self, session: Session, header: Forward | Backward, frames: Sequence[Frame], now: float, *, draining: bool
+    ) -> Request:
+        """Check a message and make it a request. Raises `WireError`."""
+        buffers: Buffers = {d.role: (d, frame) for d, frame in zip(header.tensors, frames, strict=True)}
+        hidden_size = self.info.model.hidden_size
+        held = None
+        match header:
+            case Forward():
+                if draining:
+                    raise DrainingError()
+                if header.keep and self.info.forward_only:
+                    raise ForwardOnlyError()
+                kind, keep, cost = Kind.FORWARD, header.keep, self.traits.costs.forward
+                shape = check_forward(buffers, hidden_size, self.limits)
+            case Backward():
+                if self.info.forward_only:
+                    raise ForwardOnlyError()
+                kind, keep, cost = Kind.BACKWARD, False, self.traits.costs.backward
+                if "activations" not in buffers:
+                    held = session.held.get(header.step)
+                shape = check_backward(buffers, held.shape if held else None, hidden_size, self.limits)
+        sharing = held.sharing if held else sharing_of(buffers, shape, self.traits)
+        job = Job(
+            (session.id, header.request),
+            tenant=session.owner,
+            client=session.id,
+            kind=kind,
+            tokens=shape.total_tokens,
+            merge_key=None if sharing == Alone() else sharing,
+            cost_seconds=cost.seconds(shape.total_tokens),
+            deadline=now + header.budget_ms / 1000,
+        )
+        nbytes = sum(descriptor.nbytes for descriptor in header.tensors)
+        return Request(session, header, kind, buffers, shape, sharing, keep, held, now, nbytes, job)

@@ -1,0 +1,1 @@
+"""The order of requests and which of them share a pass. Pure."""

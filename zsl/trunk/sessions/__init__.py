@@ -1,0 +1,1 @@
+"""Sessions: leases, credit, and the memory held for them. Pure."""
