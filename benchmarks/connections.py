@@ -30,7 +30,7 @@ from memory_use import MIB
 from report import Report, median, out_option, percentile
 from servers import STOP_SECONDS, read_line, server_process
 
-from zsl.transport.router import raise_file_limit
+from zsl.transport.listening import raise_file_limit
 from zsl.trunk.settings import ServerSettings
 
 SCRIPT = Path(__file__).parent / "connections_client.py"

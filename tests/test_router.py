@@ -19,8 +19,9 @@ import pytest
 import zmq
 
 from zsl.errors import StartupError
+from zsl.transport.listening import OTHER_FILES
 from zsl.transport.peer_connection import HANDSHAKE_SECONDS, MIN_BYTES_PER_SECOND, SLOW_SECONDS
-from zsl.transport.router import OTHER_FILES, STRANGER_MESSAGE_BYTES, STRANGER_SECONDS, Router
+from zsl.transport.router import STRANGER_MESSAGE_BYTES, STRANGER_SECONDS, Router
 from zsl.wire.frames import HEAD_FRAMES, Frame
 from zsl.wire.messages import MAX_TENSORS
 
@@ -432,7 +433,7 @@ async def test_large_frames_wait_while_there_is_no_memory_for_them(
     connections = room.router._connections.values()
     await until(lambda: sum(connection.receiving_bytes for connection in connections) >= 2 << 20)
     sending = asyncio.create_task(asyncio.to_thread(other.sendall, frame + bytes(4 << 20)))
-    await until(lambda: room.router._parked)
+    await until(lambda: room.router._memory._parked)
     assert len(room.messages) == 2
     await asyncio.to_thread(half.sendall, bytes(2 << 20))
     await until(lambda: len(room.messages) == 4)
@@ -457,18 +458,18 @@ async def test_of_large_messages_that_began_together_only_the_oldest_comes_in_wh
         await until(lambda: sum(c.receiving_bytes > 0 for c in connections) == number + 1)  # noqa: B023 (waits)
     first, *others = members
     first.sendall(large[64 << 10 : 80 << 10])
-    await until(lambda: room.router._receiving)
+    await until(lambda: room.router._memory._receiving)
     sending = [asyncio.create_task(asyncio.to_thread(first.sendall, large[80 << 10 : -1]))]
     for member, message in zip(others, whole[1:], strict=True):
         sending.append(asyncio.create_task(asyncio.to_thread(member.sendall, message[64 << 10 :])))
-    await until(lambda: len(room.router._parked) == len(others))
+    await until(lambda: len(room.router._memory._parked) == len(others))
     await until(lambda: room.router._connections[room.messages[0][0]].receiving_bytes == len(large) - 1)
     # The oldest one, and what came in the turns in which the others were stopped.
     assert sum(connection.receiving_bytes for connection in connections) <= len(large) + (6 << 20)
     assert len(room.messages) == len(members)
     await asyncio.to_thread(first.sendall, large[-1:])
     await until(lambda: len(room.messages) == 2 * len(members))
-    assert (room.router._receiving, room.router._receiving_bytes, room.router._parked) == ({}, 0, {})
+    assert (room.router._memory._receiving, room.router._memory._nbytes, room.router._memory._parked) == ({}, 0, {})
     await asyncio.gather(*sending)
 
 
@@ -662,7 +663,7 @@ def test_raise_file_limit_takes_what_the_system_gives() -> None:
     hard = 4096 if hard == resource.RLIM_INFINITY else min(hard, 4096)
     script = (
         "import resource\n"
-        "from zsl.transport.router import raise_file_limit\n"
+        "from zsl.transport.listening import raise_file_limit\n"
         f"resource.setrlimit(resource.RLIMIT_NOFILE, (64, {hard}))\n"
         "raise_file_limit()\n"
         "print(resource.getrlimit(resource.RLIMIT_NOFILE)[0])"

@@ -10,9 +10,7 @@ of silence, the places that are left, and a bounded share of the loop; so whatev
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
-import resource
 import selectors
 import socket
 import time
@@ -21,18 +19,18 @@ from concurrent.futures import ThreadPoolExecutor
 
 from zsl.errors import StartupError
 from zsl.transport.curve import KeyPair
+from zsl.transport.listening import listen, most_connections
 from zsl.transport.mechanisms import Curve, Mechanism, Null
 from zsl.transport.peer_connection import Connection, MessageLimits, State
 from zsl.transport.places import those_to_go
+from zsl.transport.receiving_memory import ReceivingMemory
+from zsl.transport.time_share import TimeShare
 from zsl.wire.frames import HEAD_FRAMES, MAX_HEADER_BYTES, Frame
 from zsl.wire.messages import MAX_TENSORS
 
 logger = logging.getLogger(__name__)
 
 LINGER_SECONDS = 2.0
-BACKLOG = 1024  # when a daemon comes back, all its clients connect at once
-MAX_OPEN_FILES = 65_536
-OTHER_FILES = 128  # of the process: the model's, the log's, the loop's own
 SCRATCH_BYTES = 64 * 1024
 CRYPTO_THREADS = 2
 
@@ -42,9 +40,6 @@ STRANGER_MESSAGE_BYTES = 32 * 1024
 STRANGER_SECONDS = 30.0  # of silence
 ACCEPTED_PER_TURN = 16
 TURN_SECONDS = 0.002  # of strangers
-# While there are members, strangers have this share of the loop's time, and may save up so much of it.
-STRANGERS_SHARE = 0.1
-MAX_ALLOWANCE_SECONDS = 0.05
 HOUSEKEEPING_SECONDS = 1.0
 WARNING_SECONDS = 10.0
 
@@ -77,8 +72,8 @@ class Router:
         self._allowed = allowed
         self._clock = clock
         self._send_hwm_messages = send_hwm_messages
-        self._max_connections = min(max_connections, _connections_that_can_be())
-        self._max_receiving_bytes = max_receiving_bytes
+        self._max_connections = min(max_connections, most_connections())
+        self._memory = ReceivingMemory(max_receiving_bytes)
         frame_bytes = max(max_message_bytes, MAX_HEADER_BYTES + 1)
         frames = 4 * (HEAD_FRAMES + MAX_TENSORS)  # one that has some too many is told so
         self._member_limits = MessageLimits(frames, frame_bytes, FRAMES_OF_THE_LARGEST * frame_bytes)
@@ -94,15 +89,11 @@ class Router:
         self._connections: dict[bytes, Connection] = {}
         self._strangers: dict[Connection, None] = {}  # oldest first
         self._unread: set[Connection] = set()  # peers that have not read all
-        self._receiving: dict[Connection, int] = {}  # a large message: how much of it has come; oldest first
-        self._receiving_bytes = 0  # of all of them
-        self._parked: dict[Connection, None] = {}
         self._members_selector = selectors.DefaultSelector()
         self._strangers_selector = selectors.DefaultSelector()
         self._members_left: dict[Connection, None] = {}  # something was read from them that waits for the next turn
         self._strangers_turn_for: dict[Connection, int] = {}
-        self._allowance_seconds = MAX_ALLOWANCE_SECONDS
-        self._allowance_at = clock()
+        self._strangers_share = TimeShare(clock())
         self._timers: dict[str, asyncio.Handle] = {}
         self._turned_away = 0
         self._warned_at = float("-inf")
@@ -117,25 +108,18 @@ class Router:
 
         Raises `StartupError`.
         """
-        shown_host = f"[{host}]" if ":" in host else host
         try:
-            self._listening = _listening_socket(host, port)
-        except OSError as error:
+            self._listening, endpoint = listen(host, port)
+        except StartupError:
             self.close()
-            what, to_do = error.strerror, "choose another with --port (0 picks one)"
-            if error.errno == errno.EADDRINUSE:
-                what = "the port is in use"
-            elif isinstance(error, socket.gaierror) or error.errno in (errno.EADDRNOTAVAIL, errno.EINVAL):
-                what = "this machine has no such address"
-                to_do = "name one of its own with --host, or 0.0.0.0 for all that it has"
-            raise StartupError(f"cannot listen on {shown_host}:{port}: {what}; {to_do}") from error
+            raise
         try:
             asyncio.get_running_loop()
         except RuntimeError:
             pass
         else:
             self._begin()
-        return f"tcp://{shown_host}:{self._listening.getsockname()[1]}"
+        return endpoint
 
     def start(self, receive: Receiver, received: Callable[[], None]) -> None:
         """Begin to receive, on the running loop."""
@@ -283,14 +267,10 @@ class Router:
     def _charge_strangers(self, began: float, now: float) -> None:
         """See when strangers may have their next turn: none is far off while nobody carries a session."""
         assert self._loop is not None
-        earned = (began - self._allowance_at) * STRANGERS_SHARE
-        self._allowance_seconds = min(self._allowance_seconds + earned, MAX_ALLOWANCE_SECONDS) - (now - began)
-        self._allowance_at = began
-        if len(self._strangers) == len(self._connections):
-            self._allowance_seconds = max(self._allowance_seconds, 0.0)
-        if self._allowance_seconds < 0:
+        has_members = len(self._strangers) < len(self._connections)
+        pause = self._strangers_share.charge(began, now, bounded=has_members)
+        if pause:
             self._loop.remove_reader(self._strangers_selector.fileno())
-            pause = -self._allowance_seconds / STRANGERS_SHARE
             self._timers["strangers"] = self._loop.call_later(pause, self._strangers_again)
         elif self._strangers_turn_for:
             self._strangers_soon()
@@ -318,46 +298,16 @@ class Router:
         if mask & selectors.EVENT_WRITE:
             connection.write()
         if mask & selectors.EVENT_READ and connection.wants_to_read:
-            if not self._has_memory_for(connection):
-                self._parked[connection] = None
-                connection.park()
+            if not self._memory.admits(connection):
                 return
             connection.read(self._scratch)
             self._changed(connection)
-
-    def _has_memory_for(self, connection: Connection) -> bool:
-        """Whether more of a large message may be received now. Over the bound only the oldest one comes in."""
-        if not connection.wants_memory:
-            return True
-        if self._receiving_bytes > self._max_receiving_bytes and connection is not next(iter(self._receiving)):
-            return False
-        connection.has_memory = True
-        self._receiving.setdefault(connection, 0)
-        return True
-
-    def _count_receiving(self, connection: Connection) -> None:
-        """Count what has come of its large message; if that is whole, those that wait for memory go on."""
-        before = self._receiving.get(connection)
-        if before is None:
-            return
-        if connection.has_memory and connection.state is State.OPEN:
-            self._receiving[connection] = connection.receiving_bytes
-            self._receiving_bytes += connection.receiving_bytes - before
-        else:
-            del self._receiving[connection]
-            self._receiving_bytes -= before
-            self._unpark()
-
-    def _unpark(self) -> None:
-        parked, self._parked = self._parked, {}
-        for connection in parked:
-            connection.unpark()  # its next turn asks for memory again
 
     def _changed(self, connection: Connection) -> None:
         """A connection wants to read or write other than before, or is closed."""
         if connection.peer not in self._connections:
             return
-        self._count_receiving(connection)
+        self._memory.count(connection)
         stranger = connection in self._strangers
         selector = self._strangers_selector if stranger else self._members_selector
         if connection.state is State.CLOSED:
@@ -397,7 +347,7 @@ class Router:
         self._strangers.pop(connection, None)
         self._strangers_turn_for.pop(connection, None)
         self._members_left.pop(connection, None)
-        self._parked.pop(connection, None)
+        self._memory.forget(connection)
         self._unread.discard(connection)
         logger.debug("a connection of %s ended: %s", connection.address, connection.why)
 
@@ -474,46 +424,15 @@ class Router:
         assert self._loop is not None
         now = self._clock()
         for connection in list(self._connections.values()):
-            if connection.overdue(now) and connection not in self._parked:
+            if connection.overdue(now) and connection not in self._memory:
                 connection.close("its handshake or a message took too long")
         for connection in list(self._strangers):
             if now - connection.heard_at > STRANGER_SECONDS:
                 connection.close("silent, without a session")
-        self._unpark()
+        self._memory.unpark()
         self._timers["house"] = self._loop.call_later(HOUSEKEEPING_SECONDS, self._keep_house)
-
-
-def _listening_socket(host: str, port: int) -> socket.socket:
-    family, kind, protocol, _, address = socket.getaddrinfo(
-        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-    )[0]
-    listening = socket.socket(family, kind, protocol)
-    try:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        listening.bind(address)
-        listening.listen(BACKLOG)
-        listening.setblocking(False)
-    except OSError:
-        listening.close()
-        raise
-    return listening
 
 
 def _forget(selector: selectors.BaseSelector, connection: Connection) -> None:
     if connection.socket.fileno() >= 0 and connection.socket in selector.get_map():
         selector.unregister(connection.socket)
-
-
-def raise_file_limit() -> None:
-    """Let this process have as many open files as it may: every connection takes one. Before a `Router` is made."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
-    if soft != resource.RLIM_INFINITY and soft < most:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-
-
-def _connections_that_can_be() -> int:
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return MAX_OPEN_FILES if soft == resource.RLIM_INFINITY else max(soft - OTHER_FILES, 1)

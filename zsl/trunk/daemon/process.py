@@ -20,7 +20,7 @@ from zsl.text.byte_size import to_mib
 from zsl.text.plural import counted
 from zsl.text.printable import printable
 from zsl.transport.curve import refuses_unknown_keys
-from zsl.transport.router import raise_file_limit
+from zsl.transport.listening import raise_file_limit
 from zsl.trunk.access.access import Access
 from zsl.trunk.daemon.hangup import Hangup
 from zsl.trunk.daemon.load import TrunkPlan, plan_trunk
