@@ -22,7 +22,7 @@ from support.hostile_sessions import sessions
 from support.raw_zmtp import DEALER, RawKeys, RawPeer
 from support.square import SquareClient, SquareDaemon, SquareServer, some
 from test_access import Keys
-from test_leaks import comes_to, entries, on_loop
+from test_leaks import comes_to, entries, on_loop, settled
 from zsl.trunk.settings import ServerSettings
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="what a process uses is read from /proc")
@@ -121,7 +121,7 @@ def test_all_hostile_peers_together_leave_nothing(
 def test_no_form_with_sessions_leaves_an_entry_in_a_table() -> None:
     """At a server of this process, whose tables can be looked into."""
     with SquareServer() as server:
-        before = on_loop(server, lambda: entries(server.server))
+        before = on_loop(server, lambda: settled(entries(server.server)))
         for name, act in sessions().items():
             with SquareClient(server.endpoint) as client:
                 welcome = client.connect()
@@ -132,14 +132,14 @@ def test_no_form_with_sessions_leaves_an_entry_in_a_table() -> None:
                 scene.leave()
                 assert client.is_right(some(2), some(3)), name
             comes_to((0, 0, 0), lambda: (server.sessions, server.connections, server.held_bytes))
-            comes_to(before, lambda: on_loop(server, lambda: entries(server.server)))
+            comes_to(before, lambda: on_loop(server, lambda: settled(entries(server.server))))
 
 
 def test_the_lease_ends_the_session_of_a_peer_that_leaves_without_bye() -> None:
     """With steps that are held, and requests that are queued and computed."""
     settings = ServerSettings(lease_seconds=0.5, ping_seconds=0.1)
     with SquareServer(settings=settings) as server:
-        before = on_loop(server, lambda: entries(server.server))
+        before = on_loop(server, lambda: settled(entries(server.server)))
         scene = Scene(Place(server.port, HIDDEN), Victim(bytes(16), bytes(16), 0), Random(SEED))
         for leave in LEAVING.values():
             peer, welcome = scene.opened()
@@ -149,7 +149,7 @@ def test_the_lease_ends_the_session_of_a_peer_that_leaves_without_bye() -> None:
             leave(peer)
         assert (server.sessions, server.held_bytes > 0) == (len(LEAVING), True)
         comes_to((0, 0, 0), lambda: (server.sessions, server.connections, server.held_bytes))
-        comes_to(before, lambda: on_loop(server, lambda: entries(server.server)))
+        comes_to(before, lambda: on_loop(server, lambda: settled(entries(server.server))))
         for peer in scene.peers:
             peer.close()
 

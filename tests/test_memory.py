@@ -41,8 +41,7 @@ from zsl.wire.tensors import encode_tensor
 
 keep_freed_memory()
 sessions = Sessions(
-    lease_seconds=60, max_sessions=1, max_inflight_requests=1, max_inflight_bytes=1, max_total_inflight_bytes=1,
-    stash_memory_bytes=1 << 40, new_id=lambda: bytes(16),
+    lease_seconds=60, max_sessions=1, stash_memory_bytes=1 << 40, new_id=lambda: bytes(16)
 )
 tenant = Tenant("alice", "key", 1.0, 1, 1, 1 << 40)
 torch.set_num_threads(1)

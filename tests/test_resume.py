@@ -157,13 +157,13 @@ COMMAND = "from zsl.cli.train import train; train(prog_name='zsl-train')"
 # Killed while it writes the checkpoint of step 8: Trainer's files are there, and not yet the checksums.
 KILLED_WHILE_SAVING = """
 import os, signal
-from zsl.training.trainer.trainer import trainer
-put_in_place = trainer.put_in_place
+from zsl.training.trainer import whole_checkpoints
+put_in_place = whole_checkpoints.put_in_place
 def dying(written, place):
     if place.name == "checkpoint-8":
         os.kill(os.getpid(), signal.SIGKILL)
     put_in_place(written, place)
-trainer.put_in_place = dying
+whole_checkpoints.put_in_place = dying
 """
 # Takes its time for step 10, so that it can be killed there.
 STANDING_STILL = """

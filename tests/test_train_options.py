@@ -584,7 +584,7 @@ def test_where_the_best_could_not_be_written_the_next_best_is_kept(
     def validation_losses() -> dict[int, float]:
         return {line["step"]: line["eval_loss"] for line in lines_in(tmp_path) if "eval_loss" in line and line["step"]}
 
-    monkeypatch.setattr("zsl.training.trainer.trainer.put_in_place", full_once)
+    monkeypatch.setattr("zsl.training.trainer.whole_checkpoints.put_in_place", full_once)
     settings = [*STOPS_EARLY, "train.learning_rate=0.3", f"train.save_total_limit={limit}"]
     options = [word for setting in settings for word in ("--set", setting)]
     command = [*small, *options, "--epochs", "20", "--restart", "--save-dir", tmp_path]

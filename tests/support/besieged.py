@@ -15,6 +15,7 @@ import numpy as np
 from zmq.utils import z85
 
 from zsl.errors import ZslError
+from zsl.link.open_session import Open
 from zsl.link.status_client import Probe
 from zsl.transport.curve import ClientKeys
 from zsl.wire.messages import Welcome
@@ -44,9 +45,9 @@ class Honest(SquareClient):
 
     def session(self) -> Welcome:
         """The session that is open now: others may have ended earlier ones."""
-        while (link := self.connection._link) is None or (welcome := link._welcome) is None:
+        while (link := self.connection._link) is None or not isinstance(state := link.state, Open):
             self.bits()  # opens one
-        return welcome
+        return state.welcome
 
     def bits(self) -> bytes:
         """Run a step, and return its output and gradient."""
