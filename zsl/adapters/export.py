@@ -23,7 +23,7 @@ from zsl.adapters.union import Adapter, narrowed, read_adapter, union
 from zsl.errors import ModelError
 from zsl.files.new_directory import new_directory
 from zsl.models.reference import ModelReference
-from zsl.split.meta_model import hollow_model
+from zsl.split.meta_model import meta_model
 from zsl.split.stack import find_stack
 from zsl.text.first_line import first_line
 
@@ -127,8 +127,8 @@ def write_whole_adapter(
 
 def _check_loads(adapter: Adapter, reference: ModelReference, directory: Path) -> None:
     """Raises `ModelError` unless PEFT, on the whole model, finds just these tensors in a directory, bit for bit."""
-    hollow = adapter.hollow(reference.config)
-    lacking = own_weights(adapter.tensors, adapter.config, hollow).lacking
+    model = adapter.meta_model(reference.config)
+    lacking = own_weights(adapter.tensors, adapter.config, model).lacking
     if adapter.rows is not None and lacking:
         raise ModelError(
             f"{adapter.place} is of a model that was resized to {adapter.rows} tokens, and lacks {lacking}: give the "
@@ -139,7 +139,7 @@ def _check_loads(adapter: Adapter, reference: ModelReference, directory: Path) -
             warnings.simplefilter("ignore")
             warnings.filterwarnings("error", _MISSING)
             loaded: Any = PeftModel.from_pretrained(
-                hollow, str(directory), autocast_adapter_dtype=False, torch_device="cpu"
+                model, str(directory), autocast_adapter_dtype=False, torch_device="cpu"
             )
     except (UserWarning, OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
         raise ModelError(
@@ -163,7 +163,7 @@ def _same(found: torch.Tensor | None, tensor: torch.Tensor) -> bool:
 
 
 def _layers_of(adapter: Adapter, reference: ModelReference) -> list[int]:
-    inside = f".{find_stack(hollow_model(reference.config)).name}."
+    inside = f".{find_stack(meta_model(reference.config)).name}."
     found = {name.partition(inside)[2].partition(".")[0] for name in adapter.tensors}
     return sorted(int(index) for index in found if index.isdigit())
 

@@ -1,6 +1,6 @@
 """Adapters that lie in files: read, narrowed to what they hold, and several of them put together as one.
 
-Knows the whole model's modules by a hollow model, and loads no weights of it.
+Knows the whole model's modules on the meta_model, and loads no weights of it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from zsl.adapters.adapter import name_prefix, name_what_is_adapted
 from zsl.adapters.embeddings import own_weights, without_copies
 from zsl.errors import ConfigError, ModelError
-from zsl.split.meta_model import hollow_model
+from zsl.split.meta_model import meta_model
 from zsl.split.stack import embedding_rows
 from zsl.text.first_line import first_line
 
@@ -56,9 +56,9 @@ class Adapter:
         """The name of the method, as PEFT writes it."""
         return str(self.config.peft_type.value)
 
-    def hollow(self, whole: PreTrainedConfig) -> PreTrainedModel:
+    def meta_model(self, whole: PreTrainedConfig) -> PreTrainedModel:
         """A whole model that PEFT can load this adapter on."""
-        return hollow_model(whole, rows=self.rows, loadable=self.weights)
+        return meta_model(whole, rows=self.rows, loadable=self.weights)
 
 
 def read_adapter(directory: Path) -> Adapter:
@@ -76,22 +76,22 @@ def narrowed(adapter: Adapter, whole: PreTrainedConfig) -> Adapter:
     What PEFT wrote of a split model names some in the trunk's layers, and would make empty adapters there.
     """
     config: Any = copy.deepcopy(adapter.config)
-    plain = hollow_model(whole)
+    plain = meta_model(whole)
     own = own_weights(adapter.tensors, config, plain)
     resized = own.rows - {embedding_rows(plain)}
     if len(resized) > 1:
         raise ModelError(f"the adapter in {adapter.place} has embeddings and a head of different numbers of tokens")
     adapter = dataclasses.replace(adapter, weights=own.names, rows=next(iter(resized), None))
-    hollow = adapter.hollow(whole)
+    model = adapter.meta_model(whole)
     prefix = name_prefix(config)
-    known = {name for name, _ in hollow.named_modules()}
+    known = {name for name, _ in model.named_modules()}
 
     def has_weights(path: str) -> bool:
         module = path if path in known else path.rpartition(".")[0]  # or a parameter
         return any(name.startswith(f"{prefix}{module}.") for name in adapter.tensors)
 
     try:
-        adapted = get_peft_model(hollow, copy.deepcopy(config))
+        adapted = get_peft_model(model, copy.deepcopy(config))
         modules = list(getattr(adapted.base_model, "targeted_module_names", ()))
         parameters = list(getattr(adapted.base_model, "targeted_parameter_names", ()))
         written = get_peft_model_state_dict(adapted, save_embedding_layers=False)

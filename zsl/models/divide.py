@@ -25,7 +25,7 @@ from zsl.models.loading import check_part_loads, load_whole
 from zsl.models.reference import ModelReference, resolve, write_tokenizer
 from zsl.models.tensor_files import TensorFiles, weight_files
 from zsl.split.cut import check_cut
-from zsl.split.meta_model import hollow_model
+from zsl.split.meta_model import meta_model
 from zsl.split.parts import RECORD, VARIANT, Part, PartName
 from zsl.split.slots import layers_pattern
 from zsl.split.stack import check_can_be_split, find_stack, layer_count
@@ -67,7 +67,7 @@ def divide(
         if dtype is not None and _changes(TensorFiles(location), dtype):
             model = model.model_copy(update={"weights_digest": source.digest()})
         pattern = re.compile(
-            layers_pattern(find_stack(hollow_model(reference.config)).leaf_name, range(cut.start, cut.stop))
+            layers_pattern(find_stack(meta_model(reference.config)).leaf_name, range(cut.start, cut.stop))
         )
         names: dict[PartName, list[str]] = {
             "client": [name for name in source.names if not pattern.search(name)],

@@ -108,7 +108,7 @@ def _load(
 
 
 def _build_random(cls: Any, reference: ModelReference, dtype: torch.dtype) -> PreTrainedModel:
-    # Built on the meta device, so that what is carved away never has memory.
+    # Built on the meta device, so that modules that are replaced never have memory.
     with BUILDING, torch.device("meta"):
         model: PreTrainedModel = cls._from_config(reference.config, dtype=dtype)
     model.to_empty(device="cpu")
