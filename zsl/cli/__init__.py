@@ -1,1 +1,1 @@
-"""The commands: parse, print, call; nothing else. Heavy imports wait until a command really runs."""
+"""Commands, which parse options, call the library and print. Heavy imports are deferred until a command runs."""
