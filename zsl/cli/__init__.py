@@ -1,1 +1,1 @@
-"""Commands, which parse options, call the library and print. Heavy imports are deferred until a command runs."""
+"""Commands: parse options, call the library, print. Heavy imports wait until a command runs."""

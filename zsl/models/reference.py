@@ -39,7 +39,7 @@ TOKENIZER_FILES = (
     "merges.txt",
 )
 _LIKE_A_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
-_WHAT_TO_GIVE = "(give a hub id, a directory, a .gguf file, package:<name> or random:<model_type>)"
+_ACCEPTED = "(give a hub id, a directory, a .gguf file, package:<name> or random:<model_type>)"
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def resolve(text: str) -> ModelReference:
     elif path.is_file():
         raise ModelError(f"model {text!r} is a file, but not a .gguf file: name a checkpoint's directory")
     elif not _LIKE_A_HUB_ID.fullmatch(text):
-        raise ModelError(f"model {text!r} cannot be loaded: there is no such directory {_WHAT_TO_GIVE}")
+        raise ModelError(f"model {text!r} cannot be loaded: there is no such directory {_ACCEPTED}")
     else:
         offline = why_offline()
     try:
@@ -130,7 +130,7 @@ def resolve(text: str) -> ModelReference:
         reason = (
             f"it is not cached here, and {offline}" if offline and isinstance(error, OSError) else first_line(error)
         )
-        raise ModelError(f"model {text!r} cannot be loaded: {reason} {_WHAT_TO_GIVE}") from error
+        raise ModelError(f"model {text!r} cannot be loaded: {reason} {_ACCEPTED}") from error
     return ModelReference(text, config, location, read_part(location))
 
 

@@ -1,1 +1,1 @@
-"""Division of a model into the client's layers and the trunk's. Uses transformers and PEFT, no sockets."""
+"""Division of a model into the client's layers and the trunk's, by transformers and PEFT."""

@@ -1,4 +1,4 @@
-"""Module without weights, which refuses to load the weights of the other side instead of dropping them."""
+"""Module without weights, which refuses the other side's weights instead of dropping them."""
 
 from __future__ import annotations
 
