@@ -1,4 +1,4 @@
-# Sourced after .venv.sh by what runs benchmarks: installs on the first use what only they need.
+# Sourced after .venv.sh by commands that run benchmarks: the first run installs packages that only benchmarks need.
 if ! "$venv/bin/python" -c 'import grpc, psutil' 2>/dev/null; then
     lock_venv "$venv.lock" "$venv/bin/python"
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \

@@ -1,1 +1,1 @@
-"""Adapters of a split model: attach, save, load, join, export, merge."""
+"""Attach, save, load, join, export and merge PEFT adapters of a split model."""

@@ -1,8 +1,8 @@
-"""The adapter that comes out of a split model: a PEFT adapter of the whole model, with nothing renamed.
+"""Save the adapter of a split model as a PEFT adapter of the whole model.
 
-A split model keeps the true layer indices, so the keys are right already. What is added is the configuration that
-keeps PEFT from making empty adapters on the trunk's layers when it loads the file on the whole model. That it is so
-for every method of PEFT that `zsl.training.config.peft_table` accepts, tests/test_peft_methods.py holds.
+A split model keeps the true layer indices, so no key is renamed. The configuration is narrowed to the modules that
+have weights, so that PEFT adds no empty adapters to the trunk's layers when it loads the file on the whole model.
+tests/test_peft_methods.py checks this for every PEFT method that `zsl.training.config.peft_table` accepts.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from zsl.split.peft_model import active_adapter, base_weights, unwrapped
 from zsl.split.sides import Side, Sides
 from zsl.split.stack import Stack, find_stack
 
-# Methods whose file holds what an encoder has made, not the encoder: it can be used, and not be trained on.
+# Methods whose file holds the output of an encoder, not the encoder: it can be used, but not trained further.
 ONLY_TO_USE = frozenset({"CPT", "P_TUNING"})
 
 
@@ -41,11 +41,11 @@ def save_adapter(
 ) -> None:
     """Write the active adapter of a split model as a PEFT adapter of the whole one.
 
-    Weights of the base model that were trained, and embeddings that were resized, go into the same file.
-    `base_model` is the hub id that the file shall name; else it names what the model was loaded from. With `sides` and
-    `only`, just the part of that side. `beside` are further files, by name, that go with it.
-    The files are written aside, brought to the disk and renamed: older ones are there until the new ones are whole.
-    Raises `ModelError` if nothing is there to save, `RunFailed` if it cannot be written.
+    Trained weights of the base model, and resized embeddings, are saved in the same file.
+    `base_model` is the hub id in the configuration, by default the name that the model was loaded from. `sides` and
+    `only` restrict it to the part of one side. `beside` has further files, by name, for the same directory.
+    The files are written to a temporary directory, flushed to disk and renamed; older ones stay until then.
+    Raises `ModelError` if the model has no adapter or no weights to save, `RunFailed` if it cannot be written.
     """
     model = unwrapped(model)
     if not hasattr(model, "get_base_model"):
@@ -67,7 +67,7 @@ def save_adapter(
 
 
 def remove_adapter(directory: Path, *beside: str) -> None:
-    """Remove the files that `save_adapter` wrote, if they are there. Raises `RunFailed`."""
+    """Remove the files that `save_adapter` wrote, if they exist. Raises `RunFailed`."""
     try:
         for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, *beside):
             (directory / name).unlink(missing_ok=True)
@@ -85,10 +85,10 @@ def write_adapter(
     sides: Sides | None = None,
     only: Side | None = None,
 ) -> None:
-    """Write the two files of an adapter into an empty directory, in place.
+    """Write the two files of an adapter directly into an empty directory.
 
-    Raises `ModelError` if there are no weights to write, if several adapters are active, or if the part of a side
-    cannot stand alone.
+    Raises `ModelError` if the adapter has no weights, if several adapters are active, or if the part of a side cannot
+    be used alone.
     """
     name = active_adapter(model)
     config: Any = copy.deepcopy(model.peft_config[name])
@@ -105,11 +105,11 @@ def write_adapter(
     if only and not config.is_prompt_learning and not all(name.startswith(name_prefix(config)) for name in state):
         raise ModelError(f"the layers of a {config.peft_type.value} adapter share weights: it has no {only} part")
     if only == "top" and config.is_prompt_learning:
-        raise ModelError(f"a {config.peft_type.value} adapter is nothing without its prompts: it has no top part")
+        raise ModelError(f"a {config.peft_type.value} adapter is useless without its prompts: it has no top part")
     state = {name: tensor for name, tensor in state.items() if wanted(name)}
     if not state:
         raise ModelError(f"the adapter has no weights on the {only} side" if only else "the adapter has no weights")
-    name_what_is_adapted(config, model, state.keys(), lambda path: wanted(name_prefix(config) + path))
+    name_adapted_modules(config, model, state.keys(), lambda path: wanted(name_prefix(config) + path))
     config.inference_mode = True
     config.base_model_name_or_path = base_model or config.base_model_name_or_path
     config.save_pretrained(str(directory))
@@ -120,10 +120,10 @@ def write_adapter(
         file.chmod(0o644)
 
 
-def name_what_is_adapted(config: Any, model: PeftModel, keys: Iterable[str], wanted: Callable[[str], bool]) -> None:
-    """Let the configuration name just those modules that have weights in the file.
+def name_adapted_modules(config: Any, model: PeftModel, keys: Iterable[str], wanted: Callable[[str], bool]) -> None:
+    """Narrow the configuration to the modules that have weights in the file.
 
-    The names that the user gave stand in the trunk's layers too, where the whole model has them.
+    The names that the user gave also match modules of the trunk's layers in the whole model.
     """
     base: Any = model.get_base_model()
     tuner: Any = model.base_model
@@ -156,12 +156,12 @@ def _name_modules(config: Any, base: Any, adapted: list[str], wanted: Callable[[
         and not getattr(config, "exclude_modules", None)
         and all(_layer_index(name, stack) is not None for name in adapted)
     ):
-        # What vLLM reads too.
+        # vLLM reads these keys too.
         config.layers_to_transform = sorted({_layer_index(name, stack) for name in named})
         config.layers_pattern = stack.leaf_name
         return
-    # PEFT narrows names by layers_to_transform, but neither a pattern, nor whole paths, nor what is outside the
-    # layers. Whole paths say it all.
+    # PEFT applies layers_to_transform to names, but not to a pattern, to whole paths, or to modules outside the layers.
+    # Whole paths cover all cases.
     config.target_modules = set(named)
     for name in ("layers_to_transform", "layers_pattern", "exclude_modules"):
         if hasattr(config, name):
@@ -174,20 +174,20 @@ def _layer_index(module_path: str, stack: Stack) -> int | None:
 
 
 def name_prefix(config: PeftConfig) -> str:
-    """What PEFT puts in front of the names of the model that it adapts."""
+    """Return the prefix that PEFT adds to the names of the adapted model."""
     return "base_model." if config.is_prompt_learning else "base_model.model."
 
 
 def _sides_of(name: str, config: PeftConfig, sides: Sides) -> tuple[Side, ...]:
-    """The sides that compute with a tensor of an adapter, by its name within the PEFT model or in the file."""
+    """Return the sides that use an adapter's tensor, given its name in the PEFT model or in the file."""
     if name.startswith(name_prefix(config)):
         return (sides.side_of(name.removeprefix(name_prefix(config))),)
-    # Virtual tokens stand in front of the text. What else is outside of all layers, they share.
+    # Virtual tokens precede the text. Any other tensor outside the layers is shared by both sides.
     return ("bottom",) if config.is_prompt_learning else ("bottom", "top")
 
 
 def adapter_parameters(model: PeftModel, sides: Sides, side: Side) -> int:
-    """The number of trainable parameters on a side. What layers of both share counts on both."""
+    """Return the number of trainable parameters on a side. Shared ones count on both sides."""
     config = model.peft_config[active_adapter(model)]
     return sum(
         parameter.numel()

@@ -1,7 +1,7 @@
-"""Put an adapter on a split model: a new one, or one from a file.
+"""Attach an adapter to a split model: a new one, or one from a file.
 
-PEFT does the work. What is added are the questions that it does not ask, as it knows nothing of a trunk: whether what
-the configuration names, or what the file holds, is in this process at all.
+PEFT does the work. The checks that it lacks are added: that the modules named in the configuration, and the weights in
+the file, are outside the trunk.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from zsl.split.stack import Stack, find_stack
 from zsl.text.first_line import first_line
 
 _LIKE_AN_ADAPTERS_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
-# What PEFT, and torch below it, raise for a configuration that does not fit the model.
+# Exceptions that PEFT, and torch below it, raise for a configuration that does not match the model.
 _FOREIGN = (ValueError, TypeError, AttributeError, LookupError, RuntimeError, ImportError, re.error)
 
 
 def with_adapter(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
-    """The model with a new adapter, and all else of it frozen. The model is changed in place, `config` is not.
+    """Attach a new adapter to the model and freeze the rest. Changes the model in place, but not `config`.
 
-    Raises `ConfigError` for a configuration that names layers or modules of the trunk, that names nothing outside of
-    it, or that PEFT cannot put on this model, quantized as it may be.
+    Raises `ConfigError` for a configuration that names layers or modules of the trunk, that matches no module outside
+    it, or that PEFT cannot apply to this model or its quantized weights.
     """
     made: Any = copy.deepcopy(config)
     if hasattr(made, "fan_in_fan_out") and not getattr(made, "target_parameters", None):
@@ -47,30 +47,31 @@ def with_adapter(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
     try:
         _check_names(model, made)
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "fan_in_fan_out is set to")  # corrected for each module that is another
+            warnings.filterwarnings("ignore", "fan_in_fan_out is set to")  # PEFT corrects it for each module
             adapted: PeftModel = get_peft_model(model, made)
     except _FOREIGN as error:
         if isinstance(error, ZslError):
             raise
-        if isinstance(error, ValueError) and _wants_layers_of_a_whole_trunk(model, config):
+        if isinstance(error, ValueError) and _adapts_layers_of_the_trunk_only(model, config):
             raise ConfigError(
                 f"{method} has no layer to adapt, as all are in the cut: make that smaller, or name in target_modules "
-                f"what is left: {', '.join(_modules(model))}"
+                f"some of the other modules: {', '.join(_modules(model))}"
             ) from error
         raise ConfigError(f"{method} cannot be put on this model: {_in_words(error)}") from error
     if not any(parameter.requires_grad for parameter in adapted.parameters()):
         raise ConfigError(f"{method} finds nothing to train in this model")
     layers = (module for module in adapted.modules() if isinstance(module, BaseTunerLayer))
-    if not all(_is_made_for_its_weights(layer) for layer in layers):
-        raise ConfigError(f"PEFT has no layers of {method} for quantized weights")  # some would fail, some be wrong
+    if not all(_supports_its_weights(layer) for layer in layers):
+        # Some methods would fail, others compute wrong results.
+        raise ConfigError(f"PEFT has no layers of {method} for quantized weights")
     return adapted
 
 
 def load_adapter(model: PreTrainedModel, directory: str | Path, *, is_trainable: bool = False) -> PeftModel:
-    """The model with the adapter in `directory`, as `PeftModel.from_pretrained` makes it of a whole model.
+    """Attach the adapter in `directory`, as `PeftModel.from_pretrained` does for a whole model.
 
-    The model is changed in place. Raises `ModelError` if the adapter has weights on the trunk's layers, which PEFT
-    would drop without a word, if it lacks some, if it cannot be read, or be trained on.
+    Changes the model in place. Raises `ModelError` if the adapter has weights on the trunk's layers, which PEFT would
+    drop silently, if weights are missing, or if it cannot be read, or not be trained although `is_trainable`.
     """
     model = unwrapped(model)
     place = str(directory)
@@ -100,7 +101,7 @@ def load_adapter(model: PreTrainedModel, directory: str | Path, *, is_trainable:
         wanted = get_peft_model_state_dict(adapted, adapter_name=name, save_embedding_layers=False)
         weights = without_copies(weights, wanted)
         # PEFT's own files may hold embeddings beside the adapter.
-        _refuse(place, "weights that fit nothing", weights.keys() - wanted.keys() - adapted.state_dict().keys())
+        _refuse(place, "weights that match no module", weights.keys() - wanted.keys() - adapted.state_dict().keys())
         _refuse(place, "no weights where its configuration wants some", wanted.keys() - weights.keys())
         set_peft_model_state_dict(adapted, weights, adapter_name=name)
     except (OSError, SafetensorError, *_FOREIGN) as error:
@@ -111,12 +112,12 @@ def load_adapter(model: PreTrainedModel, directory: str | Path, *, is_trainable:
 
 
 def read_adapter_config(place: str) -> PeftConfig:
-    """The configuration of the adapter in a directory, or of a hub id. Raises `ModelError`."""
+    """Read the configuration of an adapter from a directory or the hub. Raises `ModelError`."""
     offline = None
     if not Path(place).is_dir():
         if not _LIKE_AN_ADAPTERS_HUB_ID.fullmatch(place):
             raise ModelError(f"the adapter in {place} cannot be loaded: there is no such directory")
-        offline = why_offline()  # asked here once; PEFT would wait for the hub for tens of seconds
+        offline = why_offline()  # checked once here; PEFT would wait for the hub for tens of seconds
     try:
         config: PeftConfig = PeftConfig.from_pretrained(place)
     except (OSError, *_FOREIGN) as error:
@@ -126,31 +127,31 @@ def read_adapter_config(place: str) -> PeftConfig:
 
 
 def trunk_layers(stack: Stack) -> list[int]:
-    """The layers that are in the trunk: what stands in their places has no parameters."""
+    """Return the indices of the layers in the trunk, whose replacements have no parameters."""
     return [index for index, layer in enumerate(stack.layers) if not any(True for _ in layer.parameters())]
 
 
 def _check_names(model: PreTrainedModel, config: Any) -> None:
-    """Raises `ConfigError` for names of the trunk's layers and modules, and if nothing else is named."""
+    """Raise `ConfigError` for names of the trunk's layers and modules, and if no other module is named."""
     stack = find_stack(model)
     trunk = trunk_layers(stack)
     if config.is_adaption_prompt:
         behind = len(stack.layers) - 1 - max(trunk, default=-1)
-        if (config.adapter_layers or 0) > behind:  # it counts from the last layer on, and would count past the trunk
+        if (config.adapter_layers or 0) > behind:  # counted from the end, it would reach into the trunk
             raise ConfigError(f"adapter_layers = {config.adapter_layers}: {behind} layers are behind the trunk")
         return
     asked = getattr(config, "layers_to_transform", None)
     layers = {asked} if isinstance(asked, int) else set(asked or ())
     inside = sorted(layers.intersection(trunk))
     if inside:
-        raise ConfigError(f"layers_to_transform = {asked}: {inside} are in the trunk, which takes no adapters")
+        raise ConfigError(f"layers_to_transform = {asked}: {inside} are in the trunk, which accepts no adapters")
     here = [name for name, _ in model.named_modules() if name]
     there = _names_in_the_trunk(stack, trunk)
     for key in ("target_modules", "modules_to_save"):
         names = getattr(config, key, None) or ()
         for name in () if isinstance(names, str) else sorted(names):
             if _fits(name, there) and not _fits(name, here):
-                raise ConfigError(f"{key}: {name!r} is in the trunk, which takes no adapters")
+                raise ConfigError(f"{key}: {name!r} is in the trunk, which accepts no adapters")
             if key == "modules_to_save" and not _fits(name, here):
                 raise ConfigError(f"{key}: there is no {name!r}; there are {', '.join(_modules(model))}")
     targets = getattr(config, "target_modules", None)
@@ -159,30 +160,30 @@ def _check_names(model: PreTrainedModel, config: Any) -> None:
         hint = f"there are {', '.join(known)}"
         if shown in known:
             hint = f'a string is a pattern for whole paths; write ["{shown}"]'
-        raise ConfigError(f"target_modules = {shown} fits nothing outside the trunk; {hint}")
+        raise ConfigError(f"target_modules = {shown} matches no module outside the trunk; {hint}")
 
 
-def _wants_layers_of_a_whole_trunk(model: PreTrainedModel, config: Any) -> bool:
-    """Whether what to adapt is left to PEFT, which looks for it in layers, and all of them are in the trunk."""
+def _adapts_layers_of_the_trunk_only(model: PreTrainedModel, config: Any) -> bool:
+    """Return whether PEFT chooses the modules, which it looks for in layers, and the trunk has all layers."""
     stack = find_stack(model)
     left_to_peft = getattr(config, "target_modules", ()) in (None, "all-linear")
     return left_to_peft and len(trunk_layers(stack)) == len(stack.layers)
 
 
 def _in_words(error: BaseException) -> str:
-    """What a foreign error says; of some kinds, the text says little without the kind."""
+    """Return the text of a foreign error, with its type where the text alone is unclear."""
     if isinstance(error, re.error) and error.pattern is not None:
-        return f"{str(error.pattern)!r} is no regular expression: {error}"
+        return f"{str(error.pattern)!r} is not a regular expression: {error}"
     return f"{type(error).__name__}: {first_line(error)}" if isinstance(error, LookupError) else first_line(error)
 
 
-def _is_made_for_its_weights(layer: BaseTunerLayer) -> bool:
+def _supports_its_weights(layer: BaseTunerLayer) -> bool:
     weight = getattr(layer.get_base_layer(), "weight", None)
     return weight is None or weight.is_floating_point() or type(layer).__module__.endswith(".bnb")
 
 
 def _names_in_the_trunk(stack: Stack, trunk: list[int]) -> set[str]:
-    """The modules that the trunk's layers have, if they are like the others."""
+    """Return the names of the trunk's modules, on the assumption that its layers are like the others."""
     outside = [layer for index, layer in enumerate(stack.layers) if index not in trunk]
     within = {name for layer in outside for name, _ in layer.named_modules()}
     return {f"{stack.name}.{index}.{name}".rstrip(".") for index in trunk for name in within}
@@ -193,7 +194,7 @@ def _fits(name: str, modules: Iterable[str]) -> bool:
 
 
 def _modules(model: PreTrainedModel) -> list[str]:
-    """The last names of the modules that have parameters."""
+    """Return the last components of the names of modules that have parameters."""
     owners = (name for name, module in model.named_modules() if any(True for _ in module.parameters(recurse=False)))
     return sorted({name.rpartition(".")[2] for name in owners})
 

@@ -1,6 +1,6 @@
-"""Embeddings in an adapter's file, as PEFT's `save_embedding_layers`, `modules_to_save` and tokens leave them.
+"""Find embeddings and other base-model weights among the tensors of an adapter.
 
-Knows names, and no file.
+PEFT writes them for `save_embedding_layers`, `modules_to_save` and `trainable_token_indices`.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from transformers import PreTrainedModel
 from zsl.adapters.adapter import name_prefix
 
 SAVE_BY_ZSL = "save it with zsl.save_adapter, which writes both"
-# What PEFT may put between a module's path and the name of its weight.
+# Names that PEFT may insert between a module's path and the name of its weight.
 _WRAPPERS = {"base_layer", "modules_to_save", "original_module", "token_adapter"}
 
 
 @dataclass(frozen=True)
 class OwnWeights:
-    """The model's own weights that an adapter's file replaces, by their names in the model.
+    """Base-model weights that an adapter's file replaces, by their names in the model.
 
-    `names` has a tied weight by the first of its names. `rows` are the numbers of tokens in embeddings and head.
-    `lacking` is an embedding or head whose weight is missing beside the other's.
+    `names` has a tied weight under the first of its names. `rows` are the numbers of tokens in embeddings and head.
+    `lacking` is the weight of the embedding or head that is missing while the other's is present.
     """
 
     names: frozenset[str]
@@ -33,7 +33,7 @@ class OwnWeights:
 
 
 def own_weights(tensors: Mapping[str, torch.Tensor], config: Any, model: PreTrainedModel) -> OwnWeights:
-    """Find the weights of `model`, to which PEFT has done nothing yet, in an adapter's file."""
+    """Find the weights of `model`, which has no PEFT layers yet, among an adapter's tensors."""
     first: dict[torch.Tensor, str] = {}
     names = {name: first.setdefault(weight, name) for name, weight in model.named_parameters(remove_duplicate=False)}
     prefix, kept = name_prefix(config), tuple(getattr(config, "modules_to_save", None) or ())
@@ -46,7 +46,7 @@ def own_weights(tensors: Mapping[str, torch.Tensor], config: Any, model: PreTrai
         if not name.startswith(prefix) or plain not in names:
             continue
         sizes[plain] = len(tensor)
-        # A copy to train is not the weight that another module is tied to.
+        # A trainable copy is not the weight that another module is tied to.
         if kept and "original_module" not in parts and plain.rpartition(".")[0].endswith(kept):
             copies.add(plain)
         else:
@@ -58,16 +58,16 @@ def own_weights(tensors: Mapping[str, torch.Tensor], config: Any, model: PreTrai
 
 
 def _token_weights(model: PreTrainedModel) -> list[str]:
-    """The names of the weights of embeddings and head, also if both are one."""
+    """Return the names of the weights of embeddings and head, also if they are tied."""
     layers = [layer for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None]
     return [f"{name}.weight" for name, module in model.named_modules() if any(module is layer for layer in layers)]
 
 
 def without_copies(tensors: Mapping[str, torch.Tensor], own: Collection[str]) -> dict[str, torch.Tensor]:
-    """Leave out what PEFT writes twice beside embeddings. `own` has the names of the adapter's weights.
+    """Return the tensors without those that PEFT writes twice. `own` has the names of the adapter's weights.
 
-    A trained copy of an embedding stands there by its name in `modules_to_save` too, and `trainable_token_indices` of
-    tied embeddings by the names of both.
+    The file has a trained copy of an embedding under its name in `modules_to_save` too, and the trained tokens of tied
+    embeddings under both names.
     """
 
     def is_copy(name: str) -> bool:

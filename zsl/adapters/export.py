@@ -1,6 +1,6 @@
-"""One adapter of the whole model, made of those that lie in files, and known to load before it is there.
+"""Export adapters as one PEFT adapter of the whole model, and check that PEFT loads it.
 
-The whole model's configuration is needed, and not its weights.
+Needs the whole model's configuration, but not its weights.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from zsl.adapters.union import Adapter, narrowed, read_adapter, union
 from zsl.errors import ModelError
 from zsl.files.new_directory import new_directory
 from zsl.models.reference import ModelReference
-from zsl.split.meta_model import hollow_model
+from zsl.split.meta_model import meta_model
 from zsl.split.stack import find_stack
 from zsl.text.first_line import first_line
 
-# What PEFT says of a file that does not hold what its configuration asks for.
+# Beginning of PEFT's warning about a file without the weights that its configuration requires.
 _MISSING = "Found missing adapter keys"
 
 
@@ -57,7 +57,7 @@ model = PeftModel.from_pretrained(model, "path/to/this/directory")
 
 @dataclass(frozen=True)
 class Exported:
-    """What an exported adapter is, to be shown. `layers`: those that it is on."""
+    """Facts about an exported adapter, for display. `layers` are the indices of the adapted layers."""
 
     method: str
     rank: int | None
@@ -67,7 +67,7 @@ class Exported:
     base_model: str | None
 
     def rows(self) -> dict[str, str]:
-        """What there is to say of it, by name."""
+        """Return the facts as text, by name."""
         rows = {"method": self.method}
         if self.rank is not None:
             rows["rank"] = str(self.rank)
@@ -84,11 +84,11 @@ def export(
     base_model: str | None = None,
     facts: Mapping[str, str] | None = None,
 ) -> Exported:
-    """Write the adapters in `places`, as one of the whole model that `reference` stands for, to `target`.
+    """Write the adapters in `places` to `target`, as one adapter of the whole model of `reference`.
 
-    `base_model` is the hub id that it shall name, if not that of `reference`. `facts` go into its model card.
-    It is loaded by PEFT before it is at `target`, and every tensor compared.
-    Raises `ModelError`, `ConfigError` if something is at `target`, `RunFailed` if it cannot be written.
+    `base_model` is the hub id in its configuration, by default that of `reference`. `facts` are added to the model
+    card. PEFT loads the result, and every tensor is compared, before it is moved to `target`.
+    Raises `ModelError`, `ConfigError` if `target` exists, `RunFailed` if it cannot be written.
     """
     base_model = base_model or reference.hub_id
     adapter = whole_adapter(places, reference)
@@ -107,14 +107,14 @@ def export(
 
 
 def whole_adapter(places: Sequence[Path], reference: ModelReference) -> Adapter:
-    """The adapters in these directories as one of the whole model. Raises `ModelError`."""
+    """Read the adapters in these directories as one of the whole model. Raises `ModelError`."""
     return union([narrowed(read_adapter(place), reference.config) for place in places])
 
 
 def write_whole_adapter(
     adapter: Adapter, reference: ModelReference, directory: Path, *, base_model: str | None = None
 ) -> None:
-    """Write an adapter into a directory, and compare what PEFT reads from there. Raises `ModelError`, `OSError`."""
+    """Write an adapter into a directory, and check that PEFT loads it. Raises `ModelError`, `OSError`."""
     config = copy.deepcopy(adapter.config)
     config.inference_mode = True
     config.base_model_name_or_path = base_model
@@ -126,9 +126,9 @@ def write_whole_adapter(
 
 
 def _check_loads(adapter: Adapter, reference: ModelReference, directory: Path) -> None:
-    """Raises `ModelError` unless PEFT, on the whole model, finds just these tensors in a directory, bit for bit."""
-    hollow = adapter.hollow(reference.config)
-    lacking = own_weights(adapter.tensors, adapter.config, hollow).lacking
+    """Raise `ModelError` unless PEFT loads these tensors on the whole model from a directory, bit for bit."""
+    model = adapter.meta_model(reference.config)
+    lacking = own_weights(adapter.tensors, adapter.config, model).lacking
     if adapter.rows is not None and lacking:
         raise ModelError(
             f"{adapter.place} is of a model that was resized to {adapter.rows} tokens, and lacks {lacking}: give the "
@@ -139,7 +139,7 @@ def _check_loads(adapter: Adapter, reference: ModelReference, directory: Path) -
             warnings.simplefilter("ignore")
             warnings.filterwarnings("error", _MISSING)
             loaded: Any = PeftModel.from_pretrained(
-                hollow, str(directory), autocast_adapter_dtype=False, torch_device="cpu"
+                model, str(directory), autocast_adapter_dtype=False, torch_device="cpu"
             )
     except (UserWarning, OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
         raise ModelError(
@@ -150,26 +150,26 @@ def _check_loads(adapter: Adapter, reference: ModelReference, directory: Path) -
     if wrong:
         raise ModelError(
             f"{adapter.place} does not fit a whole {reference.config.model_type} model: {len(wrong)} of its "
-            f"{len(adapter.tensors)} tensors find no place there, as {wrong[0]}"
+            f"{len(adapter.tensors)} tensors match no module, for example {wrong[0]}"
         )
 
 
 def _same(found: torch.Tensor | None, tensor: torch.Tensor) -> bool:
-    """Whether the tensor came back, bit for bit; PEFT may hold it in a wider dtype."""
+    """Return whether PEFT loaded the tensor, bit for bit; it may have a wider dtype."""
     if found is None or found.shape != tensor.shape:
         return False
-    back, bits = (each.detach().to(tensor.dtype).reshape(-1).view(torch.uint8) for each in (found, tensor))
-    return torch.equal(back, bits)
+    loaded, expected = (each.detach().to(tensor.dtype).reshape(-1).view(torch.uint8) for each in (found, tensor))
+    return torch.equal(loaded, expected)
 
 
 def _layers_of(adapter: Adapter, reference: ModelReference) -> list[int]:
-    inside = f".{find_stack(hollow_model(reference.config)).name}."
+    inside = f".{find_stack(meta_model(reference.config)).name}."
     found = {name.partition(inside)[2].partition(".")[0] for name in adapter.tensors}
     return sorted(int(index) for index in found if index.isdigit())
 
 
 def _model_card(exported: Exported, facts: Mapping[str, str]) -> ModelCard:
-    """`README.md`, as PEFT writes one, with how the adapter was made."""
+    """Return the model card, in PEFT's form, with facts about the training."""
     data = ModelCardData(
         base_model=exported.base_model,
         library_name="peft",

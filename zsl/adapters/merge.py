@@ -1,4 +1,4 @@
-"""A plain checkpoint with an adapter merged into its weights, known to load before it is there."""
+"""Merge adapters into the weights of the whole model, and write a checkpoint that is known to load."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from zsl.models.tensor_files import TensorFiles
 from zsl.text.first_line import first_line
 
 PROBE_TOKENS = 8
-# How far, of the largest logit, those of the merged model may be from the adapter's.
+# Largest allowed difference between the logits before and after merging, relative to the largest logit.
 TOLERANCE = {torch.float16: 0.05, torch.bfloat16: 0.1}
 
 
 @dataclass(frozen=True)
 class Merged:
-    """What was written. `weights_digest` is that of the model before; `rows` its tokens now, if it was resized.
+    """Result of a merge. `weights_digest` is that of the model before; `rows` the tokens of resized embeddings.
 
-    `converted` counts the tensors of floating point that had another dtype.
+    `converted` is the number of floating-point tensors that had another dtype.
     """
 
     method: str
@@ -49,13 +49,13 @@ def merge(
 ) -> Merged:
     """Write the whole model of `reference`, with the adapters in `places` merged into it, to `target`.
 
-    `dtype` is that of the weights, in which they are merged too; if it is not given, the checkpoint's own, and float32
-    for a `.gguf` file, whose numbers are dequantized to that, and for random weights. What was written is loaded again,
-    and every tensor compared, before it is at `target`.
+    The weights are merged and written in `dtype`, by default the checkpoint's own, or float32 for a `.gguf` file, which
+    is dequantized to that, and for random weights. The result is loaded again, and every tensor compared, before it is
+    moved to `target`.
 
-    Raises `ModelError` for a part of a model, a quantized one, an adapter that does not fit it or that PEFT cannot
-    merge (or merges so that the logits are others), and a tokenizer that cannot be loaded; `ConfigError` if something
-    is at `target`; `RunFailed` if it cannot be written, or comes back otherwise.
+    Raises `ModelError` for a part of a model, a quantized model, an adapter that does not match it or that PEFT cannot
+    merge (or merges with other logits), and a tokenizer that cannot be loaded; `ConfigError` if `target` exists;
+    `RunFailed` if the result cannot be written, or differs when read again.
     """
     if reference.part is not None:
         raise ModelError(f"{reference.part.described(reference.text)}: merging needs the whole; name it with --model")
@@ -72,7 +72,7 @@ def merge(
             write_whole_adapter(adapter, reference, directory)
             model = load_whole(reference, dtype)
             if adapter.rows is not None:
-                model.resize_token_embeddings(adapter.rows, mean_resizing=False)  # theirs are in the adapter
+                model.resize_token_embeddings(adapter.rows, mean_resizing=False)  # the adapter has their values
             merged = _merged(model, directory, method)
         merged.save_pretrained(written)
         _check_same(load_whole(resolve(str(written)), dtype), merged)
@@ -94,7 +94,7 @@ def _converted(reference: ModelReference, dtype: torch.dtype) -> int:
 
 
 def _untie(adapted: nn.Module, config: PreTrainedConfig) -> None:
-    """Give what is adapted weights of its own: what is merged into them must not reach what was tied to them."""
+    """Untie adapted weights, so that merging does not change tied layers."""
     holders = Counter(parameter for module in adapted.modules() for parameter in module.parameters(recurse=False))
     for layer in adapted.modules():
         if isinstance(layer, BaseTunerLayer):
@@ -102,10 +102,10 @@ def _untie(adapted: nn.Module, config: PreTrainedConfig) -> None:
             for name, parameter in list(module.named_parameters(recurse=False)):
                 if holders[parameter] > 1:
                     module.register_parameter(name, nn.Parameter(parameter.detach().clone()))
-                    _say_untied(config)
+                    _mark_untied(config)
 
 
-def _say_untied(config: PreTrainedConfig) -> None:
+def _mark_untied(config: PreTrainedConfig) -> None:
     config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
 
 
@@ -118,8 +118,8 @@ def _merged(model: PreTrainedModel, directory: Path, method: str) -> PreTrainedM
             _untie(adapted, model.config)
             merged: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
             embeddings, head = merged.get_input_embeddings(), merged.get_output_embeddings()
-            if head is not None and head.weight is not embeddings.weight:  # one of two that were tied was a copy
-                _say_untied(merged.config)
+            if head is not None and head.weight is not embeddings.weight:  # the adapter had a copy of a tied one
+                _mark_untied(merged.config)
             difference = (merged(input_ids=ids).logits.float() - expected).abs().max() / expected.abs().max()
     except (NotImplementedError, AttributeError, LookupError, ValueError, TypeError, RuntimeError) as error:
         raise ModelError(f"PEFT cannot merge this {method} adapter: {first_line(error)}") from error
@@ -129,7 +129,7 @@ def _merged(model: PreTrainedModel, directory: Path, method: str) -> PreTrainedM
 
 
 def _check_same(read: PreTrainedModel, written: PreTrainedModel) -> None:
-    there, here = read.state_dict(), written.state_dict()
-    differing = sorted(there.keys() ^ here.keys()) or [n for n in here if not torch.equal(there[n], here[n])]
+    found, wanted = read.state_dict(), written.state_dict()
+    differing = sorted(found.keys() ^ wanted.keys()) or [n for n in wanted if not torch.equal(found[n], wanted[n])]
     if differing:
-        raise RunFailed(f"what was written is not what was merged: {differing[0]} came back otherwise")
+        raise RunFailed(f"the checkpoint differs from the merged model when read again, in {differing[0]}")

@@ -1,6 +1,6 @@
-"""Adapters that lie in files: read, narrowed to what they hold, and several of them put together as one.
+"""Read adapters from files, narrow their configurations to their weights, and join several into one.
 
-Knows the whole model's modules by a hollow model, and loads no weights of it.
+Uses a meta model for the whole model's modules, and loads none of its weights.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from zsl.adapters.adapter import name_prefix, name_what_is_adapted
+from zsl.adapters.adapter import name_adapted_modules, name_prefix
 from zsl.adapters.embeddings import own_weights, without_copies
 from zsl.errors import ConfigError, ModelError
-from zsl.split.meta_model import hollow_model
+from zsl.split.meta_model import meta_model
 from zsl.split.stack import embedding_rows
 from zsl.text.first_line import first_line
 
-# What two adapters need not agree in: where they came from, and what only a training asks for.
-_SAYS_NOTHING = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"}
-# What is put together, each in its way. Ranks and alphas: a number for all, and a table of exceptions.
+# Fields that may differ between two adapters: their origin, and settings of training only.
+_IGNORED = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"}
+# Fields that are joined. Ranks and alphas are a number for all modules, and a table of exceptions.
 _NAMES = {"exclude_modules", "layers_pattern", "layers_to_transform", "target_modules"}
 _LISTS = {"feedforward_modules", "modules_to_save", "target_parameters"}
 _TOKENS = "trainable_token_indices"
@@ -38,10 +38,10 @@ _PATTERNS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern", "alpha": "alpha
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter of a whole model. `modules`: the paths of those that PEFT puts its layers on.
+    """Adapter of a whole model. `modules` are the paths of the adapted modules.
 
-    `weights`: the weights of the model itself that the file replaces, by their names in the model. `rows`: the number
-    of tokens, if those are resized embeddings.
+    `weights` are the names of base-model weights that the file replaces. `rows` is the number of tokens, if those are
+    resized embeddings.
     """
 
     place: str
@@ -53,16 +53,16 @@ class Adapter:
 
     @property
     def method(self) -> str:
-        """The name of the method, as PEFT writes it."""
+        """Name of the method, as in PEFT's `peft_type`."""
         return str(self.config.peft_type.value)
 
-    def hollow(self, whole: PreTrainedConfig) -> PreTrainedModel:
-        """A whole model that PEFT can load this adapter on."""
-        return hollow_model(whole, rows=self.rows, loadable=self.weights)
+    def meta_model(self, whole: PreTrainedConfig) -> PreTrainedModel:
+        """Build a meta model of the whole model that PEFT can load this adapter on."""
+        return meta_model(whole, rows=self.rows, loadable=self.weights)
 
 
 def read_adapter(directory: Path) -> Adapter:
-    """The adapter in a directory, as its files say. Raises `ModelError`."""
+    """Read the adapter in a directory. Raises `ModelError`."""
     try:
         config = PeftConfig.from_pretrained(str(directory))
         return Adapter(str(directory), config, load_file(directory / SAFETENSORS_WEIGHTS_NAME))
@@ -71,50 +71,51 @@ def read_adapter(directory: Path) -> Adapter:
 
 
 def narrowed(adapter: Adapter, whole: PreTrainedConfig) -> Adapter:
-    """The same, naming no module of the whole model that the file has no weights for. Raises `ModelError`.
+    """Return the adapter with its configuration narrowed to modules with weights. Raises `ModelError`.
 
-    What PEFT wrote of a split model names some in the trunk's layers, and would make empty adapters there.
+    The configuration that PEFT wrote for a split model also matches modules in the trunk's layers of the whole model,
+    where PEFT would add empty adapters.
     """
     config: Any = copy.deepcopy(adapter.config)
-    plain = hollow_model(whole)
+    plain = meta_model(whole)
     own = own_weights(adapter.tensors, config, plain)
     resized = own.rows - {embedding_rows(plain)}
     if len(resized) > 1:
         raise ModelError(f"the adapter in {adapter.place} has embeddings and a head of different numbers of tokens")
     adapter = dataclasses.replace(adapter, weights=own.names, rows=next(iter(resized), None))
-    hollow = adapter.hollow(whole)
+    model = adapter.meta_model(whole)
     prefix = name_prefix(config)
-    known = {name for name, _ in hollow.named_modules()}
+    known = {name for name, _ in model.named_modules()}
 
     def has_weights(path: str) -> bool:
         module = path if path in known else path.rpartition(".")[0]  # or a parameter
         return any(name.startswith(f"{prefix}{module}.") for name in adapter.tensors)
 
     try:
-        adapted = get_peft_model(hollow, copy.deepcopy(config))
+        adapted = get_peft_model(model, copy.deepcopy(config))
         modules = list(getattr(adapted.base_model, "targeted_module_names", ()))
         parameters = list(getattr(adapted.base_model, "targeted_parameter_names", ()))
         written = get_peft_model_state_dict(adapted, save_embedding_layers=False)
         adapter = dataclasses.replace(adapter, tensors=without_copies(adapter.tensors, written))
         by_module = any(map(has_weights, modules + parameters))
         if by_module:
-            name_what_is_adapted(config, adapted, adapter.tensors.keys(), has_weights)
+            name_adapted_modules(config, adapted, adapter.tensors.keys(), has_weights)
     except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ImportError) as error:
         raise ModelError(
             f"the adapter in {adapter.place} does not fit {whole.model_type}: {first_line(error)}"
         ) from error
     if not by_module and not _names_layers(config, modules):
-        # Weights that all layers share do not say which layers those are.
+        # The names of weights that all layers share do not contain the layers.
         raise ModelError(
-            f"the adapter in {adapter.place} does not say which layers it is of; save it by zsl.save_adapter"
+            f"the adapter in {adapter.place} does not say which layers it is for; save it with zsl.save_adapter"
         )
     return dataclasses.replace(adapter, config=config, modules=list(filter(has_weights, modules)))
 
 
 def union(adapters: Sequence[Adapter]) -> Adapter:
-    """One adapter that has what each of these narrowed ones has.
+    """Join narrowed adapters into one.
 
-    Raises `ModelError` if two have the same weights, or differ in what a configuration says once for all.
+    Raises `ModelError` if two have the same weights, or differ in a field that applies to all modules.
     """
     first = adapters[0]
     config: Any = copy.deepcopy(first.config)
@@ -158,7 +159,7 @@ def _check_agree(one: Adapter, other: Adapter) -> None:
     if one.config.is_prompt_learning:
         raise ModelError(f"{one.place} and {other.place} both are virtual tokens in front of the text; give one")
     has_patterns = {number for number, pattern in _PATTERNS.items() if hasattr(one.config, pattern)}
-    joined = _SAYS_NOTHING | _NAMES | _LISTS | has_patterns | {*_PATTERNS.values()}
+    joined = _IGNORED | _NAMES | _LISTS | has_patterns | {*_PATTERNS.values()}
     for field in dataclasses.fields(one.config):
         if field.name not in joined and "dropout" not in field.name:
             here, there = (getattr(adapter.config, field.name) for adapter in (one, other))
@@ -180,7 +181,7 @@ def _join_names(config: Any, adapters: Sequence[Adapter]) -> None:
 
 
 def _join_numbers(config: Any, number: str, pattern: str, adapters: Sequence[Adapter]) -> None:
-    """One number for all modules, and those that have another in the table of exceptions."""
+    """Set the numbers of modules that differ from the common one in the table of exceptions."""
     said = [(getattr(adapter.config, number), getattr(adapter.config, pattern)) for adapter in adapters]
     if all(each == said[0] for each in said):
         return
@@ -196,8 +197,8 @@ def _numbers(modules: Iterable[str], default: Any, table: Mapping[str, Any]) -> 
 
 
 def named_model(directories: Sequence[Path]) -> str:
-    """The base model that the first of these adapters names. Raises `ConfigError` if it names none."""
+    """Return the base model that the first of these adapters names. Raises `ConfigError` if it is missing."""
     named = read_adapter(directories[0]).config.base_model_name_or_path
     if not named:
-        raise ConfigError(f"{directories[0]} does not say of which model it is: name it with --model")
+        raise ConfigError(f"{directories[0]} does not name its base model: name it with --model")
     return str(named)

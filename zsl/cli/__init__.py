@@ -1,1 +1,1 @@
-"""The commands: parse, print, call; nothing else. Heavy imports wait until a command really runs."""
+"""Commands: parse options, call the library, print. Heavy imports wait until a command runs."""

@@ -1,4 +1,4 @@
-"""`zsl doctor`: what is wrong here, or with a daemon."""
+"""Command `zsl doctor`: check this installation, or a daemon."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from zsl.text.printable import PrintableFormatter, printable_lines
 @click.command(short_help="Check this installation, or a daemon from here.")
 @click.option("--server", metavar="HOST:PORT", help="A daemon to check.  [default: only this installation]")
 @click.option("--model", metavar="REF", help="Your model, as zsl-train takes it: to be compared with the daemon's.")
-@click.option("--cut", metavar="START:STOP", help="The cut that you want.  [default: the daemon's]")
+@click.option("--cut", metavar="START:STOP", help="The cut to check for.  [default: the daemon's]")
 @click.option("--server-key", metavar="KEY", help="The daemon's .key file, or the key itself.")
 @click.option("--client-key", type=click.Path(path_type=Path), metavar="FILE", help="Your own .key_secret file.")
 @click.option(
     "--no-local-trunk",
     is_flag=True,
-    help="Do not load the whole model to compare the gradient: it is large, or not here.",
+    help="Do not load the whole model to compare the gradient: it is large, or not on this machine.",
 )
-@click.option("--json", "as_json", is_flag=True, help="For programs: a JSON object a line.")
-@click.option("--debug", is_flag=True, help="Show the tracebacks of checks that ended by an error.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object per line, for programs.")
+@click.option("--debug", is_flag=True, help="Show the tracebacks of checks that failed with an exception.")
 def doctor(
     server: str | None,
     model: str | None,
@@ -43,10 +43,10 @@ def doctor(
     as_json: bool,
     debug: bool,
 ) -> None:
-    """Check this installation, and a daemon from here: can it be reached, does it serve your model, how far away is
-    it, is its gradient right.
+    """Check this installation, and a daemon from here: that it can be reached and serves your model, its latency,
+    and its gradient.
 
-    One line a check: ok, warn, FAIL, or skip for what is not there. Exit code 1 if one failed.
+    One line per check: ok, warn, FAIL, or skip where a package or machine is missing. Exit code 1 if one failed.
 
     \b
       zsl doctor
@@ -73,11 +73,11 @@ def doctor(
                 failed += check.state is State.FAIL
 
         if not debug:
-            # What the libraries below have to say to each other is in the way of what was found.
+            # Messages of the libraries would hide the results.
             handler = logging.StreamHandler()
             handler.setFormatter(PrintableFormatter("zsl doctor: %(message)s"))
             logging.basicConfig(level=logging.CRITICAL, handlers=[handler])
-            logging.getLogger("zsl.split").setLevel(logging.WARNING)  # it says what takes its time
+            logging.getLogger("zsl.split").setLevel(logging.WARNING)  # it reports slow steps
             warnings.simplefilter("ignore")
             os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
@@ -94,7 +94,7 @@ def doctor(
                 local_trunk=not no_local_trunk,
             ).run()
 
-        # Refuses options that cannot be used before any check; without the packages the checks come first, and say so.
+        # Rejects invalid options before any check; if packages are missing, the checks run first and report them.
         with contextlib.suppress(ImportError):
             examination()
         show(installation_checks())

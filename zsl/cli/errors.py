@@ -1,4 +1,4 @@
-"""How a command ends: one line on stderr and the right exit code, a traceback only with `--debug`."""
+"""Output and errors of commands: one line on stderr, an exit code, a traceback with `--debug` only."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from zsl.cli.shown import to_nowhere
 from zsl.errors import EXIT_RUN_FAILED, RunFailed, ZslError
 from zsl.text.printable import printable, printable_lines
 
-_LONGEST_FOREIGN_TEXT = 300  # characters: some libraries put all that they looked at into one
+_LONGEST_FOREIGN_TEXT = 300  # characters: some libraries list everything in one error
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM came."""
+    """Raised for SIGTERM."""
 
 
 def stop_on_sigterm() -> None:
-    """Have SIGTERM end this process as Ctrl-C does."""
+    """Make SIGTERM end this process as Ctrl-C does."""
 
     def terminate(number: int, frame: FrameType | None) -> NoReturn:
         raise Terminated
@@ -34,7 +34,7 @@ def stop_on_sigterm() -> None:
 
 
 def say(text: str, *, nl: bool = True) -> None:
-    """Write what a command found or did. Raises `RunFailed` where that cannot be; ends it where its reader has gone."""
+    """Write to standard output. Raises `RunFailed` if that fails; exits if the reader has closed the pipe."""
     with _output_errors():
         click.echo(printable_lines(text), nl=nl)
 
@@ -46,12 +46,12 @@ def _output_errors() -> Iterator[None]:
     except OSError as error:
         to_nowhere(sys.stdout)
         if error.errno == errno.EPIPE:
-            sys.exit(128 + signal.SIGPIPE)  # as whoever is ended by it: its reader, `head`, has seen enough
+            sys.exit(128 + signal.SIGPIPE)  # as a process that SIGPIPE ends: the reader, `head`, has closed the pipe
         raise RunFailed(f"standard output cannot be written: {error.strerror}") from error
 
 
 def tell(text: str) -> None:
-    """Write to standard error. Where that cannot be, the exit code alone says how a command ended."""
+    """Write to standard error. If that fails, the exit code alone reports how a command ended."""
     try:
         click.echo(text, err=True)
     except OSError:
@@ -59,7 +59,7 @@ def tell(text: str) -> None:
 
 
 class Command(click.Command):
-    """Shows its help and version as `say` does: without a traceback where standard output cannot be written."""
+    """Command that shows help and version as `say` does, without a traceback if standard output cannot be written."""
 
     def make_context(
         self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
@@ -69,7 +69,7 @@ class Command(click.Command):
 
 
 class Group(Command, click.Group):
-    """Does the same for the help of its commands, which are parsed when the group is invoked."""
+    """Group that does the same for the help of its commands, which are parsed when the group is invoked."""
 
     def invoke(self, ctx: click.Context) -> Any:
         with one_line_errors(str(ctx.info_name), debug=False), _output_errors():
@@ -78,7 +78,7 @@ class Group(Command, click.Group):
 
 @contextmanager
 def one_line_errors(command: str, *, debug: bool) -> Iterator[None]:
-    """Turn an exception into `command: what happened` and its exit code; that of a signal is 128 and its number."""
+    """Turn an exception into one line on stderr and its exit code; that of a signal is 128 plus its number."""
     try:
         yield
     except (click.ClickException, click.exceptions.Exit, click.Abort):
@@ -100,7 +100,7 @@ def one_line_errors(command: str, *, debug: bool) -> Iterator[None]:
 
 
 def _begin(text: str) -> str:
-    """The first line of a text, which may be empty, and no more of that than a line of a terminal or three."""
+    """Return the first line of a text, which may be empty, cut at `_LONGEST_FOREIGN_TEXT`."""
     line = (text.strip().splitlines() or [""])[0]
     return line if len(line) <= _LONGEST_FOREIGN_TEXT else f"{line[:_LONGEST_FOREIGN_TEXT]}…"
 

@@ -1,4 +1,4 @@
-"""`zsl export`: what a training has left, as one adapter of the whole model."""
+"""Command `zsl export`: write the adapters of a training run as one adapter of the whole model."""
 
 from __future__ import annotations
 
@@ -12,31 +12,33 @@ from zsl.cli.model_of_adapters import model_of
 from zsl.cli.quiet import quiet_libraries
 
 
-@click.command(short_help="Make one PEFT adapter of what a training left.")
+@click.command(short_help="Write one PEFT adapter of a training run.")
 @click.argument("adapters", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN_OR_ADAPTER…")
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
     metavar="DIR",
     required=True,
-    help="Where the adapter goes. It must not be there yet, or be empty.",
+    help="Directory for the adapter. It must not exist, or be empty.",
 )
 @click.option(
     "--model",
     metavar="REF",
-    help="The model that was trained, as zsl-train takes it: its configuration is read, no weights.  "
-    "[default: what the run, or the adapter, says]",
+    help="The model that was trained, as zsl-train takes it: its configuration is read, not its weights.  "
+    "[default: as named by the run or the adapter]",
 )
 @click.option(
-    "--base-model", metavar="ID", help="The hub id that the adapter names.  [default: that of the model, if it has one]"
+    "--base-model",
+    metavar="ID",
+    help="Hub id of the base model, for the adapter's configuration.  [default: that of the model, if it has one]",
 )
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
 def export(adapters: tuple[Path, ...], out: Path, model: str | None, base_model: str | None, debug: bool) -> None:
-    """Make one PEFT adapter of the whole model out of what was trained at its two ends.
+    """Write the adapters of the first and last layers as one PEFT adapter of the whole model.
 
-    Takes the directory of a zsl-train run, one of its checkpoints, bottom_lora and top_lora, or what PEFT's own
-    save_pretrained wrote of a split model. PEFT loads the result on the whole model, and every tensor is compared,
-    before it is at its place.
+    Accepts the directory of a zsl-train run, one of its checkpoints, bottom_lora and top_lora, or an adapter that
+    PEFT's own save_pretrained wrote for a split model. PEFT loads the result on the whole model, and every tensor is
+    compared, before it is moved to DIR.
 
     \b
       zsl export runs/synthetic --out adapter
@@ -47,7 +49,7 @@ def export(adapters: tuple[Path, ...], out: Path, model: str | None, base_model:
         from zsl.training.directory.trained import find_trained
 
         trained = find_trained(adapters)
-        stop_on_sigterm()  # as Ctrl-C: what was half written goes
+        stop_on_sigterm()  # as Ctrl-C: removes temporary files
         quiet_libraries(debug=debug)
 
         from zsl.adapters.export import export as export_adapters

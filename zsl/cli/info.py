@@ -1,4 +1,4 @@
-"""`zsl info`: what daemons serve."""
+"""Command `zsl info`: show the model and the load of daemons."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from zsl.errors import LoadingError, StartupError, ZslError
 from zsl.text.printable import printable
 
 
-@click.command(short_help="Show what a daemon serves, and how busy it is.")
+@click.command(short_help="Show the model that a daemon serves, and its load.")
 @click.argument("endpoint", metavar="HOST:PORT[,…]")
 @click.option("--server-key", metavar="KEY", help="The daemon's .key file, or the key itself.")
 @click.option("--client-key", metavar="FILE", help="Your own .key_secret file.")
-@click.option("--json", "as_json", is_flag=True, help="For programs: a JSON list, with whole digests.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list with whole digests, for programs.")
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
 def info(endpoint: str, server_key: str | None, client_key: str | None, as_json: bool, debug: bool) -> None:
-    """Show what the daemon at HOST:PORT serves, how busy it is, and how far away.
+    """Show the model that the daemon at HOST:PORT serves, its load, and its latency.
 
-    Of several with commas between them, each. Exit code 3 if none serves: none answers, or those that do still load.
+    Several are separated by commas. Exit code 3 if none serves: none answers, or those that do are still loading.
 
     \b
       zsl info 127.0.0.1:5555
@@ -60,5 +60,5 @@ def info(endpoint: str, server_key: str | None, client_key: str | None, as_json:
 
 
 def _why_not(error: ZslError) -> str:
-    """The state of a daemon that has not said what it serves."""
+    """Return the state of a daemon that did not answer with its model."""
     return f"loading: {error}" if isinstance(error, LoadingError) else f"does not answer: {error}"

@@ -1,4 +1,4 @@
-"""`zsl keygen`: keys for encrypted connections."""
+"""Command `zsl keygen`: make a CURVE key pair for encrypted connections."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import click
 
 from zsl.cli.errors import one_line_errors, say
 
-SERVER = "server"  # the name under which `zsl-trunkd --keys DIR` looks for its own pair
+SERVER = "server"  # the name of the pair that `zsl-trunkd --keys DIR` loads
 
 FILES = """\
 Made a key pair:
@@ -19,7 +19,7 @@ Made a key pair:
 FOR_A_SERVER = """\
 Its public key is {key}
 
-Start the daemon with it, with your model, and with a list of the clients that it takes:
+Start the daemon with it, with your model, and with a list of the clients that it accepts:
   zsl-trunkd --model MODEL --host 0.0.0.0 --keys {directory} --tenants tenants.toml
 
 Each client makes its own pair with `zsl keygen NAME`, which shows the lines that belong in tenants.toml.
@@ -45,7 +45,7 @@ The client needs its secret file, and the daemon's public one beside it:
     metavar="DIR",
     default="keys",
     show_default=True,
-    help="Where the two files go.",
+    help="Directory for the two files.",
 )
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
 def keygen(name: str, out: Path, debug: bool) -> None:

@@ -1,4 +1,4 @@
-"""`zsl merge`: a plain checkpoint, with what was trained in its weights."""
+"""Command `zsl merge`: write a checkpoint of the whole model with adapters merged into its weights."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from zsl.models.dtypes import DTYPES
     type=click.Path(path_type=Path),
     metavar="DIR",
     required=True,
-    help="Where the checkpoint goes. It must not be there yet, or be empty.",
+    help="Directory for the checkpoint. It must not exist, or be empty.",
 )
 @click.option(
     "--model",
     metavar="REF",
-    help="The whole model to merge into, as zsl-train takes it.  [default: what the run, or the adapter, says]",
+    help="The whole model to merge into, as zsl-train takes it.  [default: as named by the run or the adapter]",
 )
 @click.option(
     "--dtype",
     type=click.Choice(DTYPES),
-    help="The dtype of the checkpoint; of a small change, bfloat16 loses a part.  "
+    help="Dtype of the checkpoint; bfloat16 rounds small changes away.  "
     "[default: the model's own; float32 for a .gguf file]",
 )
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
 def merge(adapters: tuple[Path, ...], out: Path, model: str | None, dtype: str | None, debug: bool) -> None:
     """Write a checkpoint of the whole model with an adapter merged into it.
 
-    Takes what `zsl export` takes, and what that wrote. The whole model is loaded for it, twice, as what was written
-    is read again and compared before it is at its place. The checkpoint needs neither zsl nor PEFT.
+    Accepts the inputs of `zsl export`, and its output. Loads the whole model twice, because the checkpoint is read
+    again and compared before it is moved to DIR. The checkpoint needs neither zsl nor PEFT.
 
     \b
       zsl merge runs/smollm2 --out merged
@@ -49,7 +49,7 @@ def merge(adapters: tuple[Path, ...], out: Path, model: str | None, dtype: str |
         from zsl.training.report.screen import byte_count
 
         trained = find_trained(adapters)
-        stop_on_sigterm()  # as Ctrl-C: what was half written goes
+        stop_on_sigterm()  # as Ctrl-C: removes temporary files
         quiet_libraries(debug=debug)
 
         import torch

@@ -1,4 +1,4 @@
-"""The model of what `zsl export` and `zsl merge` are given."""
+"""Resolve the base model of the adapters given to `zsl export` and `zsl merge`."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ if TYPE_CHECKING:
 
 
 def model_of(trained: Trained, named: str | None) -> ModelReference:
-    """The model that is `named`, else the one that the run, or the adapter, says.
+    """Resolve the model `named`, or else the one that the run, or the adapter, names.
 
-    Raises `ConfigError` if there is none, `ModelError` if it cannot be loaded, or is not the one that was trained.
+    Raises `ConfigError` if neither names one, `ModelError` if it cannot be loaded, or is not the one that was trained.
     """
     from zsl.models.identity import config_digest
 

@@ -1,4 +1,4 @@
-"""What the libraries below have to say to each other is not for whoever types a command."""
+"""Silence warnings and progress bars of transformers, PEFT and bitsandbytes in commands."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from zsl.text.printable import printable
 
 
 def quiet_libraries(*, debug: bool) -> None:
-    """Let transformers, PEFT and bitsandbytes speak of errors only, and draw no bars; with `debug`, just no bars.
-    What zsl itself warns of is shown, in a line.
+    """Restrict transformers, PEFT and bitsandbytes to errors, without progress bars; with `debug`, only hide the bars.
 
-    To be called before they are loaded: some speak while they are.
+    Warnings of zsl itself are shown in one line. Call this before the libraries are imported: some warn then.
     """
     if not debug:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -1,6 +1,6 @@
-"""Standard output that may go away: a pipe whose reader has ended, or a full disk, must not end what runs.
+"""Keep a command running when standard output cannot be written: a closed pipe, a full disk.
 
-Knows no torch.
+Imports no torch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 def to_nowhere(stream: Any) -> None:
-    """Let what is written to a stream go nowhere: what waits in its buffer too, also when the interpreter ends."""
+    """Redirect a stream to the null device, including the content of its buffer."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, stream.fileno())
     os.close(nowhere)
@@ -25,18 +25,18 @@ def to_nowhere(stream: Any) -> None:
 
 @contextlib.contextmanager
 def shown_while_it_can_be() -> Iterator[None]:
-    """Have standard output show each line when it is done, and let nothing end because it cannot be written."""
+    """Flush standard output after each line, and ignore that it cannot be written, with one warning."""
     with contextlib.ExitStack() as stack:
-        if sys.stdout is None:  # closed by whoever started this
+        if sys.stdout is None:  # closed by the parent process
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
         elif isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(line_buffering=True)  # a log file has each step when it is done
+            sys.stdout.reconfigure(line_buffering=True)  # so that a log file has each step as it ends
             stack.enter_context(contextlib.redirect_stdout(Shown(sys.stdout)))
         yield
 
 
 class Shown(io.TextIOBase):
-    """Passes on to `stream`. When that cannot be written any more, a warning says so, and the rest is not shown."""
+    """Forward writes to `stream`. When one fails, log a warning and drop the rest."""
 
     def __init__(self, stream: io.TextIOWrapper) -> None:
         self._stream = stream

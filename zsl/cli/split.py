@@ -1,4 +1,4 @@
-"""`zsl split`: the client's part and the trunk's part of a model, each without the other's weights."""
+"""Command `zsl split`: write the client's part and the trunk's part of a model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from zsl.cli.quiet import quiet_libraries
 from zsl.models.dtypes import DTYPES
 
 NEXT = """\
-Serve the trunk's part where its machine is, and train with the client's:
+Serve the trunk's part on its machine, and train with the client's:
   zsl-trunkd --model {trunk}
   zsl-train --model {client} --server HOST:PORT
 """
@@ -26,19 +26,19 @@ Serve the trunk's part where its machine is, and train with the client's:
     type=click.Path(path_type=Path),
     metavar="DIR",
     required=True,
-    help="Where the directories client and trunk go. It must not be there yet, or be empty.",
+    help="Directory for the directories client and trunk. It must not exist, or be empty.",
 )
 @click.option(
     "--dtype",
     type=click.Choice(DTYPES),
-    help="Write the weights in it: a model of other weights, and both parts are of that one.  [default: as they are]",
+    help="Convert the weights to it; both parts are then of that other model.  [default: unchanged]",
 )
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
 def split(model: str, cut: str, out: Path, dtype: str | None, debug: bool) -> None:
     """Write MODEL as two parts: the layers START to STOP-1 for a daemon, all else for its clients.
 
-    Then neither needs the other's weights. A part says which model it is of, and the handshake holds it to that: it
-    works with the other part, and with the whole model. MODEL is a hub id, a checkpoint directory, a .gguf file,
+    Neither side then needs the other's weights. A part records the identity of its model, which the handshake checks:
+    it works with the other part, and with the whole model. MODEL is a hub id, a checkpoint directory, a .gguf file,
     package:<name>, or random:<model_type>.
 
     \b
@@ -50,7 +50,7 @@ def split(model: str, cut: str, out: Path, dtype: str | None, debug: bool) -> No
         from zsl.training.report.screen import byte_count, layer_range
 
         parsed = parse_cut(cut)
-        stop_on_sigterm()  # as Ctrl-C: what was half written goes
+        stop_on_sigterm()  # as Ctrl-C: removes temporary files
         quiet_libraries(debug=debug)
 
         import torch

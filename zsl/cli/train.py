@@ -1,4 +1,4 @@
-"""`zsl-train`: fine-tune through a trunk, as a TOML file or the command line says."""
+"""Command `zsl-train`: fine-tune through a trunk, configured by a TOML file and options."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from zsl.cli.shown import shown_while_it_can_be
 from zsl.errors import ConfigError, StartupError
 from zsl.text.printable import PrintableFormatter
 
-# Where an option's value goes.
+# The table and key of the configuration that each option sets.
 FLAGS = {
     "server": ("trunk", "endpoint"),
     "server_key": ("trunk", "server_key"),
@@ -40,20 +40,19 @@ FLAGS = {
     "save_dir": ("train", "output_dir"),
 }
 
-
-# What says of how many processes this is one, as accelerate reads it.
+# Variables with the number of processes of a distributed training, as accelerate reads them.
 WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 def check_installed() -> None:
-    """Raises `StartupError` if a package is missing that only training needs: the extra `train`."""
+    """Raise `StartupError` if a package of the extra `train` is missing, which only training needs."""
     missing = [name for name in ("datasets", "matplotlib") if find_spec(name) is None]
     if missing:
         raise StartupError(f"{' and '.join(missing)} missing: pip install {' '.join(missing)}")
 
 
 def refuse_several_processes(environment: Mapping[str, str]) -> None:
-    """Raises `ConfigError` where Trainer would wait for other processes of the same training."""
+    """Raise `ConfigError` if Trainer would wait for other processes of the same training."""
     for name in WORLD_SIZES:
         value = environment.get(name, "")
         if value.isdecimal() and int(value) > 1:
@@ -64,7 +63,7 @@ def refuse_several_processes(environment: Mapping[str, str]) -> None:
 
 
 class ShareOrPlace(click.ParamType[float | str]):
-    """A number, or else a name."""
+    """Option type: a number, or else a name."""
 
     name = "SHARE"
 
@@ -108,12 +107,12 @@ class ShareOrPlace(click.ParamType[float | str]):
     help="Seeds the adapters' first values and the rows' order.  [default: 0; with CONFIG 42]",
 )
 @click.option("--lora-rank", type=click.IntRange(1), help="Rank of the LoRA adapters.  [default: 8]")
-@click.option("--adapter", metavar="DIR", help="Go on from this adapter, or that of this run, instead of a new one.")
+@click.option("--adapter", metavar="DIR", help="Start from this adapter, or that of this run, instead of a new one.")
 @click.option("--lr", type=click.FloatRange(0), help="Learning rate.  [default: 1e-4]")
 @click.option(
     "--save-dir",
     metavar="DIR",
-    help="Where adapters, metrics and checkpoints go.  [default: ./lora_checkpoints, or runs/NAME for NAME.toml]",
+    help="Directory for adapters, metrics and checkpoints.  [default: ./lora_checkpoints, or runs/NAME for NAME.toml]",
 )
 @click.option(
     "--set", "settings", metavar="TABLE.KEY=VALUE", multiple=True, help="Set any key, as in --set train.max_steps=5."
@@ -121,11 +120,11 @@ class ShareOrPlace(click.ParamType[float | str]):
 @click.option(
     "--resume/--restart",
     default=None,
-    help="Go on from the last checkpoint and from nowhere else, or begin anew.  [default: go on if a run was ended]",
+    help="Continue from the last checkpoint only, or start over.  [default: continue if a run was interrupted]",
 )
-@click.option("--dry-run", is_flag=True, help="Check everything, reach the trunk, show the configuration, and end.")
+@click.option("--dry-run", is_flag=True, help="Check everything, connect to the trunk, show the configuration, exit.")
 @click.option("-q", "--quiet", is_flag=True, help="Show warnings and errors only.")
-@click.option("--debug", is_flag=True, help="Show tracebacks, and what the libraries below have to say.")
+@click.option("--debug", is_flag=True, help="Show tracebacks, and the libraries' warnings.")
 @click.version_option(zsl.__version__, prog_name="zsl-train")
 def train(
     config: Path | None,
@@ -138,8 +137,8 @@ def train(
 ) -> None:
     """Fine-tune the first and last layers of a model through a trunk.
 
-    CONFIG is a TOML file; options win over what it says. Without one, LoRA on random weights in GPT-2's shape and
-    made-up sentences: change that by options. The data, the labels and the adapters stay in this process.
+    CONFIG is a TOML file; options override it. Without one, trains LoRA on a GPT-2 with random weights and made-up
+    sentences, which options change. The data, the labels and the adapters stay in this process.
 
     \b
       zsl-train
@@ -162,7 +161,7 @@ def train(
             overrides["train"]["disable_tqdm"] = True
         checked = read_config(config, settings=settings, overrides=overrides)
 
-        stop_on_sigterm()  # as Ctrl-C: what was trained is saved
+        stop_on_sigterm()  # as Ctrl-C: saves the adapters
         handler = logging.StreamHandler()
         handler.setFormatter(PrintableFormatter("zsl-train: %(message)s"))
         logging.basicConfig(level=logging.WARNING, handlers=[handler])

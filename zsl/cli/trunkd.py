@@ -1,4 +1,4 @@
-"""`zsl-trunkd`: serve the middle layers of a model."""
+"""Command `zsl-trunkd`: serve the middle layers of a model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from zsl.models.dtypes import DTYPES
 
 
 class MemorySize(click.ParamType[int]):
-    """A number of bytes, with a unit if one is written."""
+    """Option type: a number of bytes, with an optional unit."""
 
     name = "SIZE"
 
@@ -58,12 +58,15 @@ class MemorySize(click.ParamType[int]):
     default="float32",
     show_default=True,
     show_envvar=True,
-    help="Load the layers and compute in it.",
+    help="Dtype of the layers and of the computation.",
 )
 @click.option("--device", default="cpu", show_default=True, show_envvar=True, help="cpu, cuda, cuda:1, …")
 @click.option("--threads", type=click.IntRange(1), show_envvar=True, help="CPU threads.  [default: torch's own choice]")
 @click.option(
-    "--forward-only", is_flag=True, show_envvar=True, help="Refuse backward: clients learn behind the trunk only."
+    "--forward-only",
+    is_flag=True,
+    show_envvar=True,
+    help="Refuse backward requests: clients can train only the layers behind the trunk.",
 )
 @click.option(
     "--stash-memory",
@@ -71,26 +74,26 @@ class MemorySize(click.ParamType[int]):
     default="4GiB",
     show_default=True,
     show_envvar=True,
-    help="About what the daemon may grow by, for pending backwards and the pass that runs. Over it backwards compute "
-    "their forward again; it bounds the largest request.",
+    help="About the memory that the daemon may use for pending backwards and the running pass. Beyond it, backwards "
+    "recompute their forward; it also bounds the largest request.",
 )
 @click.option(
     "--max-batch-tokens",
     type=click.IntRange(1),
     show_envvar=True,
-    help="Tokens of a pass that requests share.  [default: measured at start]",
+    help="Most tokens of a pass that requests share.  [default: measured at start]",
 )
 @click.option(
     "--merge-below-tokens",
     type=click.IntRange(0),
     show_envvar=True,
-    help="Requests of at most so many tokens share passes; 0: none do.  [default: measured at start]",
+    help="Requests of at most this many tokens share passes; 0: none do.  [default: measured at start]",
 )
 @click.option(
     "--deterministic",
     type=click.Choice(["packed"]),
     show_envvar=True,
-    help="Give every shared pass one length, so that an answer is the same bit for bit whoever shares it.",
+    help="Give every shared pass one length, so that an answer is bit for bit the same, whichever requests share it.",
 )
 @click.option(
     "--keys",
@@ -104,7 +107,7 @@ class MemorySize(click.ParamType[int]):
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="FILE",
     show_envvar=True,
-    help="Who gets in: a TOML file of public keys. SIGHUP reads it again.",
+    help="TOML file of the public keys of accepted clients. SIGHUP reads it again.",
 )
 @click.option(
     "--insecure", is_flag=True, show_envvar=True, help="Allow an address outside loopback: no encryption, no keys."
@@ -115,7 +118,7 @@ class MemorySize(click.ParamType[int]):
     default="text",
     show_default=True,
     show_envvar=True,
-    help="Log in lines of text, or in JSON, an object a line.",
+    help="Log lines of text, or a JSON object per line.",
 )
 @click.option("--debug", is_flag=True, show_envvar=True, help="Log more, and show tracebacks.")
 @click.version_option(zsl.__version__, prog_name="zsl-trunkd")
@@ -140,8 +143,8 @@ def trunkd(
 ) -> None:
     """Serve the frozen middle layers of a model to clients that train around them.
 
-    Says when it is ready; with --log-format json in one line. SIGTERM or Ctrl-C lets open steps end; a second one
-    ends at once.
+    Logs when it is ready; with --log-format json in one line. SIGTERM or Ctrl-C waits for open steps; a second one
+    exits at once.
     """
     from zsl.trunk.daemon.log import line_of_dropped
     from zsl.trunk.daemon.standard_streams import written_by_threads
@@ -156,7 +159,7 @@ def trunkd(
         set_up_logging(log_format, debug=debug)  # type: ignore[arg-type]
         parsed_cut = parse_cut(cut) if cut else None
         access = read_access(keys, tenants)
-        host = host.removeprefix("[").removesuffix("]")  # as an IPv6 address stands before a port
+        host = host.removeprefix("[").removesuffix("]")  # as an IPv6 address is written before a port
         check_address(host, encrypted=access is not None, insecure=insecure)
         failpoint = failpoint_from(os.environ)
 

@@ -1,4 +1,4 @@
-"""`zsl`: what is needed beside a daemon and a training. A file for each command, beside this one."""
+"""Command group `zsl`, with a file for each command in this package."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from zsl.cli.split import split
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="zsl")
 def zsl() -> None:
-    """Split learning of language models. Beside this: zsl-trunkd serves a trunk, zsl-train trains through it."""
+    """Split learning of language models. See also zsl-trunkd, which serves a trunk, and zsl-train, which trains."""
 
 
 for command in (keygen, split, export, merge, info, doctor):

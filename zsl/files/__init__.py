@@ -1,1 +1,1 @@
-"""Files that are whole or missing, and small files read within a bound."""
+"""Atomic writes of files and directories, and bounded reads of small files."""

@@ -1,6 +1,7 @@
-"""Files and directories that are there whole or not at all: written aside, brought to the disk, renamed.
+"""Write files and directories atomically: into a temporary directory, fsync, then rename.
 
-What a killed process leaves aside begins with `.saving-`. Knows nothing of what is in the files.
+The names of temporary directories, which a killed process may leave, begin with `.saving-`. Independent of the files'
+content.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ ASIDE = ".saving-"
 
 @contextmanager
 def aside(parent: Path) -> Iterator[Path]:
-    """A directory in `parent` to write in. What was not renamed out of it is gone at the end."""
+    """Yield a temporary directory in `parent`. All that was not moved out of it is removed at the end."""
     parent.mkdir(parents=True, exist_ok=True)
     directory = Path(tempfile.mkdtemp(prefix=ASIDE, dir=parent))
     try:
@@ -28,7 +29,7 @@ def aside(parent: Path) -> Iterator[Path]:
 
 
 def write_file(target: Path, content: bytes) -> None:
-    """Put `content` in place of what `target` held. Raises `OSError`, and then that is still there."""
+    """Replace the content of `target` atomically. Raises `OSError`, and then leaves `target` unchanged."""
     with aside(target.parent) as directory:
         file = directory / target.name
         file.write_bytes(content)
@@ -38,7 +39,7 @@ def write_file(target: Path, content: bytes) -> None:
 
 
 def remove_tree(directory: Path) -> None:
-    """Let a directory disappear in one moment. Raises `OSError` if it stays."""
+    """Remove a directory atomically. Raises `OSError` if it cannot be renamed first."""
     doomed = directory.with_name(f"{ASIDE}{directory.name}")
     shutil.rmtree(doomed, ignore_errors=True)
     os.rename(directory, doomed)
@@ -46,25 +47,25 @@ def remove_tree(directory: Path) -> None:
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Remove what a killed process was writing. For who alone writes there."""
+    """Remove temporary directories of killed processes. Safe only if no other process writes in `directory`."""
     for leftover in directory.glob(f"{ASIDE}*"):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
 def sync_tree(directory: Path) -> None:
-    """Bring a directory and all that is in it to the disk."""
+    """Flush a directory and all that is in it to disk."""
     for path in directory.rglob("*"):
         sync(path)
     sync(directory)
 
 
 def sync(path: Path) -> None:
-    """Bring a file, or a directory's list of names, to the disk."""
+    """Flush a file, or the entries of a directory, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # Some network file systems cannot do it for directories.
+        # Some network file systems cannot sync directories.
         if not (path.is_dir() and error.errno in (errno.EINVAL, errno.EBADF)):
             raise
     finally:
@@ -72,6 +73,6 @@ def sync(path: Path) -> None:
 
 
 def reason(error: Exception) -> str:
-    """The reason that a file could not be written, without the name that it had aside."""
+    """Return the reason why a file could not be written, without its temporary name."""
     why = error.strerror if isinstance(error, OSError) else None
     return why or (str(error).strip().splitlines() or [type(error).__name__])[0]

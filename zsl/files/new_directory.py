@@ -1,4 +1,4 @@
-"""What a command writes: a directory that is there whole or not at all, and never in the place of another."""
+"""Write a new directory atomically as the result of a command, without replacing another."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from zsl.files.durable import aside, reason, sync, sync_tree
 
 @contextmanager
 def new_directory(target: Path) -> Iterator[Path]:
-    """A directory to write in, which is moved to `target` at the end, unless something was raised.
+    """Yield a temporary directory, which is moved to `target` at the end, unless an exception was raised.
 
-    Raises `ConfigError` if something is at `target`, but for an empty directory, `StartupError` if nothing can be
-    written beside it, and `RunFailed` for what could not be written then.
+    Raises `ConfigError` if `target` exists and is not an empty directory, `StartupError` if its parent cannot be
+    written, and `RunFailed` if a later write fails.
     """
     parent = target.absolute().parent
     with ExitStack() as stack:
@@ -34,7 +34,7 @@ def new_directory(target: Path) -> Iterator[Path]:
             written.mkdir()
             yield written
             for path in written.rglob("*"):
-                path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors keeps files to their owner
+                path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors writes files that only the owner can read
             sync_tree(written)
             os.rename(written, target)
             sync(parent)
@@ -45,5 +45,5 @@ def new_directory(target: Path) -> Iterator[Path]:
 
 
 def size_bytes(directory: Path) -> int:
-    """Of all files in a directory."""
+    """Return the total size of all files in a directory."""
     return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())

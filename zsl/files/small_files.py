@@ -1,6 +1,6 @@
-"""Reads the files that a person writes: keys, lists of tenants, configurations. Each has a bound.
+"""Read small files that a user writes (keys, tenants, configurations), with a bound on their size.
 
-A pipe or a device, which could keep the reader waiting for ever, is read only where that may be.
+A pipe or a device, on which a read could block forever, is read only with `regular=False`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from zsl.errors import ConfigError
 
 MAX_FILE_BYTES = 1 << 20
-MAX_DEPTH = 32  # tables and lists within each other
+MAX_DEPTH = 32  # of nested tables and lists
 
 
 def read_small_file(path: Path, *, regular: bool = True) -> bytes:
@@ -22,7 +22,8 @@ def read_small_file(path: Path, *, regular: bool = True) -> bytes:
 
     Raises `OSError`; `ConfigError` if it is too large, not a regular file, or written to meanwhile.
     """
-    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | (os.O_NONBLOCK if regular else 0)  # a pipe opens at once
+    # Non-blocking: without a writer, opening a pipe would wait.
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | (os.O_NONBLOCK if regular else 0)
     with open(path, "rb", opener=lambda name, _: os.open(name, flags)) as file:
         before = os.fstat(file.fileno())
         if regular and not stat.S_ISREG(before.st_mode):
@@ -37,7 +38,7 @@ def read_small_file(path: Path, *, regular: bool = True) -> bytes:
 
 
 def read_toml(path: Path, *, regular: bool = True) -> dict[str, Any]:
-    """Read a small TOML file. Raises `FileNotFoundError`; `ConfigError` for all else."""
+    """Read a small TOML file. Raises `FileNotFoundError`, or `ConfigError` for any other failure."""
     try:
         text = read_small_file(path, regular=regular).decode("utf-8-sig").replace("\r\n", "\n")
     except FileNotFoundError:
@@ -53,12 +54,12 @@ def read_toml(path: Path, *, regular: bool = True) -> dict[str, Any]:
 
 
 def parse_toml(text: str) -> dict[str, Any]:
-    """Parse TOML. Raises `ConfigError`, also for tables and lists within each other without end."""
+    """Parse TOML. Raises `ConfigError`, also for tables and lists nested deeper than `MAX_DEPTH`."""
     try:
         tables = tomllib.loads(text)
     except RecursionError:
         raise ConfigError(_TOO_DEEP) from None
-    except ValueError as error:  # TOMLDecodeError is one, and int() refuses numbers of thousands of digits
+    except ValueError as error:  # TOMLDecodeError, and int() for numbers of thousands of digits
         raise ConfigError(f"not valid TOML: {error}") from error
     level: list[Any] = [tables]
     for _ in range(MAX_DEPTH):
@@ -69,4 +70,4 @@ def parse_toml(text: str) -> dict[str, Any]:
     return tables
 
 
-_TOO_DEEP = f"not valid TOML here: more than {MAX_DEPTH} tables or lists within each other"
+_TOO_DEEP = f"not valid TOML here: more than {MAX_DEPTH} nested tables or lists"

@@ -1,1 +1,1 @@
-"""Model references, checkpoints and their identity: resolve, load, quantize, divide."""
+"""Resolve, identify, load, quantize and divide models."""

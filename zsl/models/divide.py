@@ -1,6 +1,6 @@
-"""Write the two parts of a checkpoint, each without the other's weights.
+"""Divide a checkpoint into the client's part and the trunk's part, each without the other's weights.
 
-The source is read by the names of its tensors, and no more of it is in memory than one shard that is written.
+The source is read tensor by tensor, and at most one shard to be written is in memory.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from zsl.models.loading import check_part_loads, load_whole
 from zsl.models.reference import ModelReference, resolve, write_tokenizer
 from zsl.models.tensor_files import TensorFiles, weight_files
 from zsl.split.cut import check_cut
-from zsl.split.meta_model import hollow_model
+from zsl.split.meta_model import meta_model
 from zsl.split.parts import RECORD, VARIANT, Part, PartName
 from zsl.split.slots import layers_pattern
 from zsl.split.stack import check_can_be_split, find_stack, layer_count
@@ -36,7 +36,7 @@ MAX_SHARD_SIZE = "5GB"
 
 @dataclass(frozen=True)
 class Divided:
-    """What was written: parts of which model, and whether the client's has a tokenizer."""
+    """Result of a division: identity of the whole model, and whether the client's part has a tokenizer."""
 
     model: ModelIdentity
     has_tokenizer: bool
@@ -52,7 +52,7 @@ def divide(
 ) -> Divided:
     """Write `target/client` and `target/trunk`, both or none.
 
-    With `dtype`, in that instead of the checkpoint's own; they are parts of a model of other weights then.
+    `dtype` converts the weights; the identity is then that of the converted model.
     Raises `ModelError`, `ConfigError` if something is at `target`, `RunFailed` if it cannot be written.
     """
     if reference.part is not None:
@@ -60,14 +60,14 @@ def divide(
     check_cut(cut, layer_count(reference.config))
     check_can_be_split(reference.config)
     if dtype is not None and hasattr(reference.config, "quantization_config"):
-        raise ModelError(f"model {reference.text!r} is quantized, and is split as it is: leave out the dtype")
+        raise ModelError(f"model {reference.text!r} is quantized, and can be split only as it is: leave out the dtype")
     with new_directory(target) as written, _as_checkpoint(reference, written) as location:
         source = TensorFiles(location, dtype)
         model = identify(reference)
         if dtype is not None and _changes(TensorFiles(location), dtype):
             model = model.model_copy(update={"weights_digest": source.digest()})
         pattern = re.compile(
-            layers_pattern(find_stack(hollow_model(reference.config)).leaf_name, range(cut.start, cut.stop))
+            layers_pattern(find_stack(meta_model(reference.config)).leaf_name, range(cut.start, cut.stop))
         )
         names: dict[PartName, list[str]] = {
             "client": [name for name in source.names if not pattern.search(name)],
@@ -92,7 +92,7 @@ def divide(
 
 @contextmanager
 def _as_checkpoint(reference: ModelReference, directory: Path) -> Iterator[str]:
-    """Where the model's files are. Random weights become files in `directory`, until the end."""
+    """Yield the location of the model's files. Random weights are written to temporary files in `directory`."""
     if reference.location is not None:
         yield reference.location
         return
@@ -107,7 +107,7 @@ def _changes(source: TensorFiles, dtype: torch.dtype) -> bool:
 
 
 def _write_config(location: str, directory: Path, dtype: torch.dtype | None) -> None:
-    """The configuration as it is: a digest of it is compared in the handshake."""
+    """Copy the configuration, with no change but the dtype: the handshake compares a digest of it."""
     file = _copy(location, "config.json", directory)
     if dtype is not None and file is not None:
         fields = json.loads(file.read_bytes())
@@ -139,7 +139,7 @@ def _write_tensors(source: TensorFiles, names: Sequence[str], directory: Path, m
 
 
 def _check(directory: Path, model: ModelIdentity) -> None:
-    """Raises `ModelError` if the part, read again, is not of `model`, or lacks a tensor."""
+    """Read the part again. Raises `RunFailed` if it is of another model, `ModelError` if it lacks a tensor."""
     part = resolve(str(directory))
     if identify(part) != model:
         raise RunFailed(f"what was written to {directory.parent.name} is not of the model that was read")

@@ -1,4 +1,4 @@
-"""The dtypes that a user may choose, by torch's names for them. Knows no torch: `--help` shows them."""
+"""Names of the dtypes that a user may choose. Imports no torch, so that `--help` is fast."""
 
 from __future__ import annotations
 

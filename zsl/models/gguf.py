@@ -1,7 +1,7 @@
-"""GGUF files: dequantized once into a checkpoint directory, which is reused.
+"""Dequantize a GGUF file into a checkpoint directory, which is cached.
 
-Transformers reads a GGUF file as a whole, so the conversion runs in a process of its own: the process that asked
-never holds the weights of the other side.
+Transformers reads a GGUF file as a whole, so the conversion runs in a subprocess: the calling process never holds the
+weights of the other side.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from zsl.errors import ModelError
 
 logger = logging.getLogger(__name__)
 
-# A random.py in the working folder must not be taken for the library's, hence -P; zsl itself is found from anywhere.
+# -P: a random.py in the working directory must not shadow the library's. The path of zsl is passed explicitly.
 _ROOT = str(Path(__file__).resolve().parents[2])
 _START = "import sys; sys.path.append(sys.argv[1]); from zsl.models.gguf import convert; convert(*sys.argv[2:])"
 
 
 def dequantized_directory(file: Path) -> Path:
-    """The checkpoint directory (fp32 safetensors, configuration, tokenizer) that a GGUF file became.
+    """Return the checkpoint directory (fp32 safetensors, configuration, tokenizer) of a GGUF file.
 
-    It lies in the cache of huggingface_hub under the digest of the file's content, and is made if it is not
-    there. Raises `ModelError` if the file cannot be read or converted.
+    It is in the cache of huggingface_hub under the digest of the file's content, and is written if missing. Raises
+    `ModelError` if the file cannot be read or converted.
     """
     from huggingface_hub.constants import HF_HOME
 
@@ -56,20 +56,20 @@ def _convert_aside(file: Path, directory: Path) -> None:
         try:
             os.replace(aside, directory)
         except OSError:
-            if not directory.is_dir():  # otherwise another process made it meanwhile
+            if not directory.is_dir():  # otherwise another process wrote it meanwhile
                 raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
 
 def convert(file: str, directory: str) -> None:
-    """Write the checkpoint that a GGUF file stands for into a directory. Takes the memory of the whole model."""
+    """Write a GGUF file as a checkpoint into a directory. Needs the memory of the whole model."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     where = {"pretrained_model_name_or_path": str(Path(file).parent), "gguf_file": Path(file).name}
     read = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-    # What was read is marked as quantized, and transformers saves no quantized GGUF model; a fresh one has no mark.
+    # The loaded model is marked as quantized, and transformers saves no quantized GGUF model; a new one is not marked.
     config = read.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config

@@ -1,6 +1,6 @@
-"""Whether the Hugging Face hub can be asked. Where it cannot, this process works offline, from what is cached.
+"""Check that the Hugging Face hub answers, and set this process offline if it does not.
 
-Without that, every look-up of the hub's libraries waits and tries again for tens of seconds.
+Otherwise every look-up of the hub's libraries waits and retries for tens of seconds.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ CONNECT_SECONDS = 3.0
 
 @cache
 def why_offline() -> str | None:
-    """Why the hub is not asked, or None where it answers. Takes a few seconds at most, and only the first time."""
+    """Return the reason for being offline, or None if the hub answers. The first call may take a few seconds."""
     if is_offline_mode():
         return "HF_HUB_OFFLINE is set"
     reason = why_no_answer()
@@ -34,22 +34,22 @@ def _go_offline() -> None:
 
 
 def why_no_answer() -> str | None:
-    """Why the hub does not answer now, or None where it does. Takes a few seconds at most, and changes nothing.
+    """Return the reason why the hub does not answer, or None if it does. Takes a few seconds at most.
 
-    Asks as the hub's libraries do: through the same proxy, with the same certificates.
+    Sends the request as the hub's libraries do: through the same proxy, with the same certificates. Changes nothing.
     """
     reasons = [f"{constants.ENDPOINT} did not answer within {2 * CONNECT_SECONDS:g} seconds"]
 
     def ask() -> None:
         try:
             answer = get_session().head(constants.ENDPOINT, timeout=CONNECT_SECONDS, follow_redirects=False)
-        except Exception as error:  # whatever stands in the way: it is the reason
+        except Exception as error:  # any exception is the reason
             reasons.append(f"{constants.ENDPOINT} cannot be reached: {str(error) or type(error).__name__}")
         else:
-            unwell = answer.status_code >= 500
-            reasons.append(f"{constants.ENDPOINT} answers {answer.status_code}" if unwell else "")
+            failed = answer.status_code >= 500
+            reasons.append(f"{constants.ENDPOINT} answers {answer.status_code}" if failed else "")
 
-    # In a thread, because no time limit holds for the look-up of a host's address.
+    # In a thread, because the look-up of a host's address has no time limit.
     thread = threading.Thread(target=ask, name="zsl-hub", daemon=True)
     thread.start()
     thread.join(2 * CONNECT_SECONDS)

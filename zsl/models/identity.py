@@ -1,8 +1,9 @@
-"""The identity of a model: two digests that both sides compute from their own copy and compare in the handshake.
+"""Compute the identity of a model: digests of configuration and weights, compared in the handshake.
 
-The weights' digest is over every tensor of the checkpoint by name, whatever files they lie in, and is read from
-the files: neither side loads the other's part for it. A part that `zsl split` wrote lacks tensors; it says what the
-whole's digest is, and has one of its own, which is checked.
+Each side computes them from its own copy. The weights' digest covers every tensor of the checkpoint by name,
+independent of the division into files, and is read from the files, so neither side loads the other's part for it.
+A part that `zsl split` wrote lacks tensors; it records the whole model's digest, and has one of its own, which is
+checked.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ from zsl.wire.messages import ModelIdentity
 
 RANDOM_SEED = 0
 
-# What two copies of one model may differ in without the trunk's numbers changing.
+# Fields in which two copies of one model may differ without a change of the trunk's results.
 _NOT_OF_THE_TRUNK = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache")
 
 
 def identify(reference: ModelReference) -> ModelIdentity:
-    """The identity of the model that a reference stands for; of a part, that of the whole.
+    """Return the identity of a referenced model; for a part, that of the whole model.
 
-    Raises `ModelError` without safetensors weights, and for a part that is damaged.
+    Raises `ModelError` without safetensors weights, and for a damaged part.
     """
     config = reference.config
     if reference.location is None:
@@ -52,7 +53,7 @@ def identify(reference: ModelReference) -> ModelIdentity:
 
 
 def config_digest(config: PreTrainedConfig) -> str:
-    """A digest of the fields of a configuration that the trunk's numbers depend on."""
+    """Return a SHA-256 digest of the fields of a configuration that the trunk's results depend on."""
     fields = {
         name: value
         for name, value in config.to_diff_dict().items()
@@ -62,14 +63,14 @@ def config_digest(config: PreTrainedConfig) -> str:
 
 
 def _random_digest(config: PreTrainedConfig) -> str:
-    """Seeded weights are equal where the draws are: same library versions, same seed."""
+    """Return a digest of all that seeded weights depend on: type, seed, and library versions."""
     torch_version = torch.__version__.partition("+")[0]
     made_by = ("random", config.model_type, RANDOM_SEED, torch_version, transformers.__version__)
     return hashlib.sha256(repr(made_by).encode()).hexdigest()
 
 
 def part_digest(part: Part, config: bytes, tensors_digest: str) -> str:
-    """What `part.digest` is to be, for the content of its `config.json` and the digest of its tensors."""
+    """Return the value for `part.digest` from the content of `config.json` and the digest of the tensors."""
     said = part.model_dump(mode="json", exclude={"digest"})
     digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
     digest.update(config)

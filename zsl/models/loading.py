@@ -23,9 +23,9 @@ from zsl.wire.messages import Cut
 def load_client_part(
     reference: ModelReference, cut: Cut, dtype: torch.dtype = torch.float32, *, quantize: Quantization | None = None
 ) -> PreTrainedModel:
-    """The real causal language model with pass-throughs in the slots of the cut. Nothing of the trunk is allocated.
+    """Load the causal language model with pass-throughs in place of the cut's layers, which are never allocated.
 
-    `quantize`: in how many bits the linear layers are, if fewer than `dtype` has; see `zsl.models.quantize`.
+    `quantize` loads the linear layers in 4 or 8 bits; see `zsl.models.quantize`.
     `use_cache` is off: the trunk keeps no keys and values, so a cached generation would be wrong.
     Raises `ModelError`.
     """
@@ -34,7 +34,7 @@ def load_client_part(
     model = _load(cls, reference, dtype, quantization_config(reference, quantize, dtype) if quantize else None)
     keep_as_loaded(model)
     if reference.part is not None:
-        model.name_or_path = reference.hub_id or ""  # an adapter of it is one of the whole model, not of the part
+        model.name_or_path = reference.hub_id or ""  # an adapter is saved for the whole model, not for the part
     model.config.use_cache = False
     if model.generation_config is not None:
         model.generation_config.use_cache = False
@@ -42,7 +42,7 @@ def load_client_part(
 
 
 def load_trunk_part(reference: ModelReference, cut: Cut, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The base model with the layers of the cut only, frozen and in eval mode. Raises `ModelError`."""
+    """Load the base model with the cut's layers only, frozen and in eval mode. Raises `ModelError`."""
     _check(reference, "trunk", cut)
     model = _load(middle_only(base_class(reference.config), reference.config, cut), reference, dtype)
     model.config.use_cache = False
@@ -51,7 +51,7 @@ def load_trunk_part(reference: ModelReference, cut: Cut, dtype: torch.dtype = to
 
 
 def load_whole(reference: ModelReference, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The whole local model, with the same weights as the two parts. Raises `ModelError`."""
+    """Load the whole model, with the same weights as the two parts. Raises `ModelError`."""
     if reference.part is not None:
         raise ModelError(f"{reference.part.described(reference.text)}: the whole model is needed here")
     return _load(causal_lm_class(reference.config), reference, dtype)
@@ -65,7 +65,7 @@ def _check(reference: ModelReference, part: PartName, cut: Cut) -> None:
 
 
 def check_part_loads(reference: ModelReference) -> None:
-    """Raises `ModelError` if the part at a reference lacks a tensor that its side needs. Allocates nothing."""
+    """Raise `ModelError` if the referenced part lacks a tensor that its side needs. Allocates no weights."""
     config, part = reference.config, reference.part
     if part is None:
         return
@@ -108,7 +108,7 @@ def _load(
 
 
 def _build_random(cls: Any, reference: ModelReference, dtype: torch.dtype) -> PreTrainedModel:
-    # Built on the meta device, so that what is carved away never has memory.
+    # Built on the meta device, so that modules that are replaced never have memory.
     with BUILDING, torch.device("meta"):
         model: PreTrainedModel = cls._from_config(reference.config, dtype=dtype)
     model.to_empty(device="cpu")

@@ -1,4 +1,4 @@
-"""Bottom and top in fewer bits, by bitsandbytes through transformers. Knows no cut."""
+"""Configure bitsandbytes quantization of the client's layers. Independent of the cut."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ Quantization = Literal["4bit", "8bit"]
 
 
 def quantization_config(reference: ModelReference, bits: Quantization, dtype: torch.dtype) -> BitsAndBytesConfig:
-    """What `from_pretrained` takes to load linear layers, but not the head, in 4 bits (NF4, as QLoRA has it) or 8.
+    """Return the `quantization_config` that loads linear layers, but not the head, in 4 bits (NF4, as in QLoRA) or 8.
 
-    They compute in `dtype`. Raises `ModelError` if this model cannot be quantized, or nothing is there to do it.
+    They compute in `dtype`. Raises `ModelError` if this model cannot be quantized, or bitsandbytes is missing.
     """
     if reference.location is None:
-        raise ModelError(f"{reference.text} has random weights, which are made and not loaded; quantize a checkpoint")
+        raise ModelError(f"{reference.text} has random weights, which are not quantized; name a checkpoint")
     if hasattr(reference.config, "quantization_config"):
-        raise ModelError(f"model {reference.text!r} is quantized already; leave out quantize")
+        raise ModelError(f"model {reference.text!r} is already quantized; leave out quantize")
     if find_spec("bitsandbytes") is None:
         raise ModelError(f"quantize = {bits!r} needs bitsandbytes: pip install bitsandbytes")
     if bits == "8bit":
@@ -33,9 +33,9 @@ def quantization_config(reference: ModelReference, bits: Quantization, dtype: to
 
 
 def keep_as_loaded(model: PreTrainedModel) -> None:
-    """Keep bitsandbytes from packing 4-bit weights anew in the first evaluation on a CPU that has AVX512-BF16.
+    """Keep bitsandbytes from repacking 4-bit weights in the first evaluation on a CPU with AVX512-BF16.
 
-    From then on they would compute in bfloat16 and without gradient, in training too.
+    Repacked weights compute in bfloat16 and without gradient, in training too.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

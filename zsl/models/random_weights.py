@@ -1,7 +1,7 @@
-"""Random weights that both sides of a split build alike, each only its own part.
+"""Initialize random weights that are equal on both sides, each of which builds only its own part.
 
-Each module's draws start from a seed of its own, made from the module's name. So a layer has the same weights
-whichever of its neighbours are built.
+Each module is initialized from a seed of its own, derived from the module's name. So a layer's weights do not depend
+on which other layers are built.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 
 
 def initialize_by_name(model: PreTrainedModel, seed: int) -> None:
-    """Give every module that is not marked as initialized its model's own initialization, seeded by its name.
+    """Initialize every module not marked as initialized, as its model class does, seeded by the module's name.
 
-    The names are those within the base model, so that a model with and one without a head agree.
+    The names are those within the base model, so that models with and without a head have equal weights.
     """
     names = {id(module): name for name, module in model.base_model.named_modules()}
     with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -24,7 +24,7 @@ def initialize_by_name(model: PreTrainedModel, seed: int) -> None:
 
 
 def _initialize(module: nn.Module, owner: PreTrainedModel, path: str, names: dict[int, str], seed: int) -> None:
-    # Children first, as transformers does it: a layer may draw the weights of a child again, with its own scale.
+    # Children first, as in transformers: a layer may initialize the weights of a child again, with its own scale.
     for name, child in module.named_children():
         child_owner = child if isinstance(child, PreTrainedModel) else owner
         _initialize(child, child_owner, f"{path}.{name}", names, seed)

@@ -1,4 +1,4 @@
-"""Model references: what a user may write for a model, and what it stands for.
+"""Resolve model references, the names by which a user gives a model, and load their tokenizers.
 
 org/name or a directory     a checkpoint in safetensors, as transformers finds it
 path/to/file.gguf           dequantized once into a checkpoint directory, then that
@@ -26,7 +26,7 @@ from zsl.text.first_line import first_line
 
 RANDOM_PREFIX = "random:"
 PACKAGE_PREFIX = "package:"
-# What tokenizers are usually kept in; one that loads says itself what more there is.
+# The usual files of tokenizers; `vocab_files_names` of a loaded tokenizer has further ones.
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -39,14 +39,14 @@ TOKENIZER_FILES = (
     "merges.txt",
 )
 _LIKE_A_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
-_WHAT_TO_GIVE = "(give a hub id, a directory, a .gguf file, package:<name> or random:<model_type>)"
+_ACCEPTED = "(give a hub id, a directory, a .gguf file, package:<name> or random:<model_type>)"
 
 
 @dataclass(frozen=True)
 class ModelReference:
-    """A resolved reference. `location` is what `from_pretrained` takes; None means seeded random weights.
+    """Resolved reference. `location` is for `from_pretrained`; None means seeded random weights.
 
-    `part`: which part of the model is there, if `zsl split` has made two of it.
+    `part` is the record of a part that `zsl split` wrote, or None for a whole model.
     """
 
     text: str
@@ -56,13 +56,13 @@ class ModelReference:
 
     @property
     def hub_id(self) -> str | None:
-        """The hub id that others can load the same model by; None for what lies here only."""
+        """Hub id from which others can load the same model; None for a local model."""
         if self.part is not None:
             return self.part.hub_id
         return self.text if self.location == self.text and not Path(self.text).exists() else None
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The model's tokenizer, with a padding token. Raises `ModelError` if it has none."""
+        """Load the model's tokenizer, with a padding token. Raises `ModelError` if it is missing."""
         if self.location is None:
             raise ModelError(
                 f"{self.text} has random weights and no tokenizer; it can train on synthetic data only; "
@@ -79,24 +79,24 @@ class ModelReference:
 
 
 def load_tokenizer(reference: ModelReference) -> PreTrainedTokenizerBase | None:
-    """The model's tokenizer, as it is; None if it has none. Raises `ModelError` if it cannot be loaded."""
+    """Load the model's tokenizer unchanged, or return None without one. Raises `ModelError` for a damaged one."""
     if reference.location is None:
         return None
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(reference.location)
-    except Exception as error:  # a damaged file raises whatever the library comes to first
-        there = list(_present(reference.location, TOKENIZER_FILES))
-        if not there:
+    except Exception as error:  # a damaged file raises exceptions of many types
+        found = list(_present(reference.location, TOKENIZER_FILES))
+        if not found:
             return None
         raise ModelError(
-            f"{reference.text}: its tokenizer ({', '.join(there)}) cannot be loaded: {first_line(error)}"
+            f"{reference.text}: its tokenizer ({', '.join(found)}) cannot be loaded: {first_line(error)}"
         ) from error
     names = [*TOKENIZER_FILES, *tokenizer.vocab_files_names.values()]
-    return tokenizer if any(_present(reference.location, names)) else None  # transformers may have made an empty one
+    return tokenizer if any(_present(reference.location, names)) else None  # transformers may have built an empty one
 
 
 def _present(location: str, names: Iterable[str]) -> Iterator[str]:
-    """Those of the files that there are in a directory or at the hub."""
+    """Yield the names of the files that exist in a directory or at the hub."""
     for name in names:
         if cached_file(
             location,
@@ -108,7 +108,7 @@ def _present(location: str, names: Iterable[str]) -> Iterator[str]:
 
 
 def resolve(text: str) -> ModelReference:
-    """What a model reference stands for. Raises `ModelError`."""
+    """Resolve a model reference. Raises `ModelError`."""
     if text.startswith(RANDOM_PREFIX):
         return ModelReference(text, _default_config(text.removeprefix(RANDOM_PREFIX)), None)
     location, offline = text, None
@@ -116,12 +116,12 @@ def resolve(text: str) -> ModelReference:
         location = str(dequantized_directory(_file_in_package(text.removeprefix(PACKAGE_PREFIX))))
     elif text.endswith(".gguf"):
         location = str(dequantized_directory(Path(text).expanduser()))
-    elif (path := Path(os.path.expanduser(text))).is_dir():  # Path's own raises for a user that there is not
+    elif (path := Path(os.path.expanduser(text))).is_dir():  # Path.expanduser raises for an unknown user
         location = str(path)
     elif path.is_file():
-        raise ModelError(f"model {text!r} is a file, and not a .gguf file: name a checkpoint's directory")
+        raise ModelError(f"model {text!r} is a file, but not a .gguf file: name a checkpoint's directory")
     elif not _LIKE_A_HUB_ID.fullmatch(text):
-        raise ModelError(f"model {text!r} cannot be loaded: there is no such directory {_WHAT_TO_GIVE}")
+        raise ModelError(f"model {text!r} cannot be loaded: there is no such directory {_ACCEPTED}")
     else:
         offline = why_offline()
     try:
@@ -130,12 +130,12 @@ def resolve(text: str) -> ModelReference:
         reason = (
             f"it is not cached here, and {offline}" if offline and isinstance(error, OSError) else first_line(error)
         )
-        raise ModelError(f"model {text!r} cannot be loaded: {reason} {_WHAT_TO_GIVE}") from error
+        raise ModelError(f"model {text!r} cannot be loaded: {reason} {_ACCEPTED}") from error
     return ModelReference(text, config, location, read_part(location))
 
 
 def _file_in_package(name: str) -> Path:
-    """The GGUF file of an installed package, found without importing it."""
+    """Find the GGUF file of an installed package, without importing the package."""
     try:
         found = [file for file in metadata.files(name) or () if file.suffix == ".gguf"]
     except metadata.PackageNotFoundError:
@@ -151,14 +151,14 @@ def _default_config(model_type: str) -> PreTrainedConfig:
     except KeyError:
         raise ModelError(f"random:{model_type}: transformers knows no model type {model_type!r}") from None
     if not hasattr(config.get_text_config(), "num_hidden_layers"):
-        raise ModelError(f"random:{model_type}: this is no language model")
+        raise ModelError(f"random:{model_type}: this is not a language model")
     return config
 
 
 def write_tokenizer(reference: ModelReference, directory: Path) -> bool:
-    """Write the model's tokenizer, as it is, into a directory; whether it has one.
+    """Write the model's tokenizer unchanged into a directory. Return whether the model has one.
 
-    Raises `ModelError` if it has one that cannot be loaded, `RunFailed` if it cannot be written.
+    Raises `ModelError` if it cannot be loaded, `RunFailed` if it cannot be written.
     """
     tokenizer = load_tokenizer(reference)
     if tokenizer is None:

@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint by name, whatever files they lie in, read one at a time. Knows no model."""
+"""Read tensors of a safetensors checkpoint by name, one at a time, from one file or several."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from zsl.text.first_line import first_line
 
 
 class TensorFiles:
-    """The safetensors of the checkpoint at `location`: a directory, or a hub id. `names` are in order.
+    """Tensors of the checkpoint at `location`, a directory or a hub id. `names` are sorted.
 
-    `variant` is that of `from_pretrained`. With `dtype`, tensors of floating point are given in it.
-    Raises `ModelError`.
+    `variant` is that of `from_pretrained`. `dtype` converts floating-point tensors.
+    Raises `ModelError` if the weights are missing or cannot be read.
     """
 
     def __init__(self, location: str, dtype: torch.dtype | None = None, *, variant: str | None = None) -> None:
@@ -34,19 +34,19 @@ class TensorFiles:
         self.names = sorted(self._file_of)
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor of this name. Raises `ModelError`."""
+        """Read one tensor. Raises `ModelError`."""
         with self._readable(), safe_open(self._file_of[name], framework="pt") as weights:
             return self._cast(weights.get_tensor(name))
 
     def outline(self, name: str) -> torch.Tensor:
-        """A tensor on the meta device, of the shape and dtype that this name has. Raises `ModelError`."""
+        """Return a tensor on the meta device with the shape and dtype of the named tensor. Raises `ModelError`."""
         with self._readable(), safe_open(self._file_of[name], framework="pt") as weights:
             found = weights.get_slice(name)
             dtype = weights.get_tensor(name).dtype if not found.get_shape() else found[:0].dtype
             return self._cast(torch.empty(found.get_shape(), dtype=dtype, device="meta"))
 
     def digest(self, names: Iterable[str] | None = None) -> str:
-        """Over (name, dtype, shape, bytes) of the tensors of these names, or of all, in order. Raises `ModelError`."""
+        """Return a SHA-256 digest of name, dtype, shape and bytes of these tensors, or all. Raises `ModelError`."""
         digest = hashlib.sha256()
         for name in self.names if names is None else sorted(names):
             tensor: Any = self.read(name)
@@ -67,7 +67,7 @@ class TensorFiles:
 
 
 def weight_files(variant: str | None) -> tuple[str, str]:
-    """The names of a single file of weights, and of the index of several."""
+    """Return the name of a single weight file, and of the index of several."""
     inserted = f".{variant}" if variant else ""
     return f"model{inserted}.safetensors", f"model.safetensors.index{inserted}.json"
 

@@ -1,2 +1,1 @@
-"""A model with a hole, or only its middle: where the cut is, what each side loads, which model it is, and the
-adapter that comes out. Knows transformers and PEFT, no socket."""
+"""Division of a model into the client's layers and the trunk's, by transformers and PEFT."""

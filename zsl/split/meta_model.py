@@ -1,4 +1,4 @@
-"""A whole model that takes no memory: for what asks for its modules, their names and shapes, and for no weights."""
+"""Build a whole model without memory for its weights, for its modules, their names and their shapes."""
 
 from __future__ import annotations
 
@@ -12,14 +12,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from zsl.split.stack import BUILDING, causal_lm_class
 
 
-def hollow_model(
-    config: PreTrainedConfig, *, rows: int | None = None, loadable: Collection[str] = ()
-) -> PreTrainedModel:
-    """The causal language model of a configuration, on the CPU, with zeros for weights.
+def meta_model(config: PreTrainedConfig, *, rows: int | None = None, loadable: Collection[str] = ()) -> PreTrainedModel:
+    """Build the causal language model of a configuration, on the CPU, with zeros for weights.
 
-    Each matrix is one number, seen as often as there are elements: PEFT puts real adapters beside it, as it does not
-    on the meta device. Vectors have memory of their own, as some methods write into them, and so have the parameters
-    named in `loadable`. With `rows`, that many tokens have embeddings.
+    Each matrix is one number, expanded to the matrix's shape: PEFT adds real adapters to it, which it does not do on
+    the meta device. Vectors have memory of their own, because some methods write into them, and so have the parameters
+    named in `loadable`. `rows` overrides the vocabulary size.
     """
     config = copy.deepcopy(config)
     if rows is not None:

@@ -1,7 +1,8 @@
-"""Questions about a PEFT model that PEFT answers for a plain model with one adapter only.
+"""Find the wrapped model, the active adapter and the changed base weights of a PEFT model.
 
-A model may be in the wrappers of torch.compile, DistributedDataParallel or accelerate, have several adapters, and have
-weights of its own that were trained, or made new by `resize_token_embeddings`.
+PEFT's own functions cover a plain model with one adapter only. A model may be wrapped by torch.compile,
+DistributedDataParallel or accelerate, have several adapters, and have base weights that were trained, or replaced by
+`resize_token_embeddings`.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ from zsl.split.stack import embedding_rows
 
 
 def unwrapped(model: Any) -> Any:
-    """The model inside the wrappers of torch.compile, DistributedDataParallel and accelerate; itself without one."""
+    """Return the model inside any wrappers of torch.compile, DistributedDataParallel and accelerate."""
     while (inner := extract_model_from_parallel(model, keep_torch_compile=False)) is not model:
         model = inner
     return model
 
 
 def active_adapter(model: PeftModel) -> str:
-    """The name of the adapter that the model computes with. Raises `ModelError` if those are several, or none.
+    """Return the name of the active adapter. Raises `ModelError` if several are active, or none.
 
     `PeftModel.active_adapter` does not follow `base_model.set_adapter`.
     """
@@ -41,19 +42,19 @@ def active_adapter(model: PeftModel) -> str:
 
 
 def base_weights(model: PeftModel, saved: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The weights of the base model that its checkpoint does not have: those that were trained, and resized embeddings.
+    """Return the weights of the base model that differ from its checkpoint, by their names in the PEFT model.
 
-    So are those that `load_state_dict` changed. By their names in the PEFT model, without those in `saved`, the
-    adapter's own.
+    These are the trained weights, resized embeddings, and weights that `load_state_dict` changed, without those in
+    `saved`, which are the adapter's own.
     """
     base: Any = model.get_base_model()
-    loaded = getattr(base, "embedding_rows", None)  # of a split model
+    loaded = getattr(base, "embedding_rows", None)  # set on split models
     resized: set[int] = set()
     if loaded is not None and embedding_rows(base) != loaded:
         for layer in (base.get_input_embeddings(), base.get_output_embeddings()):
             if layer is not None and not isinstance(layer, ModulesToSaveWrapper):
                 resized.update(map(id, layer.parameters()))
-    from_a_file = getattr(base, "loaded_weights", ())  # of a split model
+    from_a_file = getattr(base, "loaded_weights", ())  # set on split models
     prefix = next((name for name, module in model.named_modules() if module is base), "") + "."
     in_the_file = {tensor.data_ptr() for tensor in saved.values()}
     configs: Any = model.peft_config
@@ -74,9 +75,9 @@ def base_weights(model: PeftModel, saved: Mapping[str, torch.Tensor]) -> dict[st
 
 
 def note_loaded_weights(model: Any, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
-    """Remember the names of a split model's weights that `load_state_dict` is going to change.
+    """Record the names of a split model's weights that `load_state_dict` is going to change.
 
-    PEFT calls it for an adapter's file, which may hold weights of the base model. A pre-hook.
+    A pre-hook of `load_state_dict`, which PEFT calls with an adapter file that may hold weights of the base model.
     """
     for name, parameter in model.named_parameters(remove_duplicate=False):
         new: Any = state_dict.get(prefix + name)
@@ -86,5 +87,5 @@ def note_loaded_weights(model: Any, state_dict: Mapping[str, Any], prefix: str, 
 
 
 def _plain(name: str) -> str:
-    """The name of a weight before PEFT put a layer of its own around it."""
+    """Return the name of a weight without the `base_layer` that PEFT inserts."""
     return ".".join(part for part in name.split(".") if part != "base_layer")

@@ -1,6 +1,6 @@
-"""Which side of the trunk a client's modules are on: *bottom* runs before it, *top* after.
+"""Find the side of each module of a client's model: *bottom* runs before the trunk, *top* after.
 
-Found by running the model once on two tokens with nothing in the hole, so that it needs no table of names.
+The model runs once on two tokens, with a pass-through in place of the trunk, so that no table of names is needed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Side = Literal["bottom", "top"]
 
 
 class Sides:
-    """The side of every module of a client's model that has parameters of its own."""
+    """Side of every module of a client's model that has parameters of its own."""
 
     def __init__(self, model: PreTrainedModel, cut: Cut) -> None:
         self._modules = {name: module for name, module in model.named_modules() if _owns_parameters(module)}
@@ -53,12 +53,12 @@ class Sides:
                 hook.remove()
 
     def parameter_count(self, side: Side) -> int:
-        """The parameters that this side computes with. A tied weight counts on both sides."""
+        """Return the number of parameters that this side computes with. A tied weight counts on both sides."""
         parameters = {p for name in self._names(side) for p in self._modules[name].parameters(recurse=False)}
         return sum(numbers_in(parameter) for parameter in parameters)
 
     def side_of(self, module_path: str) -> Side:
-        """The side of a module, or of something inside it, by its path within the model."""
+        """Return the side of a module, submodule or parameter, by its path within the model."""
         path = module_path
         while path not in self._modules and path:
             path = path.rpartition(".")[0]
@@ -69,7 +69,7 @@ class Sides:
 
 
 def numbers_in(parameter: nn.Parameter) -> int:
-    """The numbers that a parameter stands for; bitsandbytes keeps two of four bits in a byte."""
+    """Return the number of elements of a parameter before quantization; bitsandbytes packs two 4-bit ones in a byte."""
     state = getattr(parameter, "quant_state", None)
     return int(state.shape.numel()) if state is not None else parameter.numel()
 

@@ -1,8 +1,8 @@
-"""The hole: what stands in the places of modules that a side does not own.
+"""Replace the modules that a side does not own by modules without weights.
 
 Both sides keep the real transformers class, its configuration and its true layer indices. The client's model has
-pass-throughs where the trunk's layers are (the first of them gives its place to `RemoteTrunk`); the trunk's model
-has them everywhere else, and nothing where embeddings and norm were.
+pass-throughs in place of the trunk's layers (`RemoteTrunk` replaces the first of them); the trunk's model has them in
+place of all other layers, and `Absent` in place of embeddings and norm.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from zsl.wire.messages import Cut
 
 
 class PassThrough(NoWeights):
-    """Stands in the slot of a layer that the other side holds: returns its input."""
+    """Replace a layer that the other side holds: return the input."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -34,10 +34,10 @@ class PassThrough(NoWeights):
 
 
 class Absent(nn.Module):
-    """Stands for an embedding, norm or projection that the trunk does not own.
+    """Replace an embedding, norm or projection that the trunk does not own.
 
-    Activations pass through. Anything else (token ids, positions, a 2-D mask) was meant for an embedding: what that
-    would have added is replaced in front of the trunk's first layer anyway, so it is zeros that take no memory.
+    Activations pass through. Any other input (token ids, positions, a 2-D mask) is for an embedding. The embedding's
+    output is overwritten before the trunk's first layer anyway, so it is zeros, expanded from one number.
     """
 
     def __init__(self, hidden_size: int, dtype: torch.dtype) -> None:
@@ -52,39 +52,39 @@ class Absent(nn.Module):
 
 
 def copy_plain_attributes(source: nn.Module, target: nn.Module) -> None:
-    """Copy what a model may read of a layer beside calling it: strings and numbers, such as `attention_type`."""
+    """Copy the string and number attributes of a layer that a model may read, such as `attention_type`."""
     for name, value in vars(source).items():
         if isinstance(value, str | int | float) and name not in vars(target):
             setattr(target, name, value)
 
 
 def with_hole(cls: type[PreTrainedModel], cut: Cut) -> type[PreTrainedModel]:
-    """`cls`, but its instances have pass-throughs in the slots of the cut.
+    """Return a subclass of `cls` whose instances have pass-throughs in place of the cut's layers.
 
-    They are not saved as a checkpoint, as they lack the trunk.
+    They refuse `save_pretrained`, as they lack the trunk.
     """
 
-    def carve(model: PreTrainedModel, stack: Stack) -> None:
+    def replace(model: PreTrainedModel, stack: Stack) -> None:
         _pass_through(stack, range(cut.start, cut.stop))
-        made_of: Any = model
-        made_of.embedding_rows = embedding_rows(model)  # resized ones are saved with an adapter
-        made_of.loaded_weights = set()
+        built: Any = model
+        built.embedding_rows = embedding_rows(model)  # resized embeddings are saved with an adapter
+        built.loaded_weights = set()
         model.register_load_state_dict_pre_hook(note_loaded_weights)
 
-    made: Any = _carved(cls, range(cut.start, cut.stop), carve)
+    made: Any = _subclass(cls, range(cut.start, cut.stop), replace)
     made.save_pretrained = made.push_to_hub = _refuse_to_save
     made.init_continuous_batching = _refuse_continuous_batching
     made.load_adapter = _load_adapter
-    carved: type[PreTrainedModel] = made
-    return carved
+    split: type[PreTrainedModel] = made
+    return split
 
 
 def middle_only(cls: type[PreTrainedModel], config: PreTrainedConfig, cut: Cut) -> type[PreTrainedModel]:
-    """The base-model class `cls`, but its instances own the layers of the cut and nothing else that has parameters."""
+    """Return a subclass of the base-model class `cls` whose instances have parameters in the cut's layers only."""
     outside = [index for index in range(layer_count(config)) if not cut.start <= index < cut.stop]
     hidden_size = config.get_text_config().hidden_size
 
-    def carve(model: PreTrainedModel, stack: Stack) -> None:
+    def replace(model: PreTrainedModel, stack: Stack) -> None:
         _pass_through(stack, outside)
         path = stack.name.split(".")
         for depth, name_on_path in enumerate(path):
@@ -93,22 +93,22 @@ def middle_only(cls: type[PreTrainedModel], config: PreTrainedConfig, cut: Cut) 
                 if name != name_on_path and any(True for _ in child.parameters()):
                     setattr(parent, name, Absent(hidden_size, model.dtype))
 
-    made = _carved(cls, outside, carve)
-    made._keys_to_ignore_on_load_unexpected = [".*"]  # what a trunk must have is checked by what is missing
+    made = _subclass(cls, outside, replace)
+    made._keys_to_ignore_on_load_unexpected = [".*"]  # missing keys are checked instead
     return made
 
 
-def _carved(cls: type[PreTrainedModel], indices: Iterable[int], carve: Any) -> type[PreTrainedModel]:
-    """A subclass of `cls` with the same name, carved as soon as it is built.
+def _subclass(cls: type[PreTrainedModel], indices: Iterable[int], replace: Any) -> type[PreTrainedModel]:
+    """Return a subclass of `cls` with the same name, whose constructor calls `replace(model, stack)`.
 
-    `from_pretrained` builds it on the meta device, so what is carved away never has memory; the checkpoint's
-    weights for it are listed as not expected.
+    `from_pretrained` builds it on the meta device, so the replaced modules never have memory; their weights in the
+    checkpoint are ignored.
     """
 
     def build(self: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         cls.__init__(self, config, *args, **kwargs)
         stack = find_stack(self)
-        carve(self, stack)
+        replace(self, stack)
         pattern = layers_pattern(stack.leaf_name, indices)
         self._keys_to_ignore_on_load_unexpected = {*(self._keys_to_ignore_on_load_unexpected or ()), pattern}
 
@@ -116,29 +116,29 @@ def _carved(cls: type[PreTrainedModel], indices: Iterable[int], carve: Any) -> t
 
 
 def layers_pattern(leaf_name: str, indices: Iterable[int]) -> str:
-    """What the names of the tensors of these layers match in every checkpoint, whatever stands in front."""
+    """Return a regular expression for the tensor names of these layers in a checkpoint, with any prefix."""
     return rf"(^|\.){re.escape(leaf_name)}\.({'|'.join(map(str, indices))})\."
 
 
 def _refuse_to_save(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
     raise ModelError(
-        "a split model is not saved as a checkpoint: it lacks the trunk's layers, and whoever loads it would get "
-        "random ones in their places. Save its adapter with zsl.save_adapter, and make of that what loads without zsl "
+        "a split model is not saved as a checkpoint: it lacks the trunk's layers, and loading it would put random ones "
+        "in their places. Save its adapter with zsl.save_adapter, and convert that for use without zsl "
         "with `zsl export` or `zsl merge`. Without PEFT: save model.state_dict() with safetensors, and give a Trainer "
         "save_strategy='no'"
     )
 
 
 def _load_adapter(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-    """Load an adapter as transformers does, and raise `ModelError` for weights that found no place."""
+    """Load an adapter as transformers does, and raise `ModelError` for weights that match no module."""
     before = set(getattr(self, "peft_config", ()))
     loaded = super(type(self), self).load_adapter(*args, **kwargs)
     if lost := sorted(loaded.unexpected_keys):
         for name in set(getattr(self, "peft_config", ())) - before:
             self.delete_adapter(name)
         raise ModelError(
-            f"{lost[0]} is of a layer that is not in this process, or fits nothing, and would be dropped; "
-            f"of an adapter of all layers: {MERGE_FIRST}"
+            f"{lost[0]} is of a layer that is not in this process, or matches no module, and would be dropped; "
+            f"for an adapter of all layers: {MERGE_FIRST}"
         )
     return loaded
 

@@ -1,8 +1,7 @@
-"""Find the decoder stack of a model, and find out whether a hole can be made in it.
+"""Find the decoder layers of a model, and check that the model can be split between them.
 
-The stack is the one `ModuleList` whose length is the number of hidden layers. Whether its layers can be cut is
-asked of the code itself: one layer is called on the meta device (no memory, no arithmetic), and what goes in and
-comes out is looked at. There is no table of architectures.
+The stack is the one `ModuleList` whose length is the number of hidden layers. The check calls the first layer on the
+meta device (no memory, no arithmetic), and examines its inputs and outputs. There is no table of architectures.
 """
 
 from __future__ import annotations
@@ -19,37 +18,36 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, PreTrainedC
 from zsl.errors import ModelError
 
 # Held while transformers builds or loads a model: it changes torch's default dtype and its own initialization for all
-# threads, and another one's model would get them.
+# threads, which would affect a model that another thread builds.
 BUILDING = threading.RLock()
 
-# The tensors that a layer may take: the trunk rebuilds each of them from activations, 2-D mask and positions.
+# The tensors that a layer may accept: the trunk rebuilds each of them from activations, 2-D mask and positions.
 REBUILT_BY_THE_TRUNK = frozenset({"hidden_states", "attention_mask", "position_ids", "position_embeddings"})
 
-
-# How transformers calls classes with a head for the next token.
+# How the names of transformers' classes with a language-modelling head end.
 _LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
 @dataclass(frozen=True)
 class Stack:
-    """Where the decoder layers are. `name` is the path of the `ModuleList` within the model."""
+    """Decoder layers of a model. `name` is the path of the `ModuleList` within the model."""
 
     name: str
     layers: nn.ModuleList
 
     @property
     def parent_name(self) -> str:
-        """The path of the module that owns the list and runs the layers."""
+        """Path of the module that owns the list and runs the layers."""
         return self.name.rpartition(".")[0]
 
     @property
     def leaf_name(self) -> str:
-        """The name of the list itself: `h`, `layers`; PEFT's `layers_pattern`."""
+        """Name of the list itself, such as `h` or `layers`: PEFT's `layers_pattern`."""
         return self.name.rpartition(".")[2]
 
 
 def layer_count(config: PreTrainedConfig) -> int:
-    """The number of decoder layers of the model that `config` describes. Raises `ModelError` if it states none."""
+    """Return the number of decoder layers. Raises `ModelError` if `config` does not state it."""
     layers = getattr(config.get_text_config(), "num_hidden_layers", None)
     if layers is None:
         raise ModelError(f"{config.model_type}: its configuration states no number of hidden layers")
@@ -57,7 +55,7 @@ def layer_count(config: PreTrainedConfig) -> int:
 
 
 def find_stack(model: PreTrainedModel) -> Stack:
-    """The decoder stack of a model. Raises `ModelError` if there is none, or more than one."""
+    """Find the decoder stack of a model. Raises `ModelError` if none, or more than one, is found."""
     layers = layer_count(model.config)
     found = [
         Stack(name, module)
@@ -73,18 +71,18 @@ def find_stack(model: PreTrainedModel) -> Stack:
 
 
 def embedding_rows(model: Any) -> int | None:
-    """The tokens that a model has embeddings for."""
+    """Return the number of rows of the input embeddings, or None for a model without them."""
     weight = getattr(model.get_input_embeddings(), "weight", None)
     return None if weight is None else int(weight.shape[0])
 
 
 def causal_lm_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The transformers class of the whole model, as `AutoModelForCausalLM` picks it. Raises `ModelError`."""
+    """Return the class of the whole model, as `AutoModelForCausalLM` picks it. Raises `ModelError`."""
     return _mapped(MODEL_FOR_CAUSAL_LM_MAPPING, config, "causal language model")
 
 
 def base_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The transformers class without the head, as `AutoModel` picks it. Raises `ModelError`."""
+    """Return the class of the model without its head, as `AutoModel` picks it. Raises `ModelError`."""
     return _mapped(MODEL_MAPPING, config, "base model")
 
 
@@ -99,7 +97,7 @@ def _mapped(mapping: Any, config: PreTrainedConfig, kind: str) -> type[PreTraine
 
 
 def _check_is_language_model(config: PreTrainedConfig) -> None:
-    """Raises `ModelError` for a checkpoint whose head gives no next token: a classifier, a reward model."""
+    """Raise `ModelError` for a checkpoint with another head: a classifier, a reward model."""
     said = config.architectures or []
     base: Any = MODEL_MAPPING.get(type(config), ())
     bases = {cls.__name__ for cls in (base if isinstance(base, tuple | list) else (base,))}
@@ -115,10 +113,10 @@ class _FirstLayerSeen(Exception):
 
 
 def check_can_be_split(config: PreTrainedConfig) -> None:
-    """Raises `ModelError`, which names the architecture and the reason, for a model that zsl cannot split.
+    """Raise `ModelError`, with the architecture and the reason, for a model that cannot be split.
 
-    Refused: layers that do not return one tensor of the shape of their input, layers that take a tensor which cannot
-    be rebuilt from activations, 2-D mask and positions, and layers that see the tokens behind a token.
+    Refused: layers that do not return one tensor of the shape of their input, layers that need a tensor which cannot
+    be rebuilt from activations, 2-D mask and positions, and layers whose attention is not causal.
     """
     cls = base_class(config)
     if dropped := getattr(config.get_text_config(), "layerdrop", 0):
@@ -130,7 +128,7 @@ def check_can_be_split(config: PreTrainedConfig) -> None:
         with BUILDING, torch.device("meta"):
             model: Any = cls(config)
             model = model.to(torch.bfloat16)
-    except Exception as error:  # whatever an architecture raises for a configuration that lacks something
+    except Exception as error:  # architectures raise all kinds for an incomplete configuration
         reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
         raise ModelError(f"{config.model_type}: transformers cannot make this model ({reason})") from error
     stack = find_stack(model)
@@ -142,8 +140,8 @@ def check_can_be_split(config: PreTrainedConfig) -> None:
     runner = model.get_submodule(stack.parent_name)
     if not isinstance(runner, PreTrainedModel):
         raise ModelError(
-            f"{config.model_type}: its layers are run by a {type(runner).__name__}, which gets a mask that is made "
-            "already and not the 2-D one that a trunk needs; zsl cannot split this architecture"
+            f"{config.model_type}: its layers are run by a {type(runner).__name__}, which gets a prepared mask "
+            "instead of the 2-D one that a trunk needs; zsl cannot split this architecture"
         )
     seen: dict[str, Any] = {}
 
@@ -166,7 +164,7 @@ def check_can_be_split(config: PreTrainedConfig) -> None:
             f"{config.model_type}: its layers return {kind}, not one tensor of the input's shape; "
             "zsl cannot split this architecture"
         )
-    # The first argument is the hidden state, whatever its name is.
+    # The first argument is the hidden state; its name varies.
     extra = sorted(seen["tensors"] - REBUILT_BY_THE_TRUNK - {_first_parameter(stack.layers[0])})
     if extra:
         raise ModelError(
@@ -176,7 +174,7 @@ def check_can_be_split(config: PreTrainedConfig) -> None:
 
 
 def _call_on_meta(model: PreTrainedModel) -> str | None:
-    """Run `model` up to the end of its first layer. Returns why that failed, or None."""
+    """Run `model` up to the end of its first layer. Returns the reason of a failure, or None."""
     rows, tokens = 1, 2
     hidden = model.config.get_text_config().hidden_size
     problem = None
@@ -192,7 +190,7 @@ def _call_on_meta(model: PreTrainedModel) -> str | None:
                 )
         except _FirstLayerSeen:
             return None
-        except Exception as error:  # whatever an architecture raises, it cannot be tried
+        except Exception as error:  # any exception means that the first layer cannot be called
             problem = problem or f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
     return problem or "the model never called its layers"
 

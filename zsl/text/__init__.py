@@ -1,1 +1,1 @@
-"""Text for people: escaped, counted, with units. Knows nothing of models and sockets."""
+"""Text for people: escapes, plurals, sizes. Independent of models and sockets."""

@@ -1,6 +1,6 @@
-"""Numbers of bytes as people write them. Pure.
+"""Parse sizes in bytes with units, and round them to MiB.
 
-`pydantic.ByteSize` reads `1.2.3GB` as 1 byte, and takes digits of any script.
+`pydantic.ByteSize` reads `1.2.3GB` as 1 byte, and accepts digits of any script.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import re
 from zsl.errors import ConfigError
 
 UNITS = {"": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
-# More memory than there is; and what is larger than a float can be is no number.
+# More memory than any machine has.
 MAX_BYTES = 1 << 60
 
 
 def parse_size(text: str) -> int:
-    """`4GiB`, `500 MB` or `1024` in bytes. Raises `ConfigError`."""
+    """Parse `4GiB`, `500 MB` or `1024` into bytes. Raises `ConfigError`."""
     match = re.fullmatch(r"(\d{1,20}(?:\.\d{1,20})?)\s*([a-zA-Z]*)", text.strip(), re.ASCII)
     unit = None if match is None else UNITS.get(match[2].lower())
     if match is None or unit is None:
@@ -27,5 +27,5 @@ def parse_size(text: str) -> int:
 
 
 def to_mib(nbytes: int) -> int:
-    """Whole MiB, rounded up."""
+    """Return a number of bytes in whole MiB, rounded up."""
     return -(-nbytes // UNITS["mib"])

@@ -1,10 +1,10 @@
-"""The first line of another library's error."""
+"""Shorten an error of another library to its first line."""
 
 from __future__ import annotations
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of a foreign error's text, and the next if the first only announces it: one line of ours."""
+    """Return the first line of an error's text, with the second if the first ends with a colon, or its type."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if len(lines) > 1 and lines[0].endswith(":"):
         return f"{lines[0]} {lines[1]}"

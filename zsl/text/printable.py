@@ -1,7 +1,7 @@
-"""Escapes text that others wrote, so that it can neither steer a terminal nor pose as a line of its own.
+"""Escape untrusted text, so that it can neither control a terminal nor forge a log line.
 
-Names and numbers of machines are refused where they enter (`zsl.wire.messages`); texts for people, file names and data
-are escaped where they are shown.
+`zsl.wire.messages` rejects invalid names and numbers as they arrive; texts for people, file names and data are escaped
+as they are shown.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import logging
 import re
 from types import TracebackType
 
-# Controls of C0 and C1, marks that turn the direction of writing, separators of lines, half characters.
+# C0 and C1 controls, bidirectional and zero-width marks, line separators, surrogates.
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ud800-\udfff\ufeff]")
 
 _ErrorInfo = (
@@ -19,22 +19,22 @@ _ErrorInfo = (
 
 
 def printable(text: str) -> str:
-    r"""Escape what is not to be seen in a line, as `\x1b`, `\n` or `\u2028`."""
+    r"""Escape unprintable characters, as `\x1b`, `\n` or `\u2028`."""
     return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
 
 
 def is_printable(text: str) -> bool:
-    """Check that `printable` has nothing to escape."""
+    """Return whether `printable` has nothing to escape."""
     return _UNPRINTABLE.search(text) is None
 
 
 def printable_lines(text: str) -> str:
-    """Escape a text of several lines: its line ends stay."""
+    """Escape a text of several lines, except its line ends."""
     return "\n".join(map(printable, text.split("\n")))
 
 
 class PrintableFormatter(logging.Formatter):
-    """Writes each message in one line, and a traceback below it indented."""
+    """Format each log message in one line, and a traceback indented below it."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
         record.message = printable(record.message)
