@@ -21,7 +21,7 @@ from zsl.files.durable import remove_leftovers, remove_tree, write_file
 from zsl.training.directory.checkpoints import CHECKSUMS, checkpoints_in, damage_of, own_checkpoints_in
 from zsl.training.directory.record import RECORD, RunRecord, as_bytes, read_record
 
-METRICS = "metrics.jsonl"
+METRICS_FILE = "metrics.jsonl"
 LOCK = ".lock"
 
 logger = logging.getLogger(__name__)
@@ -107,7 +107,7 @@ class RunDirectory:
 
     def add_to(self, checkpoint: Path, *, metrics: str, seconds: float) -> None:
         """Write what a `Start` needs beside Trainer's files. Raises `OSError`."""
-        (checkpoint / METRICS).write_text(metrics, encoding="utf-8")
+        (checkpoint / METRICS_FILE).write_text(metrics, encoding="utf-8")
         (checkpoint / RECORD).write_bytes(as_bytes(self.record.model_copy(update={"seconds": seconds})))
 
     def made(self, checkpoint: Path) -> None:
@@ -151,7 +151,7 @@ class RunDirectory:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "its trainer_state.json names no step"
             raise ConfigError(f"{checkpoint} is no checkpoint to go on from: {reason}") from error
-        metrics, record = checkpoint / METRICS, read_record(checkpoint)
+        metrics, record = checkpoint / METRICS_FILE, read_record(checkpoint)
         goes_on = self._is_of_this_run(record)
         if record is not None:
             if of_another_model := record.model_differences(self.record):

@@ -14,7 +14,7 @@ from zsl.errors import ModelError, RunFailed
 from zsl.models.reference import ModelReference
 from zsl.split.sides import Sides
 from zsl.training.directory.record import RECORD, RunRecord, as_bytes
-from zsl.training.directory.resume import METRICS
+from zsl.training.directory.resume import METRICS_FILE
 from zsl.training.report.metrics import RunMetrics
 from zsl.training.report.overview import SIDES
 from zsl.training.report.plot import write_loss_plot
@@ -51,7 +51,7 @@ class Results:
                 continue
             kilobytes = (target / SAFETENSORS_WEIGHTS_NAME).stat().st_size / 1000
             lines.append(f"{target}  ({kilobytes:.0f} kB)")
-        lines.append(f"{self.directory / METRICS}  (a line per step)")
+        lines.append(f"{self.directory / METRICS_FILE}  (a line per step)")
         if self.metrics.steps and self._drew():
             lines.append(f"{self.directory / PLOT}")
         return lines

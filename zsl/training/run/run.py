@@ -30,7 +30,7 @@ from zsl.training.config.config import TrainConfig
 from zsl.training.config.peft_table import check_method, peft_config
 from zsl.training.data.load import TrainingData, load_data
 from zsl.training.directory.record import DATA, MODEL_CONFIGURATION, WEIGHTS, RunRecord, configuration_of
-from zsl.training.directory.resume import METRICS, RunDirectory, Start, held, refuse_another_run
+from zsl.training.directory.resume import METRICS_FILE, RunDirectory, Start, held, refuse_another_run
 from zsl.training.report.metrics import RunMetrics
 from zsl.training.report.overview import communication, overview
 from zsl.training.report.screen import final_summary
@@ -117,7 +117,7 @@ def train_from_config(config: TrainConfig, where: str, *, dry_run: bool = False)
         if start is not None:
             check_fits(start.checkpoint, model)
             arguments.eval_on_start = False  # that was at the true start
-        metrics = RunMetrics(run.path / METRICS, start.metrics if start else "")
+        metrics = RunMetrics(run.path / METRICS_FILE, start.metrics if start else "")
         stack.enter_context(closing(metrics))
         trainer = _trainer(
             where,
