@@ -1,4 +1,4 @@
-"""Schema of `[data]`: the data set to train and validate on, with checks of its keys. Imports no torch."""
+"""Schema of `[data]`: data to train and validate on, and checks of its keys. Imports no torch."""
 
 from __future__ import annotations
 

@@ -77,13 +77,13 @@ def check_together(where: str, train: Mapping[str, Any], *, overlap: int, valida
         raise ConfigError(f'{where}: train.save_strategy = "best" goes by the validation loss: set data.validation')
     if train.get("metric_for_best_model") not in (None, *METRICS):
         raise ConfigError(
-            f"{where}: train.metric_for_best_model = {train['metric_for_best_model']!r}: what a validation gives is "
+            f"{where}: train.metric_for_best_model = {train['metric_for_best_model']!r}: unknown metric; there are "
             f"{' and '.join(METRICS[:2])}"
         )
     if train.get("auto_find_batch_size", False) is not False:
         raise ConfigError(
-            f"{where}: train.auto_find_batch_size begins the training again within a run, and its metrics would be of "
-            "several: set train.per_device_train_batch_size"
+            f"{where}: train.auto_find_batch_size restarts the training within a run, which would mix the metrics of "
+            "several trainings: set train.per_device_train_batch_size"
         )
     steps = train.get("gradient_accumulation_steps", 1)
     if isinstance(steps, int) and overlap > steps:

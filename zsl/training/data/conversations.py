@@ -51,7 +51,7 @@ def messages_of(value: Any) -> Messages:
         try:
             value = json.loads(value)
         except ValueError:
-            raise DataError("text that is no JSON list of messages; a text is learnt with data.text_column") from None
+            raise DataError("text, and no JSON list of messages; name a column of text with data.text_column") from None
     if not isinstance(value, list):
         raise DataError(f"{type(value).__name__}, not a list of messages")
     return [_message(number, message) for number, message in enumerate(value, 1)]
@@ -64,7 +64,7 @@ def _message(number: int, given: Any) -> dict[str, Any]:
     if "from" in message and "role" not in message:
         speaker = str(message.pop("from"))
         if speaker not in ROLES:
-            raise DataError(f"message {number} is from {speaker!r}, and known are {', '.join(ROLES)}; rename it")
+            raise DataError(f"message {number} is from {speaker!r}, not one of {', '.join(ROLES)}; rename it")
         message["role"] = ROLES[speaker]
     if "value" in message and "content" not in message:
         message["content"] = message.pop("value")
@@ -107,7 +107,7 @@ def _json(row: Mapping[str, Any], name: str, kind: type) -> Any:
         try:
             value = json.loads(value) if value.strip() else None
         except ValueError:
-            raise DataError(f"{name} is text that is no JSON") from None
+            raise DataError(f"{name} is text, and invalid JSON") from None
     if value is not None and not isinstance(value, kind):
         raise DataError(f"{name} is a {type(value).__name__}, not a {kind.__name__}")
     return value

@@ -150,14 +150,12 @@ class RunDirectory:
             without_gain = int(early["attributes"]["early_stopping_patience_counter"]) if early else 0
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "its trainer_state.json names no step"
-            raise ConfigError(f"{checkpoint} is no checkpoint to go on from: {reason}") from error
+            raise ConfigError(f"{checkpoint} cannot be resumed from: {reason}") from error
         metrics, record = checkpoint / METRICS_FILE, read_record(checkpoint)
         goes_on = self._is_of_this_run(record)
         if record is not None:
             if of_another_model := record.model_differences(self.record):
-                raise ConfigError(
-                    f"{checkpoint} is of another model, where its adapters mean nothing: {', '.join(of_another_model)}"
-                )
+                raise ConfigError(f"{checkpoint} holds adapters of another model: {', '.join(of_another_model)}")
             if goes_on:
                 self.record = self.record.model_copy(update={"run": record.run})
         return Start(

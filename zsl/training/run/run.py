@@ -75,7 +75,7 @@ def train_from_config(config: TrainConfig, where: str, *, dry_run: bool = False)
         virtual_tokens = getattr(peft, "num_virtual_tokens", None) or 0
         data = load_data(config.data, reference, virtual_tokens=virtual_tokens)
         if not isinstance(data.train, Dataset) and arguments.max_steps <= 0:
-            raise ConfigError(f"{where}: a stream has no end to count: set train.max_steps, or data.samples")
+            raise ConfigError(f"{where}: a stream has no length: set train.max_steps, or data.samples")
         set_seed(arguments.seed)
         trunk, trunk_place = _trunk(config, cut, dtype, stack)
         stack.callback(trunk.close)
@@ -91,7 +91,7 @@ def train_from_config(config: TrainConfig, where: str, *, dry_run: bool = False)
             raise ConfigError(f"{where}: [peft]: {error}") from error
         if trunk.effective_mode == "none" and not adapter_parameters(model, sides, "top"):
             raise ConfigError(
-                f"{where}: no gradient comes back from the trunk (mode none), and nothing behind it learns: "
+                f"{where}: no gradient comes back from the trunk (mode none), and no layer behind it is trained: "
                 "put adapters on the top, or train in mode exact, through a daemon that serves backward"
             )
         for rows, key in (
@@ -187,7 +187,7 @@ def _train(trainer: SplitTrainer, run: RunDirectory, start: Start | None, result
         saved = results.save_after_a_failure()
         raise RunFailed(f"training ended after step {metrics.last_step}: {what}; {_goes_on(run)}{saved}") from error
     if not metrics.taken and start is None:
-        raise RunFailed("the data and [train] gave no step to take; nothing was saved")
+        raise RunFailed("the data and [train] give no training step; nothing was saved")
     try:
         lines = results.save()
         metrics.finish()

@@ -84,8 +84,8 @@ class SplitTrainer(OverlapMixin, TokenLossMixin, WholeCheckpointsMixin, Trainer)
         loader = self.get_train_dataloader()
         if isinstance(self.train_dataset, Dataset) and not len(loader):
             raise ConfigError(
-                f"there is no step to take: {len(self.train_dataset)} rows make no batch of "
-                f"{self.args.train_batch_size}, and train.dataloader_drop_last leaves out what is less"
+                f"no training step: {len(self.train_dataset)} rows do not fill a batch of "
+                f"{self.args.train_batch_size}, and train.dataloader_drop_last drops smaller ones"
             )
         self.create_optimizer()
 
