@@ -1,1 +1,1 @@
-"""`zsl-train`: a configuration file to a trained adapter, on Hugging Face `Trainer`."""
+"""Training of an adapter from a configuration file (`zsl-train`), on Hugging Face `Trainer`."""

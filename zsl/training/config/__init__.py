@@ -1,1 +1,1 @@
-"""The configuration file: schema, defaults, checks. Knows no torch."""
+"""The configuration file: schema, defaults and checks."""

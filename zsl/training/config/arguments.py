@@ -1,4 +1,4 @@
-"""`[train]` as `TrainingArguments`, with what would show only when the training has begun found out before."""
+"""Make `TrainingArguments` of `[train]`, and find errors that Trainer would raise only in training."""
 
 from __future__ import annotations
 
@@ -31,20 +31,23 @@ AT_LEAST = {
 
 
 def trainer_arguments(config: TrainConfig, where: str) -> TrainingArguments:
-    """Raises `ConfigError` for what is no key or no value of a key; `where` is the place of the configuration."""
-    # Trainer lets a CPU compute in bfloat16 only if it is asked for by name.
+    """Make `TrainingArguments`. Raises `ConfigError` for an unknown key or an invalid value.
+
+    `where` is the configuration file, for error texts.
+    """
+    # Trainer accepts bfloat16 on a CPU only with `use_cpu`.
     device = {"use_cpu": True} if not torch.accelerator.is_available() else {}
     values = {**device, **config.trainer_arguments}
-    arguments = make_foreign(TrainingArguments, where, "train", values, check=_check_what_is_made_of_it)
+    arguments = make_foreign(TrainingArguments, where, "train", values, check=_build_what_trainer_builds)
     _check_numbers(arguments, where)
     arguments.dataloader_pin_memory = arguments.dataloader_pin_memory and torch.cuda.is_available()
-    # Trainer would show the mean of the earlier losses for one that is not finite.
+    # Trainer would log the mean of the earlier losses in place of a loss that is not finite.
     arguments.logging_nan_inf_filter = False
     return arguments
 
 
-def _check_what_is_made_of_it(arguments: TrainingArguments) -> None:
-    """Make of a stand-in what Trainer makes when the training begins."""
+def _build_what_trainer_builds(arguments: TrainingArguments) -> None:
+    """Build the data loader, optimizer and scheduler for a dummy model, so that invalid values raise now."""
     arguments.get_process_log_level()
     get_reporting_integration_callbacks(arguments.report_to)
     DataLoader(
@@ -54,9 +57,9 @@ def _check_what_is_made_of_it(arguments: TrainingArguments) -> None:
         persistent_workers=arguments.dataloader_persistent_workers,
     )
     optimizer: torch.optim.Optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 1e-3)
-    if arguments.optim_target_modules is None:  # else it is for names of the model's own
+    if arguments.optim_target_modules is None:  # else the optimizer needs the model's module names
         cls, options = Trainer.get_optimizer_cls_and_kwargs(arguments, nn.Linear(1, 1))  # type: ignore[arg-type]
-        if arguments.learning_rate >= 0:  # or it is refused by name
+        if arguments.learning_rate >= 0:  # a negative one is refused below, with its key
             made = cls([nn.Parameter(torch.zeros(1))], **options)
             optimizer = made if isinstance(made, torch.optim.Optimizer) else optimizer
     get_scheduler(

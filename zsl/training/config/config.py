@@ -1,8 +1,8 @@
-"""The configuration of `zsl-train`, from a TOML file and the command line, checked. Knows no torch.
+"""Read and check the configuration of `zsl-train` from a TOML file and the command line.
 
-`[model]`, `[trunk]` and `[data]` have a schema here. `[peft]` goes as it is to the PEFT configuration class of its
-`method`, and `[train]` to `TrainingArguments`: their documentation is theirs, `third_party.py` checks their keys.
-`TrainerExtras` are the few keys of `[train]` that are ours; its defaults are in `zsl.training.config.train_table`.
+`[model]`, `[trunk]` and `[data]` have a schema. `[peft]` is passed to the PEFT configuration class of its `method`, and
+`[train]` to `TrainingArguments`: `third_party.py` checks their keys, and those libraries document them.
+`TrainerExtras` are the keys of `[train]` that zsl adds; the defaults are in `train_table.py`. Imports no torch.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ LONGEST_TIMEOUT_SECONDS = 7 * 24 * 3600.0
 
 ADAPTER = "adapter"  # a key of `[peft]`
 PEFT_DEFAULTS: dict[str, Any] = {"method": "lora"}
-# What is trained without a file.
+# Settings of a run without a configuration file.
 WITHOUT_A_FILE: dict[str, dict[str, Any]] = {
     "data": {"samples": 20},
     "peft": {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"},
     "train": {"output_dir": "lora_checkpoints", "seed": 0},
 }
 
-_JSON = (str, int, float, list, dict)  # what TOML has beside dates and times
+_JSON = (str, int, float, list, dict)  # TOML's types except dates and times
 
 
 class ModelTable(Table):
-    """`[model]`: which model, and in what numbers the client's layers compute."""
+    """`[model]`: the model, and the dtype of the client's layers."""
 
     name: str = Field(
         default="random:gpt2",
@@ -51,67 +51,69 @@ class ModelTable(Table):
 
 
 class TrunkTable(Table):
-    """`[trunk]`: where the trunk is, and how it is used."""
+    """`[trunk]`: the trunk's address, and how the client uses it."""
 
     endpoint: str | None = Field(
         default=None,
-        description="`HOST:PORT` of a daemon, or several of the same trunk with commas between them. Without it the "
+        description="`HOST:PORT` of a daemon, or a comma-separated list of daemons of the same trunk. Without it the "
         "trunk runs in the same process, still behind a socket.",
     )
     server_key: str | None = Field(default=None, description="The daemon's `.key` file, or the key itself.")
-    client_key: str | None = Field(default=None, description="One's own `.key_secret` file.")
+    client_key: str | None = Field(default=None, description="The client's `.key_secret` file.")
     mode: Literal["exact", "straight-through", "none"] = Field(
-        default="exact", description="The gradient in front of the trunk."
+        default="exact", description="The gradient for the layers in front of the trunk."
     )
     cut: str | None = Field(
         default=None,
         coerce_numbers_to_str=True,
-        description="`START:STOP`, the trunk's layers. A daemon that serves others is refused; without it, its own.",
+        description="`START:STOP`, the trunk's layers. A daemon that serves other layers is refused; without it, the "
+        "daemon's layers are used.",
     )
     wire_dtype: DtypeName | None = Field(
-        default=None, description="What activations and gradients are sent in; without it, the model's dtype."
+        default=None, description="The dtype of activations and gradients on the wire; without it, the model's dtype."
     )
     deterministic: Literal["packed"] | None = Field(
-        default=None, description="`packed`: refuse a daemon whose answers may depend on who else it serves."
+        default=None, description="`packed`: refuse a daemon whose answers may depend on its other clients' requests."
     )
     padding: Literal["drop", "send"] = Field(
         default="drop",
-        description="`send`: padding behind real tokens crosses too; a padded batch then has the local model's bits.",
+        description="`send`: send padding too, so that a padded batch gives the local model's results bit for bit.",
     )
     connect_timeout_seconds: float = Field(
         default=10.0,
         gt=0,
         le=LONGEST_TIMEOUT_SECONDS,
-        description="How long the first connection may take; a daemon that says that it is still loading has "
-        "`request_timeout_seconds`.",
+        description="The longest time for the first connection; for a daemon that is still loading, "
+        "`request_timeout_seconds` applies.",
     )
     request_timeout_seconds: float = Field(
         default=300.0,
         gt=0,
         le=LONGEST_TIMEOUT_SECONDS,
-        description="How long a request may take, replays and a daemon that is away included.",
+        description="The longest time for a request, including replays and outages of the daemon.",
     )
 
 
 class TrainerExtras(Table):
-    """The keys of `[train]` that `TrainingArguments` does not have."""
+    """Keys of `[train]` that zsl adds to those of `TrainingArguments`."""
 
     overlap: int = Field(
         default=1,
         ge=1,
         strict=True,
-        description="Micro-batches (of `gradient_accumulation_steps`) in flight at once; the gradient is the same.",
+        description="The number of micro-batches (of `gradient_accumulation_steps`) in flight at once; the gradient "
+        "is the same.",
     )
     early_stopping_patience: int | None = Field(
-        default=None, ge=1, description="Stop after so many validations in a row that were no better than the best."
+        default=None, ge=1, description="Stop after this many validations in a row without improvement."
     )
     early_stopping_threshold: float = Field(
-        default=0.0, ge=0, description="By how much a validation loss must be lower to count as better."
+        default=0.0, ge=0, description="The smallest decrease of the validation loss that counts as an improvement."
     )
 
 
 class TrainConfig(Table):
-    """A whole configuration."""
+    """The whole configuration: one field for each table."""
 
     model: ModelTable = ModelTable()
     trunk: TrunkTable = TrunkTable()
@@ -121,12 +123,12 @@ class TrainConfig(Table):
 
     @property
     def extras(self) -> TrainerExtras:
-        """The keys of `[train]` that are ours. Raises `ValidationError`; `read_config` has seen to that."""
+        """The keys of `[train]` that zsl adds. Raises `ValidationError`, which `read_config` has ruled out."""
         return TrainerExtras.model_validate({k: v for k, v in self.train.items() if k in TrainerExtras.model_fields})
 
     @property
     def adapter(self) -> str | None:
-        """The adapter that the training goes on from, if `[peft]` names one. Raises `ConfigError`."""
+        """The adapter to start from (a directory or a hub id), or None. Raises `ConfigError`."""
         named = self.peft.get(ADAPTER)
         if named is not None and not (isinstance(named, str) and named):
             raise ConfigError(f"peft.{ADAPTER} = {named!r}: a directory, or a hub id, is needed")
@@ -134,7 +136,7 @@ class TrainConfig(Table):
 
     @property
     def resume_from(self) -> str | bool | None:
-        """What `[train]` says of where to start: a checkpoint, whether to, or nothing. Raises `ConfigError`."""
+        """The value of `train.resume_from_checkpoint`: a path, a bool or None. Raises `ConfigError`."""
         asked = self.train.get("resume_from_checkpoint")
         if asked is not None and not isinstance(asked, str | bool):
             raise ConfigError(
@@ -144,12 +146,12 @@ class TrainConfig(Table):
 
     @property
     def trainer_arguments(self) -> dict[str, Any]:
-        """The keys of `[train]` that are for `TrainingArguments`; which checkpoint to go on from is `resume_from`."""
+        """The keys of `[train]` for `TrainingArguments`, without `resume_from_checkpoint`."""
         ours = {*TrainerExtras.model_fields, "resume_from_checkpoint"}
         return {key: value for key, value in self.train.items() if key not in ours}
 
     def as_toml(self) -> str:
-        """The configuration as the TOML that would give it again, without secrets: it is for logs."""
+        """Return the configuration as TOML text for logs, without secrets."""
         lines: list[str] = []
         for table, fields in self.model_dump(exclude_none=True).items():
             shown = {key: value for key, value in fields.items() if not key.endswith("_token")}
@@ -160,10 +162,10 @@ class TrainConfig(Table):
 def read_config(
     file: Path | None, *, settings: Sequence[str] = (), overrides: Mapping[str, Mapping[str, Any]]
 ) -> TrainConfig:
-    """The configuration in `file`, with `table.key=value` settings and then `overrides` laid over it.
+    """Read the configuration in `file`, overridden by `table.key=value` settings and then by `overrides`.
 
-    Without a file, that of a small run on synthetic data. Raises `ConfigError`, which names file and key, and for a
-    misspelt key the nearest that there is.
+    Without a file, it describes a small run on synthetic data. Raises `ConfigError`, which names file and key, and for
+    a misspelt key the nearest known one.
     """
     where = where_of(file)
     tables = _read(file) if file else {}
@@ -181,7 +183,7 @@ def read_config(
         raise ConfigError(f"{where}: peft.{ADAPTER} goes on from an adapter as that is: leave out {others}, or it")
     tables["peft"] = peft if ADAPTER in peft else {**PEFT_DEFAULTS, **peft}
     for table, values in {} if file else WITHOUT_A_FILE.items():
-        if table != "peft" or tables["peft"].get("method") == "lora":  # they are keys of LoRA
+        if table != "peft" or tables["peft"].get("method") == "lora":  # those defaults are keys of LoRA
             tables[table] = {**values, **_table(where, tables, table)}
     data = _table(where, tables, "data")
     validates, streams = bool(data.get("validation")), bool(data.get("streaming")) and data.get("samples") is None
@@ -203,7 +205,7 @@ def read_config(
 
 
 def where_of(file: Path | None) -> str:
-    """How an error names the place of a configuration."""
+    """Return the name of the configuration's source for error texts."""
     return str(file) if file else "the command line"
 
 
@@ -238,7 +240,7 @@ def _parse_setting(text: str) -> tuple[str, str, Any]:
 
 
 def _refuse_dates(where: str, path: str, value: Any) -> None:
-    """Raises `ConfigError` for a date or a time of TOML's: nothing here takes one, and JSON knows none."""
+    """Raise `ConfigError` for a TOML date or time: no key accepts one, and `run.json` cannot hold one."""
     if isinstance(value, dict):
         for key, item in value.items():
             _refuse_dates(where, f"{path}.{key}" if path else key, item)

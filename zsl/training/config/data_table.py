@@ -1,4 +1,4 @@
-"""`[data]`: what to train on, and which keys go together. Knows no torch."""
+"""Schema of `[data]`: data to train and validate on, and checks of its keys. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SYNTHETIC = "synthetic"
 PYTHON_DOCS = "python-docs"
 WIKITEXT = "wikitext"
 
-# What says nothing about a text, which has no columns, splits or configurations and is read as one.
+# Keys that do not apply to a text: it has no columns, splits or configurations, and is read whole.
 NOT_FOR_A_TEXT = ("config", "split", "text_column", "messages_column", "streaming")
 NOT_FOR_SYNTHETIC = (*NOT_FOR_A_TEXT, "packing")
 
@@ -32,7 +32,7 @@ def _share_or_place(value: Any) -> Any:
 
 
 class DataTable(Table):
-    """`[data]`: the rows that the model is trained and validated on. They stay in this process."""
+    """`[data]`: the rows to train and validate on. They stay in this process."""
 
     name: str = Field(
         default=SYNTHETIC,
@@ -46,7 +46,7 @@ class DataTable(Table):
     config: str | None = Field(
         default=None, min_length=1, description="The data set's configuration, where it has more than one."
     )
-    split: str = Field(default="train", min_length=1, description="The split of the data set that is trained on.")
+    split: str = Field(default="train", min_length=1, description="The split to train on.")
     text_column: str | None = Field(
         default=None,
         min_length=1,
@@ -64,41 +64,42 @@ class DataTable(Table):
     streaming: bool = Field(
         default=False,
         description="Whether to read rows as they are needed instead of the whole data set first: with `samples` that "
-        "many are read and held, without it reading goes on for `train.max_steps`, shuffled among 1,000 documents.",
+        "many are read into memory, without it reading goes on for `train.max_steps`, with a shuffle buffer of 1,000 "
+        "documents.",
     )
     packing: bool | None = Field(
         default=None,
-        description="Whether documents are put one after another (texts with the end-of-text token between them) and "
-        "cut into rows of exactly `max_length` tokens, instead of a row for each, cut off at `max_length`; without it "
+        description="Whether to concatenate documents (texts with the end-of-text token between them) and cut them "
+        "into rows of exactly `max_length` tokens, instead of one row for each, truncated to `max_length`; without it "
         "true for text and false for conversations and completions.",
     )
     validation: Annotated[float | str | None, BeforeValidator(_share_or_place)] = Field(
         default=None,
-        description="What to validate on: a share of the rows (drawn with `seed`, and not trained on), the name of a "
-        "split, or the path of a file; 0 for nothing.",
+        description="The rows to validate on: a fraction of the rows (drawn with `seed`, and not trained on), the name "
+        "of a split, or the path of a file; 0 for none.",
     )
     validation_samples: int | None = Field(
-        default=None, ge=1, description="The number of rows to validate on, at most; without it all."
+        default=None, ge=1, description="The largest number of rows to validate on; without it all."
     )
     samples: int | None = Field(
         default=None,
         ge=1,
-        description="The number of rows to train on, at most; without it 20 of `synthetic`, and all of any other.",
+        description="The largest number of rows to train on; without it 20 of `synthetic`, and all of any other.",
     )
-    max_length: int = Field(default=128, ge=2, description="The number of tokens a row has, at most.")
+    max_length: int = Field(default=128, ge=2, description="The largest number of tokens in a row.")
     seed: int = Field(
         default=0,
         ge=0,
-        description="The seed of the synthetic language, of the share that is validated on, and of a stream's order.",
+        description="The seed of the synthetic language, of the draw of validation rows, and of a stream's order.",
     )
 
     @property
     def streams(self) -> bool:
-        """Whether the training data has no length, so that `train.max_steps` must say how long to train."""
+        """True if the training data has no length, so that `train.max_steps` is required."""
         return self.streaming and self.samples is None
 
     def given(self, keys: Iterable[str]) -> list[str]:
-        """Those of `keys` that have another value than their default."""
+        """Return the keys among `keys` whose value is not the default."""
         return [key for key in keys if getattr(self, key) != type(self).model_fields[key].default]
 
     @model_validator(mode="after")

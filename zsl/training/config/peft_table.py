@@ -1,8 +1,8 @@
-"""`[peft]`: `method`, and that method's own keys, which go to PEFT's configuration class as they are.
+"""Make PEFT's configuration of `[peft]`: check the method and its keys.
 
-A method is taken if a test holds that it gives the local model's gradients through a trunk, that its file loads on the
-whole model, and that a training goes on from it (tests/test_peft_methods.py). All others are refused by name, with the
-reason. Knows no model: `zsl.adapters.attach` puts the adapter into one.
+A method is accepted if a test shows that its gradients through a trunk are the local model's, that its file loads on
+the whole model, and that a training can resume from it (tests/test_peft_methods.py). All others are refused with a
+reason. `zsl.adapters.attach` puts the adapter into a model.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _REFUSED = {
     "SHADOW": "a second hidden state goes with the first through every layer, the trunk's too",
     "XLORA": "its classifier reads the hidden states of every layer, and those inside the trunk stay there",
 }
-# What people call a method, and how it is written.
+# Common names of methods that PEFT has as options, and how to configure them.
 _WRITTEN = {
     "dora": 'method = "lora" with use_dora = true',
     "rslora": 'method = "lora" with use_rslora = true',
@@ -58,7 +58,7 @@ _REFUSED_INITIALIZATIONS = {
     "loftq": 'it replaces the base weights; quantize them with [model] quantize = "4bit"',
     "pissa_niter": "PEFT draws it anew when it loads the adapter, which then fits no more; write pissa",
 }
-# What PEFT counts with and has no default for.
+# Keys that PEFT needs and has no default for.
 _NEEDED = {
     "ADAPTION_PROMPT": ("adapter_len", "adapter_layers"),
     "P_TUNING": ("num_virtual_tokens",),
@@ -68,12 +68,12 @@ _NOT_A_USERS = {"auto_mapping", "base_model_name_or_path", "inference_mode", "pe
 
 
 def peft_config(where: str, table: Mapping[str, Any], *, checkpoints: bool = True) -> PeftConfig:
-    """The configuration that `[peft]` in `where` (a file) stands for.
+    """Make the PEFT configuration of `[peft]` in `where` (a file).
 
-    `checkpoints`: whether the training is to go on from those it writes. Raises `ConfigError` for an unknown method or
-    key, for what PEFT complains of, and for what does not work through a trunk.
+    `checkpoints`: whether the training writes checkpoints to resume from. Raises `ConfigError` for an unknown method or
+    key, for a value that PEFT refuses, and for a setting that does not work through a trunk.
     """
-    values = copy.deepcopy({"task_type": "CAUSAL_LM", **table})  # PEFT writes into lists that it is given
+    values = copy.deepcopy({"task_type": "CAUSAL_LM", **table})  # PEFT modifies lists passed to it
     method = str(values.pop("method", "lora"))
     kind = method.upper().replace("-", "_")
     cls = {str(key.value): found for key, found in PEFT_TYPE_TO_CONFIG_MAPPING.items()}.get(kind)
@@ -104,7 +104,7 @@ def peft_config(where: str, table: Mapping[str, Any], *, checkpoints: bool = Tru
 
 
 def check_method(where: str, config: Any, *, checkpoints: bool = True) -> None:
-    """Raises `ConfigError` if the method of an adapter that there is does not work through a trunk."""
+    """Raise `ConfigError` if the method of an existing adapter does not work through a trunk."""
     kind = str(config.peft_type.value)
     reason = _why_not(kind, {field.name for field in dataclasses.fields(config)}, checkpoints=checkpoints)
     if reason:
@@ -112,7 +112,7 @@ def check_method(where: str, config: Any, *, checkpoints: bool = True) -> None:
 
 
 def _why_not(kind: str, fields: set[str], *, checkpoints: bool) -> str | None:
-    """Why a method does not work through a trunk or in zsl-train, or None if it does."""
+    """Return the reason why a method does not work through a trunk or in zsl-train; None if it works."""
     tuner = {str(key.value): found for key, found in PEFT_TYPE_TO_TUNER_MAPPING.items()}.get(kind)
     if kind in _REFUSED:
         return _REFUSED[kind]

@@ -1,8 +1,6 @@
-"""Print the reference of the TOML file, made of its schema.
+"""Print docs/configuration.md, the reference of the TOML file, from its schema.
 
-    python -m zsl.training.config.reference > docs/configuration.md
-
-Knows no torch.
+python -m zsl.training.config.reference > docs/configuration.md
 """
 
 from __future__ import annotations
@@ -36,37 +34,37 @@ configuration as it would be used.
 PEFT = """\
 ## `[peft]`
 
-`method` is a method of PEFT, `{method}` if nothing is said: `lora`, `ia3`, `loha`, `lokr`, `prompt_tuning`, … All other
-keys are those of that method's own configuration class (`LoraConfig`, `IA3Config`, …), whose documentation is PEFT's.
-DoRA is `method = "lora"` with `use_dora = true`, rsLoRA the same with `use_rslora = true`. A method that cannot work
-through a trunk is refused by name.
+`method` is a method of PEFT, by default `{method}`: `lora`, `ia3`, `loha`, `lokr`, `prompt_tuning`, … All other keys
+are those of that method's configuration class (`LoraConfig`, `IA3Config`, …), which PEFT documents. DoRA is
+`method = "lora"` with `use_dora = true`, rsLoRA the same with `use_rslora = true`. A method that cannot work through a
+trunk is refused with a reason.
 
-`adapter` goes on from an adapter that there is, and is then the only key: the directory of a run or of an adapter, or a
-hub id. On the command line that is `--adapter`. Steps, optimizer and learning rate begin anew; a run that was
-ended goes on without it.
+`adapter` continues the training of an existing adapter, and is then the only key: the directory of a run or of an
+adapter, or a hub id. On the command line that is `--adapter`. Steps, optimizer and learning rate begin anew; to resume
+an interrupted run, leave it out.
 
 """
 TRAIN = """\
 ## `[train]`
 
-The keys of transformers' `TrainingArguments`, whose documentation is theirs, and a few of our own:
+The keys of transformers' `TrainingArguments`, which transformers documents, and these that zsl adds:
 
 """
 DEFAULTS = """\
-Where the file says nothing, `zsl-train` says this:
+The defaults of `zsl-train`:
 
 ```toml
 {train}
 ```
 
-with `data.validation`:
+More with `data.validation`:
 
 ```toml
 {validation}
 ```
 
-where the best adapters are kept (`load_best_model_at_end`, or `early_stopping_patience`), there is a validation
-whenever there is a checkpoint. Without a file:
+With `load_best_model_at_end` or `early_stopping_patience`, validations and checkpoints have the same interval. Without
+a file:
 
 ```toml
 {without}
@@ -75,7 +73,7 @@ whenever there is a checkpoint. Without a file:
 
 
 def toml_reference() -> str:
-    """The text of docs/configuration.md."""
+    """Return the text of docs/configuration.md."""
     parts = [HEAD]
     tables: dict[str, type[Table]] = {"model": ModelTable, "trunk": TrunkTable, "data": DataTable}
     for name, table in tables.items():
@@ -109,7 +107,7 @@ def _default(field: FieldInfo) -> str:
 
 
 def _values(field: FieldInfo) -> str:
-    """The type of a key in words, with its bounds."""
+    """Return the type of a key in words, with its bounds."""
     names = {str: "text", int: "a whole number", float: "a number", bool: "true, false"}
     kinds = [kind for kind in (get_args(field.annotation) or (field.annotation,)) if kind is not type(None)]
     if get_origin(field.annotation) is Literal:

@@ -1,4 +1,4 @@
-"""What all tables of the configuration have in common. Knows no torch."""
+"""Base class of the configuration's tables. Imports no torch."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Table(BaseModel):
-    """A table of the TOML file: its keys are those here and no others."""
+    """Base of a TOML table: refuses unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -1,4 +1,4 @@
-"""Tables whose keys are another library's: checked by the fields and types of its own class, and made into that."""
+"""Make a third-party dataclass of a table, with checks of its keys and types."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def make_foreign(
     *,
     check: Callable[[T], None] = lambda made: None,
 ) -> T:
-    """`cls(**values)` of a dataclass `cls`, which `check` raises no error for.
+    """Return `cls(**values)` of a dataclass `cls`, after `check` of it raises no error.
 
-    `where` (a file) and `table` say in an error where a value stands. A value that another type stands for (`"2e-4"`
-    for a float) becomes one. Raises `ConfigError`, which names the key that is to blame where one is.
+    `where` (a file) and `table` are for error texts. Values are converted to the field's type (`"2e-4"` to a float).
+    Raises `ConfigError`, which names the offending key if it can be found.
     """
     fields = [field.name for field in dataclasses.fields(cls) if field.init]  # type: ignore[arg-type]
     check_keys(where, table, values, fields)
@@ -43,14 +43,14 @@ def make_foreign(
     try:
         return make(checked)
     except _FOREIGN as error:
-        key = _to_blame(make, checked)
+        key = _offending_key(make, checked)
         place = f"{table}.{key} = {values[key]!r}" if key else f"[{table}]"
         reason = f"unknown: {error}" if isinstance(error, KeyError) else first_line(error)
         raise ConfigError(f"{where}: {place}: {reason}") from error
 
 
-def _to_blame(make: Callable[[Mapping[str, Any]], Any], values: Mapping[str, Any]) -> str | None:
-    """The last key without which there is no error."""
+def _offending_key(make: Callable[[Mapping[str, Any]], Any], values: Mapping[str, Any]) -> str | None:
+    """Return the last key without which `make` succeeds, or None."""
     for key in reversed(list(values)):
         try:
             make({other: value for other, value in values.items() if other != key})

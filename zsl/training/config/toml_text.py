@@ -1,4 +1,4 @@
-"""Values as TOML text, each key in one line: `tomli_w` writes tables and lists over several. Knows no torch."""
+"""Write a key and its value as one line of TOML: `tomli_w` writes tables and lists over several."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 
 
 def toml_line(key: str, value: Any) -> str:
-    """`key = value`, which `tomllib` reads as the same. The value is text, a number, a bool, a list or a dict."""
+    """Return `key = value` as TOML. The value is a string, a number, a bool, a list or a dict."""
     return f"{key if _BARE_KEY.fullmatch(key) else _quoted(key)} = {_value(value)}"
 
 
@@ -36,5 +36,5 @@ def _escaped(character: str) -> str:
         return f"\\{character}"
     if character.isprintable():
         return character
-    number = ord(character)  # what ends a line, for one
+    number = ord(character)  # such as a line break
     return f"\\u{number:04x}" if number < 0x10000 else f"\\U{number:08x}"

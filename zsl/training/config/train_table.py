@@ -1,7 +1,7 @@
-"""`[train]`: what it says where the file says nothing, and which of its keys do not go together. Knows no torch.
+"""Set the defaults of `[train]`, and check which of its keys exclude each other.
 
-What concerns one key is for `TrainingArguments` to say; here is what would show only when the training has begun, or
-what would be wrong with a value that nobody wrote.
+`TrainingArguments` checks each key alone; this module finds conflicts that would show only in training, or that come
+from a default. Imports no torch.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ TRAIN_DEFAULTS: dict[str, Any] = {
     "save_steps": 20,  # 4.6 MB and 20 to 100 ms each for GPT-2 small with r = 8
     "save_total_limit": 2,
     "report_to": "none",
-    "disable_tqdm": False,  # transformers hides the progress bar where it says little else
+    "disable_tqdm": False,  # transformers hides the progress bar where it logs little
 }
-# And what more, where there is validation.
+# More defaults with `data.validation`.
 WITH_VALIDATION: dict[str, Any] = {"eval_strategy": "epoch", "eval_on_start": True}
 BY_THE_LOSS: dict[str, Any] = {"metric_for_best_model": "loss", "greater_is_better": False}
-INTERVALS = ("steps", "epoch")  # what a strategy of saving and one of validating can both be
+INTERVALS = ("steps", "epoch")  # strategies that both saving and validating support
 METRICS = ("loss", "perplexity", "eval_loss", "eval_perplexity")
 PATIENCE, KEEP_BEST = "early_stopping_patience", "load_best_model_at_end"
 
@@ -33,23 +33,23 @@ PATIENCE, KEEP_BEST = "early_stopping_patience", "load_best_model_at_end"
 def with_defaults(
     train: Mapping[str, Any], *, output_dir: str | None, validates: bool, streams: bool = False
 ) -> dict[str, Any]:
-    """`[train]` with our defaults where it says nothing. A stream is a single epoch, however often it goes round."""
+    """Add the defaults to `[train]`. A stream is validated by steps: to Trainer it is a single epoch."""
     ours = {**TRAIN_DEFAULTS, **({"output_dir": output_dir} if output_dir else {})}
     if validates:
         batch_size = {**ours, **train}["per_device_train_batch_size"]
         ours |= {**WITH_VALIDATION, "per_device_eval_batch_size": batch_size}
         if train.get("eval_strategy", "steps" if streams or "eval_steps" in train else None) == "steps":
-            # Trainer would take `logging_steps`.
+            # Trainer's default is `logging_steps`.
             ours |= {"eval_strategy": "steps", "eval_steps": TRAIN_DEFAULTS["save_steps"]}
         if PATIENCE in train or train.get(KEEP_BEST) or train.get("save_strategy") == "best":
             ours |= BY_THE_LOSS
         if _keeps_the_best(train):
-            ours |= {KEEP_BEST: True, **_together(train)}
+            ours |= {KEEP_BEST: True, **_matching_intervals(train)}
     return {**ours, **train}
 
 
 def check_together(where: str, train: Mapping[str, Any], *, overlap: int, validates: bool) -> None:
-    """Raises `ConfigError` for keys that do not go together, with the defaults in their places."""
+    """Raise `ConfigError` for keys of `[train]` that conflict. `train` has its defaults."""
     if train.get("output_dir") == "":
         raise ConfigError(f"{where}: train.output_dir is empty: name a directory")
     if train.get("push_to_hub"):
@@ -77,13 +77,13 @@ def check_together(where: str, train: Mapping[str, Any], *, overlap: int, valida
         raise ConfigError(f'{where}: train.save_strategy = "best" goes by the validation loss: set data.validation')
     if train.get("metric_for_best_model") not in (None, *METRICS):
         raise ConfigError(
-            f"{where}: train.metric_for_best_model = {train['metric_for_best_model']!r}: what a validation gives is "
+            f"{where}: train.metric_for_best_model = {train['metric_for_best_model']!r}: unknown metric; there are "
             f"{' and '.join(METRICS[:2])}"
         )
     if train.get("auto_find_batch_size", False) is not False:
         raise ConfigError(
-            f"{where}: train.auto_find_batch_size begins the training again within a run, and its metrics would be of "
-            "several: set train.per_device_train_batch_size"
+            f"{where}: train.auto_find_batch_size restarts the training within a run, which would mix the metrics of "
+            "several trainings: set train.per_device_train_batch_size"
         )
     steps = train.get("gradient_accumulation_steps", 1)
     if isinstance(steps, int) and overlap > steps:
@@ -97,9 +97,11 @@ def _keeps_the_best(train: Mapping[str, Any]) -> bool:
     return bool(train.get(KEEP_BEST, PATIENCE in train))
 
 
-def _together(train: Mapping[str, Any]) -> dict[str, Any]:
-    """Intervals for what `train` says nothing of: the best of the validations is a checkpoint, so there is one whenever
-    there is the other. `best` is no interval: a checkpoint is written after a validation that was the best so far."""
+def _matching_intervals(train: Mapping[str, Any]) -> dict[str, Any]:
+    """Return equal save and eval intervals as defaults, so that the best model always has a checkpoint.
+
+    The strategy `best` needs none: Trainer saves after each validation that was the best so far.
+    """
     said = train.get("save_strategy", train.get("eval_strategy", TRAIN_DEFAULTS["save_strategy"]))
     if said not in INTERVALS:
         return {}

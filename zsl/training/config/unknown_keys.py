@@ -1,4 +1,4 @@
-"""Unknown keys of the configuration, and the key that was probably meant. Knows no torch."""
+"""Report unknown keys of the configuration, with a suggestion of a known one. Imports no torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from zsl.errors import ConfigError
 
-# Names that other tools have for a key.
+# Names of a key in other tools.
 OTHER_NAMES = {
     "model.name": ("id", "path", "model", "model_id", "model_name", "model_name_or_path", "base_model"),
     "model.dtype": ("torch_dtype", "precision"),
@@ -44,7 +44,7 @@ MAX_LISTED = 20  # keys in an error; other libraries' classes have more than a h
 
 
 def check_keys(where: str, table: str, keys: Iterable[str], known: Iterable[str]) -> None:
-    """Raises `ConfigError` for the first key that is not known."""
+    """Raise `ConfigError` for the first unknown key."""
     known = set(known)
     for key in keys:
         if key not in known:
@@ -52,13 +52,13 @@ def check_keys(where: str, table: str, keys: Iterable[str], known: Iterable[str]
 
 
 def unknown_key(table: str, key: str, known: Iterable[str]) -> str:
-    """Say that a table has no such key, and name the one that was probably meant, or all of a short table."""
+    """Return the error text for an unknown key, with a suggestion or all keys of a short table."""
     known = sorted(known)
     candidates = [
         meant
         for meant, others in OTHER_NAMES.items()
-        if key.lower() in (*others, meant.partition(".")[2])  # by its own name it stands in the wrong table
-        and (not meant.startswith(f"{table}.") or meant.partition(".")[2] in known)  # not where the method has no such
+        if key.lower() in (*others, meant.partition(".")[2])  # its own name: the key is in the wrong table
+        and (not meant.startswith(f"{table}.") or meant.partition(".")[2] in known)  # not if the method lacks it
     ]
     candidates.sort(key=lambda meant: not meant.startswith(f"{table}."))
     if not candidates:
@@ -71,7 +71,7 @@ def unknown_key(table: str, key: str, known: Iterable[str]) -> str:
 
 
 def unknown_table(name: str, known: Iterable[str]) -> str:
-    """Say that there is no such table, and name the one that was probably meant, or all."""
+    """Return the error text for an unknown table, with a suggestion or all tables."""
     known = list(known)
     near = difflib.get_close_matches(name, known, n=1)
     meant = f"did you mean [{near[0]}]?" if near else f"there are {', '.join(f'[{table}]' for table in known)}"

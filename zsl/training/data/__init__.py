@@ -1,1 +1,1 @@
-"""From a table of the configuration to rows of tokens with labels, which stay at the client."""
+"""Load, tokenize, pack and pad training data, which stays at the client."""

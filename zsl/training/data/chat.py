@@ -1,4 +1,4 @@
-"""Conversations to tokens through the tokenizer's chat template, with labels on the assistant's answers only."""
+"""Tokenize conversations with the chat template, with labels on the assistant's answers only."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ Encode = Callable[[ChatTemplate, set[int], Conversation], TokenRow]
 
 @dataclass(frozen=True)
 class ConversationEncoder:
-    """Makes tokens of a conversation, with the answers and the end of each as labels.
+    """Tokenizes a conversation, with labels on the answers and their end-of-turn tokens.
 
-    Where the template marks what the assistant says (`{% generation %}`) those are its marks. Can be sent to another
-    process. Raises `DataError` for a conversation that the template does not take.
+    A template that marks the assistant's text (`{% generation %}`) defines the answers. Can be pickled. Raises
+    `DataError` for a conversation that the template refuses.
     """
 
     template: ChatTemplate
     specials: set[int]
 
     def __call__(self, conversation: Conversation | Messages) -> TokenRow:
-        conversation = self._taken(conversation)
+        conversation = self._adapted(conversation)
         with template_errors():
             return self._encode(conversation)(self.template, self.specials, conversation)
 
     def left_out(self, conversation: Conversation | Messages) -> list[str]:
-        """Name each part that is neither read nor learnt: `message` and `tools` of the template, `opening` here."""
-        conversation = self._taken(conversation)
+        """Name the parts that are not learnt: `message` and `tools` by the template, `opening` by this encoder."""
+        conversation = self._adapted(conversation)
         with template_errors():
             found = list(self.template.left_out(conversation))
             opens = conversation.messages[0]["role"] == "assistant" and not conversation.prompt
@@ -42,7 +42,7 @@ class ConversationEncoder:
                 found.append("opening")
         return found
 
-    def _taken(self, given: Conversation | Messages) -> Conversation:
+    def _adapted(self, given: Conversation | Messages) -> Conversation:
         return self.template.taken(given if isinstance(given, Conversation) else Conversation(given))
 
     def _encode(self, conversation: Conversation) -> Encode:
@@ -52,7 +52,7 @@ class ConversationEncoder:
 
 
 def conversation_encoder(tokenizer: PreTrainedTokenizerBase, model: str) -> ConversationEncoder:
-    """Make the encoder for a model's tokenizer. Raises `DataError` for one without a template."""
+    """Make the encoder for a model's tokenizer. Raises `DataError` if it has no chat template."""
     try:
         template = ChatTemplate.of(tokenizer)
     except ValueError:
@@ -72,7 +72,7 @@ def shared_length(one: Sequence[Any], other: Sequence[Any]) -> int:
 
 
 def _tokens(template: ChatTemplate, conversation: Conversation) -> tuple[list[int], list[tuple[int, int]]]:
-    """Give the tokens, and the characters of each."""
+    """Return the tokens, and the character span of each."""
     encoded: Any = template.tokenizer.apply_chat_template(
         conversation.messages,
         return_dict=True,
@@ -92,16 +92,16 @@ def _by_marks(template: ChatTemplate, specials: set[int], conversation: Conversa
         begin = shared_length(before, text)
     labels = [NO_LABEL] * len(input_ids)
     for start, end in template.marks(conversation):
-        for at in _held(spans, max(start, begin), end):
+        for at in _overlapping(spans, max(start, begin), end):
             labels[at] = input_ids[at]
     return TokenRow(input_ids, labels)
 
 
 def _by_characters(template: ChatTemplate, specials: set[int], conversation: Conversation) -> TokenRow:
-    """An answer is what its message adds to the text of the conversation before it and the header that asks for it.
+    """Label answers by character spans: the text that a message adds after the generation prompt.
 
-    Every token that holds something of it is learnt: the first may begin in the header, where that ends with white
-    space and the answer begins with some.
+    Every token that overlaps the answer is learnt. The first may begin in the prompt, if white space of both is one
+    token.
     """
     input_ids, spans = _tokens(template, conversation)
     text = template.text(conversation)
@@ -110,20 +110,20 @@ def _by_characters(template: ChatTemplate, specials: set[int], conversation: Con
         before, until = template.text(conversation, index, ask=True), template.text(conversation, index + 1)
         if not (text.startswith(before) and text.startswith(until)):
             raise _not_found(index)
-        if held := _held(spans, len(before), len(until)):
-            start, end = held[0], held[-1] + 1
+        if answer := _overlapping(spans, len(before), len(until)):
+            start, end = answer[0], answer[-1] + 1
             stop = _end_of_turn(template.tokenizer, specials, input_ids[:end], start)
             labels[start:stop] = input_ids[start:stop]
     return TokenRow(input_ids, labels)
 
 
-def _held(spans: list[tuple[int, int]], start: int, end: int) -> list[int]:
-    """Give the indices of the tokens that hold something of these characters."""
+def _overlapping(spans: list[tuple[int, int]], start: int, end: int) -> list[int]:
+    """Return the indices of the tokens that overlap these characters."""
     return [at for at, (first, last) in enumerate(spans) if first < end and last > start]
 
 
 def _spans(offsets: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Give the characters of each token; one of white space alone gets back what `offsets` leave out."""
+    """Return the character span of each token, with the white space that `offsets` leave out."""
     spans, until = [], 0
     for start, end in offsets:
         spans.append((start, end) if start < end else (min(start, until), max(end, until)))
@@ -132,7 +132,7 @@ def _spans(offsets: list[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def _by_prefixes(template: ChatTemplate, specials: set[int], conversation: Conversation) -> TokenRow:
-    """As `_by_characters`, where a tokenizer does not tell the characters of its tokens: by what it makes of parts."""
+    """Label answers by the tokens of prefixes, for a tokenizer without character offsets."""
 
     def tokens_of(until: int | None = None, *, ask: bool = False) -> list[int]:
         messages, variables = conversation.messages[:until], conversation.variables
@@ -152,7 +152,7 @@ def _by_prefixes(template: ChatTemplate, specials: set[int], conversation: Conve
 
 
 def _answers(conversation: Conversation) -> list[int]:
-    """Where the assistant speaks behind the prompt. What it says before anybody else is no answer."""
+    """Return the indices of the assistant's messages after the prompt, except the conversation's first message."""
     first = max(conversation.prompt, 1)
     return [at for at, message in enumerate(conversation.messages) if message["role"] == "assistant" and at >= first]
 
@@ -166,7 +166,7 @@ def _not_found(index: int) -> DataError:
 
 
 def _end_of_turn(tokenizer: PreTrainedTokenizerBase, specials: set[int], tokens: list[int], start: int) -> int:
-    """Where an answer ends: behind its last special token, if only white space follows that."""
+    """Return the end of an answer: after its last special token, if only white space follows."""
     for at in range(len(tokens) - 1, start - 1, -1):
         if tokens[at] in specials:
             return at + 1 if not str(tokenizer.decode(tokens[at + 1 :])).strip() else len(tokens)

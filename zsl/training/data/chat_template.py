@@ -1,4 +1,4 @@
-"""A tokenizer's chat template: the text of a conversation, the marks in it, and what it lacks. Knows no labels."""
+"""Render conversations with a tokenizer's chat template, and detect messages that it leaves out."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from zsl.text.first_line import first_line
 from zsl.training.data.conversations import Conversation, texts_of
 
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
-# The keys of what was thought before the answer, as transformers gives it to templates.
+# Keys of an answer's reasoning, as transformers passes it to templates.
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 QUOTED = re.compile(r"""['"]said['"]""")  # as Python and JSON write it
 
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """The templates of a tokenizer: some have another one for tools."""
+    """Chat templates of a tokenizer: some have a separate one for tools."""
 
     tokenizer: PreTrainedTokenizerBase
     takes_text: bool = True
@@ -33,7 +33,7 @@ class ChatTemplate:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
-        """Look at what the template takes. Raises `ValueError` for a tokenizer that has none."""
+        """Detect the content types that the template accepts. Raises `ValueError` for a tokenizer without one."""
         tokenizer.get_chat_template()
         template = cls(tokenizer)
         text, of_parts = (
@@ -44,7 +44,7 @@ class ChatTemplate:
         return cls(tokenizer, takes_text="said" in text or not takes_parts, takes_parts=takes_parts)
 
     def taken(self, conversation: Conversation) -> Conversation:
-        """Give contents the type that the template takes: some write a list as Python does, others no text."""
+        """Convert contents to a type that the template accepts: text, or a list of parts."""
         messages = [
             {**message, "content": self._content(message["content"])} if "content" in message else message
             for message in conversation.messages
@@ -57,18 +57,18 @@ class ChatTemplate:
         return content if self.takes_parts else "".join(texts_of(content))
 
     def text(self, conversation: Conversation, until: int | None = None, *, ask: bool = False) -> str:
-        """Write the messages before `until`, and with `ask` the header that asks for another one."""
+        """Render the messages before index `until`; `ask` adds the generation prompt."""
         messages, variables = conversation.messages[:until], conversation.variables
         return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask, **variables))
 
     def is_marked(self, conversation: Conversation) -> bool:
-        """Tell if the template for this conversation marks the assistant's answers."""
+        """Tell whether the template for this conversation marks the assistant's answers."""
         return GENERATION_MARK.search(self._source(conversation)) is not None
 
     def marks(self, conversation: Conversation) -> list[tuple[int, int]]:
-        """Find the characters that are marked.
+        """Return the (start, end) characters of each marked answer.
 
-        Not by transformers' mask of tokens, which goes on to the row's end if a mark's last character is of no token.
+        transformers' token mask is not used: it extends to the row's end if a mark's last character is in no token.
         """
         variables = {**self.tokenizer.special_tokens_map, **conversation.variables}
         variables["chat_template"] = self._source(conversation)
@@ -77,9 +77,9 @@ class ChatTemplate:
         return marks
 
     def left_out(self, conversation: Conversation) -> Iterator[str]:
-        """Name each part that the text lacks or has otherwise: `message`, `tools`.
+        """Name each part that the rendered text lacks or changes: `message`, `tools`.
 
-        Raises `DataError` if that is a call of a tool: the model would learn to say nothing.
+        Raises `DataError` if it lacks a tool call: the model would learn an empty answer.
         """
         text = self.text(conversation)
         messages, variables = conversation.messages, conversation.variables
@@ -106,13 +106,13 @@ class ChatTemplate:
     def _text_or_none(self, conversation: Conversation) -> str | None:
         try:
             return self.text(conversation)
-        except Exception:  # a template raises what it likes
+        except Exception:  # a template may raise any type
             return None
 
 
 @contextmanager
 def template_errors() -> Iterator[None]:
-    """Turn what a template raises into `DataError`."""
+    """Turn errors of a template into `DataError`."""
     try:
         yield
     except DataError:

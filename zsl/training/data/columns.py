@@ -1,4 +1,4 @@
-"""Which columns of a data set are learnt from, by the layouts that TRL and ShareGPT gave names to."""
+"""Choose the columns of a data set to learn from, by the layouts of TRL and ShareGPT."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from zsl.training.data.reading import foreign_errors
 from zsl.training.data.sources import Documents
 
 STRINGS = ("string", "large_string", "string_view")
-NUMBER = "number"  # of a file that knows text only: learnt where it is asked for
-# What a column can be said to hold without a look at its rows: a mix of types, or nothing.
+NUMBER = "number"  # type of a CSV column of numbers: learnt only if its name is `text` or configured
+# Types of columns that hold a mix of types, or only missing values.
 OPEN = ("json", "null")
 ROWS_LOOKED_AT = 100
 TEXTS = (*STRINGS, NUMBER, *OPEN)
 CONVERSATIONS = ("list", *TEXTS)  # lists of messages, also as JSON text
 CONVERSATION_NAMES = ("messages", "conversations")
 OF_A_CHAT = ("tools", "chat_template_kwargs")
-# Where one of these is, a column of strings is not the text merely because it is the only one.
+# Names of known layouts: beside one of these, the only column of strings is not taken for the text.
 OF_A_LAYOUT = {*CONVERSATION_NAMES, "prompt", "completion", "completions", "chosen", "rejected"}
 NAME_IT = "name the one to learn from with data.text_column or data.messages_column"
 
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """Names a column and its kind, the columns that are read beside it, and those that are not used."""
+    """Column to learn from and its kind, the columns read with it, and the unused ones."""
 
     name: str
     kind: Literal["text", "messages", "completion"]
@@ -41,16 +41,16 @@ class Column:
         return "prompt" if self.kind == "completion" else None
 
     def lines(self) -> list[str]:
-        """Tell the columns that are not used."""
+        """Return a line that names the unused columns, if any."""
         columns = "column" if len(self.unused) == 1 else "columns"
         return [f"not used: {columns} {', '.join(self.unused)}"] if self.unused else []
 
 
 def column_of(documents: Documents, table: DataTable) -> Column:
-    """Find the column that `table` names, or that of a known layout, `text`, or the only one that could be learnt from.
+    """Choose the column that `table` names, that of a known layout, `text`, or the only column of strings.
 
-    Raises `DataError`, which lists the columns, if there is none of that name, if it holds something else, or if
-    several could be meant.
+    Raises `DataError`, which lists the columns, if the named column is missing or has the wrong type, or if the choice
+    is ambiguous.
     """
     what = documents.described
     types = _types(documents)
@@ -104,7 +104,7 @@ def _known(types: dict[str, str], listed: str) -> tuple[str, Literal["text", "me
 
 
 def _chosen(types: dict[str, str]) -> str:
-    """Say how to learn from preferences."""
+    """Return the advice for a data set of preferences."""
     if "prompt" in types:
         return "to learn the chosen answers, rename chosen to completion and leave rejected out"
     key = "messages_column" if types["chosen"] == "list" else "text_column"
@@ -112,7 +112,7 @@ def _chosen(types: dict[str, str]) -> str:
 
 
 def _types(documents: Documents) -> dict[str, str]:
-    """Each column's type in a word: the data set's own, or that of its first rows where it has none."""
+    """Return each column's type: the declared one, or else that of the first rows."""
     what = documents.described
     features: Features | None = documents.rows.features
     of_text = documents.reader in ("csv", "tsv")
@@ -147,7 +147,7 @@ def _type_of_texts(values: list[str | None]) -> str:
 
 
 def _type_of(feature: Any) -> str:
-    """Name a column's type."""
+    """Return the name of a column's declared type."""
     if isinstance(feature, Value):
         return str(feature.dtype)
     if isinstance(feature, dict):
@@ -160,7 +160,7 @@ def _type_of(feature: Any) -> str:
 
 
 def without_filled(value: Any, feature: Any) -> Any:
-    """Leave out the keys that are None only because a struct of Arrow has the keys of all rows, at any depth."""
+    """Remove, at any depth, keys with None: an Arrow struct has the keys of all rows."""
     if isinstance(feature, dict) and isinstance(value, dict):
         return {key: without_filled(item, feature[key]) for key, item in value.items() if item is not None}
     if isinstance(value, list) and hasattr(feature, "feature"):

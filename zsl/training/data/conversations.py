@@ -1,7 +1,4 @@
-"""Rows of a data set to conversations: messages as a chat template takes them, and what it is given beside them.
-
-Knows the layouts of TRL and ShareGPT, and no tokenizer.
-"""
+"""Read conversations from rows in the layouts of TRL and ShareGPT, and check their messages."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from zsl.training.data.columns import Column
 
 Messages = list[dict[str, Any]]
 
-# ShareGPT's names for who speaks, as chat templates have them.
+# ShareGPT's names of roles, and those of chat templates.
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"} | {
     "chatgpt": "assistant",
     "tool": "tool",
@@ -24,7 +21,7 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Holds messages, of which those behind the first `prompt` are learnt from, and the template's `variables`."""
+    """Messages, of which those after the first `prompt` are learnt, and the template's `variables`."""
 
     messages: Messages
     prompt: int = 0
@@ -32,29 +29,29 @@ class Conversation:
 
     @property
     def weighted_answers(self) -> int:
-        """Count the answers that ask to be learnt less, or not at all, by a `weight` as OpenAI's files have it."""
+        """Number of answers with a `weight` other than 1, as in OpenAI's files."""
         answers = (message for message in self.messages[self.prompt :] if message["role"] == "assistant")
         return sum(answer.get("weight", 1) != 1 for answer in answers)
 
 
 def conversation_of(row: Mapping[str, Any], column: Column) -> Conversation:
-    """Read the conversation in `row`. Raises `DataError`, which says what is wrong with it."""
+    """Read the conversation in `row`. Raises `DataError` for an invalid one."""
     prompt = messages_of(row[column.prompt]) if column.prompt else []
     messages = messages_of(row[column.name])
     given = _json(row, "chat_template_kwargs", dict) or {}
     variables = {key: value for key, value in given.items() if value is not None}
     if tools := _json(row, "tools", list):
-        variables["tools"] = tools  # an empty list makes some templates speak of tools
+        variables["tools"] = tools  # for an empty list some templates write a header for tools
     return Conversation([*prompt, *messages], len(prompt), variables)
 
 
 def messages_of(value: Any) -> Messages:
-    """Read the messages of a list or of JSON text: each with a role and content or tool_calls, without empty keys."""
+    """Read messages from a list or JSON text, each with a role and content or tool_calls; drop keys with None."""
     if isinstance(value, str):
         try:
             value = json.loads(value)
         except ValueError:
-            raise DataError("text that is no JSON list of messages; a text is learnt with data.text_column") from None
+            raise DataError("text, and no JSON list of messages; name a column of text with data.text_column") from None
     if not isinstance(value, list):
         raise DataError(f"{type(value).__name__}, not a list of messages")
     return [_message(number, message) for number, message in enumerate(value, 1)]
@@ -67,7 +64,7 @@ def _message(number: int, given: Any) -> dict[str, Any]:
     if "from" in message and "role" not in message:
         speaker = str(message.pop("from"))
         if speaker not in ROLES:
-            raise DataError(f"message {number} is from {speaker!r}, and known are {', '.join(ROLES)}; rename it")
+            raise DataError(f"message {number} is from {speaker!r}, not one of {', '.join(ROLES)}; rename it")
         message["role"] = ROLES[speaker]
     if "value" in message and "content" not in message:
         message["content"] = message.pop("value")
@@ -82,7 +79,7 @@ def _message(number: int, given: Any) -> dict[str, Any]:
 
 
 def _content(number: int, content: Any) -> str | list[dict[str, str]]:
-    """Check that a content is a text, or parts that are texts."""
+    """Check that a content is text or a list of text parts."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
@@ -99,18 +96,18 @@ def _content(number: int, content: Any) -> str | list[dict[str, str]]:
 
 
 def texts_of(content: str | list[dict[str, str]]) -> list[str]:
-    """List the texts of a content."""
+    """Return the texts of a content."""
     return [content] if isinstance(content, str) else [part["text"] for part in content]
 
 
 def _json(row: Mapping[str, Any], name: str, kind: type) -> Any:
-    """Read a value of `row` that may be written as JSON text."""
+    """Read a value of `row` that may be JSON text. Raises `DataError` if it is not of type `kind`."""
     value = row.get(name)
     if isinstance(value, str):
         try:
             value = json.loads(value) if value.strip() else None
         except ValueError:
-            raise DataError(f"{name} is text that is no JSON") from None
+            raise DataError(f"{name} is text, and invalid JSON") from None
     if value is not None and not isinstance(value, kind):
         raise DataError(f"{name} is a {type(value).__name__}, not a {kind.__name__}")
     return value

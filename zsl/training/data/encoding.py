@@ -1,4 +1,4 @@
-"""Documents to rows of tokens: with the tokenizer or its chat template, packed or one by one."""
+"""Encode documents as rows of tokens, with the tokenizer or its chat template, packed or one by one."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from zsl.training.data.sources import Documents
 from zsl.training.report.screen import counted
 
 DOCUMENTS_AT_ONCE = 100
-SHOWN_CHARACTERS = 60  # of a row that has no number
+SHOWN_CHARACTERS = 60  # of a row without a number, in errors
 
 NOUNS = {"text": "text", "messages": "conversation", "completion": "completion"}
 
-# Rows of the columns that are read, with their numbers.
+# Batches of rows with their numbers, with the values of the columns that are read.
 Batches = Iterator[list[tuple[int | None, dict[str, Any]]]]
 
 
 @dataclass
 class Tally:
-    """What became of the documents that gave no row, or not the whole of one."""
+    """Counts of documents that were left out, truncated or changed, by reason."""
 
     tokens: int = 0
     empty: int = 0
     without_target: int = 0
     cut_off: int = 0
-    tail: int = 0  # tokens behind the last packed row
+    tail: int = 0  # tokens after the last packed row
     twice: int = 0
     merged: int = 0
     endless: int = 0
@@ -43,7 +43,7 @@ class Tally:
     left_out: Counter[str] = field(default_factory=Counter)  # by the chat template
 
     def lines(self, kind: str, length: int) -> list[str]:
-        """For whoever trains."""
+        """Return a line for each count that is not zero, for the user."""
         what = NOUNS[kind]
         target = "" if kind == "text" else f" of {'a completion' if kind == 'completion' else 'an answer'}"
         told = [
@@ -63,16 +63,15 @@ class Tally:
 
 
 class Encoder:
-    """Makes rows of at most `length` tokens of the documents in a column.
+    """Encodes the documents in a column as rows of at most `length` tokens.
 
-    Raises `DataError` for a document that is not what the column should hold, with the number of its row, or how it
-    begins where rows are shuffled.
+    Raises `DataError` for an invalid document, with the number of its row, or its beginning if rows are shuffled.
     """
 
     def __init__(
         self, column: Column, tokenizer: PreTrainedTokenizerBase, model: str, *, length: int, packing: bool | None
     ) -> None:
-        tokenizer.model_max_length = 1 << 30  # rows are cut here
+        tokenizer.model_max_length = 1 << 30  # rows are truncated here
         self.column = column
         self.length = length
         self.packing = column.kind == "text" if packing is None else packing
@@ -80,15 +79,15 @@ class Encoder:
         self._tokenizer = tokenizer
         self._model = model
         self._end = tokenizer.eos_token_id
-        added = list(tokenizer("")["input_ids"])  # to every text
+        added = list(tokenizer("")["input_ids"])  # special tokens added to every text
         self._begin = tokenizer.bos_token_id
         self._begins = added[:1] == [self._begin]
         self._ends = added[int(self._begins) :][-1:] == [self._end]
-        # Completions may be texts.
+        # Completions may be plain texts, and need a chat template only if they are not.
         self._chat = conversation_encoder(tokenizer, model) if column.kind == "messages" else None
 
     def rows(self, documents: Documents, tally: Tally, *, shuffled: bool = False) -> Iterator[TokenRow]:
-        """The rows of `documents`, `shuffled` or as they lie there; `tally` counts while they are taken."""
+        """Yield the rows of `documents`, and count in `tally`. `shuffled` documents have no row numbers."""
         batches = self._batches(documents, tally, numbered=not shuffled)
         make = self._texts if self.column.kind == "text" else self._answers
         sequences = make(documents, batches, tally)
@@ -102,7 +101,7 @@ class Encoder:
         tally.tail = tally.tokens - rows * self.length if self.packing else 0
 
     def token(self, number: int) -> str:
-        """The token of a number, as the tokenizer writes it."""
+        """Return the text of a token id."""
         return str(self._tokenizer.convert_ids_to_tokens(number))
 
     def _cut_off(self, sequences: Iterator[TokenRow], tally: Tally) -> Iterator[TokenRow]:
@@ -111,7 +110,7 @@ class Encoder:
             yield sequence.up_to(self.length)
 
     def _texts(self, documents: Documents, batches: Batches, tally: Tally) -> Iterator[TokenRow]:
-        """A sequence for each text. One end-of-text token stands between packed ones, and one behind each other one."""
+        """Yield a sequence for each text, with one end-of-text token between packed ones, else one after each."""
         end = self._end
         ended = True
         for rows in batches:
@@ -146,7 +145,7 @@ class Encoder:
             yield tokens
 
     def _answers(self, documents: Documents, batches: Batches, tally: Tally) -> Iterator[TokenRow]:
-        """Make a sequence of each conversation or completion that is not empty."""
+        """Yield a sequence for each conversation or completion that is not empty."""
         for rows in batches:
             for number, row in rows:
                 try:
@@ -179,7 +178,7 @@ class Encoder:
         return sequence
 
     def _completion(self, prompt: str, completion: str, tally: Tally) -> TokenRow:
-        """Join both and the end-of-text token; the tokens that are not the prompt's are learnt."""
+        """Join prompt, completion and end-of-text token, with labels on all but the prompt's tokens."""
         before, input_ids = self._tokenized([prompt, prompt + completion], of_both := Tally())
         tally.twice += of_both.twice > 0
         if self._end is None:
@@ -191,7 +190,7 @@ class Encoder:
         return TokenRow(input_ids, [*[NO_LABEL] * shared, *input_ids[shared:]])
 
     def _batches(self, documents: Documents, tally: Tally, *, numbered: bool) -> Batches:
-        """The columns' values, with the numbers of their rows from 1; missing ones are counted and left out."""
+        """Yield batches of the columns' values with row numbers from 1; count and leave out missing values."""
         number = 0
         column = self.column
         names = [column.name, *column.beside]

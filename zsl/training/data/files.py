@@ -1,6 +1,6 @@
-"""Texts and rows of local files, each value as it is written: no type is guessed, no word stands for a missing value.
+"""Read local text, JSON and CSV files, compressed or not, without guessing types or missing values.
 
-Errors name the file and the line. Knows no data set.
+Errors name the file and the line.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ DECOMPRESS: dict[str, Callable[[str], Any]] = {
 
 
 def kind_of(path: str | Path) -> Kind | None:
-    """Kind of a file by its suffix, in any case and behind it that of a compression; None for an unknown one."""
+    """Return the kind of a file by its suffix, before one of a compression, in any case; None if unknown."""
     name = Path(str(path).lower())
     if name.suffix not in DECOMPRESS:
         return KINDS.get(name.suffix)
@@ -50,14 +50,14 @@ def kind_of(path: str | Path) -> Kind | None:
 
 
 def read_text(file: str) -> str:
-    """The whole text. Raises `DataError` for a file that cannot be read."""
+    """Read a whole text file. Raises `DataError` for a file that cannot be read."""
     return "".join(_lines(file))
 
 
 def read_rows(files: list[str], kind: Kind) -> Iterator[Row]:
-    """Rows of all files, one after another. A column that a row lacks is None.
+    """Yield the rows of all files in order. A column that a row lacks is None.
 
-    Raises `DataError` for a file that cannot be read, and for a row that is not of its kind's form.
+    Raises `DataError` for a file that cannot be read, and for an invalid row.
     """
     for file in files:
         yield from _json_rows(file) if kind == "json" else _csv_rows(file, "\t" if kind == "tsv" else ",")
@@ -68,19 +68,19 @@ def _lines(file: str) -> Iterator[str]:
     try:
         with decompress(file) if decompress else Path(file).open("rb") as lines:
             for number, line in enumerate(lines, 1):
-                if b"\0" in line:  # UTF-8 too, as far as a decoder goes
+                if b"\0" in line:  # valid UTF-8 to a decoder, but a sign of UTF-16
                     raise DataError(f"{file}, line {number}, cannot be read: it has a NUL, so it is not UTF-8 text")
                 try:
                     yield line.decode("utf-8-sig" if number == 1 else "utf-8")
                 except UnicodeDecodeError as error:
                     raise DataError(f"{file}, line {number}, cannot be read: it is not UTF-8 text") from error
-    except (OSError, EOFError, lzma.LZMAError) as error:  # of a damaged archive too
+    except (OSError, EOFError, lzma.LZMAError) as error:  # EOFError and LZMAError: a damaged archive
         reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
         raise DataError(f"{file} cannot be read: {reason}") from error
 
 
 def _json_rows(file: str) -> Iterator[Row]:
-    """Rows of JSON lines, or of one JSON list."""
+    """Yield the rows of JSON lines, or of one JSON list."""
     lines = ((number, line) for number, line in enumerate(_lines(file), 1) if line.strip())
     for number, line in lines:
         if not line.lstrip().startswith("["):
@@ -98,12 +98,12 @@ def _parsed(text: str, file: str, number: int) -> Any:
         where = f"{file}, line {number + error.lineno - 1}, column {error.colno}"
         reason = f"{error.msg}; a row is an object in one line, or one item of a list"
         raise DataError(f"{where}: not JSON: {reason}") from error
-    except (ValueError, RecursionError) as error:  # a number of too many digits, lists in lists in lists
+    except (ValueError, RecursionError) as error:  # a number with too many digits, or too deep nesting
         raise DataError(f"{file}, line {number}, cannot be read: {first_line(error)}") from error
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON. Raises `ValueError` for a key that it has twice: one of the values would be dropped."""
+    """Make a JSON object. Raises `ValueError` for a duplicate key: one of its values would be lost."""
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
@@ -112,7 +112,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _json_row(value: Any, where: str, *, escapes: bool) -> Row:
-    """The row, checked. A string is the text of its row; `escapes` says that there may be half characters."""
+    """Check a row; a string becomes its `text`. `escapes`: the text has `\\u`, so check for lone surrogates."""
     row = {"text": value} if isinstance(value, str) else value
     if not isinstance(row, dict):
         raise DataError(f"{where}: {type(value).__name__}, not an object with a value for each column")
@@ -146,5 +146,5 @@ def _csv_rows(file: str, delimiter: str) -> Iterator[Row]:
                 raise DataError(f"{where}: two columns have the name {twice[0]!r}")
         elif len(values) > len(columns):
             raise DataError(f"{where}: {len(values)} fields, where the header names {len(columns)} columns")
-        elif values:  # no blank line
+        elif values:  # skip blank lines
             yield defaultdict(type(None), zip(columns, values, strict=False))

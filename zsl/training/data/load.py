@@ -1,4 +1,4 @@
-"""Training data: rows of tokens, with the labels that stay at the client."""
+"""Load the training and validation rows that `[data]` describes, as tokens with labels."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from zsl.training.data.stream import SHUFFLE_ROWS, TokenStream
 from zsl.training.data.synthetic import SYNTHETIC_SAMPLES, synthetic_language
 from zsl.training.report.screen import counted
 
-ROWS_COUNTED = 100  # of a stream, before it is trained on
+ROWS_COUNTED = 100  # of a stream, before training
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What Trainer takes: rows with `input_ids` and `labels`, as int64 tensors or, in a stream, as lists.
+    """Data sets for Trainer: rows with `input_ids` and `labels`, as int64 tensors or, in a stream, as lists.
 
-    `collate` makes a batch of rows, and is None where they all have one length. `lines` tell a reader what this is.
-    `fingerprint` stands for the rows of a stream, which cannot all be looked at; where they can it is None.
+    `collate` pads rows to a batch, and is None if all rows have the same length. `lines` describe the data to the user.
+    `fingerprint` identifies a stream, whose rows cannot all be hashed; it is None for other data.
     """
 
     train: Dataset | TokenStream
@@ -41,12 +41,12 @@ class TrainingData:
 
 
 def load_data(table: DataTable, reference: ModelReference, *, virtual_tokens: int = 0) -> TrainingData:
-    """The data of a configuration, as tokens of the model, which has room for `virtual_tokens` more in front of a row.
+    """Load the data that `table` describes, tokenized for the model.
 
-    Rows have `max_length` tokens where documents are packed, else at most that. `lines` count what was left out or cut
-    off, in the first rows of a stream. Raises `ConfigError` for a name that stands for nothing, keys
-    that do not go together or rows longer than the model takes; `DataError` for data that cannot be read, is not there
-    or gives no row; `ModelError` if the model has no tokenizer.
+    Packed rows have `max_length` tokens, others at most that; `virtual_tokens` more precede each row. `lines` count
+    rows left out or truncated, in a stream among the first rows. Raises `ConfigError` for an unknown name, conflicting
+    keys, or rows longer than the model accepts; `DataError` for missing or unreadable data, or data without a row;
+    `ModelError` if the model has no tokenizer.
     """
     config = reference.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
@@ -59,7 +59,7 @@ def load_data(table: DataTable, reference: ModelReference, *, virtual_tokens: in
     if table.name == SYNTHETIC:
         return _synthetic(table, vocabulary)
     if reference.location is None:
-        reference.tokenizer()  # says that there is none, before anything is read
+        reference.tokenizer()  # raises that the model has none, before data is read
     documents = open_documents(table)
     encoder = _encoder(documents, table, reference)
     validation, about_validation = None, []
@@ -67,7 +67,7 @@ def load_data(table: DataTable, reference: ModelReference, *, virtual_tokens: in
     if isinstance(table.validation, str):
         others = validation_documents(table, table.validation, documents)
         encoders.append(_encoder(others, table, reference))
-        validation, (first, *more) = _held(
+        validation, (first, *more) = _in_memory(
             others, encoders[-1], vocabulary, table.validation_samples, "validation_samples"
         )
         unused = [] if encoders[-1].column == encoder.column else encoders[-1].column.lines()
@@ -79,10 +79,10 @@ def load_data(table: DataTable, reference: ModelReference, *, virtual_tokens: in
             stream, validation, collate, [*lines, *encoder.column.lines(), *about_validation], fingerprint
         )
     both = table.samples and table.samples + _validation_count(table, table.samples)
-    train, lines = _held(documents, encoder, vocabulary, both, "samples")
+    train, lines = _in_memory(documents, encoder, vocabulary, both, "samples")
     if isinstance(table.validation, float):
         held = len(train)
-        train, validation = _divided(train, table, documents.described)
+        train, validation = _split_validation(train, table, documents.described)
         lines[0] = f"{documents.described}, {_size(train, encoder)}"
         about_validation = [f"validation: {_size(validation, encoder)} of the same data, not trained on"]
         if left_out := held - len(train) - len(validation):
@@ -115,9 +115,9 @@ def _encoder(documents: Documents, table: DataTable, reference: ModelReference) 
 def _rows(
     encoder: Encoder, vocabulary: int, documents: Documents, tally: Tally, *, shuffled: bool = False
 ) -> Iterator[TokenRow]:
-    """The rows of `documents`, checked for tokens that a model of so many does not have."""
+    """Yield the rows of `documents`. Raises `DataError` for a token id that is not below `vocabulary`."""
     for number, row in enumerate(encoder.rows(documents, tally, shuffled=shuffled), 1):
-        # Padding counts: it is embedded too. Labels are tokens of the row.
+        # Check padding too, as it is embedded. Labels are tokens of the row, so they need no check.
         used = row.input_ids if encoder.packing else [*row.input_ids, encoder.pad_token_id]
         if (token := max(used)) >= vocabulary:
             where = "a row" if shuffled else f"row {number}"
@@ -129,10 +129,10 @@ def _rows(
         yield row
 
 
-def _held(
+def _in_memory(
     documents: Documents, encoder: Encoder, vocabulary: int, limit: int | None, key: str
 ) -> tuple[Dataset, list[str]]:
-    """The first rows, in memory, at most the `limit` that `key` sets, and what to say of them.
+    """Load at most `limit` rows (the value of `key`) into memory; return them and lines that describe them.
 
     Raises `DataError` if there are none.
     """
@@ -141,27 +141,27 @@ def _held(
     rows = _rows(encoder, vocabulary, documents, tally)
     dataset = hold(rows, limit)
     about = tally.lines(encoder.column.kind, encoder.length)
-    if limit is not None and len(dataset) == limit and _is_another(rows, documents):
+    if limit is not None and len(dataset) == limit and _has_more(rows, documents):
         about.append(f"there are more rows, left out by data.{key}")
     if not len(dataset):
         raise DataError(_no_row(what, encoder, tally))
     return dataset, [f"{what}, {_size(dataset, encoder)}", *about]
 
 
-def _is_another(rows: Iterator[TokenRow], documents: Documents) -> bool:
-    """Whether another row follows. Not looked for in a stream of the hub, of which any part may have to be fetched."""
+def _has_more(rows: Iterator[TokenRow], documents: Documents) -> bool:
+    """Tell whether another row follows; False for a stream of the hub, where looking could download files."""
     if not documents.files and not isinstance(documents.rows, Dataset):
         return False
     try:
         return next(rows, None) is not None
     except DataError:
-        return True  # one that could not be used, and need not be
+        return True  # an invalid row is a row, and is not used
 
 
 def _stream(
     documents: Documents, encoder: Encoder, vocabulary: int, table: DataTable
 ) -> tuple[TokenStream, str, list[str]]:
-    """The stream, its fingerprint and what to say of it. Raises `DataError` if it gives no row."""
+    """Return the stream, its fingerprint and lines that describe it. Raises `DataError` if it has no row."""
     tally = Tally()
     what = documents.described
     firsts = list(islice(_rows(encoder, vocabulary, documents, tally), ROWS_COUNTED))
@@ -171,7 +171,7 @@ def _stream(
     stream = TokenStream(documents, partial(_rows, encoder, vocabulary, tally=Tally(), shuffled=True), seed=table.seed)
     length = f"{encoder.length} tokens" if encoder.packing else f"up to {encoder.length} tokens"
     line = f"{what}, read while it is trained on, rows of {length}, shuffled among {SHUFFLE_ROWS:,} documents"
-    tally.tail = 0  # the next round begins in that row's place
+    tally.tail = 0  # in training, the next round fills up that row
     counts = [
         f"in the first {counted(len(firsts), 'row')}: {about}"
         for about in tally.lines(encoder.column.kind, encoder.length)
@@ -200,13 +200,13 @@ def _size(dataset: Dataset, encoder: Encoder) -> str:
 
 
 def _validation_count(table: DataTable, samples: int) -> int:
-    """How many rows there are to be beside `samples` so that they are the share to validate on; 0 for no share."""
+    """Return the number of validation rows, beside `samples`, that makes validation the requested fraction."""
     share = table.validation
     return max(1, round(samples * share / (1 - share))) if isinstance(share, float) else 0
 
 
-def _divided(rows: Dataset, table: DataTable, what: str) -> tuple[Dataset, Dataset]:
-    """The rows to train on, in their order, and a share of them that `seed` draws, to validate on."""
+def _split_validation(rows: Dataset, table: DataTable, what: str) -> tuple[Dataset, Dataset]:
+    """Split `rows` into training and validation rows, drawn with `seed`, each in `rows`' order."""
     assert isinstance(table.validation, float)
     count = max(1, round(len(rows) * table.validation))
     if count == len(rows):

@@ -1,4 +1,4 @@
-"""What `datasets`, the hub and the readers of files raise, as one line of ours; and nothing of theirs on the screen."""
+"""Turn errors of `datasets` and the hub into one-line `DataError`s, and silence their output."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from huggingface_hub.utils.tqdm import disable_progress_bars
 from zsl.errors import DataError, StartupError, ZslError
 from zsl.text.first_line import first_line
 
-# The number that pyarrow gives a line of JSON, in whatever part of the file it looks at.
+# pyarrow's row number in a JSON error, which is relative to a block of the file, and so removed.
 COUNTED_FROM_ZERO = re.compile(r"[.]? in row \d+$")
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
 
 def silence_libraries() -> None:
-    """Their progress bars, warnings and logged errors. What fails is raised too, and told in one line."""
+    """Disable progress bars, warnings and logged errors of `datasets` and the hub: failures are raised too."""
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     datasets.disable_progress_bars()
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
@@ -33,9 +33,9 @@ def silence_libraries() -> None:
 
 @contextmanager
 def foreign_errors(what: str, *, reader: str | None = None, files: Sequence[str] = ()) -> Iterator[None]:
-    """Turn any error of the block into `DataError`, which names `what`, or the broken one of its local `files`.
+    """Turn any error of the block into `DataError`, which names `what`, or the broken file among `files`.
 
-    `StartupError` for a cache folder that cannot be written.
+    Raises `StartupError` for a cache folder that cannot be written.
     """
     try:
         yield
@@ -50,7 +50,7 @@ def foreign_errors(what: str, *, reader: str | None = None, files: Sequence[str]
 def read_batches(
     batches: Iterable[dict[str, list[Any]]], what: str, *, reader: str | None, files: Sequence[str]
 ) -> Iterator[dict[str, list[Any]]]:
-    """The batches, read with `foreign_errors`."""
+    """Yield the batches, with errors turned by `foreign_errors`."""
     iterator = iter(batches)
     while True:
         with foreign_errors(what, reader=reader, files=files):
@@ -61,7 +61,7 @@ def read_batches(
 
 
 def _problem_with_cache(error: BaseException | None) -> str | None:
-    """The cause, if it is a folder that the libraries keep their files in and not the data."""
+    """Return the error text if the cause is a cache folder that cannot be written; else None."""
     folders = {
         "HF_DATASETS_CACHE": str(datasets.config.HF_DATASETS_CACHE),
         "HF_HUB_CACHE": constants.HF_HUB_CACHE,
@@ -85,7 +85,7 @@ def _explanation(what: str, error: Exception, reader: str | None, files: Sequenc
     cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
     reason = first_line(cause or error)
     if isinstance(error, StopIteration):
-        return f"{what} has no rows"  # as `datasets` says it
+        return f"{what} has no rows"  # `datasets` raises it for an empty data set
     if isinstance(error, DatasetNotFoundError):
         hint = "; log in with `hf auth login`" if "gated" in reason or "cannot be accessed" in reason else ""
         return f"{what}: {reason.rstrip('.')}{hint}"
@@ -96,7 +96,7 @@ def _explanation(what: str, error: Exception, reader: str | None, files: Sequenc
 
 
 def _first_broken(reader: str, files: Sequence[str]) -> str | None:
-    """The first of local files that `datasets` cannot read."""
+    """Return the first local file that `datasets` cannot read, or None."""
     for file in files:
         try:
             for _ in datasets.load_dataset(reader, data_files=[glob.escape(file)], split="train", streaming=True):

@@ -1,4 +1,4 @@
-"""Token sequences to rows of a data set: packed or cut off, held in memory, padded a batch at a time. No tokenizer."""
+"""Pack or truncate token sequences to rows, hold them in memory, and pad them to batches."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ import torch
 from datasets import Dataset
 from torch.nn.utils.rnn import pad_sequence
 
-NO_LABEL = -100  # what transformers' losses leave out
+NO_LABEL = -100  # ignored by transformers' losses
 ROWS_A_CHUNK = 1000
 
 
 @dataclass(frozen=True, slots=True)
 class TokenRow:
-    """Tokens, and for each its label: the token itself where it is learnt, else `NO_LABEL`."""
+    """Tokens of a row, and their labels: the token itself if it is learnt, else `NO_LABEL`."""
 
     input_ids: list[int]
     labels: list[int]
 
     @classmethod
     def of_text(cls, input_ids: list[int]) -> TokenRow:
-        """A row of which every token is learnt."""
+        """Make a row with a label on every token."""
         return cls(input_ids, input_ids)
 
     @property
     def has_target(self) -> bool:
-        """Whether there is anything to predict. The first token is predicted from nothing, so it does not count."""
+        """True if a token after the first is learnt; the first has no context to be predicted from."""
         return any(label != NO_LABEL for label in self.labels[1:])
 
     def up_to(self, length: int) -> TokenRow:
@@ -40,7 +40,7 @@ class TokenRow:
 
 
 def pack(sequences: Iterable[TokenRow], length: int) -> Iterator[TokenRow]:
-    """The sequences one after another, cut into rows of `length` tokens; what fills no row at the end is left out."""
+    """Concatenate sequences and cut them into rows of `length` tokens; an incomplete last row is dropped."""
     input_ids: list[int] = []
     labels: list[int] = []
     for sequence in sequences:
@@ -53,7 +53,7 @@ def pack(sequences: Iterable[TokenRow], length: int) -> Iterator[TokenRow]:
 
 
 def hold(rows: Iterable[TokenRow], limit: int | None = None) -> Dataset:
-    """The first `limit` rows as a data set in memory: columns `input_ids` and `labels`, which it gives as tensors."""
+    """Make a data set in memory of the first `limit` rows, with int64 tensors `input_ids` and `labels`."""
     of_rows = iter(islice(rows, limit))
     schema = pa.schema({"input_ids": pa.list_(pa.int32()), "labels": pa.list_(pa.int32())})
     batches = []
@@ -66,24 +66,24 @@ def hold(rows: Iterable[TokenRow], limit: int | None = None) -> Dataset:
 
 
 def take(dataset: Dataset, indices: Sequence[int]) -> Dataset:
-    """These rows, as a data set of their own in memory."""
+    """Copy the rows at `indices` to a new data set in memory."""
     return Dataset(dataset.data.table.take(pa.array(indices, pa.int64()))).with_format("torch")
 
 
 def count_tokens(dataset: Dataset) -> tuple[int, int]:
-    """Of all rows: the tokens, and those of them that are learnt."""
+    """Return the number of tokens and of learnt tokens in all rows."""
     labels = [chunk.flatten().to_numpy() for chunk in dataset.data.column("labels").chunks]
     return sum(chunk.size for chunk in labels), sum(int((chunk != NO_LABEL).sum()) for chunk in labels)
 
 
 @dataclass(frozen=True)
 class PadRight:
-    """Collates rows of any lengths: padding behind them, masked, with labels that no loss counts."""
+    """Collator that pads rows at the right, with attention mask 0 and label `NO_LABEL`."""
 
     pad_token_id: int
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        """`input_ids`, `attention_mask` and `labels`, each int64 `[rows, tokens of the longest]`."""
+        """Return `input_ids`, `attention_mask` and `labels`, each int64 `[rows, tokens of the longest]`."""
         input_ids = [torch.as_tensor(row["input_ids"]) for row in rows]
         labels = [torch.as_tensor(row["labels"]) for row in rows]
         masks = [torch.ones_like(ids) for ids in input_ids]

@@ -1,7 +1,7 @@
-"""Where documents come from: texts, files of rows, directories, the hub. Knows no tokens.
+"""Open data sets: built-in texts, local files and directories, and data sets of the hub.
 
-What lies on this machine is read anew each time: the cache of `datasets` knows a file by its name and time only, and so
-takes a changed file whose time was kept (`cp -p`, `rsync -t`, tar) for the old one.
+Local files are read anew each time: the cache of `datasets` identifies a file by name and time only, and misses a
+change that keeps the time (`cp -p`, `rsync -t`, tar).
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 @dataclass(frozen=True)
 class Documents:
-    """Rows to make tokens of."""
+    """Rows of an opened data set, before tokenizing."""
 
     described: str
     rows: Dataset | IterableDataset
     hub_identity: str = ""  # tells apart two data sets of the same name
     is_text: bool = False  # one column, `text`, with a whole file in each row
     has_splits: bool = False
-    reader: str | None = None  # of files of rows
-    files: tuple[str, ...] = ()  # that lie on this machine
+    reader: str | None = None  # of files of rows: their kind, or the builder of `datasets`
+    files: tuple[str, ...] = ()  # local ones
 
     def identity(self) -> str:
-        """Tell apart two data sets of the same name: by the content of local files, which can keep size and time.
+        """Return a digest of local files' content, or the identity of a data set of the hub.
 
         Raises `DataError` for a file that cannot be read.
         """
@@ -59,10 +59,10 @@ class Documents:
 
 
 def open_documents(table: DataTable) -> Documents:
-    """The documents that `table` names.
+    """Open the data set that `table` names.
 
-    Raises `ConfigError` for a name that stands for nothing, and for keys that have no meaning for it; `DataError` for
-    what cannot be read or is not there.
+    Raises `ConfigError` for an unknown name, and for keys that do not apply to it; `DataError` for missing or
+    unreadable data.
     """
     silence_libraries()
     if table.name == PYTHON_DOCS:
@@ -80,7 +80,7 @@ def open_documents(table: DataTable) -> Documents:
 
 
 def validation_documents(table: DataTable, place: str, documents: Documents) -> Documents:
-    """Those of the split or file `place`, to validate on beside `documents`. Raises as `open_documents` does."""
+    """Open the split or file `place` to validate on, beside `documents`. Raises as `open_documents`."""
     if local_files(place):
         return open_documents(
             table.model_copy(update={"name": place, "config": None, "split": "train", "streaming": False})
@@ -92,7 +92,7 @@ def validation_documents(table: DataTable, place: str, documents: Documents) -> 
 
 
 def local_files(name: str) -> list[Path]:
-    """What there is on disk under a path or pattern, in order."""
+    """Return the existing file or directory at a path, or the files of a pattern, sorted."""
     path = Path(name).expanduser()
     if path.exists():
         return [path]
@@ -100,7 +100,7 @@ def local_files(name: str) -> list[Path]:
 
 
 def python_docs_text() -> str:
-    """The language reference that every Python carries as the help of its `help()`: real English, always there."""
+    """Return the Python language reference, which every Python includes for `help()`: real English, offline."""
     from pydoc_data.topics import topics
 
     return "\n\n".join(topics[name] for name in sorted(topics))
@@ -151,7 +151,7 @@ def _local_rows(described: str, kind: Kind, files: list[str]) -> Documents:
 
 
 def _repository(table: DataTable, place: str, config: str | None) -> Documents:
-    """A data set of the hub, or a directory that is laid out as one."""
+    """Open a data set of the hub, or a local directory in the hub's layout."""
     is_local = Path(place).is_absolute()
     offline = None if is_local else why_offline()
     what = f"data set {table.name!r}"
@@ -189,14 +189,14 @@ def _repository(table: DataTable, place: str, config: str | None) -> Documents:
 
 
 def _not_read(directory: Path, splits: Any) -> list[str]:
-    """Files of rows that `datasets` leaves out, as those whose suffix is not that of most."""
+    """Return the files of rows that `datasets` ignores, such as those with a suffix other than the most common."""
     read = {str(file) for files in splits.values() for file in files}
     files = (file for file in sorted(directory.rglob("*")) if kind_of(file) not in (None, "text") and file.is_file())
     return [str(file.relative_to(directory)) for file in files if str(file) not in read]
 
 
 def _plain_kind(config: Any, files: list[str]) -> Kind | None:
-    """Kind of the files of a directory, where its card says nothing of how they are to be read."""
+    """Return the kind of a directory's files, or None if they differ or the card sets options for reading."""
     kinds = {kind_of(file) for file in files}
     same = {key: getattr(config, key) for key in ("name", "version", "data_dir", "data_files", "description")}
     if kinds == {"tsv"}:
@@ -207,7 +207,7 @@ def _plain_kind(config: Any, files: list[str]) -> Kind | None:
 
 
 def _of_hub(place: str, config: str | None, offline: str | None) -> Any:
-    if offline:  # a data set that is cached does not say that it is CSV before it is found
+    if offline:  # the file type is unknown before the cached data set is found
         with suppress(ConnectionError, ValueError):
             return datasets.load_dataset_builder(place, config, cache_dir=_cache_of_texts())
     builder = datasets.load_dataset_builder(place, config)
@@ -219,18 +219,18 @@ def _of_hub(place: str, config: str | None, offline: str | None) -> Any:
 
 
 def _cache_of_texts() -> str:
-    """Folder apart from the rows that pandas made of the same files."""
+    """Return a cache folder of its own, since pandas parses the same files to other values."""
     return str(Path(datasets.config.HF_DATASETS_CACHE) / "csv-as-written")
 
 
 def _of_texts(place: str, config: str | None) -> Any:
-    """CSV files with each value as it is written. Left alone, pandas takes NA for nothing and 007 for 7."""
+    """Make a builder that reads CSV values as text; by default pandas reads NA as missing and 007 as 7."""
     builder = datasets.load_dataset_builder(place, config, cache_dir=_cache_of_texts())
     file = str(next(iter(builder.config.data_files.values()))[0])
     options = {**builder.config.pd_read_csv_kwargs, "chunksize": None, "nrows": 1}
     with fsspec.open(file, compression="infer") as lines:
         first = pd.read_csv(lines, **options)
-    if not isinstance(first.index, pd.RangeIndex):  # pandas names them from the right
+    if not isinstance(first.index, pd.RangeIndex):  # pandas makes the first fields an index
         raise DataError(f"{file}: its rows have more fields than its header")
     builder.config.features = builder.info.features = Features({name: Value("string") for name in first.columns})
     builder.config.keep_default_na, builder.config.na_values = False, [""]

@@ -1,4 +1,4 @@
-"""A data set that is read and made into tokens while it is trained on, and has no length."""
+"""Streaming data set without a length, read, shuffled and tokenized during training."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ SHUFFLE_ROWS = 1000
 
 
 class TokenStream(torch.utils.data.IterableDataset[dict[str, list[int]]]):
-    """Rows `input_ids` and `labels` of the documents, round after round without an end, in an order of `seed`.
+    """Endless rows `input_ids` and `labels` of the documents, in rounds shuffled by `seed`.
 
-    Only so many documents are shuffled at a time, and the files of a data set that has many. As it has no end, the
-    number of rows taken is all that says where a training stands, and a step's batches can be of two rounds; to Trainer
-    the whole training is one epoch. Each worker of a DataLoader reads all documents and gives its share of the rows.
+    The order of files, and in a buffer that of documents, is shuffled. The number of rows read is the only
+    position of a training, and a step's batches can be of two rounds; to Trainer the whole training is one epoch. Each
+    worker of a DataLoader reads all documents and yields its part of the rows.
 
-    Iterating raises `DataError` for a document that cannot be used, and if a whole round gives no row.
+    Iterating raises `DataError` for an invalid document, and if a whole round has no row.
     """
 
     def __init__(self, documents: Documents, encode: Callable[[Documents], Iterator[TokenRow]], *, seed: int) -> None:
@@ -37,7 +37,7 @@ class TokenStream(torch.utils.data.IterableDataset[dict[str, list[int]]]):
         worker = torch.utils.data.get_worker_info()
         if worker is None:
             return self._rows()
-        return _with_errors_that_travel(itertools.islice(self._rows(), worker.id, None, worker.num_workers))
+        return _with_worker_errors(itertools.islice(self._rows(), worker.id, None, worker.num_workers))
 
     def _rows(self) -> Iterator[dict[str, list[int]]]:
         rows: Any = self._documents.rows
@@ -53,13 +53,13 @@ class TokenStream(torch.utils.data.IterableDataset[dict[str, list[int]]]):
 
 
 class _FromWorker(DataError):
-    """What torch makes again in the main process, with the worker's traceback for its text: the last line is ours."""
+    """Error of a worker, which torch rebuilds in the main process from a traceback's text: keeps its last line."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text.rpartition(f"{type(self).__name__}: ")[2].strip())
 
 
-def _with_errors_that_travel(rows: Iterator[dict[str, list[int]]]) -> Iterator[dict[str, list[int]]]:
+def _with_worker_errors(rows: Iterator[dict[str, list[int]]]) -> Iterator[dict[str, list[int]]]:
     try:
         yield from rows
     except DataError as error:

@@ -1,4 +1,4 @@
-"""The synthetic language: rows that need neither a file nor a tokenizer, and that a model can learn."""
+"""Generate rows of a synthetic language, which need neither a file nor a tokenizer."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import Callable
 import numpy as np
 
 SYNTHETIC_SAMPLES = 20
-# So many words, and for each the chances of its next ones.
+# Number of words, and the probabilities of each word's successors.
 SYNTHETIC_WORDS = 32
 SUCCESSOR_CHANCES = (0.85, 0.10, 0.05)
 
 
 def synthetic_language(length: int, vocabulary: int, seed: int) -> Callable[[int], list[list[int]]]:
-    """A small seeded language: a Markov chain over a few words of the vocabulary.
+    """Return a generator of sentences: a Markov chain over a few token ids of the vocabulary, made with `seed`.
 
-    What is returned writes so many sentences of `length` words, other ones at each call. What follows a word is mostly
-    certain, so a model that learns the chain gets from ln(vocabulary) to the chain's entropy of about half a nat.
+    It is called with a number of sentences, of `length` tokens each, and returns new ones at each call. A model that
+    learns the chain lowers its loss from ln(vocabulary) to the chain's entropy of about half a nat.
     """
     random = np.random.default_rng(seed)
     words = random.choice(vocabulary, size=min(SYNTHETIC_WORDS, vocabulary), replace=False)

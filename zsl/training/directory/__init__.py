@@ -1,1 +1,1 @@
-"""The run directory: record, checkpoints, resume."""
+"""The directory of a run: record, checkpoints, resuming."""

@@ -1,6 +1,6 @@
-"""The directories `checkpoint-N` of a run: there whole or not at all, and known to be whole when they are read.
+"""Write checkpoint directories atomically, verify their checksums, list and remove them.
 
-`checksums.json` in each says what its files hold. What they mean is Trainer's business. Knows no torch.
+`checksums.json` in each `checkpoint-N` has a digest of every file; Trainer reads their content. Imports no torch.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 
 
 def step_of(checkpoint: Path) -> int:
-    """The optimizer step after which a checkpoint was made; -1 for a directory that is none."""
+    """Return the optimizer step of a checkpoint, from its name; -1 for another directory."""
     match = _NAME.fullmatch(checkpoint.name)
     return int(match[1]) if match else -1
 
 
 def checkpoints_in(directory: Path) -> list[Path]:
-    """The checkpoints of a directory, whole or not, the newest first."""
+    """Return the checkpoints in a directory, damaged ones too, the newest first."""
     found = [path for path in directory.glob("checkpoint-*") if step_of(path) >= 0 and path.is_dir()]
     return sorted(found, key=step_of, reverse=True)
 
 
 def own_checkpoints_in(directory: Path) -> list[Path]:
-    """Those that zsl has made: what another Trainer left is not ours to remove."""
+    """Return the checkpoints that zsl has made; others must not be removed."""
     return [checkpoint for checkpoint in checkpoints_in(directory) if (checkpoint / CHECKSUMS).exists()]
 
 
 def put_in_place(written: Path, place: Path) -> None:
-    """Give a checkpoint that was written aside its checksums, bring it to the disk and move it to its place.
+    """Add checksums to a checkpoint in a temporary directory, sync it to disk, and move it to `place`.
 
     Raises `OSError`.
     """
@@ -46,13 +46,13 @@ def put_in_place(written: Path, place: Path) -> None:
     (written / CHECKSUMS).write_text(json.dumps(sums, indent=1) + "\n", encoding="utf-8")
     sync_tree(written)
     if place.exists():
-        remove_tree(place)  # a run that could not go on from it has come here again
+        remove_tree(place)  # it was damaged, and the run has reached this step again
     os.rename(written, place)
     sync(place.parent)
 
 
 def damage_of(checkpoint: Path) -> str | None:
-    """What makes a checkpoint unusable, in a few words; None if it is as it was written."""
+    """Return the reason why a checkpoint is unusable; None if it is intact."""
     try:
         sums = json.loads((checkpoint / CHECKSUMS).read_text(encoding="utf-8"))
         if not sums:
@@ -70,10 +70,10 @@ def damage_of(checkpoint: Path) -> str | None:
 
 
 def prune(directory: Path, newest: int, *, limit: int | None, keep: Collection[int] = ()) -> None:
-    """Remove the checkpoints that the one of step `newest`, which is at its place now, makes superfluous.
+    """Remove old checkpoints, now that the one of step `newest` is complete.
 
-    The newest `limit` stay, and those of the steps in `keep`. What claims to be newer was damaged, or is of another
-    run. Raises `OSError`.
+    Keeps the newest `limit`, and those of the steps in `keep`. Checkpoints of later steps are removed too: they are
+    damaged, or another run's. Raises `OSError`.
     """
     found = own_checkpoints_in(directory)
     until_now = [path for path in found if step_of(path) <= newest]
@@ -84,7 +84,7 @@ def prune(directory: Path, newest: int, *, limit: int | None, keep: Collection[i
 
 
 def checksum(file: Path) -> str:
-    """A digest of a file's content. Raises `OSError`."""
+    """Return a digest of a file's content. Raises `OSError`."""
     digest = xxhash.xxh3_128()
     with file.open("rb") as content:
         while block := content.read(1 << 20):

@@ -1,7 +1,7 @@
-"""What a run is, as `run.json` says it: so that a run that was ended can be told from another one.
+"""Record of a run (`run.json`): its configuration and digests, compared before it is resumed.
 
-In the directory of a run it says too whether the run has come to its end; in a checkpoint, what is needed beside
-Trainer's own files to go on from there; with an adapter, what model it is of. Knows no torch.
+In the directory of a run it also tells whether the run has finished; in a checkpoint, what resuming needs besides
+Trainer's files; with an adapter, which model it belongs to. Imports no torch.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from zsl.training.config.config import TrainConfig
 
 RECORD = "run.json"
 MODEL_NAME = "model.name"  # a key of `RunRecord.configuration`
-# Of `RunRecord.facts`.
+# Keys of `RunRecord.facts`.
 DATA, MODEL_CONFIGURATION, WEIGHTS = "the rows of the data", "the model's configuration", "the model's weights"
 
-# What may be another one when a run goes on: where the trunk and the results are, how long to wait, what is shown, and
-# how often and how many checkpoints are kept. The numbers of a training do not depend on it.
+# Keys that may change when a run is resumed: addresses, timeouts, display, and how many checkpoints are kept. The
+# results of a training do not depend on them.
 _MAY_DIFFER = {
     "trunk.endpoint",
     "trunk.connect_timeout_seconds",
@@ -40,24 +40,24 @@ _MAY_DIFFER_PREFIXES = ("train.log_", "train.logging_", "train.trackio_", "train
 
 
 class RunRecord(BaseModel):
-    """`configuration` by `table.key`; `facts` are what it stands for: a digest of the data, of the weights, …"""
+    """`configuration` by `table.key`; `facts` about what it names: digests of the data, of the weights, …"""
 
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
 
     configuration: dict[str, Any]
     facts: dict[str, str] = {}
-    run: str = ""  # tells it from other runs, also from those of the same configuration
+    run: str = ""  # a random id: another run may have the same configuration
     finished: bool = False
-    seconds: float = 0.0  # of training until then
+    seconds: float = 0.0  # of training so far
 
     def of_adapter(self) -> RunRecord:
-        """What goes with an adapter: which model it is of, and how it was split. Nothing of the data."""
+        """Return the record to save with an adapter: the model and its split, without the data."""
         configuration = {key: value for key, value in self.configuration.items() if key == MODEL_NAME}
         facts = {fact: value for fact, value in self.facts.items() if fact != DATA}
         return RunRecord(configuration=configuration, facts=facts, run=self.run)
 
     def differences(self, here: RunRecord) -> list[str]:
-        """Where the run of this record is not that of `here`, in words; none if it is the same one.
+        """Return the differences to the run of `here`, in words; an empty list if it is the same run.
 
         Facts that only one of them has are not compared.
         """
@@ -66,7 +66,7 @@ class RunRecord(BaseModel):
         return [difference for difference in words if difference] + self._differences_of(self.facts, here)
 
     def model_differences(self, here: RunRecord) -> list[str]:
-        """Where the model of this record is not that of `here`, in words."""
+        """Return the differences to the model of `here`, in words."""
         return self._differences_of((MODEL_CONFIGURATION, WEIGHTS), here)
 
     def _differences_of(self, facts: Iterable[str], here: RunRecord) -> list[str]:
@@ -77,16 +77,16 @@ class RunRecord(BaseModel):
 
 
 def configuration_of(config: TrainConfig) -> dict[str, Any]:
-    """Every key that the numbers of a training depend on."""
+    """Return every key that the results of a training depend on."""
     tables = config.model_dump(mode="json", exclude_none=True)
     keys = {f"{table}.{key}": value for table, fields in tables.items() for key, value in fields.items()}
     if isinstance(config.resume_from, bool):
-        keys.pop("train.resume_from_checkpoint", None)  # whether to go on, not with what
+        keys.pop("train.resume_from_checkpoint", None)  # a bool names no checkpoint
     return {k: v for k, v in keys.items() if k not in _MAY_DIFFER and not k.startswith(_MAY_DIFFER_PREFIXES)}
 
 
 def read_record(directory: Path) -> RunRecord | None:
-    """The record in a directory; None if there is none that can be read."""
+    """Read the record in a directory; None if it is missing or invalid."""
     try:
         return RunRecord.model_validate_json((directory / RECORD).read_bytes())
     except (OSError, ValidationError):
@@ -94,7 +94,7 @@ def read_record(directory: Path) -> RunRecord | None:
 
 
 def as_bytes(record: RunRecord) -> bytes:
-    """What `run.json` holds."""
+    """Return the content of `run.json`."""
     return (record.model_dump_json(indent=1) + "\n").encode()
 
 

@@ -1,6 +1,6 @@
-"""The directory of a run: whether a run that was ended goes on in it, and from which of its checkpoints.
+"""Lock a run's directory, and find the checkpoint to resume an interrupted run from.
 
-Knows what lies in the directory, not how to train. Knows no torch.
+Imports no torch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from zsl.files.durable import remove_leftovers, remove_tree, write_file
 from zsl.training.directory.checkpoints import CHECKSUMS, checkpoints_in, damage_of, own_checkpoints_in
 from zsl.training.directory.record import RECORD, RunRecord, as_bytes, read_record
 
-METRICS = "metrics.jsonl"
+METRICS_FILE = "metrics.jsonl"
 LOCK = ".lock"
 
 logger = logging.getLogger(__name__)
@@ -29,29 +29,29 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Start:
-    """The checkpoint that a training goes on from, and what the run did until then."""
+    """The checkpoint that a training resumes from, and the run's state at that step."""
 
     checkpoint: Path
     step: int
-    of_steps: int | None  # None: another run made it, for as many steps as it had
+    of_steps: int | None  # None for a checkpoint of another run
     metrics: str  # lines of `metrics.jsonl`
     seconds: float
-    best: Path | None  # the checkpoint with the lowest validation loss, if the run looks for it
-    stopped: bool  # the training was to end with this step
-    validations_without_gain: int  # that early stopping has counted
-    differences: Sequence[str]  # of its configuration to that which goes on, in words
+    best: Path | None  # the checkpoint with the lowest validation loss, if the run keeps the best
+    stopped: bool  # the training stopped at this step
+    validations_without_gain: int  # early stopping's counter
+    differences: Sequence[str]  # between its configuration and the resuming run's, in words
 
     @property
     def is_the_end(self) -> bool:
-        """Whether only the adapters are still to be saved."""
+        """True if all steps are done, and only the adapters remain to be saved."""
         return self.of_steps is not None and (self.stopped or self.step == self.of_steps)
 
 
 class RunDirectory:
-    """`path` is where the run of `record` is to be done: in it are `run.json`, `metrics.jsonl` and checkpoints.
+    """The directory `path` of the run of `record`, with `run.json`, `metrics.jsonl` and checkpoints.
 
-    `last_checkpoint` is where the same command goes on, should this process end now. `record` has the `run` of the
-    checkpoint that a run goes on from.
+    `last_checkpoint` is the one from which the same command would resume. `record` has the `run` id of the checkpoint
+    that a run resumes from.
     """
 
     def __init__(self, path: Path, record: RunRecord) -> None:
@@ -63,15 +63,15 @@ class RunDirectory:
 
     @property
     def holds_a_finished_run(self) -> bool:
-        """Whether a run came to its end here, before this one has taken a step."""
+        """True if the record in the directory is of a finished run."""
         there = read_record(self.path)
         return there is not None and there.finished
 
     def start(self, asked: str | bool | None) -> Start | None:
-        """Where the training starts; None is its beginning. `asked` is `train.resume_from_checkpoint`.
+        """Find the checkpoint to resume from; None for step 0. `asked` is `train.resume_from_checkpoint`.
 
-        Warns of damaged checkpoints. Raises `ConfigError` if another run has not come to its end here, `StartupError`
-        if there are checkpoints and none is whole.
+        Warns of damaged checkpoints. Raises `ConfigError` if the directory holds another, unfinished run,
+        `StartupError` if all its checkpoints are damaged.
         """
         if asked is False:
             self._goes_on = False
@@ -91,7 +91,7 @@ class RunDirectory:
         return self._start_at(checkpoint) if checkpoint is not None else None
 
     def begin(self) -> None:
-        """What lies here is this run's from now on: it has taken a step. Raises `OSError`; may be called again."""
+        """Claim the directory for this run at its first step. Idempotent. Raises `OSError`."""
         if self._begun:
             return
         if self.last_checkpoint is None:
@@ -101,22 +101,22 @@ class RunDirectory:
         self._begun = True
 
     def finish(self, seconds: float) -> None:
-        """The run has come to its end: the same command begins a new one. Raises `OSError`."""
+        """Mark the run as finished, so that the same command begins a new one. Raises `OSError`."""
         ended = self.record.model_copy(update={"finished": True, "seconds": seconds})
         write_file(self.path / RECORD, as_bytes(ended))
 
     def add_to(self, checkpoint: Path, *, metrics: str, seconds: float) -> None:
-        """Write what a `Start` needs beside Trainer's files. Raises `OSError`."""
-        (checkpoint / METRICS).write_text(metrics, encoding="utf-8")
+        """Add the metrics and the record to a checkpoint, for a later `Start`. Raises `OSError`."""
+        (checkpoint / METRICS_FILE).write_text(metrics, encoding="utf-8")
         (checkpoint / RECORD).write_bytes(as_bytes(self.record.model_copy(update={"seconds": seconds})))
 
     def made(self, checkpoint: Path) -> None:
-        """A checkpoint is at its place."""
+        """Note that a checkpoint is complete."""
         if self._goes_on:
             self.last_checkpoint = checkpoint
 
     def _newest_of_this_run(self, *, or_fail: bool) -> Path | None:
-        """The newest whole checkpoint of this run, if it began here and has not come to its end."""
+        """Return the newest intact checkpoint of this run, if the directory holds no finished run."""
         if self.holds_a_finished_run:
             return None
         if or_fail:
@@ -150,14 +150,12 @@ class RunDirectory:
             without_gain = int(early["attributes"]["early_stopping_patience_counter"]) if early else 0
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "its trainer_state.json names no step"
-            raise ConfigError(f"{checkpoint} is no checkpoint to go on from: {reason}") from error
-        metrics, record = checkpoint / METRICS, read_record(checkpoint)
+            raise ConfigError(f"{checkpoint} cannot be resumed from: {reason}") from error
+        metrics, record = checkpoint / METRICS_FILE, read_record(checkpoint)
         goes_on = self._is_of_this_run(record)
         if record is not None:
             if of_another_model := record.model_differences(self.record):
-                raise ConfigError(
-                    f"{checkpoint} is of another model, where its adapters mean nothing: {', '.join(of_another_model)}"
-                )
+                raise ConfigError(f"{checkpoint} holds adapters of another model: {', '.join(of_another_model)}")
             if goes_on:
                 self.record = self.record.model_copy(update={"run": record.run})
         return Start(
@@ -177,11 +175,11 @@ class RunDirectory:
 
 
 def refuse_another_run(directory: Path, here: RunRecord) -> None:
-    """Raises `ConfigError` if another run than that of `here` left checkpoints here, and did not come to its end."""
+    """Raise `ConfigError` if the directory holds checkpoints of an unfinished run other than that of `here`."""
     records = [read_record(directory), *(read_record(checkpoint) for checkpoint in checkpoints_in(directory))]
     there = next((record for record in records if record is not None), None)
     if len(records) == 1 or there is None or there.finished:
-        return  # there is nothing to lose, or nothing that says whose it is
+        return  # no checkpoint that a new run would remove, or no record to compare
     if differences := there.differences(here):
         raise ConfigError(
             f"{directory} holds a run that has not come to its end, with another configuration: "
@@ -192,7 +190,7 @@ def refuse_another_run(directory: Path, here: RunRecord) -> None:
 
 @contextmanager
 def held(directory: Path) -> Iterator[None]:
-    """Make a directory, and let no other process train into it meanwhile. Raises `StartupError`."""
+    """Make a directory and lock it against other training processes. Raises `StartupError`."""
     new = [path for path in (directory, *directory.parents) if not os.path.lexists(path)]
     with ExitStack() as stack:
         try:
@@ -201,7 +199,7 @@ def held(directory: Path) -> Iterator[None]:
         except OSError as error:
             raise StartupError(f"{directory} cannot be written: {error.strerror}; name another --save-dir") from error
         try:
-            # It ends with the process, however that ends. `filelock` has flock, which the workers of a DataLoader
+            # The kernel releases it when the process ends. `filelock` uses flock, which the workers of a DataLoader
             # inherit: one that outlives a killed training would keep the lock.
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -215,14 +213,14 @@ def held(directory: Path) -> Iterator[None]:
             yield
         finally:
             if new and [path.name for path in directory.glob("*")] == [LOCK]:
-                shutil.rmtree(directory, ignore_errors=True)  # it came to nothing
-                with suppress(OSError):  # one of them may hold another run by now
+                shutil.rmtree(directory, ignore_errors=True)  # the run wrote no file
+                with suppress(OSError):  # a parent may hold another run by now
                     for parent in new[1:]:
                         parent.rmdir()
 
 
 def _checked(asked: Path) -> Path:
-    """The checkpoint that was asked for. Those of others have no checksums."""
+    """Return the requested checkpoint. Raises `StartupError` if it is damaged; other programs' have no checksums."""
     damage = damage_of(asked) if (asked / CHECKSUMS).exists() else None
     if damage is not None:
         raise StartupError(f"train.resume_from_checkpoint = {str(asked)!r} is damaged: {damage}")

@@ -1,6 +1,6 @@
-"""What trainings have left in their directories: adapters, and what their `run.json` says of how they were made.
+"""Find trained adapters in directories, with the model and settings from their `run.json`.
 
-Knows no torch: the adapters are found here, and read elsewhere.
+Imports no torch; the weights are read elsewhere.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from zsl.training.directory.record import MODEL_CONFIGURATION, MODEL_NAME, WEIGH
 
 _ADAPTER = "adapter_config.json"
 _SIDES = ("bottom_lora", "top_lora")
-# What a record of a run says, and what it is called where an adapter is described.
+# Facts of a run's record, and their names in an adapter's description.
 _SHOWN = {"the trunk's layers": "cut", "the trunk's mode": "gradient mode"}
 
 
 @dataclass(frozen=True)
 class Trained:
-    """`adapters` are the directories that hold one. `model` is the reference that they were trained on, where a run
-    says it, `weights_digest` that of its weights, `config_digest` that of its configuration, and `facts` what there is
-    to show.
+    """Directories of adapters, and the `model` that they were trained on; None where no record names it.
+
+    `weights_digest` and `config_digest` are the model's, and `facts` are settings to show.
     """
 
     adapters: Sequence[Path]
@@ -34,9 +34,9 @@ class Trained:
 
 
 def find_trained(places: Sequence[Path]) -> Trained:
-    """The adapters in `places`: directories of runs, of checkpoints, or of adapters.
+    """Find the adapters in `places`: directories of runs, of checkpoints, or of adapters.
 
-    Raises `ConfigError` for a place that holds none, `ModelError` for adapters that were trained on different models.
+    Raises `ConfigError` for a place without adapters, `ModelError` for adapters of different models.
     """
     adapters = [adapter for place in places for adapter in _adapters_in(place)]
     records = [record for adapter in adapters if (record := read_record(adapter)) is not None]
@@ -59,7 +59,7 @@ def _adapters_in(place: Path) -> list[Path]:
     if (place / _ADAPTER).is_file():
         return [place]
     checkpoints = checkpoints_in(place)
-    if (place / "adapter" / _ADAPTER).is_file():  # one adapter, where its two sides may be of two saves
+    if (place / "adapter" / _ADAPTER).is_file():  # written at once; the sides may be of two saves
         found = [place / "adapter"]
     else:
         found = [place / side for side in _SIDES if (place / side / _ADAPTER).is_file()]

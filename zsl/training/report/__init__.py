@@ -1,1 +1,1 @@
-"""Numbers of a run and their presentation: metrics, screen, plot."""
+"""Metrics of a run, and their output to file, screen and plot."""

@@ -1,7 +1,4 @@
-"""What a run measured: the loss of every optimizer step and of every validation, in memory and in `metrics.jsonl`.
-
-Knows no trainer.
-"""
+"""Losses of steps and validations of a run, in memory and in `metrics.jsonl`."""
 
 from __future__ import annotations
 
@@ -23,17 +20,17 @@ _LOSSES = ("loss", "eval_loss", "eval_perplexity")
 
 
 class RunMetrics:
-    """The losses in full precision, and a line each in `file`; `earlier` are the lines until where a run goes on.
+    """Losses in full precision, each with a line in `file`; `earlier` has the lines up to a resumed run's checkpoint.
 
-    The file begins anew with the first line, so a run that takes no step leaves it as it is. While it cannot be written
-    (a full disk), the lines wait in memory.
+    The file is replaced at the first line, so a run without a step leaves it unchanged. While it cannot be written (a
+    full disk), lines are kept in memory.
     """
 
     def __init__(self, file: Path, earlier: str = "") -> None:
         self._file = file
         self._open: BinaryIO | None = None
         self._lines = earlier.splitlines(keepends=True)
-        self._written = 0  # of the lines, those in the file
+        self._written = 0  # number of lines in the file
         self._cannot_write = False
         self._micro_batches: list[torch.Tensor] = []
         lines = [_with_numbers(json.loads(line)) for line in self._lines]
@@ -43,13 +40,13 @@ class RunMetrics:
         self.validations: list[tuple[int, float]] = [
             (line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line
         ]
-        # Of the epoch that the earlier lines end in the middle of.
+        # Losses of the epoch that the checkpoint interrupted.
         epochs_done = math.floor(steps[-1]["epoch"]) if steps else 0
         self._epoch: list[float] = [step["loss"] for step in steps if step["epoch"] > epochs_done]
 
     @property
     def losses(self) -> list[float]:
-        """Of all steps of the run."""
+        """Losses of all steps of the run."""
         return [loss for _, loss in self.steps]
 
     @property
@@ -58,7 +55,7 @@ class RunMetrics:
 
     @property
     def text(self) -> str:
-        """All lines of the run until now."""
+        """All lines of the run so far."""
         return "".join(self._lines)
 
     def add_micro_batch(self, loss: torch.Tensor) -> None:
@@ -66,11 +63,11 @@ class RunMetrics:
 
     @property
     def loss_until_now(self) -> float:
-        """Of the micro-batches since the last step."""
+        """Sum of the losses of the micro-batches since the last step."""
         return float(sum(self._micro_batches))
 
     def end_step(self, step: int, epoch: float, measured: Mapping[str, Any]) -> None:
-        """The micro-batches since the last step were this one. `measured` is what else is known of it."""
+        """Add a step of the micro-batches since the last one, with further `measured` values for its line."""
         loss = self.loss_until_now
         self._micro_batches.clear()
         self.steps.append((step, loss))
@@ -83,12 +80,12 @@ class RunMetrics:
         self._add({"step": step, "eval_loss": loss, "eval_perplexity": perplexity, "epoch": epoch})
 
     def end_epoch(self) -> list[float]:
-        """The losses of the epoch's steps."""
+        """Return the losses of the epoch's steps, and begin a new epoch."""
         losses, self._epoch = self._epoch, []
         return losses
 
     def finish(self) -> None:
-        """Have all lines on the disk. Raises `OSError`."""
+        """Write all lines and sync them to disk. Raises `OSError`."""
         if self._lines:
             self._write()
         if self._open is not None:
@@ -102,7 +99,7 @@ class RunMetrics:
     def _add(self, line: Mapping[str, Any]) -> None:
         self._lines.append(json.dumps(_without_nan(line), allow_nan=False) + "\n")
         if not self.taken:
-            return  # a validation before the first step: what lies there may be another run's
+            return  # a validation before the first step: the file may be another run's
         try:
             self._write()
         except OSError as error:
@@ -114,7 +111,7 @@ class RunMetrics:
 
     def _write(self) -> None:
         if self._open is None:
-            # All of them, aside: lines of another run, and half a line, are replaced and never mixed in.
+            # Replace the whole file, so that it never mixes in lines of another run or a partial line.
             write_file(self._file, self.text.encode())
             self._open = self._file.open("ab", buffering=0)
         else:
@@ -129,7 +126,7 @@ class RunMetrics:
 
 
 def _without_nan(line: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN and no infinity."""
+    """Replace NaN and infinity, which JSON lacks, by None."""
     return {
         name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in line.items()
     }

@@ -1,4 +1,4 @@
-"""What is printed of the model: before a training its parts and the connection, after it what crossed."""
+"""Describe the model's parts, the connection and the communication per step, as text."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SIDES: tuple[Side, Side] = ("bottom", "top")
 
 
 def overview(model: PeftModel, sides: Sides, reference: ModelReference, trunk: RemoteTrunk, trunk_place: str) -> str:
-    """Parts, trainable parameters and connection, as text."""
+    """Return the model's parts, trainable parameters and connection as text."""
     welcome = trunk.client.welcome
     parts = _parts(model, sides, reference, trunk, trunk_place)
     connection = (
@@ -28,11 +28,11 @@ def overview(model: PeftModel, sides: Sides, reference: ModelReference, trunk: R
 
 
 def communication(measured: StepMeasure, model: PeftModel, trunk: RemoteTrunk) -> str:
-    """What crossed per step, beside the adapter and a gradient of the whole model, as text."""
+    """Compare the bytes sent per step with the sizes of the adapter and of the whole model's gradient, as text."""
     trainable = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     frozen = [p for p in model.parameters() if not p.requires_grad]
     item_size = max((p.element_size() for p in frozen if p.is_floating_point()), default=4)
-    # A gradient has a float for each number, also of what is stored in fewer bits.
+    # A gradient has one float per parameter, also for quantized weights.
     numbers = sum(map(numbers_in, frozen)) + trunk.client.welcome.trunk_parameters
     return communication_table(
         bytes_up=measured.traffic.bytes_up / measured.steps,

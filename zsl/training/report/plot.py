@@ -1,4 +1,4 @@
-"""`loss.png`: the loss of a run's steps, and of its validations. Loads matplotlib only to draw."""
+"""Draw the losses of a run to `loss.png`. Imports matplotlib only on use."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 FIGURE_INCHES = (8, 4.5)
 DOTS_PER_INCH = 130
-SMOOTHED_FROM = 30  # steps; fewer can be seen through
-SMOOTHED_PARTS = 20  # of the run, each as long as an average goes
-POINTS = 2000  # more than there are pixels
-LOGARITHMIC_FROM = 50.0  # times as large as the smallest is the largest loss
-LARGEST_EXPONENT = 700.0  # of e, in a double
+SMOOTHED_FROM = 30  # steps; fewer are readable without an average
+SMOOTHED_PARTS = 20  # averaging windows in a run
+POINTS = 2000  # more than the width in pixels
+LOGARITHMIC_FROM = 50.0  # ratio of the largest to the smallest loss
+LARGEST_EXPONENT = 700.0  # of e, below the overflow of a double
 COLOR, VALIDATION_COLOR, QUIET_COLOR = "#1f5fa8", "#c8501e", "#606060"
 
 Numbers = npt.NDArray[np.float64]
@@ -33,34 +33,34 @@ Numbers = npt.NDArray[np.float64]
 def write_loss_plot(
     file: Path, steps: Sequence[tuple[int, float]], validations: Sequence[tuple[int, float]], *, title: str
 ) -> None:
-    """Draw (step, loss) pairs to a PNG: each step's, their average where there are many, and the validations'.
+    """Draw (step, loss) pairs to a PNG: the steps, their moving average if there are many, and the validations.
 
-    Losses that are not finite leave gaps. Raises `RunFailed` if it cannot be drawn or written, and then what `file`
-    held is still there.
+    Losses that are not finite leave gaps. Raises `RunFailed` if it cannot be drawn or written; `file` is then
+    unchanged.
     """
     try:
         picture = _draw(_finite(steps), _finite(validations), title)
         write_file(file, picture)
-    except Exception as error:  # also what a broken matplotlib raises: the run is worth more than its picture
+    except Exception as error:  # a broken matplotlib raises any type, and must not fail the run
         raise RunFailed(f"the loss plot could not be written to {file}: {reason(error)}") from error
 
 
 def _finite(pairs: Sequence[tuple[int, float]]) -> Numbers:
-    """As an array `[pairs, 2]`, with NaN for a loss that is not finite."""
+    """Return a float64 array `[pairs, 2]`, with NaN for a loss that is not finite."""
     array = np.array(pairs, dtype=float).reshape(-1, 2)
     array[~np.isfinite(array)] = math.nan
     return array
 
 
 def _draw(steps: Numbers, validations: Numbers, title: str) -> bytes:
-    """The PNG."""
+    """Return the plot as PNG data."""
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     with matplotlib.rc_context(), warnings.catch_warnings():
-        matplotlib.rcdefaults()  # a style of the user's may need what is not there
-        warnings.simplefilter("ignore")  # of a letter of the title that the font lacks
+        matplotlib.rcdefaults()  # the user's style may need missing fonts or LaTeX
+        warnings.simplefilter("ignore")  # about letters in the title that the font lacks
         figure = Figure(figsize=FIGURE_INCHES, layout="constrained")
         axes = figure.subplots()
         _draw_training(axes, steps)
@@ -101,7 +101,7 @@ def _draw_training(axes: Axes, steps: Numbers) -> None:
 
 
 def _moving_average(losses: Numbers, window: int) -> Numbers:
-    """The mean of the `window` values around each, of those that are there; NaN where none is."""
+    """Return the mean of the `window` values around each, without NaNs; NaN if all are NaN."""
     known = ~np.isnan(losses)
     sums = np.concatenate([[0.0], np.cumsum(np.where(known, losses, 0.0))])
     counts = np.concatenate([[0], np.cumsum(known)])
@@ -113,7 +113,7 @@ def _moving_average(losses: Numbers, window: int) -> Numbers:
 
 
 def _add_perplexity(axes: Axes) -> None:
-    """A scale at the right, beside that of the loss: e to its numbers. (Round perplexities would crowd at the top.)"""
+    """Add a perplexity axis at the right, with the loss axis's ticks: round perplexities would crowd at the top."""
     right = axes.secondary_yaxis("right")
     right.yaxis.set_major_locator(axes.yaxis.get_major_locator())
     right.yaxis.set_major_formatter(lambda loss, _: _three_digits(math.exp(min(loss, LARGEST_EXPONENT))))
@@ -123,7 +123,7 @@ def _add_perplexity(axes: Axes) -> None:
 
 
 def _three_digits(number: float) -> str:
-    """`18.3`, `1,480`, `2.2e+07`."""
+    """Format a number with three digits: `18.3`, `1,480`, `2.2e+07`."""
     if number < 100:
         return f"{number:.3g}"
     return f"{number:,.0f}" if number < 1e6 else f"{number:.1e}"

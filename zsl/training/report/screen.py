@@ -1,4 +1,4 @@
-"""What `zsl-train` shows: text made of numbers. Knows no model and no trainer."""
+"""Format the tables, progress lines and summary that `zsl-train` prints."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from zsl.text.plural import counted as counted
 from zsl.training.report.step_measure import StepMeasure
 
-# Of a step's time, those that are shown: the line is to fit in a terminal of 80 columns.
+# Number of parts of a step's time in a line, which must fit a terminal of 80 columns.
 LARGEST_PARTS = 2
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One row of the table of model parts."""
+    """Row of the table of model parts."""
 
     name: str
     layers: str
@@ -25,14 +25,14 @@ class Part:
 
 
 def parts_table(parts: Sequence[Part]) -> str:
-    """Bottom, trunk and top with their layers and parameters."""
+    """Format bottom, trunk and top with their layers and parameters."""
     lines = ["Model parts", f"  {'part':<7} {'layers':<22} {'parameters':>13}  where"]
     lines += [f"  {p.name:<7} {p.layers:<22} {p.parameters:>13,}  {p.place}" for p in parts]
     return "\n".join(lines)
 
 
 def trainable_table(parts: Sequence[Part]) -> str:
-    """What of the client's parts learns."""
+    """Format the trainable parameters of the client's parts."""
     lines = ["Trainable parameters"]
     lines += [
         f"  {part.name:<7} {part.trainable:>13,} of {part.parameters:,} ({part.trainable / part.parameters:.2%})"
@@ -43,14 +43,14 @@ def trainable_table(parts: Sequence[Part]) -> str:
 
 
 def layer_range(start: int, stop: int) -> str:
-    """`layers 0-1`, `layer 4` or `no layers`."""
+    """Format a range of layers: `layers 0-1`, `layer 4` or `no layers`."""
     if start >= stop:
         return "no layers"
     return f"layer {start}" if stop - start == 1 else f"layers {start}-{stop - 1}"
 
 
 def epoch_summary(epoch: int, losses: Sequence[float]) -> str:
-    """Average, lowest and highest loss of an epoch's steps."""
+    """Format the average, lowest and highest loss of an epoch's steps."""
     average = sum(losses) / len(losses)
     return (
         f"Epoch {epoch}: {counted(len(losses), 'step')}, loss average {average:.4f}, lowest {min(losses):.4f}, "
@@ -59,7 +59,7 @@ def epoch_summary(epoch: int, losses: Sequence[float]) -> str:
 
 
 def step_line(step: int, of_steps: int, loss: float, measure: StepMeasure, seconds_left: float) -> str:
-    """The line of a logged step, with the parts that took most of its time."""
+    """Format the line of a logged step, with the parts that took most of its time."""
     largest = sorted(measure.part_seconds, key=lambda part: -measure.part_seconds[part])[:LARGEST_PARTS]
     parts = [
         f"{part} {seconds / measure.seconds:.0%}"
@@ -71,7 +71,7 @@ def step_line(step: int, of_steps: int, loss: float, measure: StepMeasure, secon
 
 
 def byte_count(number: float) -> str:
-    """Bytes with a unit: `512 B`, `1.6 kB`, `23 MB`."""
+    """Format bytes with a unit: `512 B`, `1.6 kB`, `23 MB`."""
     for unit in ("B", "kB", "MB", "GB"):
         if number < 999.5 or unit == "GB":
             break
@@ -80,7 +80,7 @@ def byte_count(number: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """`0:42`, `12:05`, `3:07:00`."""
+    """Format seconds: `0:42`, `12:05`, `3:07:00`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
@@ -89,10 +89,10 @@ def duration(seconds: float) -> str:
 def communication_table(
     *, bytes_up: float, bytes_down: float, adapter_bytes: int, gradient_bytes: int, tokens: float
 ) -> str:
-    """What crossed per step, measured, beside what other ways to train together send per step.
+    """Format the measured bytes per step beside those of other methods of distributed training.
 
-    Averaging adapters (federated LoRA) sends the adapter there and back once in a round of many steps, exchanging
-    gradients all of the model's in each.
+    Averaging adapters (federated LoRA) sends the adapter both ways once in a round of many steps; exchanging gradients
+    sends the whole model's in each step.
     """
     rows = [
         ("this run, measured", bytes_up, bytes_down),
@@ -105,14 +105,14 @@ def communication_table(
 
 
 def validation_line(step: int, of_steps: int, loss: float, perplexity: float) -> str:
-    """What a validation gave."""
+    """Format the line of a validation."""
     return f"  step {step}/{of_steps}: validation loss {loss:.4f}, perplexity {perplexity:.2f}"
 
 
 def stopped_early(
     step: int, of_steps: int, patience: int, best: float | None, *, threshold: float = 0.0, went_by: str = "loss"
 ) -> str:
-    """That a training ended before its last step, and the lowest value of what early stopping goes by."""
+    """Format the line about early stopping, with the best value of its metric."""
     lower = "lower" if best is None else f"lower than {best:.4f}"
     by = f" by more than {threshold:g}" if threshold else ""
     return (
@@ -128,10 +128,9 @@ def final_summary(
     *,
     kept: int | None = None,
 ) -> str:
-    """What became of the loss. `validations` are (step, loss); `kept` is the step whose adapters are saved, if the best
-    were looked for.
+    """Format the summary of a run. `validations` are (step, loss); `kept` is the step of the best adapters, if kept.
 
-    The verdict goes by the validation loss where there is one: two steps' losses are of different rows.
+    The conclusion is drawn from the validation loss if there is one: losses of two steps are of different rows.
     """
     if not losses:
         return "Summary\n  no step was taken"

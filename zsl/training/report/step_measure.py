@@ -1,4 +1,4 @@
-"""What a training step took, as numbers. Knows no clock and no torch."""
+"""Measurements of training steps: seconds by part, tokens and traffic. Imports no torch."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from zsl.link.traffic import Traffic
 
 @dataclass(frozen=True, slots=True)
 class StepMeasure:
-    """What a step, or several of them, took.
+    """Measurements of one or more steps.
 
-    `crossing_seconds` is the time that the client waited for the trunk, there and back: `trunk_seconds` (for which the
-    daemon says that it had the requests, queued or computed) and `wire_seconds`. `data_seconds` went to getting the
-    rows, `other_seconds` to the optimizer.
-    With micro-batches in flight together the client computes while it waits: the parts are not known (`parts_known`).
+    `crossing_seconds` is the client's wait for the trunk: `trunk_seconds` (queueing and computing, as reported by the
+    daemon) and `wire_seconds`. `data_seconds` is for loading the rows, `other_seconds` for the optimizer. With
+    overlapping micro-batches the client computes while it waits, and the parts are unknown (`parts_known`).
     """
 
     steps: int = 0
@@ -35,7 +34,7 @@ class StepMeasure:
 
     @property
     def trunk_seconds(self) -> float:
-        """Never more than the client waited: an answer that was computed again is counted for the last time only."""
+        """Seconds in the daemon, at most `crossing_seconds`; of a replayed request, only the last computation's."""
         spent = self.traffic.queue_seconds + self.traffic.compute_seconds
         return min(spent, self.crossing_seconds) if self.parts_known else spent
 
@@ -49,7 +48,7 @@ class StepMeasure:
 
     @property
     def part_seconds(self) -> dict[str, float]:
-        """Seconds by part; they add up to those of the step. Empty where they are not known."""
+        """Seconds by part, which add up to the step's; empty if unknown."""
         if not self.parts_known:
             return {}
         return {
@@ -62,14 +61,14 @@ class StepMeasure:
         }
 
     def as_line(self) -> dict[str, Any]:
-        """For `metrics.jsonl`."""
+        """Return the values for a line of `metrics.jsonl`."""
         seconds = {f"{part}_seconds": round(value, 6) for part, value in self.part_seconds.items()}
         line = {"tokens": self.tokens, "seconds": round(self.seconds, 6), **seconds}
         line |= {"bytes_up": self.traffic.bytes_up, "bytes_down": self.traffic.bytes_down}
         return {**line, "replays": self.traffic.replays} if self.traffic.replays else line
 
     def as_log(self) -> dict[str, float]:
-        """For `Trainer.log`, and so for TensorBoard."""
+        """Return the values for `Trainer.log`, and so for TensorBoard."""
         shares = {f"share/{part}": value / self.seconds for part, value in self.part_seconds.items() if self.seconds}
         steps = max(self.steps, 1)
         return {

@@ -1,1 +1,1 @@
-"""A whole run of `zsl-train`."""
+"""Run a training from a configuration: the main function of `zsl-train` and its checks."""

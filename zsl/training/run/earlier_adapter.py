@@ -1,4 +1,4 @@
-"""The adapter that `peft.adapter` names, for a training to go on from. Knows files, and loads nothing."""
+"""Find the existing adapter that `peft.adapter` names, to start a training from. Loads no weights."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from zsl.wire.messages import ModelIdentity
 
 @dataclass(frozen=True)
 class EarlierAdapter:
-    """`place` is a directory or a hub id, `weights_digest` that of the model that it was trained on, if that is said.
+    """An existing adapter: `place` is its directory or hub id.
 
-    `facts` are a digest of its file: what the name stands for can be another tomorrow.
+    `weights_digest` is that of the model that it was trained on, if known. `facts` hold a digest of its file, to detect
+    that the file of that name changes.
     """
 
     place: str
@@ -26,7 +27,7 @@ class EarlierAdapter:
 
     @classmethod
     def found(cls, named: str) -> EarlierAdapter:
-        """The adapter that `peft.adapter` names, also by the directory of its run. Raises `ConfigError`."""
+        """Find the adapter at `named`: its directory, its run's directory or a hub id. Raises `ConfigError`."""
         if not Path(named).is_dir():
             return cls(named)
         trained = find_trained([Path(named)])
@@ -38,6 +39,6 @@ class EarlierAdapter:
         return cls(str(place), trained.weights_digest, content)
 
     def check_is_of(self, model: ModelIdentity) -> None:
-        """Raises `ConfigError` if it was trained on other weights."""
+        """Raise `ConfigError` if the adapter was trained on other weights than the model's."""
         if self.weights_digest not in (None, model.weights_digest):
             raise ConfigError(f"peft.adapter = {self.place!r} was trained on other weights than this model's")

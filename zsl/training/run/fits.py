@@ -1,4 +1,4 @@
-"""Whether the adapter of a checkpoint is of the shape that a configuration gives."""
+"""Check that a checkpoint's adapter has the tensor names and shapes that the configuration gives."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from zsl.text.first_line import first_line
 
 
 def check_fits(checkpoint: Path, model: PeftModel) -> None:
-    """Raises `ConfigError` if a checkpoint cannot be loaded into `model`, with the first tensor that does not fit."""
+    """Raise `ConfigError`, with the first mismatched tensor, if a checkpoint cannot be loaded into `model`."""
     file = checkpoint / SAFETENSORS_WEIGHTS_NAME
     if not file.is_file():
-        return  # what Trainer says of it names it
+        return  # Trainer's own error names the missing file
     state = get_peft_model_state_dict(model, adapter_name=active_adapter(model), save_embedding_layers=False)
     here = {name: list(tensor.shape) for name, tensor in state.items()}
     base: Any = model.get_base_model()
@@ -32,7 +32,7 @@ def check_fits(checkpoint: Path, model: PeftModel) -> None:
     try:
         with safe_open(file, "pt") as tensors:
             there = {name: list(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
-            # Others may save embeddings beside the adapter, as they are in the model.
+            # Other programs may save unchanged embeddings with the adapter.
             copies = {
                 name
                 for name in there.keys() & own.keys() - here.keys()

@@ -1,4 +1,4 @@
-"""Check rows and batches against what a daemon takes, before the first step. Knows no socket."""
+"""Check the lengths of rows and batches against the daemon's limits, before the first step."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from zsl.wire.messages import Limits
 def check_limits(
     rows: Any, batch_size: int, limits: Limits, *, key: str, row_tokens: int, virtual_tokens: int, packs: bool
 ) -> None:
-    """Raise `ConfigError` if the longest rows of a data set make a request that the daemon refuses.
+    """Raise `ConfigError` if the longest rows of a data set could form a request that the daemon refuses.
 
-    Which rows meet in a batch is drawn, so the longest count; those of a stream have `row_tokens`. `virtual_tokens` are
-    in front of each row. A trunk that `packs` gets no padding. `key` is that of `batch_size`. The limit on bytes is the
-    limit on tokens in float32, so what keeps to the one keeps to the other.
+    Batches are drawn at random, so the longest rows are assumed to share one; rows of a stream have `row_tokens`.
+    `virtual_tokens` precede each row. A trunk that `packs` is sent no padding. `key` is the name of `batch_size` in
+    `[train]`. The byte limit is the token limit in float32, so it needs no check of its own.
     """
     if isinstance(rows, Dataset):
         lengths = np.sort(

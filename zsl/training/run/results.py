@@ -1,4 +1,4 @@
-"""What a run leaves in its directory when it ends: adapters and a plot, beside the metrics that are there already."""
+"""Save the results of a run to its directory: the adapters and the loss plot."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from zsl.errors import ModelError, RunFailed
 from zsl.models.reference import ModelReference
 from zsl.split.sides import Sides
 from zsl.training.directory.record import RECORD, RunRecord, as_bytes
-from zsl.training.directory.resume import METRICS
+from zsl.training.directory.resume import METRICS_FILE
 from zsl.training.report.metrics import RunMetrics
 from zsl.training.report.overview import SIDES
 from zsl.training.report.plot import write_loss_plot
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Results:
-    """The trained model, and where what was trained goes."""
+    """The trained model, and the directory to save it to."""
 
     model: PeftModel
     sides: Sides
@@ -36,9 +36,9 @@ class Results:
     record: RunRecord
 
     def save(self) -> list[str]:
-        """Write `adapter/`, `bottom_lora/`, `top_lora/`, `loss.png`; a line about each. Raises `RunFailed`."""
+        """Write `adapter/`, `bottom_lora/`, `top_lora/` and `loss.png`; return a line for each. Raises `RunFailed`."""
         base_model = self.reference.hub_id
-        # It stays with the adapter when that is moved, or when another run begins in this directory.
+        # A copy of the record with each adapter survives a move, and another run in this directory.
         beside = {RECORD: as_bytes(self.record.of_adapter())}
         save_adapter(self.model, self.directory / "adapter", base_model=base_model, beside=beside)
         lines = [f"{self.directory / 'adapter'}  (loads on the whole model)"]
@@ -46,18 +46,18 @@ class Results:
             target = self.directory / f"{side}_lora"
             try:
                 save_adapter(self.model, target, base_model=base_model, sides=self.sides, only=side, beside=beside)
-            except ModelError:  # the configuration puts no adapter on this side: what lies there is another run's
+            except ModelError:  # no adapter on this side: the existing one is another run's
                 remove_adapter(target, RECORD)
                 continue
             kilobytes = (target / SAFETENSORS_WEIGHTS_NAME).stat().st_size / 1000
             lines.append(f"{target}  ({kilobytes:.0f} kB)")
-        lines.append(f"{self.directory / METRICS}  (a line per step)")
-        if self.metrics.steps and self._drew():
+        lines.append(f"{self.directory / METRICS_FILE}  (a line per step)")
+        if self.metrics.steps and self._draw_plot():
             lines.append(f"{self.directory / PLOT}")
         return lines
 
-    def _drew(self) -> bool:
-        """Draw the losses. A picture that cannot be written ends nothing."""
+    def _draw_plot(self) -> bool:
+        """Draw the losses; return whether the file could be written."""
         file = self.directory / PLOT
         try:
             write_loss_plot(file, self.metrics.steps, self.metrics.validations, title=self.reference.text)
@@ -67,7 +67,7 @@ class Results:
         return True
 
     def save_after_a_failure(self) -> str:
-        """Save after a failure, which another one must not hide; what became of it, in words."""
+        """Save after a failure, and return a message in place of raising, so as not to hide that failure."""
         try:
             self.save()
         except RunFailed as error:

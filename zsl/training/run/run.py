@@ -1,4 +1,4 @@
-"""A whole run of `zsl-train`: configuration, model, connection, data, training, adapters, summary, in this order."""
+"""Main function of `zsl-train`: load data and model, connect, train, save adapters, print a summary."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from zsl.training.config.config import TrainConfig
 from zsl.training.config.peft_table import check_method, peft_config
 from zsl.training.data.load import TrainingData, load_data
 from zsl.training.directory.record import DATA, MODEL_CONFIGURATION, WEIGHTS, RunRecord, configuration_of
-from zsl.training.directory.resume import METRICS, RunDirectory, Start, held, refuse_another_run
+from zsl.training.directory.resume import METRICS_FILE, RunDirectory, Start, held, refuse_another_run
 from zsl.training.report.metrics import RunMetrics
 from zsl.training.report.overview import communication, overview
 from zsl.training.report.screen import final_summary
@@ -45,11 +45,10 @@ from zsl.wire.messages import Cut
 
 
 def train_from_config(config: TrainConfig, where: str, *, dry_run: bool = False) -> None:
-    """Run the training that `config` (read from `where`) describes, and print as it goes.
+    """Run the training that `config` (read from `where`) describes, and print its progress.
 
-    A run that was ended before its time goes on from its last checkpoint. A dry run ends before the first step.
-    Raises `ZslError`. One that ends a training that had begun is `RunFailed`, and the adapters of the steps until then
-    have been saved.
+    An interrupted run resumes from its last checkpoint. A dry run ends before the first step. Raises `ZslError`;
+    `RunFailed` if it fails after the first step, with the adapters of the steps until then saved.
     """
     arguments = trainer_arguments(config, where)
     adapter = EarlierAdapter.found(config.adapter) if config.adapter else None
@@ -68,7 +67,7 @@ def train_from_config(config: TrainConfig, where: str, *, dry_run: bool = False)
         stack.enter_context(held(directory))
         if config.resume_from is None:
             refuse_another_run(directory, record)  # before anything is loaded
-        if sys.stderr.isatty() and not arguments.disable_tqdm:  # what is printed below waits for all of this
+        if sys.stderr.isatty() and not arguments.disable_tqdm:  # the output below appears only after loading
             print(f"zsl-train: loading {config.model.name}", file=sys.stderr)
         reference = resolve(config.model.name)
         check_can_be_split(reference.config)
@@ -76,7 +75,7 @@ def train_from_config(config: TrainConfig, where: str, *, dry_run: bool = False)
         virtual_tokens = getattr(peft, "num_virtual_tokens", None) or 0
         data = load_data(config.data, reference, virtual_tokens=virtual_tokens)
         if not isinstance(data.train, Dataset) and arguments.max_steps <= 0:
-            raise ConfigError(f"{where}: a stream has no end to count: set train.max_steps, or data.samples")
+            raise ConfigError(f"{where}: a stream has no length: set train.max_steps, or data.samples")
         set_seed(arguments.seed)
         trunk, trunk_place = _trunk(config, cut, dtype, stack)
         stack.callback(trunk.close)
@@ -92,7 +91,7 @@ def train_from_config(config: TrainConfig, where: str, *, dry_run: bool = False)
             raise ConfigError(f"{where}: [peft]: {error}") from error
         if trunk.effective_mode == "none" and not adapter_parameters(model, sides, "top"):
             raise ConfigError(
-                f"{where}: no gradient comes back from the trunk (mode none), and nothing behind it learns: "
+                f"{where}: no gradient comes back from the trunk (mode none), and no layer behind it is trained: "
                 "put adapters on the top, or train in mode exact, through a daemon that serves backward"
             )
         for rows, key in (
@@ -111,13 +110,13 @@ def train_from_config(config: TrainConfig, where: str, *, dry_run: bool = False)
                 )
         record = record.model_copy(update={"facts": _facts(data, trunk) | (adapter.facts if adapter else {})})
         run = RunDirectory(directory, record)
-        # Checkpoints of the model only are no place to go on from.
+        # Checkpoints of the model alone cannot be resumed from.
         asked = False if arguments.save_only_model and config.resume_from is None else config.resume_from
         start = run.start(asked)
         if start is not None:
             check_fits(start.checkpoint, model)
-            arguments.eval_on_start = False  # that was at the true start
-        metrics = RunMetrics(run.path / METRICS, start.metrics if start else "")
+            arguments.eval_on_start = False  # the run's first process did that
+        metrics = RunMetrics(run.path / METRICS_FILE, start.metrics if start else "")
         stack.enter_context(closing(metrics))
         trainer = _trainer(
             where,
@@ -133,18 +132,18 @@ def train_from_config(config: TrainConfig, where: str, *, dry_run: bool = False)
             eval_dataset=data.validation,
             data_collator=data.collate or default_data_collator,
         )
-        # Only now, so that an error in it stands alone.
+        # Print only now, so that an error above is the only output.
         print("Configuration", *(f"  {line}" for line in config.as_toml().splitlines()), sep="\n")
         print("", overview(model, sides, reference, trunk, trunk_place), "", sep="\n")
         print("Data set", *(f"  {printable(line)}" for line in data.lines), sep="\n")
-        print(*map(printable, _beginning(run, start, dry_run=dry_run)), sep="\n", flush=True)
+        print(*map(printable, _start_lines(run, start, dry_run=dry_run)), sep="\n", flush=True)
         if dry_run:
             return
         _train(trainer, run, start, Results(model, sides, reference, directory, metrics, run.record), trunk)
 
 
-def _beginning(run: RunDirectory, start: Start | None, *, dry_run: bool) -> list[str]:
-    """Lines that say where the training starts, or would, and on top of what."""
+def _start_lines(run: RunDirectory, start: Start | None, *, dry_run: bool) -> list[str]:
+    """Return lines that say from which step or checkpoint the training starts."""
     if dry_run:
         begins = f"would go on from {start.checkpoint}" if start else "would begin at step 0"
         lines = ["", f"Dry run: everything is there, and the trunk answers. The training {begins}."]
@@ -161,13 +160,13 @@ def _beginning(run: RunDirectory, start: Start | None, *, dry_run: bool) -> list
 
 
 def _trainer(where: str, **arguments: Any) -> SplitTrainer:
-    """Raises `ConfigError` for what the libraries refuse of `[train]`."""
+    """Make the trainer. Raises `ConfigError` for values of `[train]` that the libraries refuse."""
     try:
         trainer = SplitTrainer(**arguments)
         trainer.prepare()
     except ZslError:
         raise
-    except Exception as error:  # whatever the library comes to that an argument turns on
+    except Exception as error:  # libraries that an argument enables raise any type
         raise ConfigError(f"{where}: [train]: {first_line(error)}") from error
     return trainer
 
@@ -188,7 +187,7 @@ def _train(trainer: SplitTrainer, run: RunDirectory, start: Start | None, result
         saved = results.save_after_a_failure()
         raise RunFailed(f"training ended after step {metrics.last_step}: {what}; {_goes_on(run)}{saved}") from error
     if not metrics.taken and start is None:
-        raise RunFailed("the data and [train] gave no step to take; nothing was saved")
+        raise RunFailed("the data and [train] give no training step; nothing was saved")
     try:
         lines = results.save()
         metrics.finish()
@@ -206,7 +205,7 @@ def _train(trainer: SplitTrainer, run: RunDirectory, start: Start | None, result
 
 
 def _facts(data: TrainingData, trunk: RemoteTrunk) -> dict[str, str]:
-    """What the configuration's names stand for: files of the same name can be others tomorrow."""
+    """Return digests of the data and the model, since files of the same name may change, and the trunk's settings."""
     welcome = trunk.client.welcome
     return {
         DATA: data.fingerprint or _digest(data.train, data.validation),
@@ -219,7 +218,7 @@ def _facts(data: TrainingData, trunk: RemoteTrunk) -> dict[str, str]:
 
 
 def _digest(*parts: Any) -> str:
-    """Of the rows of data sets, with their lengths."""
+    """Return a digest of the rows of data sets, including the rows' lengths."""
     rows = xxhash.xxh3_128()
     for part in parts:
         if part is None:
@@ -234,7 +233,7 @@ def _digest(*parts: Any) -> str:
 
 
 def _trunk(config: TrainConfig, cut: Cut | None, dtype: torch.dtype, stack: ExitStack) -> tuple[RemoteTrunk, str]:
-    """The trunk to train through, and where it is in words. `stack` ends what was begun for it."""
+    """Return the trunk to train through, and its place in words. `stack` closes an embedded trunk."""
     table = config.trunk
     endpoint, place = table.endpoint, table.endpoint
     if endpoint is None:

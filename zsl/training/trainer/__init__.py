@@ -1,1 +1,1 @@
-"""Hugging Face `Trainer` on a split model."""
+"""Hugging Face `Trainer` for a split model: overlap, validation loss, timing, checkpoints."""

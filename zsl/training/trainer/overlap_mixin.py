@@ -1,4 +1,4 @@
-"""Overlap for Hugging Face `Trainer`: the micro-batches of a step in flight at the same time.
+"""Mixin for Hugging Face `Trainer` that keeps several micro-batches of a step in flight.
 
 class MyTrainer(OverlapMixin, Trainer): ...
 
@@ -25,10 +25,9 @@ else:
 
 
 class OverlapMixin(_Base):
-    """Put in front of `Trainer`. Of the `gradient_accumulation_steps` micro-batches of a step, `overlap` are under way
-    at once; their gradients are those of a run without it.
+    """Mixin before `Trainer`: runs `overlap` of a step's `gradient_accumulation_steps` micro-batches concurrently.
 
-    Raises `ConfigError` for an overlap that the step has no micro-batches for.
+    The gradients are the same as without it. Raises `ConfigError` if `overlap` exceeds the number of micro-batches.
     """
 
     def __init__(self, *arguments: Any, overlap: int = 1, **options: Any) -> None:
@@ -56,7 +55,7 @@ class OverlapMixin(_Base):
             loss: torch.Tensor = step(model, inputs, num_items_in_batch)
             return loss
         if not self._micro_losses:
-            # The first micro-batch of a step runs them all; the others find their losses.
+            # The first call of a step runs all its micro-batches; the later calls return their losses.
             self._micro_losses.extend(
                 run_overlapped(
                     [partial(step, model, sample, num_items_in_batch) for sample in self._samples],

@@ -1,9 +1,8 @@
-"""Where the time of a training step goes: data, bottom, wire, trunk, top. And how many bytes crossed for it.
+"""Measure the time of each part of a training step, and the bytes sent to and from the trunk.
 
-Marks are taken where the model's forward begins and ends and where a batch crosses to the trunk and is back. Between
-two marks the time belongs to one part, so that the parts of a step add up to it. On a GPU calls return before their
-work is done: it is waited for before a crossing begins (by the copy to the CPU), and at the end of a micro-batch and of
-a step.
+Timestamps are taken at the begin and end of the model's forward, and of each exchange with the trunk. The time between
+two timestamps is counted for one part, so the parts add up to the step. GPU kernels run asynchronously: the copy to the
+CPU synchronizes before an exchange, and `torch.cuda.synchronize` at the end of a micro-batch and of a step.
 """
 
 from __future__ import annotations
@@ -26,11 +25,11 @@ PLACES: tuple[Place, ...] = get_args(Place)
 
 
 class StepTimes:
-    """Measures the training steps of a model whose hole `trunk` fills.
+    """Measures the training steps of a model that is split around `trunk`.
 
-    `fetch` goes around getting a step's rows, `micro_batch` around a micro-batch's forward and backward, `end_step`
-    behind the optimizer. What lies between two steps (validation, checkpoints) is not counted. `parts=False`:
-    micro-batches are in flight together.
+    Call `fetch` around loading a step's rows, `micro_batch` around a forward and backward, and `end_step` after the
+    optimizer. Time between two steps (validation, checkpoints) is not counted. `parts=False` measures whole steps only,
+    for overlapping micro-batches.
     """
 
     def __init__(
@@ -39,16 +38,16 @@ class StepTimes:
         self._trunk = trunk
         self._parts = parts
         self._clock = clock
-        self._traffic: Traffic | None = None  # when the step began that is under way
+        self._traffic: Traffic | None = None  # at the begin of the current step
         self._reset()
         if parts:
             model.register_forward_pre_hook(lambda *_: self._mark("bottom"))
-            model.register_forward_hook(lambda *_: self._mark("top"))  # what follows is the head's backward
+            model.register_forward_hook(lambda *_: self._mark("top"))  # the head's backward follows
             trunk.on_crossing = self._crossed
 
     @contextmanager
     def fetch(self) -> Iterator[None]:
-        """Around getting the rows of a step, which begins with that."""
+        """Measure the loading of a step's rows, with which the step begins."""
         self._begin()
         self._mark("data")
         try:
@@ -57,12 +56,12 @@ class StepTimes:
             self._mark("other")
 
     def drop(self) -> None:
-        """There were no rows for a step."""
+        """Discard the current step."""
         self._reset()
 
     @contextmanager
     def micro_batch(self, tokens: int) -> Iterator[None]:
-        """Around forward and backward of so many tokens."""
+        """Measure the forward and backward of a micro-batch of `tokens` tokens."""
         self._begin()
         self._tokens += tokens
         try:
@@ -72,7 +71,7 @@ class StepTimes:
             self._mark("other")
 
     def end_step(self) -> StepMeasure:
-        """What the step took that ends now."""
+        """End the current step, and return its measurements."""
         _wait_for_gpu()
         self._mark("other")
         traffic = self._trunk.client.traffic - (self._traffic or self._trunk.client.traffic)
@@ -111,9 +110,9 @@ class StepTimes:
             self._mark("top" if direction == "forward" else "bottom")
 
     def _mark(self, place: Place) -> None:
-        """From now on the time is that of `place`."""
+        """Count the time from now on for `place`."""
         if self._traffic is None:
-            return  # a validation, between two steps
+            return  # outside a step, as in a validation
         now = self._clock()
         self._seconds[self._place] += now - self._since
         self._place, self._since = place, now

@@ -1,4 +1,4 @@
-"""Hugging Face `Trainer`, with what each step took kept and shown, and checkpoints that are whole or not there."""
+"""Trainer of `zsl-train`: Hugging Face `Trainer` with metrics, progress lines and atomic checkpoints."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ logger = logging.getLogger(__name__)
 
 
 class SplitTrainer(OverlapMixin, TokenLossMixin, WholeCheckpointsMixin, Trainer):
-    """`Trainer` that tells `metrics` what each micro-batch adds to its step's loss, and `directory` of its checkpoints.
+    """`Trainer` that reports losses to `metrics`, and first steps and checkpoints to `directory`.
 
-    `start` is where the run goes on that had processes before this one. `extras` are what `[train]` has beside
-    `TrainingArguments`. Raises `ConfigError`.
+    `start` is the checkpoint of a resumed run. `extras` are the keys of `[train]` that `TrainingArguments` lacks.
+    Raises `ConfigError`.
     """
 
     def __init__(
@@ -58,10 +58,10 @@ class SplitTrainer(OverlapMixin, TokenLossMixin, WholeCheckpointsMixin, Trainer)
     ) -> None:
         super().__init__(overlap=extras.overlap, metrics=metrics, directory=directory, start=start, **arguments)
         self._times = StepTimes(self.model, trunk, parts=extras.overlap == 1)  # type: ignore[arg-type]
-        self._skips = start is not None  # the rows of earlier processes, with the first fetch
+        self._skips = start is not None  # the first fetch skips the rows of earlier processes
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
-        self._show = _Show(metrics, directory, self._times, extras)
+        self._show = _Progress(metrics, directory, self._times, extras)
         self.add_callback(self._show)
         if extras.early_stopping_patience is not None:
             early = EarlyStoppingCallback(extras.early_stopping_patience, extras.early_stopping_threshold)
@@ -70,27 +70,27 @@ class SplitTrainer(OverlapMixin, TokenLossMixin, WholeCheckpointsMixin, Trainer)
 
     @property
     def measured(self) -> StepMeasure:
-        """All the steps that this process has taken."""
+        """The sum of the measurements of all steps of this process."""
         return self._show.measured
 
     @property
     def kept_step(self) -> int | None:
-        """The step whose adapters the model has, if the best were loaded at the end."""
+        """The step whose adapters were loaded at the end as the best, or None."""
         best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
         return step_of(Path(best)) if best and Path(best).is_dir() else None
 
     def prepare(self) -> None:
-        """Make what `train` begins with, which shows whether it can. Raises `ConfigError` if it has no step."""
+        """Make the data loader and the optimizer, to raise their errors early. Raises `ConfigError` for no steps."""
         loader = self.get_train_dataloader()
         if isinstance(self.train_dataset, Dataset) and not len(loader):
             raise ConfigError(
-                f"there is no step to take: {len(self.train_dataset)} rows make no batch of "
-                f"{self.args.train_batch_size}, and train.dataloader_drop_last leaves out what is less"
+                f"no training step: {len(self.train_dataset)} rows do not fill a batch of "
+                f"{self.args.train_batch_size}, and train.dataloader_drop_last drops smaller ones"
             )
         self.create_optimizer()
 
     def end_at(self, start: Start) -> None:
-        """Do what is left to do of a training that has taken all its steps; `train` would take one more."""
+        """Load the final adapters of a training that has taken all its steps; `train` would take one more."""
         keeps_the_best = self.args.load_best_model_at_end and start.best is not None and start.best.is_dir()
         checkpoint = start.best if keeps_the_best else start.checkpoint
         self.state = TrainerState.load_from_json(str(start.checkpoint / "trainer_state.json"))
@@ -99,7 +99,7 @@ class SplitTrainer(OverlapMixin, TokenLossMixin, WholeCheckpointsMixin, Trainer)
         model.load_adapter(str(checkpoint), active_adapter(model), is_trainable=True)
 
     def close_progress_bar(self) -> None:
-        """End the bar's line, so that what is printed next stands on its own; needed after a failure."""
+        """End the bar's line, so that an error is printed on a line of its own."""
         if self._show.training_bar is not None:
             self._show.training_bar.close()
 
@@ -107,7 +107,7 @@ class SplitTrainer(OverlapMixin, TokenLossMixin, WholeCheckpointsMixin, Trainer)
         with self._times.fetch():
             batches, items = super().get_batch_samples(*arguments)
         if not batches or self._skips:
-            self._times.drop()  # the data ended with the step before, or earlier steps' rows were read past
+            self._times.drop()  # no rows left, or skipped rows of earlier steps
         self._skips = False
         return batches, items
 
@@ -126,7 +126,7 @@ class SplitTrainer(OverlapMixin, TokenLossMixin, WholeCheckpointsMixin, Trainer)
 
 
 def perplexity(loss: float) -> float:
-    """e to the loss in nats a token; infinite where that is over the largest float."""
+    """Return e to the loss (in nats per token); infinity on overflow."""
     try:
         return math.exp(loss)
     except OverflowError:
@@ -138,8 +138,8 @@ def _real_tokens(inputs: dict[str, Any]) -> int:
     return int(inputs["input_ids"].numel() if mask is None else mask.sum())
 
 
-class _Show(ProgressCallback):
-    """The progress bar of transformers, with a line per logging step, validation and epoch."""
+class _Progress(ProgressCallback):
+    """Progress bar of transformers, with a line for each logging step, validation and epoch."""
 
     def __init__(self, metrics: RunMetrics, directory: RunDirectory, times: StepTimes, extras: TrainerExtras) -> None:
         super().__init__()
@@ -151,7 +151,7 @@ class _Show(ProgressCallback):
 
     @staticmethod
     def _draws_bar(args: TrainingArguments) -> bool:
-        return not args.disable_tqdm and sys.stderr.isatty()  # a log file has the lines
+        return not args.disable_tqdm and sys.stderr.isatty()  # a log file needs only the lines
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         try:
@@ -168,11 +168,11 @@ class _Show(ProgressCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if not args.fp16:  # there the scaler of the gradient leaves out such steps
+        if not args.fp16:  # there the gradient scaler skips such steps
             self._check_finite(state.global_step + 1, kwargs["model"])
 
     def _check_finite(self, step: int, model: nn.Module) -> None:
-        """Raises `RunFailed` before the adapters take a step by numbers that are none."""
+        """Raise `RunFailed` for a loss or gradient that is not finite, before the optimizer's step."""
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         named = {"loss": self._metrics.loss_until_now, "gradient": float(nn.utils.get_total_norm(gradients))}
         for name, value in named.items():
@@ -182,7 +182,7 @@ class _Show(ProgressCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        # A state that comes from a checkpoint has the intervals of that time.
+        # The state of a checkpoint holds the intervals of the earlier process.
         state.compute_steps(args, state.max_steps)
         if self._draws_bar(args):
             super().on_train_begin(args, state, control, **kwargs)  # type: ignore[no-untyped-call]

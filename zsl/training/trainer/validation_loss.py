@@ -1,7 +1,7 @@
-"""The validation loss of a token, for Hugging Face `Trainer`.
+"""Mixin for Hugging Face `Trainer` that computes the validation loss as the mean over all tokens.
 
-Trainer takes the mean over the rows of what is the mean over the learnt tokens of each batch: rows of few tokens count
-as much as long ones, and the result depends on which rows share a batch. A perplexity is e to the loss of a token.
+Trainer averages the batches' mean losses, weighted by rows: short rows weigh as much as long ones, and the result
+depends on which rows share a batch. Perplexity needs the mean over tokens.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ else:
 
 
 class TokenLossMixin(_Base):
-    """Put in front of `Trainer`: a validation's loss is the mean over the tokens that are predicted, of all batches.
+    """Mixin before `Trainer`: the validation loss is the mean over the predicted tokens of all batches.
 
-    It is the cross-entropy, also where the training's loss is smoothed.
+    It is the cross-entropy without label smoothing.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -55,13 +55,13 @@ class TokenLossMixin(_Base):
             learnt = labels != NO_LABEL  # [rows, tokens]
             behind_the_first = float(learnt[:, 1:].sum())
             tokens = float(learnt.sum()) if self._predicts_the_first_token() else behind_the_first
-            if tokens:  # the mean over none is not a number
-                # What the sum was divided by: Trainer's count, which leaves out each row's first token, or the model's.
+            if tokens:  # the mean over no tokens is NaN
+                # Multiply by the divisor of that mean: Trainer's count, without each row's first token, or the model's.
                 self._loss_sum += float(loss) * (behind_the_first if self.model_accepts_loss_kwargs else tokens)
                 self._tokens += tokens
         return loss, logits, predicted
 
     def _predicts_the_first_token(self) -> bool:
-        """From virtual tokens in front of the row. Those of prefix tuning are keys and values, and predict nothing."""
+        """Return whether virtual tokens before the row predict it; those of prefix tuning are keys and values only."""
         config: Any = getattr(self.model, "active_peft_config", None)
         return config is not None and config.is_prompt_learning and config.peft_type != PeftType.PREFIX_TUNING

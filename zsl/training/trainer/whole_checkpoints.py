@@ -1,6 +1,6 @@
-"""Checkpoints of Hugging Face `Trainer` that are whole or not there, and whose failure ends no training.
+"""Mixin for Hugging Face `Trainer` that writes checkpoints atomically, and survives failed writes.
 
-All of Trainer's private methods that zsl overrides are here, as they stand in transformers 5.23.
+All private methods of Trainer that zsl overrides are in this file, read against transformers 5.23.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ _Best = tuple[float | None, int | None, str | None]  # validation loss, step, ch
 
 
 class WholeCheckpointsMixin(Trainer):
-    """Writes each checkpoint aside, and moves it to its place in `directory`. Stands in front of `Trainer`.
+    """Mixin before `Trainer`: writes each checkpoint to a temporary directory, then moves it into `directory`.
 
-    `start` is where the run goes on that had processes before this one.
+    `start` is the checkpoint of a resumed run.
     """
 
     def __init__(
@@ -50,16 +50,16 @@ class WholeCheckpointsMixin(Trainer):
         self._of_another_run = start is not None and start.of_steps is None
         self._aside: Path | None = None
         self._best_before: _Best = (None, None, None)
-        # Trainer would remove checkpoints of others, and at the end those that a failure to save may still need.
+        # Trainer would remove other programs' checkpoints, and at the end those needed if saving the adapters fails.
         self._checkpoints_kept, self.args.save_total_limit = self.args.save_total_limit, None
 
     @property
     def seconds(self) -> float:
-        """Of training, in all processes that the run had."""
+        """Seconds of training, in all processes of the run."""
         return time.monotonic() - self._began
 
     def _load_callback_state(self) -> None:
-        """Called when the state of a checkpoint is loaded."""
+        """Forget the best checkpoint of another run, once Trainer has loaded its state."""
         super()._load_callback_state()
         if self._of_another_run:
             self._best = (None, None, None)  # its validations may be of other rows
@@ -68,14 +68,14 @@ class WholeCheckpointsMixin(Trainer):
         return str(self._aside or super()._get_output_dir(trial))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As Trainer does it, but aside, and then in one move to its place. One that cannot be written ends nothing."""
+        """Save as Trainer does, in a temporary directory, then move it to its place. Failed writes only warn."""
         step = self.state.global_step
         place = self._directory.path / f"checkpoint-{step}"
         try:
             self._directory.begin()
             states: Any = self.state.stateful_callbacks
             for callback in (*self.callback_handler.callbacks, self.control):
-                if isinstance(callback, ExportableState):  # the state may come from a run that had no such callback
+                if isinstance(callback, ExportableState):  # the loaded state may lack this callback
                     states.setdefault(type(callback).__name__, callback.state())
             with aside(place.parent) as self._aside:
                 super()._save_checkpoint(model, trial)
@@ -83,7 +83,7 @@ class WholeCheckpointsMixin(Trainer):
                 self._correct_best_checkpoint(written)
                 self._directory.add_to(written, metrics=self._metrics.text, seconds=self.seconds)
                 put_in_place(written, place)
-        except (OSError, SafetensorError, RuntimeError) as error:  # torch's writer of files raises RuntimeError
+        except (OSError, SafetensorError, RuntimeError) as error:  # `torch.save` raises RuntimeError
             logger.warning("%s could not be written: %s; the training goes on", place, write_error(error))
             if self.state.best_global_step == step:
                 self._best = self._best_before
@@ -110,7 +110,7 @@ class WholeCheckpointsMixin(Trainer):
         self.state.best_metric, self.state.best_global_step, self.state.best_model_checkpoint = best
 
     def _correct_best_checkpoint(self, written: Path) -> None:
-        """Trainer looked for the best checkpoint aside; say where it will be."""
+        """Correct the path of the best checkpoint: Trainer recorded one in the temporary directory."""
         if self.state.best_global_step:
             best = self._directory.path / f"checkpoint-{self.state.best_global_step}"
             if best.is_dir() or best.name == written.name:
@@ -118,7 +118,7 @@ class WholeCheckpointsMixin(Trainer):
                 self.state.save_to_json(str(written / "trainer_state.json"))
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """The adapter as the run's end saves it. Trainer would ask the hub for the base model, at every checkpoint."""
+        """Save the adapter as at the run's end. Trainer would query the hub for the base model at each checkpoint."""
         model: Any = self.model
         directory = Path(str(output_dir))
         directory.mkdir(parents=True, exist_ok=True)
@@ -126,7 +126,7 @@ class WholeCheckpointsMixin(Trainer):
 
 
 def write_error(error: Exception) -> str:
-    """The reason why a file could not be written, in a line."""
+    """Return the reason why a file could not be written, in one line."""
     if isinstance(error, OSError | SafetensorError):
         return reason(error)
     return f"torch could not write a file, as on a full disk ({first_line(error)})"
