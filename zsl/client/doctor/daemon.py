@@ -10,7 +10,7 @@ import zsl
 from zsl.client.doctor.check import Check, State
 from zsl.client.serving import DIGEST_CHARACTERS, DTYPE_WORDS, in_units
 from zsl.client.trunk_client import TrunkClient
-from zsl.link.status_client import Probe
+from zsl.link.status_client import StatusClient
 from zsl.models.reference import ModelReference
 from zsl.text.plural import counted
 from zsl.wire.messages import Cut, ModelIdentity, Status
@@ -46,9 +46,9 @@ def check_dtype(status: Status) -> Check:
     return Check("dtype", State.OK, dtype)
 
 
-def check_round_trip(probe: Probe) -> Check:
+def check_round_trip(client: StatusClient) -> Check:
     """How far away the daemon is. Raises `ZslError`."""
-    took = [seconds * 1000 for seconds in probe.round_trip_seconds(ROUND_TRIPS)]
+    took = [seconds * 1000 for seconds in client.round_trip_seconds(ROUND_TRIPS)]
     middle, late = took[len(took) // 2], took[len(took) * 95 // 100 - 1]
     return Check("round trip", State.OK, f"{middle:.2f} ms (median of {ROUND_TRIPS}), 95 % within {late:.2f} ms")
 

@@ -16,7 +16,7 @@ from zsl.client.doctor.machine import check_hub, check_keys, check_torch, check_
 from zsl.errors import ConfigError
 from zsl.link.endpoints import parse_endpoints
 from zsl.link.keys import read_client_keys
-from zsl.link.status_client import Probe
+from zsl.link.status_client import StatusClient
 from zsl.wire.messages import Cut, FloatDtypeName, ModelIdentity, Status
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ class Examination:
 
         yield attempt("versions", lambda: daemon.check_versions(status))
         yield attempt("dtype", lambda: daemon.check_dtype(status))
-        yield attempt("round trip", lambda: self._with_probe(endpoint, daemon.check_round_trip))
+        yield attempt("round trip", lambda: self._with_status_client(endpoint, daemon.check_round_trip))
         yield attempt("throughput", lambda: self._with_client(endpoint, daemon.check_throughput))
         identity, reference = self._identity, self._reference
         if identity is None or reference is None:
@@ -139,15 +139,15 @@ class Examination:
     def _reach(self, endpoint: str) -> Check:
         from zsl.client.doctor.daemon import check_daemon
 
-        def look(probe: Probe) -> Check:
-            self._status = probe.status()
+        def look(client: StatusClient) -> Check:
+            self._status = client.status()
             return check_daemon(self._status, endpoint)
 
-        return self._with_probe(endpoint, look)
+        return self._with_status_client(endpoint, look)
 
-    def _with_probe(self, endpoint: str, check: Callable[[Probe], Check]) -> Check:
-        with Probe(endpoint, read_client_keys(self._server_key, self._client_key)) as probe:
-            return check(probe)
+    def _with_status_client(self, endpoint: str, check: Callable[[StatusClient], Check]) -> Check:
+        with StatusClient(endpoint, read_client_keys(self._server_key, self._client_key)) as client:
+            return check(client)
 
     def _with_client(self, endpoint: str, check: Callable[[TrunkClient], Check]) -> Check:
         from zsl.client.trunk_client import TrunkClient
