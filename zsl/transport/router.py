@@ -1,10 +1,10 @@
-"""The daemon's ROUTER on an asyncio loop: accepts DEALERs, receives, sends, and knows who is too slow to be sent to.
+"""ROUTER of the daemon on an asyncio loop: accept DEALERs, receive, send, and find slow peers.
 
-It speaks ZMTP itself (`zmtp`, `mechanisms`, `connection`), not by libzmq, whose ROUTER lets a peer choose the address
-that answers go to, holds a message without end, and ends the process on some of what a peer can do.
+It implements ZMTP itself (`zmtp`, `mechanisms`, `peer_connection`) instead of using libzmq, whose ROUTER lets a peer
+choose the address that answers are sent to, buffers a message without bound, and aborts the process on some input.
 
-A connection that carries a session is a member, every other one a stranger. Strangers have small messages, few seconds
-of silence, the places that are left, and a bounded share of the loop; so whatever they send, members are served.
+A connection with a session is a member, every other one a stranger. Strangers are limited to small messages, short
+silence, the connections that members leave, and a share of the loop's time, so that members are always served.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from zsl.wire.messages import MAX_TENSORS
 logger = logging.getLogger(__name__)
 
 LINGER_SECONDS = 2.0
-BACKLOG = 1024  # when a daemon comes back, all its clients connect at once
+BACKLOG = 1024  # after a restart, all clients connect at once
 MAX_OPEN_FILES = 65_536
-OTHER_FILES = 128  # of the process: the model's, the log's, the loop's own
+OTHER_FILES = 128  # of the process: model, log, event loop
 SCRATCH_BYTES = 64 * 1024
 CRYPTO_THREADS = 2
 
@@ -41,23 +41,23 @@ FRAMES_OF_THE_LARGEST = 4
 STRANGER_MESSAGE_BYTES = 32 * 1024
 STRANGER_SECONDS = 30.0  # of silence
 ACCEPTED_PER_TURN = 16
-TURN_SECONDS = 0.002  # of strangers
-# While there are members, strangers have this share of the loop's time, and may save up so much of it.
+TURN_SECONDS = 0.002  # for strangers
+# While there are members, strangers get this share of the loop's time, and may save up this much of it.
 STRANGERS_SHARE = 0.1
 MAX_ALLOWANCE_SECONDS = 0.05
 HOUSEKEEPING_SECONDS = 1.0
 WARNING_SECONDS = 10.0
 
-# The peer, the tenant's public key ("" without keys), the frames.
+# Arguments: peer, tenant's public key ("" without keys), frames.
 Receiver = Callable[[bytes, str, list[Frame]], None]
 
 
 class Router:
-    """A bound ROUTER. On the loop `receive(peer, tenant, frames)` is called for each message that comes in, and
-    `received()` when those that had arrived together are through.
+    """ROUTER socket. On the loop, `receive(peer, tenant, frames)` is called for each message, and `received()` after a
+    batch of messages that arrived together.
 
-    A peer is one connection: its name ends with it and is never given again. `keys`, and `allowed(public key)` for each
-    client that connects, come together. `max_receiving_bytes` is for messages that have come in part. `clock` gives
+    A peer is one connection; its name is never reused. `keys` and `allowed(public key)`, called for each client that
+    connects, are given together or not at all. `max_receiving_bytes` bounds partly received messages. `clock` returns
     seconds.
     """
 
@@ -72,7 +72,7 @@ class Router:
         allowed: Callable[[str], bool] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        assert (keys is None) == (allowed is None), "keys and who is allowed come together"
+        assert (keys is None) == (allowed is None), "keys and allowed are given together or not at all"
         self._keys = keys
         self._allowed = allowed
         self._clock = clock
@@ -80,7 +80,7 @@ class Router:
         self._max_connections = min(max_connections, _connections_that_can_be())
         self._max_receiving_bytes = max_receiving_bytes
         frame_bytes = max(max_message_bytes, MAX_HEADER_BYTES + 1)
-        frames = 4 * (HEAD_FRAMES + MAX_TENSORS)  # one that has some too many is told so
+        frames = 4 * (HEAD_FRAMES + MAX_TENSORS)  # more than valid messages have, so that a few too many get an ERROR
         self._member_limits = MessageLimits(frames, frame_bytes, FRAMES_OF_THE_LARGEST * frame_bytes)
         stranger_bytes = min(frame_bytes, STRANGER_MESSAGE_BYTES)
         self._stranger_limits = MessageLimits(frames, stranger_bytes, 2 * stranger_bytes)
@@ -90,16 +90,16 @@ class Router:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._receive: Receiver | None = None
         self._received: Callable[[], None] = lambda: None
-        self._peers = 0  # that there have been
+        self._peers = 0  # accepted so far
         self._connections: dict[bytes, Connection] = {}
         self._strangers: dict[Connection, None] = {}  # oldest first
-        self._unread: set[Connection] = set()  # peers that have not read all
-        self._receiving: dict[Connection, int] = {}  # a large message: how much of it has come; oldest first
-        self._receiving_bytes = 0  # of all of them
+        self._unread: set[Connection] = set()  # peers with unsent bytes
+        self._receiving: dict[Connection, int] = {}  # received bytes of its large message; oldest first
+        self._receiving_bytes = 0  # sum of these
         self._parked: dict[Connection, None] = {}
         self._members_selector = selectors.DefaultSelector()
         self._strangers_selector = selectors.DefaultSelector()
-        self._members_left: dict[Connection, None] = {}  # something was read from them that waits for the next turn
+        self._members_left: dict[Connection, None] = {}  # members with bytes read but not parsed
         self._strangers_turn_for: dict[Connection, int] = {}
         self._allowance_seconds = MAX_ALLOWANCE_SECONDS
         self._allowance_at = clock()
@@ -109,11 +109,11 @@ class Router:
 
     @property
     def connections(self) -> int:
-        """How many TCP connections are open, those that have said nothing yet too."""
+        """Number of open TCP connections, also before their handshake."""
         return len(self._connections)
 
     def bind(self, host: str, port: int) -> str:
-        """Bind, and return the real endpoint (`port` 0 picks one). On a running loop, handshakes are answered from now.
+        """Bind, and return the endpoint (`port` 0 picks one). On a running loop, handshakes are answered at once.
 
         Raises `StartupError`.
         """
@@ -138,7 +138,7 @@ class Router:
         return f"tcp://{shown_host}:{self._listening.getsockname()[1]}"
 
     def start(self, receive: Receiver, received: Callable[[], None]) -> None:
-        """Begin to receive, on the running loop."""
+        """Start to receive, on the running loop."""
         self._receive = receive
         self._received = received
         self._begin()
@@ -146,19 +146,19 @@ class Router:
             self._changed(connection)
 
     def drain(self) -> None:
-        """Receive what members have sent, without waiting."""
+        """Receive the messages that members have sent, without waiting."""
         self._members_turn()
 
     def send(self, peer: bytes, frames: Sequence[Frame]) -> bool:
-        """Send without waiting. False if the peer is gone or does not read: nothing was sent then.
+        """Send without waiting. Return False, with nothing sent, if the peer is gone or does not read.
 
-        The memory of the frames must not be written any more: large ones are not copied.
+        The frames' memory must not be written any more: large ones are not copied.
         """
         connection = self._connections.get(peer)
         return connection is not None and connection.send(frames)
 
     def hold(self, peer: bytes) -> None:
-        """The connection carries a session from now on."""
+        """Make a connection a member: it has a session from now on."""
         connection = self._connections.get(peer)
         if connection is not None and connection in self._strangers:
             del self._strangers[connection]
@@ -168,14 +168,14 @@ class Router:
             self._changed(connection)
 
     def release(self, peer: bytes) -> None:
-        """The connection carries no session any more."""
+        """Make a connection a stranger: its session has ended."""
         connection = self._connections.get(peer)
         if connection is not None:
             connection.limits = self._stranger_limits
             self.distrust(peer)
 
     def distrust(self, peer: bytes) -> None:
-        """Give a connection that sends what no client sends the time and the place of a stranger, until `hold`."""
+        """Treat a connection as a stranger until `hold`, because it sent an invalid message."""
         connection = self._connections.get(peer)
         if connection is not None and connection not in self._strangers:
             self._strangers[connection] = None
@@ -184,31 +184,31 @@ class Router:
             self._changed(connection)
 
     def unsent_bytes(self, peer: bytes) -> int:
-        """The bytes that wait in memory for a peer to read them."""
+        """Return the bytes in memory that wait for a peer to read them."""
         connection = self._connections.get(peer)
         return 0 if connection is None else connection.unsent_bytes
 
     @property
     def all_unsent_bytes(self) -> int:
-        """What all peers together have not read."""
+        """Total bytes in memory that wait for peers to read them."""
         return sum(connection.unsent_bytes for connection in self._unread)
 
     def is_connected(self, peer: bytes) -> bool:
-        """Whether the connection of a peer that has sent something is still there."""
+        """Return whether the connection of a peer is open."""
         return peer in self._connections
 
     def slow_peers(self, now: float) -> list[bytes]:
-        """The peers that have not read for too long what was sent to them."""
+        """Return the peers that have not read for too long."""
         return [connection.peer for connection in self._unread if connection.is_slow(now)]
 
     def cut(self, peer: bytes) -> None:
-        """End the connection of a peer, and drop what waits for it. It may connect again."""
+        """Close the connection of a peer, and drop its unsent messages. It may connect again."""
         connection = self._connections.get(peer)
         if connection is not None:
             connection.close("it was cut")
 
     def close(self) -> None:
-        """Stop receiving, give what was sent up to `LINGER_SECONDS` to leave, and free the sockets."""
+        """Stop receiving, send waiting messages for up to `LINGER_SECONDS`, and free the sockets."""
         if self._loop is not None and not self._loop.is_closed():
             for selector in (self._members_selector, self._strangers_selector):
                 self._loop.remove_reader(selector.fileno())
@@ -253,7 +253,7 @@ class Router:
         self._keep_house()
 
     def _members_turn(self) -> None:
-        """Give each member that can read or write one turn, of bounded length."""
+        """Give one bounded turn to each member that can read or write."""
         left, self._members_left = self._members_left, {}
         turns: dict[Connection, int] = dict.fromkeys(left, selectors.EVENT_READ)
         for key, mask in self._members_selector.select(0):
@@ -263,7 +263,7 @@ class Router:
         self._received()
 
     def _strangers_turn(self) -> None:
-        """Give strangers their turns while their share of the time lasts; the others wait where they are."""
+        """Give strangers turns until their time is used up; the others keep their place."""
         began = self._clock()
         self._timers.pop("strangers", None)
         waiting = self._strangers_turn_for
@@ -281,7 +281,7 @@ class Router:
         self._charge_strangers(began, self._clock())
 
     def _charge_strangers(self, began: float, now: float) -> None:
-        """See when strangers may have their next turn: none is far off while nobody carries a session."""
+        """Schedule the strangers' next turn by the time they used. Without members they need not wait."""
         assert self._loop is not None
         earned = (began - self._allowance_at) * STRANGERS_SHARE
         self._allowance_seconds = min(self._allowance_seconds + earned, MAX_ALLOWANCE_SECONDS) - (now - began)
@@ -308,7 +308,7 @@ class Router:
         try:
             self._take_turn(connection, mask)
         except Exception:
-            # Nothing that a peer sends may stop the loop, and nothing that failed for it may be tried for ever.
+            # No input of a peer may stop the loop, or fail again and again.
             logger.exception("a connection of %s failed", connection.address)
             connection.close("it failed")
 
@@ -326,7 +326,7 @@ class Router:
             self._changed(connection)
 
     def _has_memory_for(self, connection: Connection) -> bool:
-        """Whether more of a large message may be received now. Over the bound only the oldest one comes in."""
+        """Return whether more of a large message may be received now. Over the limit, only the oldest may."""
         if not connection.wants_memory:
             return True
         if self._receiving_bytes > self._max_receiving_bytes and connection is not next(iter(self._receiving)):
@@ -336,7 +336,7 @@ class Router:
         return True
 
     def _count_receiving(self, connection: Connection) -> None:
-        """Count what has come of its large message; if that is whole, those that wait for memory go on."""
+        """Update the received bytes of a large message. At its end, resume connections that wait for memory."""
         before = self._receiving.get(connection)
         if before is None:
             return
@@ -351,10 +351,10 @@ class Router:
     def _unpark(self) -> None:
         parked, self._parked = self._parked, {}
         for connection in parked:
-            connection.unpark()  # its next turn asks for memory again
+            connection.unpark()  # its next turn checks for memory again
 
     def _changed(self, connection: Connection) -> None:
-        """A connection wants to read or write other than before, or is closed."""
+        """Update selectors and counts after a change of a connection."""
         if connection.peer not in self._connections:
             return
         self._count_receiving(connection)
@@ -367,7 +367,7 @@ class Router:
             self._unread.add(connection)
         else:
             self._unread.discard(connection)
-        # Nothing that comes after its handshake is read before someone receives it.
+        # Messages are read only after `start`.
         reads = connection.wants_to_read and (self._receive is not None or connection.state is not State.OPEN)
         wanted = reads * selectors.EVENT_READ | connection.wants_to_write * selectors.EVENT_WRITE
         registered = selector.get_map().get(connection.socket)
@@ -406,7 +406,7 @@ class Router:
         try:
             self._receive(connection.peer, connection.tenant, frames)
         except Exception:
-            # Nothing that a peer sends may stop the loop; who receives a message answers the errors it expects.
+            # No input of a peer may stop the loop; the receiver answers the errors that it expects.
             logger.exception("a message could not be handled")
 
     # --- connections ---------------------------------------------------------------------------------------------
@@ -428,7 +428,7 @@ class Router:
             self._open(accepted, str(address[0]))
 
     def _make_place(self) -> bool:
-        """Cut the strangers that have to go first. False if there is none."""
+        """Close some strangers to make place. Return False without strangers."""
         to_go = those_to_go(self._strangers, max(1, self._max_connections // 64))
         for stranger in to_go:
             stranger.close("another one needs its place")
@@ -470,7 +470,7 @@ class Router:
         connection.write()
 
     def _keep_house(self) -> None:
-        """Cut who takes too long, and let those go on that wait for memory."""
+        """Close connections that take too long, and resume those that wait for memory."""
         assert self._loop is not None
         now = self._clock()
         for connection in list(self._connections.values()):
@@ -507,7 +507,7 @@ def _forget(selector: selectors.BaseSelector, connection: Connection) -> None:
 
 
 def raise_file_limit() -> None:
-    """Let this process have as many open files as it may: every connection takes one. Before a `Router` is made."""
+    """Raise the limit of open files: every connection needs one. Call before making a `Router`."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
     if soft != resource.RLIM_INFINITY and soft < most:
