@@ -39,7 +39,7 @@ def parse_endpoints(text: str) -> tuple[str, ...]:
     """Parse `HOST:PORT`, or several separated by commas. Raises `ConfigError`."""
     endpoints = tuple(normalized_endpoint(part.strip()) for part in text.split(","))
     if len(set(endpoints)) < len(endpoints):
-        raise ConfigError(f"endpoint {text!r}: names the same daemon twice")
+        raise ConfigError(f"endpoint {text!r} names the same daemon twice")
     return endpoints
 
 

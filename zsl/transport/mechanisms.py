@@ -1,4 +1,4 @@
-"""Server's end of ZMTP's security mechanisms: NULL, and CURVE, encrypted and authenticated (RFC 25, 26).
+"""Server's end of the security mechanisms NULL and CURVE of ZMTP (RFC 25, 26).
 
 Each object serves one connection: it answers the peer's handshake commands, then seals and opens frames. Bytes in,
 bytes out. A peer that sends an Identity is refused: no peer may choose the address that answers are sent to.
