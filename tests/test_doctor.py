@@ -33,7 +33,7 @@ from zsl.client.doctor import examination, machine, memory
 from zsl.client.doctor.daemon import check_versions
 from zsl.client.doctor.examination import Examination
 from zsl.errors import EXIT_RUN_FAILED, EXIT_USAGE
-from zsl.link.status_client import Probe
+from zsl.link.status_client import StatusClient
 from zsl.models.divide import divide
 from zsl.models.reference import resolve
 from zsl.split.cut import parse_cut
@@ -196,8 +196,8 @@ def test_forward_only_and_another_dtype_are_warnings() -> None:
 
 
 def test_another_version_at_the_daemon_is_a_warning() -> None:
-    with EchoServer() as server, Probe(server.endpoint) as probe:
-        status = probe.status()
+    with EchoServer() as server, StatusClient(server.endpoint) as client:
+        status = client.status()
     assert check_versions(status).state == "ok"
     other = check_versions(status.model_copy(update={"software": "0.0.9"}))
     assert other.state == "warn" and "0.0.9" in other.line

@@ -1,7 +1,7 @@
-"""Split learning of Hugging Face models over ZeroMQ: the heavy frozen middle of a language model on another
-machine, exact gradients with unmodified PEFT and Trainer on yours.
+"""Split learning of Hugging Face models over ZeroMQ: public names, imported when first used.
 
-The public names load what they need when they are first used, so that `import zsl` costs nothing.
+The large frozen middle of a language model runs on another machine; unmodified PEFT and Trainer on yours get exact
+gradients. Lazy imports keep `import zsl` cheap.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""One closed tree of errors.
+"""Exception classes of zsl, with their wire codes, retry advice and exit codes.
 
-Every error that zsl raises on purpose is a `ZslError`. It knows the code that it has on the wire (if it can
-travel), whether trying again can help, and the exit code of a command that ends with it. Foreign errors are
-mapped to this tree where they enter. This module knows nothing else of zsl.
+Every error that zsl raises on purpose is a `ZslError`. Errors of other libraries are mapped to this tree where they
+enter. This module imports nothing else of zsl.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ EXIT_STARTUP_FAILED = 3
 
 
 class Retry(StrEnum):
-    """What a client can do about an ERROR, as the message itself says it."""
+    """Retry advice in an ERROR message."""
 
     NEVER = "never"  # the same request will fail again
     SAME = "same"  # send the same request again, after `retry_after_ms`
@@ -25,7 +24,7 @@ class Retry(StrEnum):
 
 
 class ZslError(Exception):
-    """Base of all errors of zsl. The text says what happened, where, and what to do."""
+    """Base class of all zsl errors. The text says what happened, where, and what to do."""
 
     exit_code = EXIT_RUN_FAILED
 
@@ -49,21 +48,21 @@ class DataError(ZslError, ValueError):
 
 
 class StartupError(ZslError):
-    """A process could not start: a port in use, a device that is not there."""
+    """A process could not start: a port in use, a missing device."""
 
     exit_code = EXIT_STARTUP_FAILED
 
 
 class RunFailed(ZslError):
-    """A run that had started could not go on. What was done until then is kept."""
+    """A run failed after its start. Completed work is kept."""
 
 
 class ClosedError(ZslError, RuntimeError):
-    """A client was used after it was closed, or in a process that it was not made in."""
+    """A client was used after it was closed, or in another process than the one that made it."""
 
 
 class ChangedError(ZslError, RuntimeError):
-    """A tensor that a backward needs was written since the forward."""
+    """A tensor that a backward needs was modified in place after the forward."""
 
 
 class PaddingGradientError(ZslError, ValueError):
@@ -81,11 +80,11 @@ class TrunkUnreachable(ZslError, ConnectionError):
 
 
 class ConnectionLost(ZslError, ConnectionError):
-    """The connection broke, and replays did not bring an answer."""
+    """The connection was lost, and replays got no answer."""
 
 
 class TrunkAuthError(ZslError, PermissionError):
-    """The two ends do not accept each other's keys."""
+    """Client and daemon do not accept each other's keys."""
 
     exit_code = EXIT_STARTUP_FAILED
 
@@ -95,10 +94,10 @@ class RequestTimeout(ZslError, TimeoutError):
 
 
 class WireError(ZslError):
-    """An error that travels: the daemon answers with it, the client raises it.
+    """Base class of errors that the daemon sends in an ERROR message and the client raises.
 
-    `code` is the name on the wire, `retry` what the sender of the request can do, `request` the id of the
-    request that it answers, `session` that of its session, where they are known.
+    `code` is the name on the wire, `retry` the advice to the sender of the request. `request` and `session` are the ids
+    of the failed request and its session, if known.
     """
 
     code = "INTERNAL"
@@ -116,45 +115,45 @@ class InternalError(WireError):
 
 
 class ProtocolVersionError(WireError):
-    """The two ends speak different versions of the protocol."""
+    """Client and daemon speak different versions of the protocol."""
 
     code = "PROTO_VERSION"
     exit_code = EXIT_STARTUP_FAILED
 
 
 class MalformedError(WireError, ValueError):
-    """A message is not of the protocol's form."""
+    """A message does not follow the protocol."""
 
     code = "MALFORMED"
 
 
 class CorruptError(WireError, ValueError):
-    """A message was damaged on its way: its checksum is not that of what came."""
+    """A message was damaged in transit: its checksum does not match its bytes."""
 
     code = "CORRUPT"
     retry = Retry.SAME
 
 
 class TooLargeError(WireError, ValueError):
-    """A message is over one of the limits that WELCOME states."""
+    """A message exceeds a limit of the WELCOME."""
 
     code = "TOO_LARGE"
 
 
 class BadShapeError(WireError, ValueError):
-    """A tensor does not have the shape that this trunk takes."""
+    """A tensor has a shape that this trunk does not accept."""
 
     code = "BAD_SHAPE"
 
 
 class BadDtypeError(WireError, ValueError):
-    """A tensor does not have a dtype that this trunk takes."""
+    """A tensor has a dtype that this trunk does not accept."""
 
     code = "BAD_DTYPE"
 
 
 class NonFiniteError(WireError, ValueError):
-    """Activations have values that are not finite."""
+    """Activations contain values that are not finite."""
 
     code = "NONFINITE"
 
@@ -167,7 +166,7 @@ class ForbiddenError(WireError, PermissionError):
 
 
 class QuotaError(WireError):
-    """The tenant, or all together, have as many sessions as they may."""
+    """The tenant, or all tenants together, have the maximum number of sessions."""
 
     code = "QUOTA"
     retry = Retry.SAME
@@ -182,27 +181,27 @@ class WrongModelError(WireError):
 
 
 class ForwardOnlyError(WireError):
-    """A backward was asked of a daemon that serves forward only."""
+    """A backward was sent to a daemon that serves forward only."""
 
     code = "FORWARD_ONLY"
 
 
 class UnknownSessionError(WireError):
-    """The daemon does not know this session, or its lease has ended."""
+    """The session is unknown to the daemon, or its lease has expired."""
 
     code = "UNKNOWN_SESSION"
     retry = Retry.REHELLO
 
 
 class StaleEpochError(WireError):
-    """The message was meant for an earlier life of the daemon."""
+    """The message was meant for an earlier process of the daemon."""
 
     code = "STALE_EPOCH"
     retry = Retry.REHELLO
 
 
 class UnknownStepError(WireError):
-    """The daemon no longer holds what this backward needs."""
+    """The daemon no longer holds the activations or graph that this backward needs."""
 
     code = "UNKNOWN_STEP"
     retry = Retry.REPLAY
@@ -216,7 +215,7 @@ class OverloadedError(WireError):
 
 
 class DeadlineError(WireError, TimeoutError):
-    """The request's time budget ran out before the daemon came to it."""
+    """The request's time budget ran out before the daemon computed it."""
 
     code = "DEADLINE"
 
@@ -228,7 +227,7 @@ class CancelledByClientError(WireError):
 
 
 class DrainingError(WireError):
-    """The daemon is shutting down and takes no new forward."""
+    """The daemon is shutting down and accepts no new forward."""
 
     code = "DRAINING"
     retry = Retry.ELSEWHERE
@@ -243,7 +242,7 @@ class LoadingError(WireError):
 
 
 class OutOfMemoryError(WireError):
-    """The daemon's device has no memory left for this request."""
+    """The daemon's device has too little memory for this request."""
 
     code = "OOM"
 

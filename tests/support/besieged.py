@@ -16,7 +16,7 @@ from zmq.utils import z85
 
 from zsl.errors import ZslError
 from zsl.link.open_session import Open
-from zsl.link.status_client import Probe
+from zsl.link.status_client import StatusClient
 from zsl.transport.curve import ClientKeys
 from zsl.wire.messages import Welcome
 
@@ -79,10 +79,10 @@ class Besieged:
         self.place = Place(self._running.port, welcome.model.hidden_size, tenant)
         for _ in range(20):
             self.bits = self.honest.bits()
-        with self._probe() as probe:
-            probe.welcome()
-            self.files, self.sessions = self._files(), probe.status().sessions
-            self.held_bytes = probe.status().held_bytes
+        with self._status_client() as client:
+            client.welcome()
+            self.files, self.sessions = self._files(), client.status().sessions
+            self.held_bytes = client.status().held_bytes
         self.memory = self._memory("VmRSS")
 
     def end(self) -> None:
@@ -111,8 +111,8 @@ class Besieged:
                 self.check_lives()  # a daemon that has ended explains it better
                 raise
             self.check_step("beside the hostile peer")
-            with self._probe() as probe:
-                probe.welcome()
+            with self._status_client() as client:
+                client.welcome()
         finally:
             with suppress(Exception):
                 scene.leave()
@@ -142,10 +142,10 @@ class Besieged:
 
     def check_back(self, seconds: float = BACK_SECONDS) -> None:
         """Files, sessions, requests and what is held are as they were."""
-        with self._probe() as probe:
+        with self._status_client() as client:
 
             def now() -> tuple[int, int, int, int]:
-                status = probe.status()
+                status = client.status()
                 return self._files(), status.sessions, status.queued_requests, status.held_bytes
 
             wanted = (self.files, self.sessions, 0, self.held_bytes)
@@ -168,9 +168,9 @@ class Besieged:
             return {}
         return {"server_key": str(self._keys[0]), "client_key": str(self._keys[1])}
 
-    def _probe(self) -> Probe:
+    def _status_client(self) -> StatusClient:
         assert self._running is not None
-        return Probe(self._running.endpoint, self.honest.connection._keys)
+        return StatusClient(self._running.endpoint, self.honest.connection._keys)
 
     @property
     def _proc(self) -> Path:

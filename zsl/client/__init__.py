@@ -1,2 +1,4 @@
-"""The client: a connection to a trunk, and the module that stands where the trunk's layers are. Never imports the
-daemon's side."""
+"""Client of a trunk: sessions on torch tensors, and the module in place of the trunk's layers.
+
+Never imports the daemon's side.
+"""

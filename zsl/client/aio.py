@@ -1,4 +1,4 @@
-"""`AsyncTrunkClient`: `TrunkClient` for asyncio users. The same connection, awaited instead of waited for."""
+"""`AsyncTrunkClient`: forward and backward of a remote trunk as coroutines."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from zsl.wire.messages import Cut, FloatDtypeName, ModelIdentity, Status, Welcom
 
 
 class AsyncTrunkClient:
-    """A trunk daemon for coroutines; see `TrunkClient` for arguments and errors.
+    """Asyncio client of a trunk daemon; see `TrunkClient` for arguments and errors.
 
     async with AsyncTrunkClient("tcp://127.0.0.1:5555") as trunk:
         step = await trunk.forward(activations, keep=True)
@@ -57,12 +57,12 @@ class AsyncTrunkClient:
 
     @property
     def welcome(self) -> Welcome:
-        """What the daemon said of itself; after `connect`."""
+        """WELCOME of the session: model, cut, limits. Raises `ClosedError` before `connect`."""
         return self._client.welcome
 
     @property
     def replays(self) -> int:
-        """How many requests had to be sent again so far, because a connection or a daemon was lost."""
+        """Number of requests sent again because a connection or a daemon was lost."""
         return self._client.replays
 
     @property
@@ -91,12 +91,12 @@ class AsyncTrunkClient:
         return step
 
     async def backward(self, step: Step, gradients: torch.Tensor, *, activations: torch.Tensor | None = None) -> Answer:
-        """The gradient at the trunk's input."""
+        """Return the gradient at the trunk's input, `[rows, tokens, hidden]`."""
         future = self._client.submit_backward(step, gradients, activations=activations)
         return read_answer(await asyncio.wrap_future(future), "gradients")
 
     async def status(self) -> Status:
-        """What the daemon serves, and how busy it is."""
+        """Return the model that the daemon serves, and its load."""
         return await asyncio.to_thread(self._client.status)
 
     async def close(self) -> None:

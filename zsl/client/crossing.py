@@ -1,4 +1,4 @@
-"""Decide how one batch crosses to the trunk, and bring it there and back. Knows no autograd."""
+"""Convert one batch to its form on the wire and back: dtype, padding, mask, positions. No autograd."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ PaddingMode = Literal["drop", "send"]
 
 @dataclass(frozen=True, slots=True)
 class CallInputs:
-    """Arguments of the model's call that do not reach a layer."""
+    """Arguments of the model's call that are not passed to its layers."""
 
     attention_mask: torch.Tensor | None = None  # [rows, tokens]
     position_ids: torch.Tensor | None = None  # [rows or 1, tokens]
     labels: tuple[torch.Tensor, ...] = ()  # each [rows, tokens]
 
     def check(self, rows: int, tokens: int) -> None:
-        """Raises `ModelError` for a mask or positions that do not fit a batch `[rows, tokens, hidden]`."""
+        """Check that mask and positions fit a batch `[rows, tokens, hidden]`. Raises `ModelError`."""
         mask, positions = self.attention_mask, self.position_ids
         if mask is not None and not isinstance(mask, torch.Tensor):
             raise ModelError(
@@ -46,7 +46,7 @@ class CallInputs:
 
 @dataclass(frozen=True, slots=True)
 class Crossing:
-    """How one batch crosses to the trunk and back."""
+    """Form in which one batch is sent to the trunk and received. `real`: its real tokens, if padding is left out."""
 
     wire_dtype: torch.dtype
     attention_mask: torch.Tensor | None  # [rows, tokens]
@@ -54,11 +54,11 @@ class Crossing:
     real: RealTokens | None
 
     def sent(self, batch: torch.Tensor) -> torch.Tensor:
-        """A tensor `[rows, tokens, hidden]` as it is sent: on the CPU. On a GPU this waits for what computes it."""
+        """Return a tensor `[rows, tokens, hidden]` as it is sent, on the CPU. Waits for a GPU that computes it."""
         return (batch if self.real is None else self.real.gather(batch)).to(self.wire_dtype).cpu()
 
     def received(self, tensor: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
-        """What came back, with shape, dtype and device of `batch`. Raises `InternalError` for another shape."""
+        """Return a received tensor as one like `batch`. Raises `InternalError` for a wrong shape."""
         rows, tokens, hidden = batch.shape
         expected = (rows, tokens, hidden) if self.real is None else (1, len(self.real.index), hidden)
         if tuple(tensor.shape) != expected:
@@ -68,13 +68,13 @@ class Crossing:
         return self.real.scatter(tensor, batch)
 
     def check_gradients(self, gradients: torch.Tensor) -> None:
-        """Raises `PaddingGradientError` if the loss depends on padding that did not cross."""
+        """Check that padding left out has no gradient. Raises `PaddingGradientError`."""
         if self.real is not None:
             self.real.check_padding_has_no_gradient(gradients)
 
     @property
     def _beside(self) -> dict[str, torch.Tensor | None]:
-        """What crosses beside the activations."""
+        """Tensors that are sent with the activations."""
         return {
             "attention_mask": self.attention_mask,
             "position_ids": self.position_ids,
@@ -93,14 +93,14 @@ class Crossing:
 def crossing_of(
     inputs: CallInputs, batch: torch.Tensor, wire_dtype: torch.dtype, *, packs: bool, padding: PaddingMode
 ) -> Crossing:
-    """How a batch `[rows, tokens, hidden]` crosses: without its padding, if the trunk `packs` and nothing needs it.
+    """Choose how a batch `[rows, tokens, hidden]` is sent: without padding, if the trunk `packs` and no label is on it.
 
     Raises `ModelError` for a mask or positions that cannot cross.
     """
     inputs.check(*batch.shape[:2])
     mask, positions = inputs.attention_mask, inputs.position_ids
     if mask is not None and mask.is_floating_point():
-        mask = (mask != 0).long()  # PEFT's, which puts ones of float32 in front of it
+        mask = (mask != 0).long()  # PEFT prepends ones of float32 for virtual tokens
     if mask is None or not packs:
         return Crossing(wire_dtype, mask, positions, None)
     if padding == "drop" and not has_labels_on_padding(inputs.labels, mask):
@@ -108,5 +108,5 @@ def crossing_of(
         if real is not None:
             return Crossing(wire_dtype, None, real.position_ids, real)
     if positions is None and bool(mask.all()):
-        mask = None  # says nothing
+        mask = None  # masks nothing
     return Crossing(wire_dtype, mask, positions, None)

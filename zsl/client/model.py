@@ -1,4 +1,4 @@
-"""`load_client`: a real transformers model with the trunk in its hole."""
+"""`load_client`: load a transformers model with a `RemoteTrunk` in place of the trunk's layers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from zsl.split.slots import copy_plain_attributes
 from zsl.split.stack import find_stack
 from zsl.wire.messages import Cut
 
-# Arguments of a model that reach into the trunk in a way that does not cross.
+# Arguments of a model that need data from inside the trunk that the daemon does not send.
 _REFUSED = {
     "use_cache": "the trunk keeps no keys and values; pass use_cache=False",
     "past_key_values": "the trunk keeps no keys and values; pass use_cache=False",
@@ -31,7 +31,7 @@ _REFUSED = {
     "output_router_logits": "the routers inside the trunk stay there, and the loss would lack their share; "
     "leave it out, and for TRL's trainers set router_aux_loss_coef=0.0",
 }
-_LABELS = ("labels", "shift_labels")  # as the losses of transformers call them
+_LABELS = ("labels", "shift_labels")  # names in the losses of transformers
 
 
 def load_client(
@@ -42,11 +42,11 @@ def load_client(
     dtype: torch.dtype = torch.float32,
     quantize: Quantization | None = None,
 ) -> PreTrainedModel:
-    """The real class of `model` (`GPT2LMHeadModel`, …) with `trunk` in place of the layers that the daemon holds.
+    """Load the real class of `model` (`GPT2LMHeadModel`, …) with `trunk` in place of the layers that the daemon holds.
 
-    The cut is the daemon's; give `cut` to insist on one. The daemon must serve the same configuration and weights.
+    The cut is the daemon's; give `cut` to require one. The daemon must serve the same configuration and weights.
     Only the layers outside the cut are loaded; `model` may be the client's part that `zsl split` wrote.
-    `quantize`: its linear layers in 4 or 8 bits, by bitsandbytes; the trunk is as the daemon has it.
+    `quantize`: load the client's linear layers in 4 or 8 bits, by bitsandbytes; the trunk stays as the daemon has it.
     Raises `ModelError`, `TrunkUnreachable` or `WrongModelError`.
     """
     reference = resolve(model) if isinstance(model, str) else model
@@ -59,7 +59,7 @@ def load_client(
 
 
 def put_trunk(model: PreTrainedModel, trunk: RemoteTrunk, cut: Cut) -> None:
-    """Put the trunk into the first slot of the hole, and let it know what the model is called with."""
+    """Put the trunk into the first removed layer's slot, with hooks that pass it mask, positions and labels."""
     stack = find_stack(model)
     copy_plain_attributes(stack.layers[cut.start], trunk)
     stack.layers[cut.start] = trunk
@@ -80,9 +80,9 @@ def put_trunk(model: PreTrainedModel, trunk: RemoteTrunk, cut: Cut) -> None:
             asked = arguments.get(name)
             if asked or (asked is None and getattr(module.config, name, False)):
                 raise ModelError(f"{name}={asked or True!r:.40} is not supported by a split model: {reason}")
-        # Found anew in each call: a copy of the model has a copy of the trunk.
+        # Looked up in each call: a copy of the model has a copy of the trunk.
         in_slot = getattr(module, stack.leaf_name)[cut.start]
-        if isinstance(in_slot, RemoteTrunk):  # `Sides` runs the model with nothing in the hole
+        if isinstance(in_slot, RemoteTrunk):  # `Sides` runs the model without a trunk
             in_slot.observe_inputs(arguments.get("attention_mask"), arguments.get("position_ids"), labels)
 
     model.register_forward_pre_hook(note_labels, with_kwargs=True)
@@ -90,7 +90,7 @@ def put_trunk(model: PreTrainedModel, trunk: RemoteTrunk, cut: Cut) -> None:
 
 
 def _arguments_of(module: Any) -> Callable[[tuple[Any, ...], dict[str, Any]], dict[str, Any]]:
-    """Make the function that gives the arguments of a module's call by their names."""
+    """Return a function that maps the arguments of a module's call to their names."""
     signature = inspect.signature(module.forward)
 
     def arguments_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -1,12 +1,11 @@
-"""Several micro-batches of one step under way at the same time, so that the client computes while others cross the
-network or are in the trunk.
+"""Overlap the micro-batches of one step: the client computes one while others wait for the trunk.
 
-Each micro-batch runs in a thread of its own, but only one of them runs at a time: it hands over where it would wait
-for the trunk. Micro-batches go through the trunk, the top and the bottom in their order, so that gradients are added
-up in the order, and with the bits, of a run without overlap.
+Each micro-batch has its own thread, but only one thread runs at a time: it yields where it would wait for the trunk.
+Micro-batches pass the bottom, the trunk and the top in their order, so that gradients are summed in the order, and with
+the bits, of a run without overlap.
 
-Each has random numbers of its own, so that what dropout draws does not depend on which answer came first. They are
-others than without overlap.
+Each has its own random number state, so that dropout does not depend on which answer came first. Its random numbers
+differ from those without overlap.
 """
 
 from __future__ import annotations
@@ -30,45 +29,45 @@ from zsl.errors import InternalError
 logger = logging.getLogger(__name__)
 
 GIVE_UP_SECONDS = 5.0  # for all micro-batches of a step that failed
-RETRY_SECONDS = 0.5  # between two tries of one that goes on nevertheless
+RETRY_SECONDS = 0.5  # delay of one that catches the exception and calls the trunk again
 
-Result = TypeVar("Result")
+T = TypeVar("T")
 
 _local = threading.local()
 
 
 def current_lane() -> Lane[Any] | None:
-    """The micro-batch that this thread runs, if it runs one of several."""
+    """Return the micro-batch that this thread runs; None outside of overlap."""
     return getattr(_local, "lane", None)
 
 
 class _GivenUp(BaseException):
-    """Ends the thread of a micro-batch whose step has failed elsewhere."""
+    """Ends the thread of a micro-batch whose step has failed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Deferred:
-    """A way through the trunk that is to be gone back: `output` is a leaf of the top's graph."""
+    """Forward whose backward is still pending. `output` is a leaf of the top's graph."""
 
     output: torch.Tensor
-    submit: Callable[[torch.Tensor], Future[Any]]  # of the gradient at the output
-    finish: Callable[[Any], None]  # with the answer: the bottom's backward
+    submit: Callable[[torch.Tensor], Future[Any]]  # sends the gradient at the output
+    finish: Callable[[Any], None]  # runs the bottom's backward with the answer
 
 
-class Lane(Generic[Result]):
+class Lane(Generic[T]):
     """One micro-batch and its thread. `resume` lets it run until it waits for the trunk or has ended.
 
-    `seed`: of its random numbers. `drew`: whether it has used some.
+    `seed`: seed of its random numbers. `drew`: True if it has drawn any.
     """
 
-    def __init__(self, task: Callable[[], Result], seed: int) -> None:
+    def __init__(self, task: Callable[[], T], seed: int) -> None:
         self.drew = False
         self._seed = seed
         self._random_states: list[torch.Tensor] | None = None
         self.waits_for: Future[Any] | None = None
-        self.longest_wait_seconds = 0.0  # for the trunk, each way
+        self.longest_wait_seconds = 0.0  # for the trunk, forward or backward
         self.deferred: list[Deferred] = []
-        self.result: Future[Result] = Future()
+        self.result: Future[T] = Future()
         self._task = task
         # Tokens. (A semaphore has a lock of Python's own, which Ctrl-C may leave taken.)
         self._run: SimpleQueue[None] = SimpleQueue()
@@ -77,7 +76,7 @@ class Lane(Generic[Result]):
         self._thread = threading.Thread(target=self._main, name="zsl-micro-batch", daemon=True)
 
     def resume(self) -> None:
-        """Run it until it waits for `waits_for`, or `result` is there."""
+        """Run the micro-batch until it waits for `waits_for`, or `result` is set."""
         self.waits_for = None
         if self._thread.ident is None:
             self._thread.start()
@@ -94,7 +93,7 @@ class Lane(Generic[Result]):
         _set_random_states(others)
 
     def wait(self, future: Future[Any], longest_wait_seconds: float) -> None:
-        """From within: let the others run until the future is done."""
+        """Let other micro-batches run until the future is done. Called in this lane's thread."""
         self.check_not_given_up()
         self.waits_for = future
         self.longest_wait_seconds = longest_wait_seconds
@@ -105,18 +104,18 @@ class Lane(Generic[Result]):
             raise _GivenUp
 
     def check_not_given_up(self) -> None:
-        """From within, before it goes to the trunk. One that caught its end and tries again is held up for a while."""
+        """Raise, after a delay, if the lane was given up. Called in its thread before each request to the trunk."""
         if self._given_up:
             time.sleep(RETRY_SECONDS)
             raise _GivenUp
 
     def give_up(self) -> None:
-        """End it where it waits, or when it comes to the trunk next. `join` waits for that."""
+        """End the micro-batch where it waits, or at its next request to the trunk. `join` waits for that."""
         self._given_up = True
         self._run.put(None)
 
     def join(self, seconds: float) -> None:
-        """Wait for a lane that was given up, for so long at the most: its code may catch whatever is raised in it."""
+        """Wait for a lane that was given up, for a bounded time, because its code may catch every exception."""
         if self._thread.ident is not None:
             self._thread.join(seconds)
             if self._thread.is_alive():
@@ -137,21 +136,21 @@ class Lane(Generic[Result]):
 
 
 @dataclass(slots=True)
-class _Returning(Generic[Result]):
-    """A micro-batch whose top is done, on its way back through the trunk."""
+class _Returning(Generic[T]):
+    """Micro-batch whose top is done and whose backward in the trunk is pending."""
 
-    lane: Lane[Result]
+    lane: Lane[T]
     answers: list[tuple[Deferred, Future[Any]]] = field(default_factory=list)
 
 
-def run_overlapped(tasks: Sequence[Callable[[], Result]], *, in_flight: int) -> list[Result]:
-    """The results of the tasks, each the forward and backward of one micro-batch, at most `in_flight` begun at a time.
+def run_overlapped(tasks: Sequence[Callable[[], T]], *, in_flight: int) -> list[T]:
+    """Run tasks, each the forward and backward of one micro-batch, at most `in_flight` at a time. Return their results.
 
-    An error of one task, or Ctrl-C, ends all, is raised, and leaves the random numbers as they were.
+    An error of one task, or Ctrl-C, ends all tasks, is raised, and restores the random number states.
     """
-    waiting: deque[Lane[Result]] = deque()  # for the trunk's forward, in order
-    returning: deque[_Returning[Result]] = deque()  # for its backward, in order
-    results: list[Result] = []
+    waiting: deque[Lane[T]] = deque()  # for the trunk's forward, in order
+    returning: deque[_Returning[T]] = deque()  # for its backward, in order
+    results: list[T] = []
     upcoming = deque(zip(tasks, _seeds(), strict=False))
     drew = False
     before = _random_states()
@@ -161,7 +160,7 @@ def run_overlapped(tasks: Sequence[Callable[[], Result]], *, in_flight: int) -> 
                 waiting.append(Lane(*upcoming.popleft()))
                 waiting[-1].resume()
                 if waiting[-1].result.done():
-                    waiting[-1].result.result()  # an error does not wait for those before it, which may wait for long
+                    waiting[-1].result.result()  # raise an error without waiting for earlier micro-batches
             elif returning and all(answer.done() for _, answer in returning[0].answers):
                 _finish(returning[0])
                 ended = returning.popleft().lane
@@ -183,13 +182,13 @@ def run_overlapped(tasks: Sequence[Callable[[], Result]], *, in_flight: int) -> 
             _set_random_states(before)
         raise
     if drew:
-        torch.rand(())  # so that the next step draws others
+        torch.rand(())  # so that the next step draws other numbers
     return results
 
 
 def _seeds() -> Iterator[int]:
-    """A seed for each micro-batch of a step, from the state of the random numbers, which stays as it is: a step that
-    draws none leaves it as it would without overlap."""
+    """Yield a seed for each micro-batch of a step, hashed from the random number state, which stays unchanged: a step
+    that draws no numbers leaves it as it would without overlap."""
     state = torch.get_rng_state().numpy().tobytes()
     for number in count():
         digest = hashlib.sha256(state + number.to_bytes(8, "little")).digest()
@@ -197,7 +196,7 @@ def _seeds() -> Iterator[int]:
 
 
 def _random_states() -> list[torch.Tensor]:
-    """Of the CPU, and of the GPUs that are in use."""
+    """Return the random number states of the CPU and of all GPUs, if CUDA is initialized."""
     return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else ())]
 
 
@@ -208,7 +207,7 @@ def _set_random_states(states: list[torch.Tensor]) -> None:
 
 
 def _give_up(waiting: deque[Lane[Any]], returning: deque[_Returning[Any]]) -> None:
-    """End the micro-batches that are under way, in bounded time."""
+    """End the unfinished micro-batches, in bounded time."""
     for one in returning:
         for _, answer in one.answers:
             answer.cancel()
@@ -219,8 +218,8 @@ def _give_up(waiting: deque[Lane[Any]], returning: deque[_Returning[Any]]) -> No
         lane.join(max(0.0, until - time.monotonic()))
 
 
-def _turned_back(lane: Lane[Result]) -> _Returning[Result]:
-    """Send what its top's backward left at the trunk's output. Raises what the micro-batch raised."""
+def _turned_back(lane: Lane[T]) -> _Returning[T]:
+    """Send the gradients at the trunk's output. Raises the micro-batch's error, if it failed."""
     lane.result.result()
     answers = []
     for deferred in reversed(lane.deferred):
@@ -235,7 +234,7 @@ def _finish(returning: _Returning[Any]) -> None:
 
 
 def _wait_for_any(waiting: deque[Lane[Any]], returning: deque[_Returning[Any]]) -> None:
-    """Wait for the next answer that lets somebody go on. Bounded, even if the connection should have forgotten it."""
+    """Wait for the next answer that lets a micro-batch go on. Bounded, even if the connection has dropped it."""
     lanes = [*list(waiting)[:1], *(one.lane for one in list(returning)[:1])]
     futures = [lane.waits_for for lane in list(waiting)[:1] if lane.waits_for is not None]
     if returning:

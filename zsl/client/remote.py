@@ -1,6 +1,6 @@
-"""`RemoteTrunk`: the module that stands in the first slot of the hole, and its place in autograd.
+"""`RemoteTrunk`: module that replaces the trunk's layers in a model and computes them on a daemon.
 
-It is called as a decoder layer is called, by the real transformers model, and has no parameters and no buffers.
+The transformers model calls it as a decoder layer. It has no parameters and no buffers.
 """
 
 from __future__ import annotations
@@ -31,28 +31,27 @@ GradientMode = Literal["exact", "straight-through", "none"]
 
 
 class RemoteTrunk(NoWeights):
-    """The layers `[start, stop)` of a model, computed by the daemon at `endpoint`.
+    """Layers `[start, stop)` of a model, computed by the daemon at `endpoint`.
 
-    `endpoint` may be several, with commas between them, of daemons that serve the same trunk: when one is gone, the
-    next is taken. For daemons that encrypt: `server_key` is the daemon's `.key` file or the key itself, `client_key`
-    one's own `.key_secret` file.
+    `endpoint` may be several, separated by commas, of daemons that serve the same trunk: if one is lost, the next is
+    used. For daemons that encrypt: `server_key` is the daemon's `.key` file or the key itself, `client_key` the own
+    `.key_secret` file.
 
-    `mode` says what gradient the layers in front of the trunk get:
+    `mode`: gradient of the layers in front of the trunk:
 
     - `exact`: the trunk's own vector-Jacobian product, from the daemon.
     - `straight-through`: the gradient behind the trunk, as if the trunk were the identity. Half the traffic, an
       approximation; experimental.
-    - `none`: none. Only the layers behind the trunk learn.
+    - `none`: no gradient. Only the layers behind the trunk learn.
 
     A daemon that serves forward only has `none` in force where `exact` was asked for (`effective_mode`).
 
-    `wire_dtype`: what activations and gradients are sent in, if not in the model's own dtype: bfloat16 halves the
-    bytes of float32, at the price of its precision. `deterministic="packed"`: refuse a daemon whose answers may depend,
-    by rounding, on who else it serves. `padding="send"`: padding behind real tokens crosses too, so that a padded
-    batch has the local model's bits, and its logits at padded positions; "drop" leaves it out.
+    `wire_dtype`: dtype of sent activations and gradients, by default the model's: bfloat16 halves the bytes of float32,
+    at the price of its precision. `deterministic="packed"`: refuse a daemon whose answers may depend, by rounding, on
+    the requests of other clients. `padding="send"`: send padding behind real tokens too, so that a padded batch has the
+    local model's bits, and its logits at padded positions; "drop" leaves it out.
 
-    A context manager, which closes it. Safe to call from several threads. A copy shares the connection, a pickle
-    leaves it behind and connects again.
+    A context manager, which closes it. Thread-safe. A copy shares the connection; an unpickled trunk connects again.
     """
 
     def __init__(
@@ -77,25 +76,25 @@ class RemoteTrunk(NoWeights):
         self.mode: GradientMode = mode
         self.wire_dtype = wire_dtype
         if wire_dtype is not None:
-            float_wire_name(wire_dtype)  # raises for one that does not travel
+            float_wire_name(wire_dtype)  # raises for a dtype without a wire name
         self.deterministic = deterministic
         self.padding: PaddingMode = padding
         self._how: dict[str, Any] = {
             "server_key": server_key,
-            "client_key": client_key,  # the path, not what is in it
+            "client_key": client_key,  # the path, not the key
             "connect_timeout_seconds": connect_timeout_seconds,
             "request_timeout_seconds": request_timeout_seconds,
         }
-        read_client_keys(server_key, client_key)  # raises for what is missing
+        read_client_keys(server_key, client_key)  # raises for missing or invalid keys
         self._wanted: tuple[ModelIdentity | None, Cut | None, torch.dtype] = (None, None, torch.float32)
-        self.in_model = False  # set where the model brings mask and positions by `observe_inputs`
+        self.in_model = False  # True if the model passes mask and positions by `observe_inputs`
         self._warned_of_autocast = False
         self._client: TrunkClient | None = None
         self._connecting = threading.Lock()
-        self._pid: int | None = None  # of the process that connected first, or began to
+        self._pid: int | None = None  # of the process that first connected, or began to
         self._call = threading.local()
-        # Called when a batch is ready to go to the trunk and when it has come back, forward and backward, by the thread
-        # that waits for it; not where several micro-batches are under way at once.
+        # Called when a batch is ready to be sent and when it has come back, forward and backward, by the thread that
+        # waits for it; not for overlapped micro-batches.
         self.on_crossing: Callable[[CrossingEvent], None] = _nothing
 
     # --- the connection ----------------------------------------------------------------------------------------
@@ -103,9 +102,9 @@ class RemoteTrunk(NoWeights):
     def connect(
         self, model: ModelIdentity | None = None, *, cut: Cut | None = None, dtype: torch.dtype = torch.float32
     ) -> Welcome:
-        """Open the session, for this model, cut and dtype of activations; `load_client` does it.
+        """Open the session for this model, cut and dtype of activations. Called by `load_client`.
 
-        Warns where no gradient will pass the trunk.
+        Warns if no gradient will pass the trunk.
         Raises `TrunkUnreachable`, `TrunkAuthError`, `WrongModelError` or another `WireError`.
         """
         if self._client is None:
@@ -144,7 +143,7 @@ class RemoteTrunk(NoWeights):
 
     @property
     def client(self) -> TrunkClient:
-        """The connection; opened if it is not. Raises `ClosedError` in the child of a fork that came meanwhile."""
+        """Client with an open session, connecting if needed. Raises `ClosedError` in a forked child."""
         this_process = os.getpid()
         if self._pid is None:
             self._pid = this_process
@@ -165,7 +164,7 @@ class RemoteTrunk(NoWeights):
 
     @property
     def effective_mode(self) -> GradientMode:
-        """The mode in force: `mode`, or `none` in place of `exact` at a daemon that serves forward only."""
+        """Mode in force: `mode`, or `none` instead of `exact` if the daemon serves forward only."""
         if self.mode == "exact" and self._client is not None and self._client.welcome.forward_only:
             return "none"
         return self.mode
@@ -189,19 +188,19 @@ class RemoteTrunk(NoWeights):
         position_ids: torch.Tensor | None,
         labels: tuple[torch.Tensor, ...] = (),
     ) -> None:
-        """Remember the arguments of the model's call, for the trunk that rebuilds masks and positions of them.
+        """Keep arguments of the model's call for this thread's next `forward`: the trunk rebuilds mask and positions.
 
-        The mask `[rows, tokens]` does not reach a layer, so a hook on the model brings it here; see `load_client`.
+        The mask `[rows, tokens]` is not passed to layers, so a hook on the model calls this; see `load_client`.
         """
         self._call.inputs = CallInputs(attention_mask, position_ids, labels)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # what waits for a daemon is no graph
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # waiting for a daemon cannot be traced
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Activations `[rows, tokens, hidden]` through the trunk; same shape, dtype and device.
+        """Run activations `[rows, tokens, hidden]` through the trunk. Return the same shape, dtype and device.
 
-        Raises `ZslError`. What a decoder layer gets beside them is rebuilt by the trunk and ignored here.
+        Raises `ZslError`. Other arguments of a decoder layer are ignored: the trunk rebuilds them.
         """
-        # Used once: what another call was made with must never stand in for this one's.
+        # Used once, so that no later call gets the inputs of an earlier one.
         inputs: CallInputs | None = self._call.__dict__.pop("inputs", None)
         if inputs is None and self.in_model:
             raise ModelError(
@@ -250,7 +249,7 @@ class RemoteTrunk(NoWeights):
         return copy
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but the connection: that stays with its process."""
+        """Return all attributes but the connection, which belongs to this process."""
         return {
             **self.__dict__,
             "_client": None,

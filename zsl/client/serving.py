@@ -1,4 +1,4 @@
-"""What a daemon serves, in words: what `zsl info` prints. Knows no torch."""
+"""Status report of a daemon for `zsl info`, as text rows and as JSON. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Any
 from pydantic import ByteSize
 
 from zsl.errors import ZslError
-from zsl.link.status_client import Probe
+from zsl.link.status_client import StatusClient
 from zsl.text.plural import counted
 from zsl.transport.curve import ClientKeys
 from zsl.wire.messages import FloatDtypeName, Status, Welcome
 
 ROUND_TRIPS = 5
-DIGEST_CHARACTERS = 12  # of a digest that is shown to be compared by eye
+DIGEST_CHARACTERS = 12  # of a digest that people compare
 DTYPE_WORDS: dict[FloatDtypeName, str] = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 
 
 @dataclass(frozen=True, slots=True)
 class Serving:
-    """What one daemon said. Without a `welcome`, `refusal` is why it takes no new session."""
+    """Answers of one daemon. Without a `welcome`, `refusal` is why it accepts no new session."""
 
     endpoint: str
     status: Status
@@ -30,7 +30,7 @@ class Serving:
     refusal: ZslError | None
 
     def rows(self) -> list[tuple[str, str]]:
-        """Names and values, with their units."""
+        """Return names and values, with units."""
         status, model = self.status, self.status.model
         rows = [
             ("endpoint", self.endpoint),
@@ -65,7 +65,7 @@ class Serving:
         ]
 
     def as_json(self) -> dict[str, Any]:
-        """The same for programs: digests and ids whole, in hex, numbers in the units that their names carry."""
+        """Return the same for programs: whole digests and ids in hex, numbers in the units of their names."""
         session = {} if self.welcome is None else self.welcome.model_dump(include={"packs", "deterministic", "limits"})
         return {
             "endpoint": self.endpoint,
@@ -79,16 +79,16 @@ class Serving:
 
 
 def ask(endpoint: str, keys: ClientKeys | None) -> Serving:
-    """Ask the daemon at `endpoint`. Raises `ZslError` if it cannot be asked; one that takes no session can."""
-    with Probe(endpoint, keys) as probe:
-        status = probe.status()  # before there is a session of this probe's own
-        seconds = median(probe.round_trip_seconds(ROUND_TRIPS))
+    """Ask the daemon at `endpoint`, even if it accepts no session. Raises `ZslError` if it does not answer."""
+    with StatusClient(endpoint, keys) as client:
+        status = client.status()  # before this client opens a session of its own
+        seconds = median(client.round_trip_seconds(ROUND_TRIPS))
         try:
-            return Serving(endpoint, status, seconds, probe.welcome(), None)
+            return Serving(endpoint, status, seconds, client.welcome(), None)
         except ZslError as refusal:
             return Serving(endpoint, status, seconds, None, refusal)
 
 
 def in_units(nbytes: int) -> str:
-    """A number of bytes as people read it."""
+    """Return a number of bytes with a unit."""
     return ByteSize(nbytes).human_readable(separator=" ")

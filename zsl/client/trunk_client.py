@@ -1,4 +1,4 @@
-"""`TrunkClient`: forward and backward of a remote trunk, as calls on torch tensors.
+"""`TrunkClient`: forward and backward of a remote trunk as calls on torch tensors.
 
 with TrunkClient("tcp://127.0.0.1:5555") as trunk:
     step = trunk.forward(activations, keep=True)
@@ -43,7 +43,7 @@ REQUEST_TIMEOUT_SECONDS = 300.0
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a RESULT brought: the tensor, and how the daemon came to it."""
+    """Tensor of a RESULT, number of requests in its pass, and the daemon's times."""
 
     tensor: torch.Tensor
     merged: int
@@ -52,10 +52,10 @@ class Answer:
 
 
 class Step:
-    """A forward, with what its backward needs. `output` is `[rows, tokens, hidden]` on the CPU.
+    """Forward, with the tensors for its backward. `output` is `[rows, tokens, hidden]` on the CPU.
 
-    The daemon keeps something for a step that was sent with `keep` until its backward; a step that is dropped
-    without one that was answered tells it so.
+    The daemon stores a step that was sent with `keep` until its backward. A step that is garbage-collected without an
+    answered backward releases it.
     """
 
     def __init__(
@@ -67,12 +67,12 @@ class Step:
         lengths: torch.Tensor | None,
     ) -> None:
         self.request = connection.new_request_id()
-        self.held_in_session: bytes | None = None  # where the daemon may hold it
+        self.held_in_session: bytes | None = None  # session in which the daemon may hold the step
         self.answer: Answer | None = None
         self._connection = connection
         self._activations: torch.Tensor | None = activations
         self._version = _version(activations)
-        # Copies: they are small, and a mask that is written after the forward must not change the backward.
+        # Small copies, so that a mask modified after the forward does not change the backward.
         self._attention_mask = None if attention_mask is None else attention_mask.clone()
         self._position_ids = None if position_ids is None else position_ids.clone()
         self._lengths = lengths
@@ -83,9 +83,9 @@ class Step:
         return self.answer.tensor
 
     def inputs(self, activations: torch.Tensor | None = None) -> dict[Role, torch.Tensor | None]:
-        """The tensors of the forward; `activations` stand in for forgotten ones.
+        """Return the tensors of the forward; `activations` replace forgotten ones.
 
-        Raises `ChangedError` if the activations were written since.
+        Raises `ChangedError` if the activations were modified in place since.
         """
         kept = self._activations
         if activations is None and kept is not None and _version(kept) != self._version:
@@ -98,31 +98,31 @@ class Step:
         }
 
     def went_back(self, backward: Future[Message]) -> None:
-        """The daemon lets go of a step with its backward; not with one that was cancelled or failed."""
+        """Note that the daemon dropped the step, if its backward was neither cancelled nor failed."""
         if not backward.cancelled() and backward.exception() is None:
             self.held_in_session = None
 
     def forget_tensors(self) -> None:
-        """Let go of activations and output; the caller keeps the activations for `backward`."""
+        """Drop activations and output; the caller must pass the activations to `backward`."""
         self._activations = self.answer = None
 
     def __del__(self, finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
-        # Bound here, because at the interpreter's end `sys` may be gone, and there is nothing to tell any more.
+        # Bound here, because at interpreter shutdown `sys` may be gone, and no release is needed.
         if self.held_in_session is not None and not finalizing():
             self._connection.release(self.request, self.held_in_session)
 
 
 class TrunkClient:
-    """A trunk daemon as seen by one client. Calls may come from any thread and may overlap.
+    """Client of a trunk daemon. Thread-safe; calls may overlap.
 
-    `endpoint`: `HOST:PORT`, or several with commas between them, of daemons that serve the same trunk: when one is
-    gone, the next is taken. `server_key` (the daemon's `.key` file or the key itself) and `client_key` (one's own
-    `.key_secret` file): for daemons that encrypt. `model`, `cut`: refuse a daemon that serves another. `dtype`: of the
-    activations to be sent.
+    `endpoint`: `HOST:PORT`, or several separated by commas, of daemons that serve the same trunk: if one is lost, the
+    next is used. `server_key` (the daemon's `.key` file or the key itself) and `client_key` (the own `.key_secret`
+    file): for daemons that encrypt. `model`, `cut`: refuse a daemon that serves another. `dtype`: dtype of the
+    activations to send.
 
     A context manager, which connects and closes.
 
-    Tensors that are passed in are sent without a copy: do not write them before the call (or its future) is done.
+    Tensors are sent without a copy: do not modify them before the call (or its future) is done.
     """
 
     def __init__(
@@ -152,12 +152,12 @@ class TrunkClient:
 
     @property
     def welcome(self) -> Welcome:
-        """What the daemon said of itself; after `connect`."""
+        """WELCOME of the session: model, cut, limits. Raises `ClosedError` before `connect`."""
         return self._connection.welcome
 
     @property
     def replays(self) -> int:
-        """How many requests had to be sent again so far, because a connection or a daemon was lost."""
+        """Number of requests sent again because a connection or a daemon was lost."""
         return self._connection.replays
 
     @property
@@ -183,8 +183,8 @@ class TrunkClient:
     ) -> Step:
         """Run the trunk on activations `[rows, tokens, hidden]`; `keep` if a backward will follow.
 
-        Optional: a mask `[rows, tokens]`, positions `[rows or 1, tokens]`; for one row that is several sequences,
-        one after the other, their lengths `[sequences]` (if the WELCOME says that the trunk `packs`).
+        Optional: a mask `[rows, tokens]`, positions `[rows or 1, tokens]`; for one row of several concatenated
+        sequences their lengths `[sequences]` (if `welcome.packs`).
 
         Raises `ZslError`: the request was refused, timed out, or the connection was lost for good.
         """
@@ -193,9 +193,9 @@ class TrunkClient:
         return step
 
     def backward(self, step: Step, gradients: torch.Tensor, *, activations: torch.Tensor | None = None) -> Answer:
-        """The gradient at the trunk's input, for the gradient `[rows, tokens, hidden]` at its output.
+        """Return the gradient at the trunk's input for the gradient `[rows, tokens, hidden]` at its output.
 
-        `activations`: those of the forward, if the step was made to forget them.
+        `activations`: those of the forward, needed after `Step.forget_tensors`.
         """
         request, build = self._backward(step, gradients, activations)
         message = self._connection.call(request, build, nbytes=gradients.nbytes)
@@ -203,7 +203,7 @@ class TrunkClient:
         return read_answer(message, "gradients")
 
     def status(self) -> Status:
-        """What the daemon serves, and how busy it is."""
+        """Return the model that the daemon serves, and its load."""
         header = self._connection.wait(self._connection.submit_status()).header
         if not isinstance(header, Status):
             raise InternalError(f"{self.endpoint} answered STATUS with {type(header).__name__}")
@@ -218,7 +218,7 @@ class TrunkClient:
         lengths: torch.Tensor | None = None,
         keep: bool = False,
     ) -> tuple[Step, Future[Message]]:
-        """`forward` without the wait: the step, and the future whose message `finish_forward` takes."""
+        """Send a forward without waiting. Return the step, and the future of the message for `finish_forward`."""
         step, build, nbytes = self._forward(activations, attention_mask, position_ids, lengths, keep)
         return step, self._connection.submit(step.request, build, nbytes=nbytes)
 
@@ -230,9 +230,9 @@ class TrunkClient:
         lengths: torch.Tensor | None,
         keep: bool,
     ) -> tuple[Step, Build, int]:
-        """A step, what makes its FORWARD, and the bytes of that."""
+        """Return a step, the builder of its FORWARD message, and the bytes of its tensors."""
         if keep and activations.is_inference():
-            activations = activations.clone()  # it has no version that would show a write
+            activations = activations.clone()  # it has no version counter to detect in-place changes
         step = Step(self._connection, activations, attention_mask, position_ids, lengths)
         request = step.request
         encoded = encode_tensors(step.inputs())
@@ -255,30 +255,30 @@ class TrunkClient:
 
     @property
     def longest_wait_seconds(self) -> float:
-        """After which a future of `submit_forward` or `submit_backward` is done, whatever happened."""
+        """Upper bound of the time until a future of `submit_forward` or `submit_backward` is done."""
         return self._connection.longest_wait_seconds
 
     def wait(self, future: Future[Message]) -> Message:
-        """The message that a submitted request's future brings. Raises `ZslError`."""
+        """Return the message of a submitted request's future. Raises `ZslError`."""
         return self._connection.wait(future)
 
     def finish_forward(self, step: Step, message: Message) -> None:
-        """Give a step the answer to its forward. Raises `InternalError` for one that does not fit."""
+        """Set the answer of a step's forward. Raises `InternalError` for an unexpected message."""
         step.answer = read_answer(message, "activations")
 
     def submit_backward(
         self, step: Step, gradients: torch.Tensor, *, activations: torch.Tensor | None = None
     ) -> Future[Message]:
-        """`backward` without the wait. The message's tensor is the gradient."""
+        """Send a backward without waiting. The message's tensor is the gradient."""
         request, build = self._backward(step, gradients, activations)
         future = self._connection.submit(request, build, nbytes=gradients.nbytes)
         future.add_done_callback(step.went_back)
         return future
 
     def _backward(self, step: Step, gradients: torch.Tensor, activations: torch.Tensor | None) -> tuple[int, Build]:
-        """The id of a step's backward, and what makes its BACKWARD."""
+        """Return the request id of a step's backward, and the builder of its message."""
         request = self._connection.new_request_id()
-        # Encoded here, in the caller's thread: on a GPU the copy must follow what computes the gradients.
+        # Encoded in the caller's thread, so that a copy from a GPU follows the computation of the gradients.
         inputs, encoded = encode_tensors(step.inputs(activations)), encode_tensors({"gradients": gradients})
 
         def build(welcome: Welcome, pending: Pending) -> tuple[Header, Sequence[Frame]]:
@@ -298,7 +298,7 @@ class TrunkClient:
         return request, build
 
     def close(self) -> None:
-        """End the session. Calls that wait end with `ClosedError`."""
+        """End the session. Waiting calls fail with `ClosedError`."""
         self._connection.close()
 
     def __enter__(self) -> Self:
@@ -317,12 +317,12 @@ class TrunkClient:
 
 
 def _version(tensor: torch.Tensor) -> int | None:
-    """The count of writes to a tensor; None for one made under `torch.inference_mode()`, which has none."""
+    """Return a tensor's version counter; None for an inference tensor, which has none."""
     return None if tensor.is_inference() else tensor._version
 
 
 def read_answer(message: Message, role: Role) -> Answer:
-    """The tensor of a RESULT. It may share the memory of the received message. Raises `InternalError`."""
+    """Return the answer in a RESULT. Its tensor may share the message's memory. Raises `InternalError`."""
     header = message.header
     if not isinstance(header, Result) or [descriptor.role for descriptor in header.tensors] != [role]:
         raise InternalError(f"the trunk answered with {type(header).__name__} where a RESULT with {role} is due")

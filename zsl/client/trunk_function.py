@@ -1,4 +1,4 @@
-"""One batch through the trunk, as autograd sees it. Knows no module and no session."""
+"""Autograd function that runs one batch through the remote trunk, forward and backward."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ CrossingEvent = tuple[Literal["forward", "backward"], Literal["begins", "ended"]
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One call of the trunk: the connection, how the batch crosses, and whether its gradient is the trunk's own.
+    """One call of the trunk. `exact`: the gradient is the trunk's own; otherwise it passes unchanged.
 
-    `on_crossing` is called when a batch is ready to go to the trunk and when it has come back, forward and backward.
+    `on_crossing` is called when a batch is ready to be sent and when it has come back, forward and backward.
     """
 
     client: TrunkClient
@@ -31,19 +31,19 @@ class Call:
     on_crossing: Callable[[CrossingEvent], None]
 
     def without_gradient(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Activations `[rows, tokens, hidden]` through the trunk, whose backward will not come."""
+        """Run activations `[rows, tokens, hidden]` through the trunk, without a backward."""
         activations = self.crossing.sent(hidden_states.detach())
         with self._noted("forward"):
             step = self.crossing.forward(self.client, activations, keep=False)
             return self.crossing.received(step.output, hidden_states)
 
     def with_gradient(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Activations `[rows, tokens, hidden]` through the trunk, as an operation of autograd."""
+        """Run activations `[rows, tokens, hidden]` through the trunk, as an operation of autograd."""
         output: torch.Tensor = _TrunkFunction.apply(hidden_states, self)  # type: ignore[no-untyped-call]
         return output
 
     def in_lane(self, lane: Lane[Any], hidden_states: torch.Tensor) -> torch.Tensor:
-        """The same for one of several micro-batches: a leaf, whose gradient is brought back later."""
+        """Run one of several overlapped micro-batches. Return a leaf, whose gradient is sent to the trunk later."""
         crossing, client = self.crossing, self.client
         lane.check_not_given_up()
         step, future = crossing.submit_forward(client, crossing.sent(hidden_states.detach()), keep=self.exact)
@@ -76,8 +76,8 @@ class Call:
 
 
 class _TrunkFunction(torch.autograd.Function):
-    """The trunk in autograd. The trunk's input is saved as autograd saves tensors, so that `retain_graph`, a second
-    backward and the freeing of memory are as with any other operation."""
+    """Trunk as an operation of autograd. Its input is saved by autograd, so `retain_graph`, a second backward and the
+    freeing of memory work as for any other operation."""
 
     @staticmethod
     def forward(ctx: Any, hidden_states: torch.Tensor, call: Call) -> torch.Tensor:

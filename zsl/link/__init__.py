@@ -1,1 +1,1 @@
-"""A connection to a daemon: socket, session, requests, heartbeat. Knows no torch."""
+"""Connection to a daemon: socket, session, requests, heartbeat. Imports no torch."""

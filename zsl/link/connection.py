@@ -1,13 +1,13 @@
-"""A connection to a trunk daemon, for any thread: submit and wait on a future, or call.
+"""Connection to a trunk daemon for any thread: submit a request and wait on its future, or call.
 
-One thread at a time drives the link (`zsl.link.link`), under a lock: an I/O thread of the connection's own, or a
-caller that would only wait, and so saves two hand-overs between threads. Without that a round trip of 2 kB takes
-0.72 ms instead of 0.67; at 0.8 MB and above nothing is gained (`bin/bench transport --rounds 100` on two cores, rows
-"zsl by thread" and "zsl"). Everybody else leaves commands in a queue, and wakes who drives by a pipe. All waits are
-bounded. Knows no torch.
+One thread at a time drives the link (`zsl.link.link`), under a lock: the connection's I/O thread, or a caller that
+waits for its own request, which saves two thread switches. Without that a round trip of 2 kB takes 0.72 ms instead of
+0.67; at 0.8 MB and above nothing is gained (`bin/bench transport --rounds 100` on two cores, rows "zsl by thread" and
+"zsl"). Other threads append commands to a queue, and wake the driving thread by a pipe. All waits are bounded. Imports
+no torch.
 
-Ctrl-C may come wherever a caller is, also in the middle of driving. `_driving` is released in a `finally` that calls
-nothing before it; and whoever drives next finds `_torn` set, and has the link start over.
+Ctrl-C may interrupt a caller anywhere, also while it drives. `_driving` is released in a `finally` that calls nothing
+before it; the next thread that drives finds `_torn` set, and makes the link start over.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ from zsl.wire.messages import Cut, FloatDtypeName, Hello, ModelIdentity, StatusR
 
 logger = logging.getLogger(__name__)
 
-WAIT_GRACE_SECONDS = 5.0  # a waiter outlasts the link's own deadline by this much
-IDLE_SECONDS = 0.5  # how often the I/O thread looks at a link that nobody drives
+WAIT_GRACE_SECONDS = 5.0  # a wait ends this long after the link's own deadline
+IDLE_SECONDS = 0.5  # interval at which the I/O thread turns an idle link
 
-Result = TypeVar("Result")
+T = TypeVar("T")
 
 
 class Connection:
-    """A session with the daemon at `endpoint`, or the first that answers of several with commas between them, kept
-    alive until `close`."""
+    """Session with a daemon, kept alive until `close`. `endpoint`: one, or several separated by commas, of which the
+    first that answers is used."""
 
     def __init__(
         self,
@@ -60,24 +60,24 @@ class Connection:
         self._connect_timeout_seconds = connect_timeout_seconds
         self._request_timeout_seconds = request_timeout_seconds
         self._pid = os.getpid()
-        # Reentrant: a finalizer may run `release` in the middle of anything, also of this thread's own `submit`.
+        # Reentrant: a finalizer may run `release` at any point, also inside this thread's own `submit`.
         self._lock = threading.RLock()
         self._commands: deque[Callable[[Link], None]] = deque()
         self._ids = count(1)
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._thread: threading.Thread | None = None
         self._link: Link | None = None
-        # Reentrant, because the release of one by a thread that does not hold it is an error and changes nothing.
+        # Reentrant, because its release by a thread that does not hold it raises an error and changes nothing.
         self._driving = threading.RLock()
-        self._driver: int | None = None  # the caller that holds it
-        self._torn = False  # driving has begun and not come to its end
-        # A word in it: the I/O thread is to drive. Its `put` is reentrant, as finalizers need it.
+        self._driver: int | None = None  # id of the calling thread that holds `_driving`
+        self._torn = False  # a turn has begun and not ended
+        # An item makes the I/O thread drive. `put` is reentrant, as finalizers need it.
         self._wanted: SimpleQueue[None] = SimpleQueue()
         self._opened: Future[Welcome] = Future()
-        self._welcome: Welcome | None = None  # what it brought
+        self._welcome: Welcome | None = None  # result of `_opened`
         self._closing = False
-        self._failure: ZslError | None = None  # why the link cannot go on
-        self._ended_by: ZslError | None = None  # no command is taken any more
+        self._failure: ZslError | None = None  # the error that ended the link
+        self._ended_by: ZslError | None = None  # set: no more commands are accepted
 
     def open(self, model: ModelIdentity | None, cut: Cut | None, dtype: FloatDtypeName) -> Welcome:
         """Open the session, and wait for the daemon's WELCOME.
@@ -91,7 +91,7 @@ class Connection:
                 self._thread = threading.Thread(target=self._run, args=(hello,), name="zsl-io", daemon=True)
             if self._thread.ident is None:
                 self._thread.start()
-        # The link ends it sooner: after the first of them, unless a daemon is there that is still loading.
+        # The link ends it sooner: after the connect timeout, unless a daemon answers that it is still loading.
         self._welcome = self._result(self._opened, self._connect_timeout_seconds + self._request_timeout_seconds)
         return self._welcome
 
@@ -100,23 +100,23 @@ class Connection:
 
     @property
     def welcome(self) -> Welcome:
-        """What the daemon said when the session was opened. Raises `ClosedError` before that."""
+        """WELCOME that opened the session. Raises `ClosedError` before `open`."""
         if self._welcome is None:
             raise self._not_open()
         return self._welcome
 
     @property
     def replays(self) -> int:
-        """How many requests had to be sent again so far."""
+        """Number of requests sent again."""
         return self.traffic.replays
 
     @property
     def traffic(self) -> Traffic:
-        """What went over the connection so far."""
+        """Messages and bytes sent and received so far."""
         return Traffic() if self._link is None else self._link.traffic
 
     def new_request_id(self) -> int:
-        """An id that this connection has not used, larger than all before it."""
+        """Return an unused request id, larger than all before it."""
         return next(self._ids)
 
     def submit(self, request: int, build: Build, *, nbytes: int = 0) -> Future[Message]:
@@ -130,8 +130,8 @@ class Connection:
         return pending.future
 
     def call(self, request: int, build: Build, *, nbytes: int = 0) -> Message:
-        """`submit` and `wait`. If nobody drives the link, this thread does it while it waits."""
-        self._check_usable()  # before any lock: in the child of a fork one may be locked for ever
+        """Submit a request and wait. This thread drives the link meanwhile if no other does."""
+        self._check_usable()  # before any lock: in a forked child a lock may stay locked for ever
         link, this_thread = self._link, threading.get_ident()
         if self._welcome is None or link is None or self._driver == this_thread:
             return self.wait(self.submit(request, build, nbytes=nbytes))
@@ -144,7 +144,7 @@ class Connection:
                 self._drive(link, pending)
         except BaseException:
             if pending is not None:
-                pending.future.cancel()  # Ctrl-C: nobody waits for it any more
+                pending.future.cancel()  # Ctrl-C: its caller waits no more
             raise
         finally:
             if self._driver == this_thread:
@@ -158,22 +158,22 @@ class Connection:
         return self.wait(self.submit(request, build, nbytes=nbytes) if pending is None else pending.future)
 
     def submit_status(self) -> Future[Message]:
-        """Ask what the daemon serves."""
+        """Send a STATUS request. The future's message has a `Status` header."""
         request = self.new_request_id()
         return self.submit(request, lambda welcome, pending: (StatusRequest(request=request), ()))
 
     def release(self, step: int, session: bytes) -> None:
-        """Tell the daemon that no backward will come for this step. For finalizers too: it waits for nothing."""
+        """Tell the daemon that no backward will follow for this step. Never waits, so finalizers may call it."""
         if os.getpid() == self._pid:
             self._command(lambda link: link.release(step, session))
 
     @property
     def longest_wait_seconds(self) -> float:
-        """After which a request has ended, whatever happened."""
+        """Upper bound of the time from submitting a request to its end."""
         return self._request_timeout_seconds + WAIT_GRACE_SECONDS
 
     def wait(self, future: Future[Message]) -> Message:
-        """The future's result; the wait is bounded even if the I/O thread were gone."""
+        """Return the future's message. The wait is bounded even if the I/O thread has died."""
         try:
             return self._result(future, self._request_timeout_seconds)
         except KeyboardInterrupt:
@@ -181,19 +181,19 @@ class Connection:
             raise
 
     def close(self) -> None:
-        """End the session and the thread. Requests without an answer end with `ClosedError`."""
+        """End the session and the I/O thread. Unanswered requests fail with `ClosedError`."""
         if os.getpid() != self._pid or self._closing:
             return
         self._closing = True
         self._command(lambda link: None)
         if self._thread is threading.current_thread() or self._driver == threading.get_ident():
-            return  # a finalizer that ran in the middle of driving; the I/O thread ends the link
+            return  # a finalizer that ran while this thread drives; the I/O thread ends the link
         if self._thread is not None:
             self._thread.join(self._connect_timeout_seconds + WAIT_GRACE_SECONDS)
         else:
             self._end(self._closed())
 
-    def _result(self, future: Future[Result], seconds: float) -> Result:
+    def _result(self, future: Future[T], seconds: float) -> T:
         try:
             return future.result(seconds + WAIT_GRACE_SECONDS)
         except TimeoutError:
@@ -205,7 +205,7 @@ class Connection:
         if os.getpid() != self._pid:
             raise after_fork(self.endpoint, self._pid)
         if self._ended_by is not None:
-            raise copy(self._ended_by)  # a fresh one, which collects the frames of this call only
+            raise copy(self._ended_by)  # a copy, whose traceback has the frames of this call only
         if self._closing:
             raise self._closed()
 
@@ -219,7 +219,7 @@ class Connection:
         return ClosedError(f"the connection to {self.endpoint} is closed")
 
     def _command(self, command: Callable[[Link], None]) -> bool:
-        """Hand a command to who drives; False if the connection has ended."""
+        """Queue a command for the driving thread. Return False if the connection has ended."""
         with self._lock:
             if self._ended_by is not None:
                 return False
@@ -240,7 +240,7 @@ class Connection:
     # --- driving -----------------------------------------------------------------------------------------------
 
     def _drive(self, link: Link, pending: Pending) -> None:
-        """Send a request, and drive until it has ended."""
+        """Send a request, and drive the link until the request has ended."""
         try:
             self._advance(link, pending)
             while not pending.future.done() and not self._closing:
@@ -250,7 +250,7 @@ class Connection:
             self._fail(error)
 
     def _advance(self, link: Link, pending: Pending | None = None) -> None:
-        """Do what is to be done for the link. Raises `ZslError` if it cannot go on."""
+        """Run queued commands and one turn of the link. Raises `ZslError` if the link cannot go on."""
         if self._torn:
             link.start_over()
         self._torn = True
@@ -261,7 +261,7 @@ class Connection:
         self._torn = False
 
     def _fail(self, error: Exception) -> None:
-        """The link cannot go on; the I/O thread ends it."""
+        """Note the error that ended the link; the I/O thread closes the link."""
         if isinstance(error, ZslError):
             self._failure = error
         else:
@@ -270,10 +270,10 @@ class Connection:
         self._closing = True
 
     def _run(self, hello: Hello) -> None:
-        """The I/O thread: drives whenever it is wanted, and looks after an idle link."""
+        """Drive the link whenever it is busy, and at intervals while idle; body of the I/O thread."""
         with self._driving:
             if self._link is not None:
-                return  # Ctrl-C came while the thread started, and it was started again
+                return  # Ctrl-C interrupted the start of the thread, and it was started again
             link = self._link = Link(
                 self._endpoints,
                 hello,
@@ -306,13 +306,13 @@ class Connection:
             link.close(ended_by, say_bye=not self._torn)
 
     def _is_wanted(self) -> bool:
-        """Whether somebody wants the link to be driven, before the idle time is over."""
+        """Wait up to `IDLE_SECONDS`, and return whether the link must be driven before that."""
         try:
             self._wanted.get(timeout=IDLE_SECONDS)
         except Empty:
             return False
         while not self._wanted.empty():
-            self._wanted.get_nowait()  # one look is enough for all of them
+            self._wanted.get_nowait()  # one turn serves all of them
         return True
 
     def _run_commands(self, link: Link, *, wake_pipe_open: bool = True) -> None:
@@ -322,12 +322,12 @@ class Connection:
             except BlockingIOError:
                 pass
         while self._commands:
-            self._commands[0](link)  # twice, if it is interrupted before the next line: none of them minds
+            self._commands[0](link)  # twice, if interrupted before the next line: each command may run twice
             self._commands.popleft()
 
 
 def after_fork(endpoint: str, pid: int) -> ClosedError:
-    """The error of a process that was forked from the one that a connection belongs to."""
+    """Return the error for a connection used in a forked child."""
     return ClosedError(
         f"the connection to {endpoint} was made in process {pid} and cannot be used after a fork; "
         "make a new RemoteTrunk in the child, or start workers with the 'spawn' method"

@@ -1,8 +1,8 @@
-"""Heartbeat of a daemon: pings on a connection of their own, so that they do not queue behind tensors.
+"""Heartbeat of a daemon: pings on a separate connection, so that they do not queue behind tensors.
 
-A daemon that is stopped, hung or cut off is noticed after a few missed pings, however large a request is under way.
-What counts is pings without an answer, not time: a client that was itself stopped for a minute has missed nothing.
-For one thread at a time. Knows no torch.
+A daemon that is stopped, hung or unreachable is noticed after a few missed pings, however large a request is under way.
+Unanswered pings count, not time: a client that was itself stopped for a minute has missed no ping. Not thread-safe.
+Imports no torch.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from zsl.wire.messages import TO_CLIENT, Error, Ping, Pong, Welcome
 logger = logging.getLogger(__name__)
 
 MISSED_PINGS = 5
-# Of one pass. Large ones take long; this is said once, so that somebody may look.
+# Of one pass. A large pass may be slow; one warning tells the user to look.
 LONG_PASS_SECONDS = 60.0
 
 
 class Progress:
-    """The daemon's present pass, as its pongs tell of it."""
+    """Duration of the daemon's current pass, from its pongs."""
 
     def __init__(self, endpoint: str) -> None:
-        self.pass_seconds = 0.0  # for how long it has been running
+        self.pass_seconds = 0.0  # duration so far
         self._endpoint = endpoint
         self._said = False
 
@@ -41,10 +41,10 @@ class Progress:
 
 
 class Heartbeat:
-    """Pings for a session. `sockets` are to be polled; `turn` is due when they are ready, and at `next_ping`.
+    """Pings for a session. Poll `sockets`; call `turn` when they are ready, and at `next_ping`.
 
-    `reaches_another`: another life of a daemon answers here than the one that opened the session. What that one says of
-    the session means nothing.
+    `reaches_another`: pongs come from another daemon process than the one that opened the session. Its replies about
+    the session are ignored.
     """
 
     def __init__(
@@ -75,12 +75,12 @@ class Heartbeat:
 
     @property
     def next_ping(self) -> float:
-        """When the next is due."""
+        """Time of the next ping."""
         return self._next_ping
 
     @property
     def silent(self) -> bool:
-        """Whether the daemon is to be taken for dead."""
+        """True if too many pings are unanswered: the daemon counts as dead."""
         return self._unanswered > MISSED_PINGS
 
     @property
@@ -88,12 +88,12 @@ class Heartbeat:
         return self._unanswered * self._interval_seconds
 
     def heard(self) -> None:
-        """Something came on the other connection: it lives."""
+        """Reset the count of missed pings: a message came on the session's connection."""
         self._unanswered = 0
 
     def turn(self, now: float) -> None:
-        """Take in what has arrived, and send what is due."""
-        self._dealer.skip_events()  # it reconnects by itself, and a ping that could not go is a missed one
+        """Handle received pongs, and send a ping if one is due."""
+        self._dealer.skip_events()  # it reconnects by itself, and an unsent ping counts as missed
         while (frames := self._dealer.receive()) is not None:
             try:
                 self._on_header(decode(frames, TO_CLIENT).header)

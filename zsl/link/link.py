@@ -1,10 +1,10 @@
-"""The driver's side of a connection: one state at a time, and the transitions between states.
+"""State machine of a connection: transitions between `Pausing`, `Opening` and `Open`.
 
-When the connection is lost, the daemon is silent, or it was started anew, a fresh socket is taken, to the same daemon
-or the next of the list; the session goes on if it is still there, or a new one is opened; and what was unanswered is
-sent again, complete in itself. The new session must be with the same trunk.
+When the connection is lost, or the daemon is silent or restarted, the link opens a fresh socket to the same daemon or
+the next of the list. It resumes the session if the daemon still has it, else opens a new one, and sends unanswered
+requests again, each complete in itself. The new session must be with the same trunk.
 
-For one thread at a time. Knows no torch.
+Not thread-safe. Imports no torch.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 
 class Link:
-    """`wait` and `turn`, again and again until `close`. `opened` gets the first WELCOME."""
+    """Link to a daemon. Call `wait` and `turn` in a loop until `close`. `opened` gets the first WELCOME."""
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class Link:
         connect_timeout_seconds: float,
         request_timeout_seconds: float,
     ) -> None:
-        # Several tries within the time of the shortest request.
+        # Several attempts within the timeout of one request.
         pause_seconds = min(LONGEST_PAUSE_SECONDS, request_timeout_seconds / 4)
         self._shared = Shared(
             endpoints=Endpoints(endpoints, longest_pause_seconds=pause_seconds),
@@ -76,7 +76,7 @@ class Link:
 
     @property
     def state(self) -> State:
-        """The present state; its `repr` is for people."""
+        """Current state; its `repr` is readable."""
         return self._state
 
     @property
@@ -86,20 +86,20 @@ class Link:
 
     @property
     def traffic(self) -> Traffic:
-        """What went over the link so far."""
+        """Messages and bytes sent and received so far."""
         return self._shared.traffic.so_far(self._shared.requests.replays)
 
     @property
     def busy(self) -> bool:
-        """Whether something is to come: an answer, or the session itself."""
+        """True if a request has no answer yet, or no session is open."""
         return not isinstance(self._state, Open) or len(self._shared.requests) > 0
 
     def add(self, pending: Pending) -> None:
-        """Take a request in charge."""
+        """Queue a request."""
         self._shared.requests.add(pending)
 
     def release(self, step: int, session: bytes) -> None:
-        """Say RELEASE, if the session that holds the step is still the open one, or may go on."""
+        """Send RELEASE, now or when the session is resumed; ignore a step of an older session."""
         if self._shared.last.release(step, session) and isinstance(self._state, Open):
             self._state.release(step)
 
@@ -111,11 +111,11 @@ class Link:
             for readable in (wake, *sockets):
                 poller.register(readable, zmq.POLLIN)
             self._poller, self._polled = None, sockets
-            self._poller = poller  # when it is whole: Ctrl-C may come before
+            self._poller = poller  # set when complete, because Ctrl-C may come before
         self._poller.poll(max(0, math.ceil(self._seconds_to_next_timer() * 1000)))
 
     def turn(self) -> None:
-        """Handle what has arrived and what is due, and send what can go.
+        """Handle received messages and due timers, and send waiting requests.
 
         Raises `ZslError` when the connection cannot go on.
         """
@@ -130,13 +130,13 @@ class Link:
             self._end(event)
 
     def start_over(self) -> None:
-        """Take a fresh socket and send again what has no answer: after a `turn` that Ctrl-C ended anywhere."""
+        """Open a fresh socket and send unanswered requests again, after Ctrl-C interrupted a `turn`."""
         logger.warning("%s: interrupted; connecting again", self._shared.endpoints.current)
         self._shared.requests.start_over()
         self._end(Interrupted())
 
     def close(self, error: ZslError, *, say_bye: bool = True) -> None:
-        """Say BYE, fail with `error` what has no answer, and free the sockets."""
+        """Send BYE, fail unanswered requests with `error`, and free the sockets."""
         if not self._shared.first.is_open:
             self._shared.first.opened.set_exception(error)
         self._shared.requests.fail_all(error)
@@ -144,19 +144,19 @@ class Link:
             self._state.leave()
         else:
             self._state.close()  # a message may be half sent
-        self._shared.context.destroy()  # also sockets of a step that was interrupted, which nobody else knows of
+        self._shared.context.destroy()  # also sockets that an interrupted step left unreferenced
 
     # --- transitions -------------------------------------------------------------------------------------------
 
     def _end(self, event: Event) -> None:
-        """End the state with an event, and take the next one. Raises `ZslError` if there is none."""
+        """End the state with an event, and enter the next one. Raises `ZslError` if no endpoint is left."""
         ended = self._state
         self._state = self._next(ended, event, time.monotonic())
         if isinstance(ended, Open):
             self._shared.requests.all_again()
         if isinstance(event, Left):
             ended.leave()
-        elif not isinstance(event, Welcomed):  # which takes over the socket
+        elif not isinstance(event, Welcomed):  # the next state takes over its socket
             ended.close()
 
     def _next(self, state: State, event: Event, now: float) -> State:

@@ -1,4 +1,4 @@
-"""The open session: requests go out, answers come in, and pings tell whether the daemon and its connection live."""
+"""State of a link with an open session: send requests, receive answers, check by pings."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ logger = logging.getLogger(__name__)
 
 
 class Open:
-    """The session of a `welcome`, on the socket that it came by.
+    """Open session, on the socket that received its `welcome`.
 
-    `heard`: anything came in it. A session by which nothing ever comes is no better than none.
+    `heard`: a message has come in this session. The loss of a session without one counts as a failed attempt.
     """
 
     def __init__(self, shared: Shared, dealer: Dealer, welcome: Welcome, now: float) -> None:
@@ -46,7 +46,7 @@ class Open:
         self.heard = False
         self._shared = shared
         self._dealer = dealer
-        self._leaving = False  # the daemon takes no forwards any more, and there are others
+        self._leaving = False  # the daemon accepts no more forwards, and other endpoints exist
         self._goes_away = False  # a GOAWAY has come
         self._progress = Progress(self.endpoint)
         self._path = PathCheck(welcome, now)
@@ -74,7 +74,7 @@ class Open:
 
     @property
     def pings_alone(self) -> bool:
-        """Check whether the session has one connection, because a balancer sends others elsewhere."""
+        """True if the session pings on its only connection, because a balancer sends others elsewhere."""
         return self._heartbeat is None and self.endpoint in self._shared.balanced
 
     def due(self, now: float) -> Sequence[float]:
@@ -97,15 +97,15 @@ class Open:
         return self._check(now) or self._send_waiting(now)
 
     def release(self, step: int) -> None:
-        """Say RELEASE."""
+        """Send RELEASE."""
         self._say(Release(session=self.welcome.session, epoch=self.welcome.epoch, step=step))
 
     def cancel(self, request: int) -> None:
-        """Say CANCEL."""
+        """Send CANCEL."""
         self._say(Cancel(session=self.welcome.session, epoch=self.welcome.epoch, request=request))
 
     def timeout(self) -> RequestTimeout:
-        """The error of a request that has no answer in its time."""
+        """Return the error for a request without an answer by its deadline."""
         busy = f" (it has been at one pass for {self._progress.pass_seconds:.0f} s)"
         return RequestTimeout(
             f"{self.endpoint} did not answer within {self._shared.request_timeout_seconds:g} s{busy}; "
@@ -113,7 +113,7 @@ class Open:
         )
 
     def leave(self) -> None:
-        """Say BYE, and close with time for that to leave."""
+        """Send BYE, and close with time for it to be sent."""
         self._say(Bye(session=self.welcome.session, epoch=self.welcome.epoch))
         self._dealer.close()
         self.close()
@@ -123,10 +123,10 @@ class Open:
         if self._heartbeat is not None:
             self._heartbeat.close()
 
-    # --- whether it lives --------------------------------------------------------------------------------------
+    # --- liveness ----------------------------------------------------------------------------------------------
 
     def _check(self, now: float) -> Event | None:
-        """See to it that the daemon lives and the connection carries; both show by pings."""
+        """Check by pings that the daemon is alive and that the connection carries messages."""
         if self._heartbeat is not None:
             self._heartbeat.turn(now)
             if self._heartbeat.reaches_another:
@@ -147,9 +147,9 @@ class Open:
         return None
 
     def _give_up_heartbeat(self, now: float) -> None:
-        """Ping on the session's own connection only: the other one leads to another life of a daemon.
+        """Ping on the session's own connection only: the heartbeat's reaches another daemon process.
 
-        If this one is answered too, something between balances connections over daemons; if not, the daemon was lost.
+        If such a ping is answered, a balancer distributes connections over daemons; if not, the daemon was lost.
         """
         assert self._heartbeat is not None
         self._heartbeat.close()
@@ -159,7 +159,7 @@ class Open:
         self._path.next_ping = now
 
     def _on_pong(self, header: Pong) -> Event | None:
-        """Check that the daemon has all that this end waits for an answer to."""
+        """Check that the daemon has every request that waits for an answer here."""
         self._progress.heard(header)
         if self._heartbeat is None and self.endpoint not in self._shared.balanced:
             self._shared.balanced.add(self.endpoint)
@@ -186,11 +186,11 @@ class Open:
         requests, welcome = self._shared.requests, self.welcome
         while (pending := requests.take_next(welcome.limits, welcome.epoch, now)) is not None:
             if not self._send(pending):
-                return Lost("the connection was lost")  # this request and the others are sent again
+                return Lost("the connection was lost")  # all unanswered requests are sent again
         return None
 
     def _send(self, pending: Pending) -> bool:
-        """Build and send; a request that cannot be built fails. False if there is no connection."""
+        """Build and send a request; fail it if it cannot be built. Return False if not connected."""
         most = self.welcome.limits.max_message_bytes
         try:
             header, buffers = pending.build(self.welcome, pending)
@@ -198,7 +198,7 @@ class Open:
             largest = max((len(buffer) for buffer in buffers), default=0)
             if largest > most:
                 raise TooLargeError(
-                    f"a tensor of {largest} bytes is over the {most} that {self.endpoint} takes; use a smaller batch"
+                    f"a tensor of {largest} bytes is over the {most} that {self.endpoint} accepts; use a smaller batch"
                 )
             frames = encode(header, buffers)
             pending.nbytes = sum(len(buffer) for buffer in buffers)
@@ -211,7 +211,7 @@ class Open:
     def _on_frames(self, frames: list[Frame]) -> Event | None:
         try:
             message = decode(frames, TO_CLIENT)
-        except WireError as error:  # which answer it was is not known, so all are asked again
+        except WireError as error:  # the answered request is unknown, so all are sent again
             return Lost(f"sent something that is not of the protocol ({error})")
         header = message.header
         if not self._is_meant_for_this(header):
@@ -238,11 +238,11 @@ class Open:
         return None
 
     def _is_meant_for_this(self, header: Header) -> bool:
-        """Check that a message names this session, or answers what was asked outside of one.
+        """Return whether a message names this session, or answers a request sent outside a session.
 
-        Requests are numbered anew by every client, so what is late, or meant for another one, may have any number.
+        Every client numbers its own requests, so a late or misdirected message may have any request id.
         """
-        if isinstance(header, Error) and header.session is None:  # without a request, it could not be read
+        if isinstance(header, Error) and header.session is None:  # no request id: the daemon could not read the message
             return header.request is None or self._shared.requests.names_no_session(header.request)
         if isinstance(header, Status):
             return self._shared.requests.names_no_session(header.request)
@@ -250,7 +250,7 @@ class Open:
 
     def _on_answer(self, answer: Result | Status, message: Message) -> None:
         pending = self._shared.requests.ended(answer.request)
-        if pending is not None:  # otherwise a late answer to something given up
+        if pending is not None:  # otherwise a late answer to a request that was given up
             self._shared.endpoints.answered()
             self._shared.traffic.answered(answer)
             pending.future.set_result(message)
@@ -258,17 +258,17 @@ class Open:
     def _on_error(self, header: Error) -> Event | None:
         error, requests = error_of(header, self.endpoint), self._shared.requests
         if header.epoch != self.welcome.epoch and header.retry is not Retry.REHELLO:
-            return None  # an echo from an earlier life
+            return None  # from an earlier process of the daemon
         if isinstance(error, ForbiddenError):
-            return Unfit(error)  # what it was about is sent to the next, or fails with the others
+            return Unfit(error)  # its request is sent to the next endpoint, or fails with the others
         pending, now = requests.ended(header.request), time.monotonic()
         if isinstance(error, CorruptError) or header.retry is Retry.REHELLO:
             if pending is not None:
                 requests.refused(pending, error)
-            damaged = isinstance(error, CorruptError)  # which message was, is not known
+            damaged = isinstance(error, CorruptError)  # the damaged message is unknown
             return Lost("a message was damaged on its way" if damaged else "the session is not known there any more")
         if pending is None:
-            logger.debug("%s", error)  # an echo of something given up
+            logger.debug("%s", error)  # about a request that was given up
         elif isinstance(error, DeadlineError):
             pending.fail(self.timeout())  # the daemon noticed first
         elif header.retry is Retry.REPLAY:

@@ -1,4 +1,4 @@
-"""An attempt to open a session: HELLO on a fresh socket, until a WELCOME, a refusal, or the end of its time."""
+"""State of a link that opens a session: HELLO on a fresh socket, until WELCOME, refusal or timeout."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ from zsl.wire.messages import MAX_TENSOR_BYTES, TO_CLIENT, Error, Welcome
 
 logger = logging.getLogger(__name__)
 
-# An endpoint that does not open a session in this time is given up: for the next, or for another try.
+# An endpoint that opens no session in this time is left for the next one, or tried again.
 ATTEMPT_SECONDS = 5.0
-UNREADABLE_ANSWERS = 2  # may be damage; more are not
-HELLO_AGAIN_SECONDS = 1.0  # a HELLO that has no answer is said again; the daemon knows it by its id
+UNREADABLE_ANSWERS = 2  # may be damage; more mean another protocol
+HELLO_AGAIN_SECONDS = 1.0  # an unanswered HELLO is sent again; the daemon recognizes it by its id
 DRAINING_RETRY_SECONDS = 0.5
 HELLO_RETRY_SECONDS = 0.05
 LONGEST_HELLO_RETRY_SECONDS = 1.0
-# A WELCOME is known by its request alone: ids of HELLO are drawn from here, where no two clients have the same.
+# A WELCOME is matched by its request id alone, so HELLO ids are random: those of two clients differ.
 HELLO_REQUESTS = range(2**52, 2**53)
 
 
 class Opening:
-    """A fresh socket to the current endpoint: nothing that is queued on an old one can arrive twice."""
+    """Attempt on a fresh socket to the current endpoint, so that messages queued on an old one cannot arrive twice."""
 
     def __init__(self, shared: Shared, now: float) -> None:
         self.endpoint = shared.endpoints.current
@@ -109,7 +109,7 @@ class Opening:
             return self._on_unreadable(error)
         if isinstance(header, Welcome) and header.request == self._hello_request:
             return self._on_welcome(header)
-        # Requests are numbered anew by every client: what is late, or meant for another one, may have any number.
+        # Every client numbers its own requests, so a late or misdirected message may have any request id.
         if isinstance(header, Error) and header.session is None and header.request in (None, self._hello_request):
             return self._on_error(header)
         logger.debug("%s sent a %s of another session", self.endpoint, type(header).__name__)
@@ -149,7 +149,7 @@ class Opening:
         return None
 
     def _on_refusal(self, error: WireError, retry: Retry) -> Event | None:
-        """Wait, if the daemon may open a session later."""
+        """Schedule another HELLO if the daemon may open a session later; otherwise return the event."""
         self._hello_request = None
         now, loading, first = time.monotonic(), isinstance(error, LoadingError), self._shared.first
         if loading and not first.is_open:
@@ -167,7 +167,7 @@ class Opening:
         return None
 
     def _wait_for_loading(self, now: float) -> None:
-        """Give a daemon that says it is loading as long as a request may take: the connect timeout is for silence."""
+        """Extend the connect timeout, up to the request timeout, while a daemon is loading its model."""
         shared, first = self._shared, self._shared.first
         if first.loaded_by is None:
             first.loaded_by = now + shared.request_timeout_seconds
@@ -181,7 +181,7 @@ class Opening:
 
 
 def check_same_trunk(first: Welcome, now: Welcome, endpoint: str) -> None:
-    """Raises `WrongModelError` if a daemon serves another trunk than the run began with."""
+    """Check that a daemon serves the same trunk as the first WELCOME. Raises `WrongModelError`."""
     for name in ("model", "cut", "dtype", "forward_only", "packs", "deterministic"):
         before, after = getattr(first, name), getattr(now, name)
         if before != after and (name != "deterministic" or before):

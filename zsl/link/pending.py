@@ -1,7 +1,7 @@
-"""The requests of a connection that have no answer yet: those that wait to be sent, and those that were.
+"""Queue of a connection's unanswered requests: waiting to be sent, or sent.
 
-Each ends with its answer, or with a typed error when its deadline comes, or when too many daemons were lost over it.
-The trunk is a pure function, so sending again is safe: the answer is the same. Knows no socket; the clock is given.
+Each ends with its answer, or with a typed error at its deadline or after too many daemons were lost while they had it.
+The trunk is a pure function, so sending again is safe: the answer is the same. No sockets; the clock is an argument.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from zsl.errors import ConfigError, ConnectionLost
 from zsl.wire.frames import Frame, Message
 from zsl.wire.messages import Header, Limits, Welcome
 
-# Lives of daemons. Bounded, so that a request that kills whoever computes it does not kill them all. (A line that
-# breaks is no fault of the request: its deadline ends that.)
+# Daemon processes. Bounded, so that a request that crashes daemons does not crash them all. (Lost connections do not
+# count: the deadline ends those.)
 MAX_LIVES = 5
-MAX_REFUSALS = 5  # of a request that was sent complete, by daemons that want it sent so
+MAX_REFUSALS = 5  # of one request, by daemons that ask for it complete
 LARGEST_ATTEMPT = 255
-MAX_BUDGET_SECONDS = 7 * 24 * 3600.0  # that the protocol can say
-SHORTEST_RETRY_SECONDS = 0.01  # before a request is sent again to a daemon that says it may be at once
+MAX_BUDGET_SECONDS = 7 * 24 * 3600.0  # the protocol's maximum
+SHORTEST_RETRY_SECONDS = 0.01  # before a request is sent again, even if the daemon allows it at once
 
 
 def check_timeouts(**seconds_by_name: float) -> None:
-    """Raises `ConfigError` for a number of seconds that nobody can wait for, with the name of its argument."""
+    """Check timeouts in seconds. Raises `ConfigError` with the name of the invalid argument."""
     for name, seconds in seconds_by_name.items():
         if not isinstance(seconds, Real) or not 0 < seconds <= MAX_BUDGET_SECONDS:
             raise ConfigError(f"{name} {seconds!r}: a number of seconds above 0, at most {MAX_BUDGET_SECONDS:.0f}")
@@ -39,7 +39,7 @@ Build = Callable[[Welcome, "Pending"], tuple[Header, Sequence[Frame]]]
 
 @dataclass(slots=True)
 class Pending:
-    """A request without an answer. `build` makes its message for the session that is open when it is sent."""
+    """Unanswered request. `build` makes its message for the session that is open when it is sent."""
 
     request: int
     build: Build
@@ -47,17 +47,17 @@ class Pending:
     nbytes: int
     future: Future[Message] = field(default_factory=Future)
     attempt: int = 0
-    complete: bool = False  # send along everything that the request needs
-    in_session: bool = True  # as it was sent: its answer names the session
+    complete: bool = False  # include everything that the request needs
+    in_session: bool = True  # of the sent message: its answer names the session
     not_before: float = 0.0
     refusals: int = 0
-    sent_to: set[bytes] = field(default_factory=set)  # epochs: which lives of daemons
+    sent_to: set[bytes] = field(default_factory=set)  # epochs of daemon processes
 
     def budget_ms(self) -> int:
         return max(1, round(min(self.deadline - time.monotonic(), MAX_BUDGET_SECONDS) * 1000))
 
     def fail(self, error: BaseException) -> None:
-        """End it with an error, unless whoever waits has gone."""
+        """End the request with an error, unless it was cancelled or has ended."""
         if not self.future.running() and not self.future.set_running_or_notify_cancel():
             return
         if not self.future.done():
@@ -65,10 +65,10 @@ class Pending:
 
 
 class Requests:
-    """In order of their ids where nothing else is said."""
+    """Unanswered requests, in the order of their ids unless noted otherwise."""
 
     def __init__(self) -> None:
-        self._open: dict[int, Pending] = {}  # all of them, so that none is lost if a move between these is interrupted
+        self._open: dict[int, Pending] = {}  # all, so that none is lost if a move between the other two is interrupted
         self._waiting: deque[Pending] = deque()
         self._sent: dict[int, Pending] = {}
         self.replays = 0  # requests that were sent again
@@ -78,7 +78,7 @@ class Requests:
 
     @property
     def under_way(self) -> Set[int]:
-        """Those that were sent and have no answer."""
+        """Ids of sent requests without an answer."""
         return self._sent.keys()
 
     @property
@@ -86,7 +86,7 @@ class Requests:
         return sum(pending.nbytes for pending in self._sent.values())
 
     def add(self, pending: Pending) -> None:
-        """Take a request in charge, if it is not already."""
+        """Queue a request, unless it is queued already."""
         request, still_open = pending.request, self._open
         if request in still_open or pending.future.done():
             return
@@ -95,8 +95,7 @@ class Requests:
         pending.future.add_done_callback(lambda _: still_open.pop(request, None))
 
     def take_next(self, limits: Limits, epoch: bytes, now: float) -> Pending | None:
-        """The next that may be sent to this life of a daemon: within the credit that was granted, and not before its
-        time."""
+        """Return the next request that may be sent to this daemon process now: within its limits, and due."""
         under_way_bytes = self.under_way_bytes
         for pending in list(self._waiting):
             if len(self._sent) >= limits.max_inflight_requests:
@@ -104,7 +103,7 @@ class Requests:
             if pending.not_before > now:
                 continue
             if self._sent and under_way_bytes + pending.nbytes > limits.max_inflight_bytes:
-                return None  # smaller ones must not pass it for ever
+                return None  # smaller ones must not overtake it for ever
             self._waiting.remove(pending)
             if not pending.future.running() and not pending.future.set_running_or_notify_cancel():
                 continue
@@ -117,16 +116,16 @@ class Requests:
         return None
 
     def names_no_session(self, request: int | None) -> bool:
-        """Check whether a request was sent whose answer cannot name the session: a STATUS."""
+        """Return whether a sent request's answer cannot name the session: a STATUS."""
         pending = None if request is None else self._sent.get(request)
         return pending is not None and not pending.in_session
 
     def ended(self, request: int | None) -> Pending | None:
-        """A request that was sent, which is no longer under way."""
+        """Remove and return a sent request; None if unknown."""
         return None if request is None else self._sent.pop(request, None)
 
     def refused(self, pending: Pending, error: Exception) -> None:
-        """Send a request again, complete, as the daemon's answer wants it; or fail it, if it wants that too often."""
+        """Send a request again, complete, as the daemon asked; fail it after too many refusals."""
         pending.refusals += 1
         if pending.refusals > MAX_REFUSALS:
             pending.fail(error)
@@ -134,14 +133,14 @@ class Requests:
             self._again(pending)
 
     def all_again(self) -> None:
-        """What was sent is to be sent again."""
+        """Queue all sent requests to be sent again, in order."""
         in_order = sorted(self._sent.values(), key=lambda pending: pending.request)
         self._sent.clear()
         for pending in reversed(in_order):
             self._again(pending)
 
     def start_over(self) -> None:
-        """Send again, in order, what has no answer: after an interrupt, which may have left it half moved."""
+        """Queue all unanswered requests again, in order, after an interrupt that may have left one half moved."""
         self._sent.clear()
         self._waiting.clear()
         for pending in sorted(self._open.copy().values(), key=lambda one: one.request, reverse=True):
@@ -151,19 +150,19 @@ class Requests:
                 self._again(pending)
 
     def _again(self, pending: Pending) -> None:
-        """In front of the others."""
+        """Queue a request to be sent again, complete, before the others."""
         pending.attempt = min(pending.attempt + 1, LARGEST_ATTEMPT)
         pending.complete = True
         self.replays += 1
         self._waiting.appendleft(pending)
 
     def later(self, pending: Pending, not_before: float, now: float) -> None:
-        """Send a request again after a while, however soon the daemon takes it. That was no attempt."""
+        """Queue a request to be sent again at `not_before`. Does not count as another attempt."""
         pending.not_before = max(not_before, now + SHORTEST_RETRY_SECONDS)
         self._waiting.append(pending)
 
     def expired(self, now: float) -> list[tuple[Pending, bool]]:
-        """Those whose deadline has come, and whether they were sent; they are not here any more."""
+        """Remove and return the requests whose deadline has passed, and whether each was sent."""
         expired = [(pending, True) for pending in self._sent.values() if pending.deadline <= now]
         expired += [(pending, False) for pending in self._waiting if pending.deadline <= now]
         for pending, sent in expired:
@@ -174,10 +173,10 @@ class Requests:
         return expired
 
     def times(self, now: float) -> list[float]:
-        """When something is to be done for one of them."""
+        """Return the deadlines and the times before which a request may not be sent."""
         times = [pending.deadline for pending in (*self._sent.values(), *self._waiting)]
         return times + [pending.not_before for pending in self._waiting if pending.not_before > now]
 
     def fail_all(self, error: Exception) -> None:
         for pending in self._open.copy().values():
-            pending.fail(copy(error))  # its own, which collects the frames of whoever raises it
+            pending.fail(copy(error))  # a copy for each, whose traceback has its own frames

@@ -1,7 +1,6 @@
-"""Lost connections and failed attempts of a client: their number, their causes, and when to log them.
+"""Count a client's lost connections and failed attempts, and limit how often they are logged.
 
-A connection that is lost again and again has a cause that a single line would hide, and one that stays away must not be
-silent. Pure: the clock is given.
+Repeated losses are logged with their causes, and a long outage at intervals. Pure: the clock is an argument.
 """
 
 from __future__ import annotations
@@ -9,20 +8,20 @@ from __future__ import annotations
 from collections import Counter, deque
 
 WINDOW_SECONDS = 60.0
-ALL_ARE_SAID = 4  # of those in the window; then one line in so many seconds
-BETWEEN_LINES_SECONDS = 5.0
+ALL_ARE_SAID = 4  # lost connections in the window that are each logged
+BETWEEN_LINES_SECONDS = 5.0  # after that
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 10.0, 60.0
 
 
 class Reconnects:
-    """`lost`, `failed` and `opened` say what happened; the first two return what is to be logged of it, or None."""
+    """Counts of losses and failures. `lost` and `failed` return the text to log, or None."""
 
     def __init__(self) -> None:
         self.count = 0  # of all lost connections
         self._lost: deque[tuple[float, str]] = deque(maxlen=1000)
         self._said = 0.0
-        self._tells = False  # a line was logged since a session was open
-        self._attempts = 0  # that failed since a session was open
+        self._tells = False  # logged since the last open session
+        self._attempts = 0  # failed since the last open session
         self._since = self._next_line = 0.0
 
     def lost(self, cause: str, now: float) -> str | None:
@@ -43,7 +42,7 @@ class Reconnects:
         return f"reconnected {count} times in {now - self._lost[0][0]:.0f} s: {said}"
 
     def failed(self, cause: str, now: float) -> str | None:
-        """Count an attempt to open a session that came to nothing."""
+        """Count a failed attempt to open a session."""
         if not self._attempts:
             self._since, self._next_line = now, now + FIRST_WAIT_SECONDS
         self._attempts += 1
@@ -55,6 +54,6 @@ class Reconnects:
         return f"no session after {self._attempts} attempts in {waited:.0f} s: {cause}"
 
     def opened(self) -> bool:
-        """Begin anew with attempts: a session is open. Returns whether to log that, because its loss was logged."""
+        """Reset the failed attempts: a session is open. Return whether to log it, because its loss was logged."""
         tells, self._tells, self._attempts = self._tells, False, 0
         return tells

@@ -1,6 +1,6 @@
-"""States of a link, and the events that lead from one to the next.
+"""Events and shared parts of a link's states, and the state `Pausing`.
 
-`Pausing` waits before the next attempt, `Opening` (`zsl.link.opening`) says HELLO on a fresh socket, `Open`
+`Pausing` waits before the next attempt, `Opening` (`zsl.link.opening`) sends HELLO on a fresh socket, `Open`
 (`zsl.link.open_session`) has a session. Each owns its sockets and timers. `zsl.link.link` has the transitions.
 """
 
@@ -22,40 +22,40 @@ from zsl.link.traffic import TrafficCounter
 from zsl.transport.curve import ClientKeys
 from zsl.wire.messages import Error, Hello, Welcome
 
-MAX_RELEASED = 1024  # steps of which a session that goes on is told again that they are released
+MAX_RELEASED = 1024  # RELEASEs that are sent again to a resumed session
 
 
 @dataclass(frozen=True, slots=True)
 class Welcomed:
-    """The daemon has opened a session, or goes on with the last one."""
+    """The daemon has opened a session, or resumed the last one."""
 
     welcome: Welcome
 
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The attempt to open a session came to nothing. `why` is empty where the endpoint's own reason says it."""
+    """The attempt to open a session failed. `why` is empty if the endpoint's own reason explains it."""
 
     why: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """The connection of the open session is of no use any more."""
+    """The connection of the open session is lost or broken."""
 
     why: str
 
 
 @dataclass(frozen=True, slots=True)
 class Unfit:
-    """The endpoint will never do, for this reason."""
+    """The endpoint cannot be used, and retrying cannot help."""
 
     error: ZslError
 
 
 @dataclass(frozen=True, slots=True)
 class Left:
-    """The daemon is shutting down, and what was asked of it is answered."""
+    """The daemon is shutting down, and has answered all requests."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,35 +65,35 @@ class PauseOver:
 
 @dataclass(frozen=True, slots=True)
 class Interrupted:
-    """Ctrl-C came in the middle of a turn: what is queued on the sockets is not known."""
+    """Ctrl-C interrupted a turn: the messages queued on the sockets are unknown."""
 
 
 Event = Welcomed | Failed | Lost | Unfit | Left | PauseOver | Interrupted
 
 
 class State(Protocol):
-    """A state that owns its sockets and timers. An event ends it; its other events die with it."""
+    """State of a link, with its own sockets and timers. An event ends it; its later events are dropped."""
 
-    sockets: tuple[zmq.Socket[bytes], ...]  # to be polled; another tuple where they change
+    sockets: tuple[zmq.Socket[bytes], ...]  # to poll; replaced by another tuple if they change
 
     def due(self, now: float) -> Sequence[float]:
-        """Times of its timers."""
+        """Return the times of its timers."""
 
     def receive(self) -> Event | None:
-        """Handle what has arrived, up to the first event."""
+        """Handle received messages, up to the first event."""
 
     def act(self, now: float) -> Event | None:
-        """Do what is due, and send what can go."""
+        """Handle due timers, and send waiting requests."""
 
     def leave(self) -> None:
-        """Close the sockets, with a word to the daemon where it expects one."""
+        """Close the sockets, after a BYE if a session is open."""
 
     def close(self) -> None:
-        """Close the sockets: nothing that is queued on them is sent. Again is nothing."""
+        """Close the sockets and drop the messages queued on them. Idempotent."""
 
 
 class Pausing:
-    """No socket until the next attempt is due."""
+    """State without a socket, until the next attempt is due."""
 
     sockets: tuple[zmq.Socket[bytes], ...] = ()
 
@@ -120,20 +120,20 @@ class Pausing:
 
 
 class LastSession:
-    """Name of the newest session and its released steps, which outlive its connection."""
+    """Id and released steps of the newest session, kept when its connection is lost."""
 
     def __init__(self) -> None:
         self._endpoint, self._id = "", b""
         self._released: deque[int] = deque(maxlen=MAX_RELEASED)
 
     def at(self, endpoint: str) -> bytes | None:
-        """Id of the session to resume at an endpoint."""
+        """Return the id of the session to resume at an endpoint, or None."""
         return self._id if self._id and endpoint == self._endpoint else None
 
     def opened(self, endpoint: str, session: bytes) -> list[int]:
-        """Note that a session is open. Returns the steps of which it must be told that they are released.
+        """Note that a session is open. Return the released steps that the daemon must be told again.
 
-        A RELEASE on a connection that broke may not have arrived, and between two nothing could be said.
+        A RELEASE may have been lost with its connection, or may have had none to be sent on.
         """
         if session != self._id:
             self._released.clear()
@@ -141,7 +141,7 @@ class LastSession:
         return list(self._released)
 
     def release(self, step: int, session: bytes) -> bool:
-        """Note that a step is released. False if its session is not the newest one."""
+        """Note that a step is released. Return False if its session is not the newest one."""
         if session != self._id:
             return False
         self._released.append(step)
@@ -150,13 +150,13 @@ class LastSession:
 
 @dataclass(slots=True)
 class FirstSession:
-    """Patience with daemons until the first session is open; `opened` gets its WELCOME."""
+    """Deadlines until the first session is open; `opened` gets its WELCOME."""
 
     opened: Future[Welcome]
     open_by: float
-    loaded_by: float | None = None  # a daemon that is loading must be done
-    not_yet: ZslError | None = None  # why a daemon that answers opens no session; of later sessions, too
-    unreadable: int = 0  # answers
+    loaded_by: float | None = None  # a loading daemon must have loaded by then
+    not_yet: ZslError | None = None  # the last refusal of a daemon that may open a session later; of later sessions too
+    unreadable: int = 0  # number of unreadable answers
 
     @property
     def is_open(self) -> bool:
@@ -165,7 +165,7 @@ class FirstSession:
 
 @dataclass(slots=True)
 class Shared:
-    """Parts of a link that outlive its states."""
+    """Parts of a link that its states share and that outlive them."""
 
     endpoints: Endpoints
     hello: Hello
@@ -178,11 +178,11 @@ class Shared:
     requests: Requests = field(default_factory=Requests)
     traffic: TrafficCounter = field(default_factory=TrafficCounter)
     last: LastSession = field(default_factory=LastSession)
-    # Endpoints whose connections reach several daemons; there a session has one, for its pings too.
+    # Endpoints behind a balancer: a session there sends its pings on its only connection.
     balanced: set[str] = field(default_factory=set)
 
 
 def error_of(header: Error, endpoint: str) -> WireError:
-    """The exception for an ERROR of the daemon at `endpoint`."""
+    """Return the exception for an ERROR of the daemon at `endpoint`."""
     kind = WIRE_ERRORS.get(header.code, InternalError)
     return kind(f"{header.text} [trunk {endpoint}]", retry_after_ms=header.retry_after_ms)

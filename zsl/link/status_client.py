@@ -1,6 +1,6 @@
-"""One look at one daemon: what it says of itself, and how fast. For who asks a few questions and goes.
+"""Client for one daemon's STATUS, WELCOME and round-trip time, without a lasting session.
 
-Asks in the caller's own thread, and needs no session for what STATUS tells. Knows no torch.
+Runs in the caller's thread. STATUS needs no session. Imports no torch.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ CONNECT_TIMEOUT_SECONDS = 10.0
 ANSWER_TIMEOUT_SECONDS = 10.0
 
 
-class Probe:
-    """A connection to the daemon at `endpoint` (as `parse_endpoints` makes them), from `with` to its end.
+class StatusClient:
+    """Connection to the daemon at `endpoint` (as `parse_endpoints` returns it), open inside `with`.
 
-    `with` raises `TrunkUnreachable` or `TrunkAuthError`, both with the reason, or a `WireError`. Where nothing listens,
-    that is said at once.
+    `with` raises `TrunkUnreachable` or `TrunkAuthError`, both with the reason, or a `WireError`. A refused connection
+    raises at once.
     """
 
     def __init__(self, endpoint: str, keys: ClientKeys | None = None) -> None:
@@ -55,16 +55,16 @@ class Probe:
         self._close()
 
     def status(self) -> Status:
-        """What the daemon serves, and how busy it is. Raises `ZslError`."""
+        """Return the model that the daemon serves, and its load. Raises `ZslError`."""
         answer = self._ask(lambda request: StatusRequest(request=request))
         if not isinstance(answer, Status):
             raise InternalError(f"{self.endpoint} answered STATUS with {type(answer).__name__}")
         return answer
 
     def welcome(self) -> Welcome:
-        """What the daemon says to who opens a session, which is ended at once.
+        """Open a session, end it at once, and return its WELCOME.
 
-        Raises what it refuses that with: `QuotaError`, `DrainingError`, another `ZslError`.
+        Raises the daemon's refusal: `QuotaError`, `DrainingError` or another `ZslError`.
         """
         answer = self._ask(
             lambda request: Hello(
@@ -77,7 +77,7 @@ class Probe:
         return answer
 
     def round_trip_seconds(self, trips: int) -> list[float]:
-        """How long each of so many STATUS and their answers took, the shortest first. Raises `ZslError`."""
+        """Return the sorted round-trip times of `trips` STATUS requests. Raises `ZslError`."""
         took = []
         for _ in range(trips):
             began = time.perf_counter()
@@ -106,19 +106,19 @@ class Probe:
             time.sleep(max(0.0, min(self._endpoints.not_before, give_up_at) - now))
 
     def _wait_for_link(self, dealer: Dealer, give_up_at: float) -> LinkEvent | None:
-        """How this try of a connection ends; None if the time does first. Raises `TrunkAuthError`."""
+        """Return the event that ends a connection attempt; None after the timeout. Raises `TrunkAuthError`."""
         while (left := give_up_at - time.monotonic()) > 0:
             dealer.monitor.poll(math.ceil(left * 1000))
             while (event := dealer.link_event()) is not None:
                 error = self._endpoints.saw(event)
                 if error is not None:
                     raise error
-                if event is not LinkEvent.MUTE:  # which it is until its handshake has succeeded
+                if event is not LinkEvent.MUTE:  # the state until the handshake succeeds
                     return event
         return None
 
     def _ask(self, header: Callable[[int], Header]) -> Header:
-        """The answer to the message that `header` makes for a request id."""
+        """Send the message that `header` makes for a request id, and return the answer."""
         request = next(self._ids)
         self._send(header(request))
         give_up_at = time.monotonic() + ANSWER_TIMEOUT_SECONDS
@@ -141,7 +141,7 @@ class Probe:
             raise ConnectionLost(f"the connection to {self.endpoint} was lost")
 
     def _receive(self, seconds: float) -> Message | None:
-        """The next message, if one comes in this time. Raises `ConnectionLost`, or a `WireError` for no message."""
+        """Return the next message; None after the timeout. Raises `ConnectionLost`, or `WireError` if it is invalid."""
         assert self._dealer is not None
         poller = zmq.Poller()
         for readable in (self._dealer.socket, self._dealer.monitor):

@@ -1,4 +1,4 @@
-"""What went over a client's connection, counted where it is sent and received. Knows no socket."""
+"""Count the messages and bytes of a client's connection, and the daemon's seconds. No sockets."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from zsl.wire.messages import Header, Result
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """Of a connection until now, or between two moments: `later - earlier`.
+    """Traffic of a connection so far, or between two moments: `later - earlier`.
 
-    `bytes_up` and `bytes_down` are those of all frames of zsl's messages (preamble, header, tensors), also of those
-    that were sent again; not what ZeroMQ, TCP and encryption add, and not the heartbeat, which has its own connection.
-    `queue_seconds` and `compute_seconds` are the daemon's own, of the requests that were answered: what was computed
-    for several requests at once counts in full for each.
+    `bytes_up` and `bytes_down` count all frames of zsl's messages (preamble, header, tensors), including messages sent
+    again, but neither the overhead of ZeroMQ, TCP and encryption nor the heartbeat, which has its own connection.
+    `queue_seconds` and `compute_seconds` are the daemon's, summed over answered requests: a pass for several requests
+    counts in full for each.
     """
 
     answers: int = 0
@@ -35,7 +35,7 @@ class Traffic:
 
 
 class TrafficCounter:
-    """Counts. Written by one thread at a time (whoever drives the link); `so_far` may be called from any."""
+    """Counter of traffic. Written by the thread that drives the link; any thread may call `so_far`."""
 
     def __init__(self) -> None:
         self._answers = self._bytes_up = self._bytes_down = self._queue_us = self._compute_us = 0
@@ -47,7 +47,7 @@ class TrafficCounter:
         self._bytes_down += sum(map(len, frames))
 
     def answered(self, header: Header) -> None:
-        """A request has got this answer."""
+        """Count an answered request."""
         if isinstance(header, Result):
             self._answers += 1
             self._queue_us += header.queue_us

@@ -1,1 +1,1 @@
-"""Sockets: the daemon's ROUTER and the client's DEALER. Knows the wire's frames, knows no model."""
+"""Sockets: the daemon's ROUTER, the client's DEALER, CURVE and ZMTP. Imports no torch."""

@@ -1,7 +1,7 @@
-"""CURVE, ZeroMQ's encryption: keys, their files, and the client's socket options.
+"""CURVE keys, key files, a client's socket options, and a self-test of the daemon's access control.
 
 The files are pyzmq's certificates: `NAME.key` has the public key, for everyone; `NAME.key_secret` both, for its owner.
-The server's key authenticates the server. Its own end of a handshake is in `zsl.transport.mechanisms`.
+The server's key authenticates the server. The server's end of a handshake is in `zsl.transport.mechanisms`.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from zsl.transport.monitor import Monitor
 logger = logging.getLogger(__name__)
 
 BINARY_KEY_BYTES = 32
-KEY_CHARACTERS = 40  # in z85, as keys are written
+KEY_CHARACTERS = 40  # in z85, the text form of keys
 PRIVATE_MODE = 0o600
 NOT_THE_OWNER = 0o077
-# Also a bare key of TOML, so that it can name a tenant as it is.
+# Also valid as a bare key of TOML, so that it can name a tenant unquoted.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 SELF_TEST_MS = 5_000
 _LOOPBACK_FOR = {"0.0.0.0": "127.0.0.1", "*": "127.0.0.1", "[::]": "[::1]"}
@@ -38,7 +38,7 @@ _LOOPBACK_FOR = {"0.0.0.0": "127.0.0.1", "*": "127.0.0.1", "[::]": "[::1]"}
 
 @dataclass(frozen=True, slots=True)
 class KeyPair:
-    """Both keys in z85, 40 characters each."""
+    """Public and secret key in z85, 40 characters each."""
 
     public: bytes
     secret: bytes = field(repr=False)
@@ -46,28 +46,28 @@ class KeyPair:
 
 @dataclass(frozen=True, slots=True)
 class ClientKeys:
-    """What a client needs: the server's public key, and a pair of its own."""
+    """Keys of a client: the server's public key, and its own pair."""
 
     server: bytes
     own: KeyPair
 
 
 def encrypt_client(socket: zmq.Socket[bytes], keys: ClientKeys) -> None:
-    """Connect only to the server that has this key. Before the connect."""
+    """Set CURVE options, so that the socket accepts only the server with this key. Call before `connect`."""
     socket.setsockopt(zmq.CURVE_SERVERKEY, keys.server)
     socket.setsockopt(zmq.CURVE_PUBLICKEY, keys.own.public)
     socket.setsockopt(zmq.CURVE_SECRETKEY, keys.own.secret)
 
 
 def is_public_key(text: str) -> bool:
-    """Whether this is a key in z85."""
+    """Return whether a text is a key in z85."""
     return _is_key(text.encode(errors="replace"))
 
 
 def write_key_pair(directory: Path, name: str) -> tuple[Path, Path]:
-    """Make a new pair in `NAME.key` and `NAME.key_secret`; nobody but the owner can read the second, at any moment.
+    """Make a new pair in `NAME.key` and `NAME.key_secret`. Only the owner can ever read the second.
 
-    Raises `ConfigError` if one of them is there already, `StartupError` if they cannot be written.
+    Raises `ConfigError` if one of them exists already, `StartupError` if they cannot be written.
     """
     if NAME.fullmatch(name) is None:
         raise ConfigError(f"{name!r} cannot name a key pair: take up to 64 letters, digits, - and _")
@@ -88,7 +88,7 @@ def write_key_pair(directory: Path, name: str) -> tuple[Path, Path]:
 
 
 def read_key_pair(path: Path) -> KeyPair:
-    """The pair in a `.key_secret` file. Raises `ConfigError`."""
+    """Read the pair in a `.key_secret` file. Raises `ConfigError`."""
     public, secret = _load(path)
     if secret is None:
         raise ConfigError(f"{path} holds a public key only; the file of the whole pair is needed, NAME.key_secret")
@@ -100,7 +100,7 @@ def read_key_pair(path: Path) -> KeyPair:
 
 
 def read_public_key(text_or_path: str) -> bytes:
-    """A public key, as it is written or in a `.key` file. Raises `ConfigError`."""
+    """Return a public key, given as text or as a `.key` file. Raises `ConfigError`."""
     if not os.path.isfile(text_or_path):
         if is_public_key(text_or_path):
             return text_or_path.encode()
@@ -113,15 +113,15 @@ def read_public_key(text_or_path: str) -> bytes:
     if secret is not None:
         raise ConfigError(f"{path} holds a secret key, which nobody but its owner should have: give the .key file")
     if not _is_key(public):
-        raise ConfigError(f"{path} is damaged: its key is none; take a copy that is whole")
+        raise ConfigError(f"{path} is damaged: its key is invalid; take a copy that is whole")
     return public
 
 
 async def refuses_unknown_keys(endpoint: str, server_public: bytes) -> bool:
-    """Try a key that nobody knows. True if it is refused for what it is; False if it gets in, or nothing is heard."""
+    """Connect with an unknown key. True if rejected because unknown; False if accepted or unanswered."""
     scheme, _, address = endpoint.partition("://")
     host, _, port = address.rpartition(":")
-    logger.info("self-test: a key that nobody knows has to be refused")
+    logger.info("self-test: an unknown key has to be refused")
     reachable = f"{scheme}://{_LOOPBACK_FOR.get(host, host)}:{port}"
     return await asyncio.to_thread(_is_refused, reachable, server_public)
 
@@ -159,5 +159,5 @@ def _load(path: Path) -> tuple[bytes, bytes | None]:
 def _is_key(text: bytes) -> bool:
     try:
         return len(text) == KEY_CHARACTERS and len(z85.decode(text)) == BINARY_KEY_BYTES
-    except (KeyError, struct.error):  # a character that z85 does not have, or a group that is too large
+    except (KeyError, struct.error):  # an invalid character, or a group that is too large
         return False

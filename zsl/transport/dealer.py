@@ -1,7 +1,7 @@
-"""The client's DEALER socket, with eyes on its connection.
+"""DEALER socket of a client, with a monitor that reports lost connections and failed handshakes.
 
-ZeroMQ reconnects silently and forgets what was outstanding. The monitor tells when a connection was lost, so that
-the owner can take a fresh socket and say again what needs saying; and why none comes about. One thread owns a `Dealer`.
+ZeroMQ reconnects silently and loses outstanding messages. The monitor tells when a connection was lost, so that the
+owner can open a fresh socket and send again, and why no connection is made. One thread owns a `Dealer`.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ RECONNECT_MAX_MS = 2_000
 HANDSHAKE_MS = 5_000
 GREETING_SECONDS = 1.0
 MOST_FRAMES = HEAD_FRAMES + MAX_TENSORS
-CURVE_OVERHEAD_BYTES = 33  # that a frame of CURVE has over its content
-# TCP's own probes keep an idle connection open in firewalls, and end it 70 s after its peer has gone. libzmq's
-# heartbeats stay off: their timer ends the process where a connection that a high-water mark has stopped loses its
-# peer. Pings are ordinary messages.
+CURVE_OVERHEAD_BYTES = 33  # of a CURVE frame over its content
+# TCP keepalive keeps an idle connection open in firewalls, and ends it 70 s after its peer is lost. libzmq's heartbeats
+# stay off: their timer aborts the process if a connection that a high-water mark has stopped loses its peer. Pings are
+# ordinary messages.
 KEEPALIVE = (
     (zmq.TCP_KEEPALIVE, 1),
     (zmq.TCP_KEEPALIVE_IDLE, 10),
@@ -39,15 +39,15 @@ KEEPALIVE = (
 
 
 class LinkEvent(Enum):
-    """What happened to the connection."""
+    """Event of a connection."""
 
     UP = "up"
-    LOST = "lost"  # up or not, it has ended
-    REFUSED = "refused"  # nothing listens there
+    LOST = "lost"  # it has ended, after a handshake or before
+    REFUSED = "refused"  # nothing listens at the endpoint
     MUTE = "mute"  # something listens, but it does not speak ZeroMQ
-    CUT = "cut"  # something listens, and closes the connection before it has greeted: a daemon that is full does
-    UNKNOWN_KEY = "unknown key"  # the server does not know this client's
-    WRONG_SERVER_KEY = "wrong server key"  # the server has another one than was expected
+    CUT = "cut"  # something listens, and closes the connection before its greeting, as a full daemon does
+    UNKNOWN_KEY = "unknown key"  # the server does not know this client's key
+    WRONG_SERVER_KEY = "wrong server key"  # the server has another key than expected
     OTHER_MECHANISM = "other mechanism"  # one end encrypts, the other does not
 
 
@@ -57,20 +57,20 @@ _LINK_EVENTS: dict[int, LinkEvent] = {
     zmq.EVENT_CONNECTED: LinkEvent.MUTE,  # until its handshake has succeeded
     zmq.EVENT_CLOSED: LinkEvent.REFUSED,  # a connection attempt that failed
 }
-# With each comes the reason: an errno, one of libzmq's PROTOCOL_ERROR, or what the server said.
+# The value of each is the reason: an errno, one of libzmq's PROTOCOL_ERROR, or the server's status code.
 _FAILED_HANDSHAKES = (
     zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL,
     zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL,
     zmq.EVENT_HANDSHAKE_FAILED_AUTH,
 )
-# As the server's ERROR has them: see `zsl.transport.mechanisms`.
+# Status codes of the server's ERROR: see `zsl.transport.mechanisms`.
 _REFUSALS = {400: LinkEvent.UNKNOWN_KEY, 500: LinkEvent.WRONG_SERVER_KEY}
 
 
 class Dealer:
-    """A connected DEALER and its monitor, encrypted with `keys`. `socket` and `monitor` are there to be polled.
+    """Connected DEALER and its monitor, encrypted with `keys`. Poll `socket` and `monitor`.
 
-    A frame over `max_frame_bytes` ends the connection before memory is taken for it.
+    A frame over `max_frame_bytes` ends the connection before memory is allocated for it.
     """
 
     def __init__(
@@ -87,14 +87,14 @@ class Dealer:
         for option, value in (
             (zmq.LINGER, LINGER_MS),
             (zmq.RCVHWM, 0),
-            (zmq.SNDHWM, 0),  # what is in flight is bounded by the daemon's limits, not here
+            (zmq.SNDHWM, 0),  # the daemon's limits bound what is in flight
             (zmq.IMMEDIATE, 1),
             (zmq.RECONNECT_IVL, RECONNECT_MS),
             (zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS),
             (zmq.HANDSHAKE_IVL, HANDSHAKE_MS),
             (zmq.MAXMSGSIZE, max_frame_bytes + CURVE_OVERHEAD_BYTES),
             *KEEPALIVE,
-            # A name is resolved to one address, and with IPV6 to that of IPv6, where no daemon may listen.
+            # libzmq resolves a name to one address; with IPV6 set, to an IPv6 address, where no daemon may listen.
             (zmq.IPV6, int("[" in endpoint)),
         ):
             self.socket.setsockopt(option, value)
@@ -109,7 +109,7 @@ class Dealer:
             raise ConfigError(f"endpoint {endpoint!r}: {error.strerror}; write HOST:PORT or tcp://HOST:PORT") from error
 
     def send(self, frames: Sequence[Frame]) -> bool:
-        """Send without waiting; False while there is no connection. Large frames are not copied."""
+        """Send without waiting. Return False if not connected. Large frames are not copied."""
         try:
             self.socket.send_multipart(frames, zmq.NOBLOCK, copy=False)
         except zmq.Again:
@@ -117,7 +117,7 @@ class Dealer:
         return True
 
     def receive(self) -> list[Frame] | None:
-        """The next message, or None if none is here. Of one with more frames than any has, only the first ones."""
+        """Return the next message, or None. Frames beyond `MOST_FRAMES` + 1 are dropped."""
         if not int(self.socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
             return None
         frames: list[Frame] = []
@@ -125,12 +125,12 @@ class Dealer:
         while more:
             frame = self.socket.recv(zmq.NOBLOCK, copy=False)
             more = frame.more
-            if len(frames) <= MOST_FRAMES:  # one too many, so that it is refused
+            if len(frames) <= MOST_FRAMES:  # one too many, so that `decode` refuses it
                 frames.append(frame.buffer)
         return frames
 
     def link_event(self) -> LinkEvent | None:
-        """The next event of the connection, or None if nothing happened.
+        """Return the next event of the connection, or None.
 
         After a handshake that failed, this may ask the server for its reason, for up to `GREETING_SECONDS`.
         """
@@ -143,13 +143,13 @@ class Dealer:
         return self._why_no_handshake(value) if event in _FAILED_HANDSHAKES else _LINK_EVENTS.get(event)
 
     def skip_events(self) -> None:
-        """For an owner who does not want to know."""
+        """Drop all events of the connection."""
         while self._monitor.next_event() is not None:
             pass
 
     def _why_no_handshake(self, reason: int) -> LinkEvent:
-        """An end that cannot agree with the other's greeting closes the connection. Whether this one has read that
-        greeting by then, and so knows the reason, is chance:
+        """Return why a handshake failed. An end that rejects the other's greeting closes the connection; it is chance
+        whether this end has read the greeting by then, and so knows the reason:
 
             this end        the server      the event, and its value
             with keys       without         PROTOCOL, MECHANISM_MISMATCH; NO_DETAIL, EPIPE
@@ -167,13 +167,13 @@ class Dealer:
         return LinkEvent.CUT
 
     def close(self, *, linger_ms: int = LINGER_MS) -> None:
-        """Close the socket, and the monitor before it."""
+        """Close the monitor, then the socket."""
         self._monitor.close()
         self.socket.close(linger_ms)
 
 
 def normalized_endpoint(text: str) -> str:
-    """`HOST:PORT` or `tcp://HOST:PORT` as a ZeroMQ endpoint. Raises `ConfigError`."""
+    """Return `HOST:PORT` or `tcp://HOST:PORT` as a ZeroMQ endpoint. Raises `ConfigError`."""
     address = text.removeprefix("tcp://")
     host, _, port = address.rpartition(":")
     if "/" in address or not host or not port.isdigit() or not 0 < int(port) < 2**16:
@@ -182,7 +182,7 @@ def normalized_endpoint(text: str) -> str:
 
 
 def resolves(endpoint: str) -> bool:
-    """Whether the host of an endpoint is an address, or a name that this machine knows one for."""
+    """Return whether the host of an endpoint is an address, or a name that resolves to one."""
     host = endpoint.removeprefix("tcp://").rpartition(":")[0].strip("[]")
     try:
         socket.getaddrinfo(host, None)

@@ -1,7 +1,7 @@
-"""What stands at an endpoint: the first bytes of ZMTP, in which each end says how it secures the connection.
+"""Read a server's ZMTP greeting to find its security mechanism.
 
-libzmq tells a client no more than that a handshake failed, when a server closed the connection before the client had
-read all of its greeting. So the question is asked once more, by hand. Knows no keys.
+libzmq reports only a failed handshake if a server closed the connection before the client had read all of its greeting.
+So the greeting is read once more, on a plain TCP connection. Needs no keys.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from zsl.transport.zmtp import MECHANISM, MIN_MAJOR, SIGNATURE
 
 
 def offered_mechanism(endpoint: str, *, timeout_seconds: float) -> str | None:
-    """`NULL`, `PLAIN` or `CURVE`, as a ZeroMQ socket at `tcp://HOST:PORT` greets; None if there is none in time."""
+    """Return `NULL`, `PLAIN` or `CURVE` from the greeting at `tcp://HOST:PORT`; None without a valid one in time."""
     deadline = time.monotonic() + timeout_seconds
     host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
     greeting = b""
     try:
         with socket.create_connection((host.strip("[]"), int(port)), timeout_seconds) as connection:
-            # No more than this: to a mechanism it does not take, the other end would close before it has said its own.
+            # No mechanism is sent: the other end would close at one it does not accept, before it has sent its own.
             connection.sendall(SIGNATURE + bytes([MIN_MAJOR]))
             while len(greeting) < MECHANISM.stop:
                 connection.settimeout(max(deadline - time.monotonic(), 0.001))

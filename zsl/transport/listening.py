@@ -8,9 +8,9 @@ import socket
 
 from zsl.errors import StartupError
 
-BACKLOG = 1024  # when a daemon comes back, all its clients connect at once
+BACKLOG = 1024  # after a restart, all clients connect at once
 MAX_OPEN_FILES = 65_536
-OTHER_FILES = 128  # of the process: the model's, the log's, the loop's own
+OTHER_FILES = 128  # of the process: model, log, event loop
 
 
 def listen(host: str, port: int) -> tuple[socket.socket, str]:
@@ -51,7 +51,7 @@ def _listening_socket(host: str, port: int) -> socket.socket:
 
 
 def raise_file_limit() -> None:
-    """Let this process have as many open files as it may: every connection takes one. Before a `Router` is made."""
+    """Raise the limit of open files: every connection needs one. Call before making a `Router`."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
     if soft != resource.RLIM_INFINITY and soft < most:

@@ -1,7 +1,7 @@
-"""How a server and its peers begin: NULL, in the clear, and CURVE, encrypted and authenticated (ZeroMQ's RFC 25, 26).
+"""Server's end of the security mechanisms NULL and CURVE of ZMTP (RFC 25, 26).
 
-Each is the server's end of one connection: it answers the peer's commands, and then seals and opens frames. Bytes in,
-bytes out. A peer that names itself by an Identity is refused: nobody chooses the address that answers go to.
+Each object serves one connection: it answers the peer's handshake commands, then seals and opens frames. Bytes in,
+bytes out. A peer that sends an Identity is refused: no peer may choose the address that answers are sent to.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from zsl.wire.frames import Frame
 logger = logging.getLogger(__name__)
 
 SHOWN_KEY_CHARACTERS = 8
-# As ZAP has them (RFC 27); libzmq's clients report them.
+# Status codes of ZAP (RFC 27); libzmq's clients report them.
 UNKNOWN_KEY, OTHER_SERVER_KEY = b"400", b"500"
 
 COOKIE_BYTES = 96
@@ -51,7 +51,7 @@ INNER_MORE, INNER_COMMAND = 1, 2
 
 
 class Refused(Exception):
-    """The peer does not get in; `answer` is the ERROR that tells it why."""
+    """The peer is refused; `answer` is the ERROR command with the reason."""
 
     def __init__(self, reason: bytes, text: str) -> None:
         super().__init__(text)
@@ -59,26 +59,26 @@ class Refused(Exception):
 
 
 class Mechanism(Protocol):
-    """The server's end of a connection. `tenant`: the peer's public key in z85, "" without keys."""
+    """Server's end of a connection's security. `tenant`: the peer's public key in z85, "" without keys."""
 
     name: bytes
-    overhead_bytes: int  # at most, that a sealed frame has over its body
+    overhead_bytes: int  # maximum, of a sealed frame over its body
     tenant: str
     is_ready: bool
     encrypts: bool
 
     def answer(self, body: Frame) -> bytes:
-        """The answer to a command of the handshake. Raises `ProtocolViolation` or `Refused`."""
+        """Return the answer to a handshake command. Raises `ProtocolViolation` or `Refused`."""
 
     def seal(self, flags: int, body: Frame) -> tuple[bytes, Frame]:
-        """What goes before the body, and the body, as they cross."""
+        """Return the bytes before the body, and the body, both as sent."""
 
     def open(self, flags: int, body: memoryview) -> tuple[int, memoryview]:
-        """Flags and body of a frame as it crossed. Raises `ProtocolViolation`."""
+        """Return flags and body of a received frame. Raises `ProtocolViolation`."""
 
 
 class Null:
-    """No keys."""
+    """NULL: no keys, no encryption."""
 
     name = b"NULL"
     overhead_bytes = 0
@@ -104,9 +104,9 @@ class Null:
 
 
 class Curve:
-    """The server's end of CURVE, with the server's `keys`; `allowed(public key in z85)` says who gets in.
+    """CURVE with the server's `keys`; `allowed(public key in z85)` returns whether a client may connect.
 
-    Every key and nonce of a connection is its own. `random` gives so many bytes that nobody can guess.
+    Each connection has fresh keys and nonces. `random` returns cryptographically secure random bytes.
     """
 
     name = b"CURVE"
@@ -123,7 +123,7 @@ class Curve:
         self._random = random
         self._public, self._secret = z85.decode(keys.public), z85.decode(keys.secret)
         self._peer = b""  # the peer's public key for this connection
-        self._own_secret = b""  # of this connection
+        self._own_secret = b""  # this end's secret key for this connection
         self._cookie = b""
         self._shared = b""
         self._sent = 0
@@ -171,7 +171,7 @@ class Curve:
         vouch, properties = rest[:VOUCH_BOX_BYTES], rest[VOUCH_BOX_BYTES:]
         if len(vouch) != VOUCH_BOX_BYTES:
             raise ProtocolViolation("an INITIATE that is cut short")
-        # The vouch proves that the peer holds the secret of its key: it binds that key to this connection's.
+        # The vouch proves that the peer holds its secret key: it binds its public key to this connection's.
         vouched = _opened(vouch, b"VOUCH---" + vouch_nonce, _shared_key(key, self._own_secret))
         if not hmac.compare_digest(vouched, self._peer + self._public):
             raise ProtocolViolation("a vouch for another connection")
@@ -188,7 +188,7 @@ class Curve:
         try:
             allowed = self._allowed(key)
         except Exception:
-            logger.exception("nobody could be asked whether a key may connect; it was refused")
+            logger.exception("a key could not be looked up; it was refused")
             allowed = False
         if not allowed:
             raise Refused(UNKNOWN_KEY, f"its key {key[:SHOWN_KEY_CHARACTERS]}… is on no list")
@@ -240,14 +240,14 @@ def _shared_key(public: bytes, secret: bytes) -> bytes:
     try:
         return bytes(sodium.crypto_box_beforenm(public, secret))
     except CryptoError:  # a point of low order
-        raise ProtocolViolation("a key that is none") from None
+        raise ProtocolViolation("an invalid key") from None
 
 
 def _opened(box: bytes, nonce: bytes, shared: bytes) -> bytes:
-    """The content of a box. Raises `ProtocolViolation` if nobody with that key has closed it."""
+    """Open a box. Raises `ProtocolViolation` if it was not sealed with this key and nonce."""
     if len(box) >= MAC_BYTES:
         try:
             return bytes(sodium.crypto_box_open_easy_afternm(box, nonce, shared))
         except CryptoError:
             pass
-    raise ProtocolViolation("a box that nobody with the right key has closed")
+    raise ProtocolViolation("a box that was not sealed with the right key")

@@ -1,6 +1,6 @@
-"""The monitor of a ZeroMQ socket: what libzmq tells about its connections, as numbers.
+"""Monitor of a ZeroMQ socket: libzmq's connection events, as numbers.
 
-Knows not what they mean; `zmq.Event` has the events, and what comes with each is said where it is used.
+`zmq.Event` names the events; their values are explained where they are used.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _numbers = count()
 
 
 class Monitor:
-    """Watches `watched` for `events`, from now on. `socket` is there to be polled."""
+    """Monitor of `events` of the socket `watched`. Poll `socket`."""
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], watched: zmq.Socket[bytes], events: int) -> None:
         self._watched = watched
@@ -23,18 +23,18 @@ class Monitor:
         watched.monitor(address, events)
         self.socket = context.socket(zmq.PAIR)
         self.socket.setsockopt(zmq.LINGER, 0)
-        self.socket.setsockopt(zmq.RCVHWM, 0)  # with a limit, libzmq's I/O thread would wait until it is read
+        self.socket.setsockopt(zmq.RCVHWM, 0)  # with a limit, libzmq's I/O thread would block until events are read
         self.socket.connect(address)
 
     def next_event(self) -> tuple[int, int] | None:
-        """The next event and its value, or None if nothing happened."""
+        """Return the next event and its value, or None."""
         if not int(self.socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
             return None
         event, value = _EVENT.unpack(self.socket.recv_multipart(zmq.NOBLOCK)[0])
         return event, value
 
     def close(self) -> None:
-        """Before the watched socket is closed: an open monitor would keep the context from ending. Again is nothing."""
+        """Close before the watched socket: an open monitor would block the end of the context. Idempotent."""
         if not self._watched.closed:
             self._watched.disable_monitor()
         self.socket.close(0)

@@ -1,7 +1,7 @@
 """One TCP connection of the daemon's ROUTER: greeting, handshake, messages in, messages out.
 
-Never blocks and never waits: the `Router` says when it may read or write. What a peer can make it hold is bounded
-before it is allocated: the bytes of a handshake, the frames and bytes of a message, the answers that it has not read.
+Never blocks: the `Router` tells it when to read or write. Memory for a peer is bounded before it is allocated: the
+bytes of a handshake, the frames and bytes of a message, the answers that the peer has not read.
 """
 
 from __future__ import annotations
@@ -37,17 +37,16 @@ MAX_HANDSHAKE_BYTES = 1024  # of one command; libzmq's INITIATE has about 330
 MAX_COMMAND_BYTES = 64
 PING_TTL_BYTES, MAX_PING_CONTEXT_BYTES = 2, 16
 HANDSHAKE_SECONDS = 5.0
-GOODBYE_SECONDS = 1.0  # for a peer to read why it was refused
-# How long a message may take on its way in, and the oldest frame on its way out: so long, and as long as it takes at
-# this speed.
+GOODBYE_SECONDS = 1.0  # for a refused peer to read the reason
+# Maximum time to receive a message, and to send the oldest frame: a base, plus the time that it takes at this speed.
 SLOW_SECONDS = 30.0
 MIN_BYTES_PER_SECOND = 100_000
 MESSAGES_PER_TURN = 16
 READS_PER_TURN = 4
 BUFFERS_PER_WRITE = 64
-# A sealed frame of this size is made or opened on another thread.
+# Frames from this size on are sealed and opened on another thread.
 THREAD_BYTES = 64 * 1024
-# Smaller frames are copied together, so that one call sends them.
+# Smaller frames are joined, so that one call sends them.
 COPIED_BYTES = 8 * 1024
 
 
@@ -55,13 +54,13 @@ class State(Enum):
     GREETING = "greeting"
     HANDSHAKE = "handshake"
     OPEN = "open"
-    REFUSED = "refused"  # what it was told is on its way, and then it ends
+    REFUSED = "refused"  # the reason is being sent, then the connection ends
     CLOSED = "closed"
 
 
 @dataclass(frozen=True, slots=True)
 class MessageLimits:
-    """The most that one message may have: frames, bytes a frame, and bytes in all."""
+    """Limits of one message: frames, bytes a frame, and total bytes."""
 
     frames: int
     frame_bytes: int
@@ -69,10 +68,10 @@ class MessageLimits:
 
 
 class Connection:
-    """An accepted TCP connection. `receive(self, frames)` is called for each message.
+    """Accepted TCP connection. `receive(self, frames)` is called for each message.
 
-    `executor`, with `call_soon` to come back by, seals and opens large frames. `changed(self)` is called when it wants
-    to read or write other than before, and when it is closed. All methods belong on one thread; `clock` gives seconds.
+    `executor` seals and opens large frames; its results return by `call_soon`. `changed(self)` is called when
+    `wants_to_read` or `wants_to_write` may have changed, and at close. Not thread-safe; `clock` returns seconds.
     """
 
     def __init__(
@@ -95,9 +94,9 @@ class Connection:
         self.address = address
         self.limits = limits
         self.state = State.GREETING
-        self.since = clock()  # accepted
+        self.since = clock()  # time of accept
         self.heard_at = self.since
-        self.why = ""  # it was closed
+        self.why = ""  # reason of the close
         self._mechanism = mechanism
         self._max_unsent_messages = max_unsent_messages
         self._receive = receive
@@ -108,16 +107,16 @@ class Connection:
         # in
         self._greeting = bytearray()
         self._reader = FrameReader(self._admit)
-        self._left = memoryview(b"")  # read, and not looked at
+        self._left = memoryview(b"")  # read but not parsed
         self._frames: list[Frame] = []
         self._message_bytes = 0
         self._message_since: float | None = None
-        self._opening_bytes = 0  # of a frame that is opened on another thread
+        self._opening_bytes = 0  # of a frame being opened on another thread
         self._parked = False
-        self.has_memory = False  # for the message that is coming in, which is large
-        # out: what is not sent of a buffer, how large it was, and whether a message ends with it
+        self.has_memory = False  # granted for the large message being received
+        # out: unsent part of a buffer, its full size, and whether it ends a message
         self._out: deque[tuple[memoryview, int, bool]] = deque()
-        self._unsealed: deque[tuple[int, Frame]] = deque()  # flags and body, behind one that is sealed elsewhere
+        self._unsealed: deque[tuple[int, Frame]] = deque()  # flags and body; the first may be on another thread
         self._sealing = False
         self._unsent_messages = 0
         self.unsent_bytes = 0
@@ -126,7 +125,7 @@ class Connection:
 
     @property
     def tenant(self) -> str:
-        """The peer's public key in z85; "" without keys, and before it has shown that it has it."""
+        """Public key of the peer in z85; "" without keys, and before the peer has proven that it has it."""
         return self._mechanism.tenant
 
     @property
@@ -139,21 +138,21 @@ class Connection:
 
     @property
     def has_left(self) -> bool:
-        """Whether something was read that the next turn has to look at."""
+        """True if bytes were read that the next turn has to parse."""
         return bool(self._left) and self.wants_to_read
 
     @property
     def receiving_bytes(self) -> int:
-        """What has come of an unfinished message."""
+        """Received bytes of an unfinished message."""
         return self._message_bytes + self._reader.held_bytes + self._opening_bytes
 
     @property
     def wants_memory(self) -> bool:
-        """Whether a large frame of a message has begun, or its small ones are as much."""
+        """True if a large frame has begun, or the received part of the message is as large."""
         return self._reader.rest is not None or self.receiving_bytes >= LARGE_BYTES
 
     def overdue(self, now: float) -> bool:
-        """Whether its handshake, or a message on its way in, takes too long."""
+        """Return whether the handshake, or a message being received, takes too long."""
         if self.state is State.REFUSED:
             return now - self.heard_at > GOODBYE_SECONDS
         if self.state is not State.OPEN:
@@ -163,7 +162,7 @@ class Connection:
         return now - self._message_since > SLOW_SECONDS + self.receiving_bytes / MIN_BYTES_PER_SECOND
 
     def is_slow(self, now: float) -> bool:
-        """Whether the oldest frame that was sent to it waits too long. What came off before it counts for it."""
+        """Return whether the oldest unsent frame waits too long, counted from the last completed one."""
         if not self._out:
             return False
         return now - self._out_since > SLOW_SECONDS + self._out[0][1] / MIN_BYTES_PER_SECOND
@@ -171,7 +170,7 @@ class Connection:
     # --- in ------------------------------------------------------------------------------------------------------
 
     def read(self, scratch: memoryview) -> None:
-        """Take a turn: read what has come and hand on whole messages, both to a bound."""
+        """Read available bytes and deliver whole messages, up to the limits of one turn."""
         now = self._clock()
         try:
             left, self._left = self._left, memoryview(b"")
@@ -203,25 +202,25 @@ class Connection:
             self._refuse(str(refused), refused.answer)
         except ProtocolViolation as violation:
             if self.state is State.GREETING:
-                self._refuse(str(violation), b"")  # it may still read this end's greeting, and see what is wrong
+                self._refuse(str(violation), b"")  # the peer may still read this end's greeting, and find the reason
             else:
                 self.close(str(violation))
         except OSError as error:
             self.close(error.strerror or "it was reset")
 
     def park(self) -> None:
-        """Read no more until `unpark`: there is no memory for the large frame that begins."""
+        """Stop reading until `unpark`, because there is no memory for the next large frame."""
         self._parked = True
         self._changed(self)
 
     def unpark(self) -> None:
-        """Go on; the time of the message begins now."""
+        """Resume reading; the message's time limit starts now."""
         self._parked = False
         self._message_since = self._clock()
         self._changed(self)
 
     def _feed(self, data: memoryview, now: float, messages: int) -> int:
-        """Hand on up to so many messages, keep the bytes behind them; returns how many there were."""
+        """Parse and deliver up to `messages` messages, and keep the bytes left. Return the number delivered."""
         handed_on = 0
         if self.state is State.GREETING:
             data = self._take_greeting(data)
@@ -233,7 +232,7 @@ class Connection:
             if frame is not None:
                 handed_on += self._frame(*frame)
         if self.state in (State.HANDSHAKE, State.OPEN):
-            self._left = memoryview(bytes(data))  # the memory it is in will be used again
+            self._left = memoryview(bytes(data))  # a copy, because the buffer is reused
         return handed_on
 
     def _take_greeting(self, data: memoryview) -> memoryview:
@@ -245,7 +244,7 @@ class Connection:
         return data[len(part) :]
 
     def _admit(self, flags: int, nbytes: int) -> None:
-        """Check a frame by its head, before there is memory for it."""
+        """Check a frame by its head, before memory is allocated. Raises `ProtocolViolation`."""
         if self.state is State.HANDSHAKE:
             if nbytes > MAX_HANDSHAKE_BYTES:
                 raise ProtocolViolation(f"a handshake of {nbytes} bytes")
@@ -258,7 +257,7 @@ class Connection:
             raise ProtocolViolation(f"a message of over {self.limits.message_bytes} bytes")
 
     def _frame(self, flags: int, body: memoryview) -> int:
-        """Take a whole frame; returns how many messages are whole by it."""
+        """Handle a whole frame. Return the number of messages or commands that it completes."""
         if self.state is State.HANDSHAKE:
             answer = self._mechanism.answer(body)
             self._put(head(len(answer), COMMAND) + answer, ends=False)
@@ -313,7 +312,7 @@ class Connection:
         name, data = parse_command(body)
         if name != b"PING" or not PING_TTL_BYTES <= len(data) <= PING_TTL_BYTES + MAX_PING_CONTEXT_BYTES:
             raise ProtocolViolation("a command that is not known")
-        if not self._out and not self._unsealed:  # it reads what it is sent
+        if not self._out and not self._unsealed:  # only a peer that has read all gets a PONG
             before, sealed = self._mechanism.seal(COMMAND, command(b"PONG", data[PING_TTL_BYTES:]))
             self._put(before + bytes(sealed), ends=False)
             self.write()
@@ -321,10 +320,10 @@ class Connection:
     # --- out -----------------------------------------------------------------------------------------------------
 
     def send(self, frames: Sequence[Frame]) -> bool:
-        """Send as far as it goes without waiting, the rest when the peer reads.
+        """Send without waiting; the rest is sent when the peer reads.
 
-        False if it is not open, or too many messages wait: nothing was sent then. The memory of the frames must not be
-        written any more.
+        Return False, with nothing sent, if not open or too many messages wait. The frames' memory must not be written
+        any more.
         """
         if self.state is not State.OPEN or self._unsent_messages >= self._max_unsent_messages:
             return False
@@ -340,7 +339,7 @@ class Connection:
         return True
 
     def _seal(self) -> None:
-        """Seal what waits for it, up to a frame that another thread has to seal."""
+        """Seal waiting frames, up to one that another thread has to seal."""
         together = bytearray()
         while self._unsealed and not self._sealing:
             flags, body = self._unsealed[0]
@@ -382,7 +381,7 @@ class Connection:
         self.unsent_bytes += len(data)
 
     def write(self) -> None:
-        """Send what the kernel takes now."""
+        """Send as much as the kernel accepts now."""
         try:
             while self._out and self.state is not State.CLOSED:
                 sent = self.socket.sendmsg([view for view, _, _ in islice(self._out, BUFFERS_PER_WRITE)])
@@ -391,7 +390,7 @@ class Connection:
                     view, _, ends = self._out.popleft()
                     sent -= len(view)
                     self._unsent_messages -= ends
-                    self._out_since = self._clock()  # it reads
+                    self._out_since = self._clock()  # the peer reads
                 if sent:
                     view, nbytes, ends = self._out[0]
                     self._out[0] = view[sent:], nbytes, ends
@@ -407,7 +406,7 @@ class Connection:
     # --- the end -------------------------------------------------------------------------------------------------
 
     def _refuse(self, why: str, answer: bytes) -> None:
-        """Tell the peer why, then end: closed at once, what it was told might not reach it."""
+        """Send the peer the reason, then end. An immediate close could lose it."""
         self.state = State.REFUSED
         self.why = why
         self._left = memoryview(b"")
@@ -419,10 +418,10 @@ class Connection:
         try:
             self.socket.shutdown(socket.SHUT_WR)
         except OSError:
-            pass  # the peer was faster
+            pass  # the peer has closed already
 
     def close(self, why: str) -> None:
-        """End it, and drop what waits for it."""
+        """Close the connection, and drop unsent messages."""
         if self.state is State.CLOSED:
             return
         self.why = self.why or why

@@ -1,7 +1,7 @@
-"""Whose connection has to go when all places are taken. Pure.
+"""Choose the connections to close when the maximum number is reached. Pure.
 
-Connections that carry a session stay. Of the others, those of the tenant or the address that has most of them go first,
-of these the oldest: whoever takes all places loses its own, and everyone else gets in.
+Connections with a session stay. Of the others, the tenant or address with the most connections loses its oldest: a
+client that takes all places loses its own, and others can still connect.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from zsl.transport.peer_connection import Connection
 
 
 def whose(connection: Connection) -> str:
-    """The tenant, or for one that has not shown a key the address."""
+    """Return the tenant of a connection, or its address without a proven key."""
     return connection.tenant or connection.address
 
 
 def those_to_go(strangers: Iterable[Connection], most: int) -> list[Connection]:
-    """Up to `most` connections that make place for new ones; `strangers` are those without a session, oldest first.
+    """Return up to `most` connections to close; `strangers` are those without a session, oldest first.
 
-    Several at once, so that a flood does not have them counted for each of its own.
+    Several at once, so that a flood does not cause a count for each new connection.
     """
     waiting = list(strangers)
     if not waiting:

@@ -1,10 +1,10 @@
-"""The daemon's ROUTER on an asyncio loop: accepts DEALERs, receives, sends, and knows who is too slow to be sent to.
+"""ROUTER of the daemon on an asyncio loop: accept DEALERs, receive, send, and find slow peers.
 
-It speaks ZMTP itself (`zmtp`, `mechanisms`, `connection`), not by libzmq, whose ROUTER lets a peer choose the address
-that answers go to, holds a message without end, and ends the process on some of what a peer can do.
+It implements ZMTP itself (`zmtp`, `mechanisms`, `peer_connection`) instead of using libzmq, whose ROUTER lets a peer
+choose the address that answers are sent to, buffers a message without bound, and aborts the process on some input.
 
-A connection that carries a session is a member, every other one a stranger. Strangers have small messages, few seconds
-of silence, the places that are left, and a bounded share of the loop; so whatever they send, members are served.
+A connection with a session is a member, every other one a stranger. Strangers are limited to small messages, short
+silence, the connections that members leave, and a share of the loop's time, so that members are always served.
 """
 
 from __future__ import annotations
@@ -39,20 +39,20 @@ FRAMES_OF_THE_LARGEST = 4
 STRANGER_MESSAGE_BYTES = 32 * 1024
 STRANGER_SECONDS = 30.0  # of silence
 ACCEPTED_PER_TURN = 16
-TURN_SECONDS = 0.002  # of strangers
+TURN_SECONDS = 0.002  # for strangers
 HOUSEKEEPING_SECONDS = 1.0
 WARNING_SECONDS = 10.0
 
-# The peer, the tenant's public key ("" without keys), the frames.
+# Arguments: peer, tenant's public key ("" without keys), frames.
 Receiver = Callable[[bytes, str, list[Frame]], None]
 
 
 class Router:
-    """A bound ROUTER. On the loop `receive(peer, tenant, frames)` is called for each message that comes in, and
-    `received()` when those that had arrived together are through.
+    """ROUTER socket. On the loop, `receive(peer, tenant, frames)` is called for each message, and `received()` after a
+    batch of messages that arrived together.
 
-    A peer is one connection: its name ends with it and is never given again. `keys`, and `allowed(public key)` for each
-    client that connects, come together. `max_receiving_bytes` is for messages that have come in part. `clock` gives
+    A peer is one connection; its name is never reused. `keys` and `allowed(public key)`, called for each client that
+    connects, are given together or not at all. `max_receiving_bytes` bounds partly received messages. `clock` returns
     seconds.
     """
 
@@ -67,7 +67,7 @@ class Router:
         allowed: Callable[[str], bool] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        assert (keys is None) == (allowed is None), "keys and who is allowed come together"
+        assert (keys is None) == (allowed is None), "keys and allowed are given together or not at all"
         self._keys = keys
         self._allowed = allowed
         self._clock = clock
@@ -75,7 +75,7 @@ class Router:
         self._max_connections = min(max_connections, most_connections())
         self._memory = ReceivingMemory(max_receiving_bytes)
         frame_bytes = max(max_message_bytes, MAX_HEADER_BYTES + 1)
-        frames = 4 * (HEAD_FRAMES + MAX_TENSORS)  # one that has some too many is told so
+        frames = 4 * (HEAD_FRAMES + MAX_TENSORS)  # more than valid messages have, so that a few too many get an ERROR
         self._member_limits = MessageLimits(frames, frame_bytes, FRAMES_OF_THE_LARGEST * frame_bytes)
         stranger_bytes = min(frame_bytes, STRANGER_MESSAGE_BYTES)
         self._stranger_limits = MessageLimits(frames, stranger_bytes, 2 * stranger_bytes)
@@ -85,13 +85,13 @@ class Router:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._receive: Receiver | None = None
         self._received: Callable[[], None] = lambda: None
-        self._peers = 0  # that there have been
+        self._peers = 0  # accepted so far
         self._connections: dict[bytes, Connection] = {}
         self._strangers: dict[Connection, None] = {}  # oldest first
-        self._unread: set[Connection] = set()  # peers that have not read all
+        self._unread: set[Connection] = set()  # peers with unsent bytes
         self._members_selector = selectors.DefaultSelector()
         self._strangers_selector = selectors.DefaultSelector()
-        self._members_left: dict[Connection, None] = {}  # something was read from them that waits for the next turn
+        self._members_left: dict[Connection, None] = {}  # members with bytes read but not parsed
         self._strangers_turn_for: dict[Connection, int] = {}
         self._strangers_share = TimeShare(clock())
         self._timers: dict[str, asyncio.Handle] = {}
@@ -100,11 +100,11 @@ class Router:
 
     @property
     def connections(self) -> int:
-        """How many TCP connections are open, those that have said nothing yet too."""
+        """Number of open TCP connections, also before their handshake."""
         return len(self._connections)
 
     def bind(self, host: str, port: int) -> str:
-        """Bind, and return the real endpoint (`port` 0 picks one). On a running loop, handshakes are answered from now.
+        """Bind, and return the endpoint (`port` 0 picks one). On a running loop, handshakes are answered at once.
 
         Raises `StartupError`.
         """
@@ -122,7 +122,7 @@ class Router:
         return endpoint
 
     def start(self, receive: Receiver, received: Callable[[], None]) -> None:
-        """Begin to receive, on the running loop."""
+        """Start to receive, on the running loop."""
         self._receive = receive
         self._received = received
         self._begin()
@@ -130,19 +130,19 @@ class Router:
             self._changed(connection)
 
     def drain(self) -> None:
-        """Receive what members have sent, without waiting."""
+        """Receive the messages that members have sent, without waiting."""
         self._members_turn()
 
     def send(self, peer: bytes, frames: Sequence[Frame]) -> bool:
-        """Send without waiting. False if the peer is gone or does not read: nothing was sent then.
+        """Send without waiting. Return False, with nothing sent, if the peer is gone or does not read.
 
-        The memory of the frames must not be written any more: large ones are not copied.
+        The frames' memory must not be written any more: large ones are not copied.
         """
         connection = self._connections.get(peer)
         return connection is not None and connection.send(frames)
 
     def hold(self, peer: bytes) -> None:
-        """The connection carries a session from now on."""
+        """Make a connection a member: it has a session from now on."""
         connection = self._connections.get(peer)
         if connection is not None and connection in self._strangers:
             del self._strangers[connection]
@@ -152,14 +152,14 @@ class Router:
             self._changed(connection)
 
     def release(self, peer: bytes) -> None:
-        """The connection carries no session any more."""
+        """Make a connection a stranger: its session has ended."""
         connection = self._connections.get(peer)
         if connection is not None:
             connection.limits = self._stranger_limits
             self.distrust(peer)
 
     def distrust(self, peer: bytes) -> None:
-        """Give a connection that sends what no client sends the time and the place of a stranger, until `hold`."""
+        """Treat a connection as a stranger until `hold`, because it sent an invalid message."""
         connection = self._connections.get(peer)
         if connection is not None and connection not in self._strangers:
             self._strangers[connection] = None
@@ -168,31 +168,31 @@ class Router:
             self._changed(connection)
 
     def unsent_bytes(self, peer: bytes) -> int:
-        """The bytes that wait in memory for a peer to read them."""
+        """Return the bytes in memory that wait for a peer to read them."""
         connection = self._connections.get(peer)
         return 0 if connection is None else connection.unsent_bytes
 
     @property
     def all_unsent_bytes(self) -> int:
-        """What all peers together have not read."""
+        """Total bytes in memory that wait for peers to read them."""
         return sum(connection.unsent_bytes for connection in self._unread)
 
     def is_connected(self, peer: bytes) -> bool:
-        """Whether the connection of a peer that has sent something is still there."""
+        """Return whether the connection of a peer is open."""
         return peer in self._connections
 
     def slow_peers(self, now: float) -> list[bytes]:
-        """The peers that have not read for too long what was sent to them."""
+        """Return the peers that have not read for too long."""
         return [connection.peer for connection in self._unread if connection.is_slow(now)]
 
     def cut(self, peer: bytes) -> None:
-        """End the connection of a peer, and drop what waits for it. It may connect again."""
+        """Close the connection of a peer, and drop its unsent messages. It may connect again."""
         connection = self._connections.get(peer)
         if connection is not None:
             connection.close("it was cut")
 
     def close(self) -> None:
-        """Stop receiving, give what was sent up to `LINGER_SECONDS` to leave, and free the sockets."""
+        """Stop receiving, send waiting messages for up to `LINGER_SECONDS`, and free the sockets."""
         if self._loop is not None and not self._loop.is_closed():
             for selector in (self._members_selector, self._strangers_selector):
                 self._loop.remove_reader(selector.fileno())
@@ -237,7 +237,7 @@ class Router:
         self._keep_house()
 
     def _members_turn(self) -> None:
-        """Give each member that can read or write one turn, of bounded length."""
+        """Give one bounded turn to each member that can read or write."""
         left, self._members_left = self._members_left, {}
         turns: dict[Connection, int] = dict.fromkeys(left, selectors.EVENT_READ)
         for key, mask in self._members_selector.select(0):
@@ -247,7 +247,7 @@ class Router:
         self._received()
 
     def _strangers_turn(self) -> None:
-        """Give strangers their turns while their share of the time lasts; the others wait where they are."""
+        """Give strangers turns until their time is used up; the others keep their place."""
         began = self._clock()
         self._timers.pop("strangers", None)
         waiting = self._strangers_turn_for
@@ -265,7 +265,7 @@ class Router:
         self._charge_strangers(began, self._clock())
 
     def _charge_strangers(self, began: float, now: float) -> None:
-        """See when strangers may have their next turn: none is far off while nobody carries a session."""
+        """Schedule the strangers' next turn by the time they used. Without members they need not wait."""
         assert self._loop is not None
         has_members = len(self._strangers) < len(self._connections)
         pause = self._strangers_share.charge(began, now, bounded=has_members)
@@ -288,7 +288,7 @@ class Router:
         try:
             self._take_turn(connection, mask)
         except Exception:
-            # Nothing that a peer sends may stop the loop, and nothing that failed for it may be tried for ever.
+            # No input of a peer may stop the loop, or fail again and again.
             logger.exception("a connection of %s failed", connection.address)
             connection.close("it failed")
 
@@ -304,7 +304,7 @@ class Router:
             self._changed(connection)
 
     def _changed(self, connection: Connection) -> None:
-        """A connection wants to read or write other than before, or is closed."""
+        """Update selectors and counts after a change of a connection."""
         if connection.peer not in self._connections:
             return
         self._memory.count(connection)
@@ -317,7 +317,7 @@ class Router:
             self._unread.add(connection)
         else:
             self._unread.discard(connection)
-        # Nothing that comes after its handshake is read before someone receives it.
+        # Messages are read only after `start`.
         reads = connection.wants_to_read and (self._receive is not None or connection.state is not State.OPEN)
         wanted = reads * selectors.EVENT_READ | connection.wants_to_write * selectors.EVENT_WRITE
         registered = selector.get_map().get(connection.socket)
@@ -356,7 +356,7 @@ class Router:
         try:
             self._receive(connection.peer, connection.tenant, frames)
         except Exception:
-            # Nothing that a peer sends may stop the loop; who receives a message answers the errors it expects.
+            # No input of a peer may stop the loop; the receiver answers the errors that it expects.
             logger.exception("a message could not be handled")
 
     # --- connections ---------------------------------------------------------------------------------------------
@@ -378,7 +378,7 @@ class Router:
             self._open(accepted, str(address[0]))
 
     def _make_place(self) -> bool:
-        """Cut the strangers that have to go first. False if there is none."""
+        """Close some strangers to make place. Return False without strangers."""
         to_go = those_to_go(self._strangers, max(1, self._max_connections // 64))
         for stranger in to_go:
             stranger.close("another one needs its place")
@@ -420,7 +420,7 @@ class Router:
         connection.write()
 
     def _keep_house(self) -> None:
-        """Cut who takes too long, and let those go on that wait for memory."""
+        """Close connections that take too long, and resume those that wait for memory."""
         assert self._loop is not None
         now = self._clock()
         for connection in list(self._connections.values()):

@@ -1,6 +1,6 @@
-"""ZMTP 3, the protocol under ZeroMQ's sockets (RFC 23 and 37): greeting, frames, commands and their metadata.
+"""ZMTP 3, the protocol of ZeroMQ's sockets (RFC 23 and 37): greeting, frames, commands and metadata.
 
-Bytes in, bytes out; no sockets. What a peer may make this end hold is asked of `admit` before it is allocated.
+Bytes in, bytes out; no sockets. `admit` checks a frame's size before memory is allocated for it.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ SHORT_FRAME_BYTES = 255
 LONG_LENGTH = struct.Struct(">Q")
 PROPERTY_LENGTH = struct.Struct(">I")
 
-# A body of this size is received into its own memory, without a copy; and its memory is aligned as torch's own.
+# Bodies from this size on are received without a copy, into memory aligned as torch's own.
 LARGE_BYTES = 32 * 1024
 
 
 class ProtocolViolation(Exception):
-    """A peer sent what ZMTP, or this end, does not allow; its connection has to end. The text is for the log."""
+    """A peer violated ZMTP or a limit of this end; its connection must be closed. The text is for the log."""
 
 
 def greeting(mechanism: bytes) -> bytes:
-    """The 64 bytes that a server says first."""
+    """Return the server's greeting of 64 bytes."""
     as_server = b"\1" if mechanism == b"CURVE" else b"\0"
     return (SIGNATURE + VERSION + mechanism.ljust(20, b"\0") + as_server).ljust(GREETING_BYTES, b"\0")
 
 
 def check_greeting(received: Frame, mechanism: bytes) -> None:
-    """Check as much of a peer's greeting as has come. Raises `ProtocolViolation`."""
+    """Check the received part of a peer's greeting. Raises `ProtocolViolation`."""
     # The eight bytes inside the signature are a length to older peers, and padding to those of version 3.
     if received[:1] != SIGNATURE[:1] or received[9:10] not in (b"", SIGNATURE[9:10]):
         raise ProtocolViolation("it does not speak ZeroMQ")
@@ -49,33 +49,33 @@ def check_greeting(received: Frame, mechanism: bytes) -> None:
 
 
 def head(nbytes: int, flags: int = 0) -> bytes:
-    """The bytes before a frame's body."""
+    """Return the flags and length before a frame's body."""
     if nbytes <= SHORT_FRAME_BYTES:
         return bytes((flags, nbytes))
     return bytes((flags | LONG,)) + LONG_LENGTH.pack(nbytes)
 
 
 def command(name: bytes, data: bytes = b"") -> bytes:
-    """The body of a command."""
+    """Return the body of a command."""
     return bytes((len(name),)) + name + data
 
 
 def parse_command(body: Frame) -> tuple[bytes, bytes]:
-    """Name and data of a command. Raises `ProtocolViolation`."""
+    """Return name and data of a command. Raises `ProtocolViolation`."""
     if len(body) < 1 or len(body) < 1 + body[0]:
         raise ProtocolViolation("a command that is cut short")
     return bytes(body[1 : 1 + body[0]]), bytes(body[1 + body[0] :])
 
 
 def metadata(properties: Mapping[bytes, bytes]) -> bytes:
-    """The properties of READY and INITIATE."""
+    """Return the encoded properties of READY and INITIATE."""
     return b"".join(
         bytes((len(name),)) + name + PROPERTY_LENGTH.pack(len(value)) + value for name, value in properties.items()
     )
 
 
 def parse_metadata(data: bytes) -> dict[bytes, bytes]:
-    """The properties, by name in lower case. Raises `ProtocolViolation`, also for one that stands twice."""
+    """Return the properties by name in lower case. Raises `ProtocolViolation`, also for duplicates."""
     properties: dict[bytes, bytes] = {}
     position = 0
     while position < len(data):
@@ -92,14 +92,14 @@ def parse_metadata(data: bytes) -> dict[bytes, bytes]:
 
 
 def aligned_memory(nbytes: int) -> memoryview:
-    """Writable memory, aligned as torch's own, whose pages are not touched yet."""
+    """Return writable memory, aligned as torch's own and not initialized."""
     raw = np.empty(nbytes + ALIGNMENT_BYTES, dtype=np.uint8)
     offset = -raw.ctypes.data % ALIGNMENT_BYTES
     return raw[offset : offset + nbytes].data
 
 
 class FrameReader:
-    """Cuts a stream of bytes into frames. `admit(flags, nbytes)` may raise before memory is taken for a body."""
+    """Parser of a byte stream into frames. `admit(flags, nbytes)` may raise before a body is allocated."""
 
     def __init__(self, admit: Callable[[int, int], None]) -> None:
         self._admit = admit
@@ -110,18 +110,18 @@ class FrameReader:
 
     @property
     def rest(self) -> memoryview | None:
-        """The memory that the rest of a large body belongs in; None if what comes next is to be fed."""
+        """Memory to receive the rest of a large body into; None if the next bytes are for `feed`."""
         if self._body is None or len(self._body) - self._filled < LARGE_BYTES:
             return None
         return self._body[self._filled :]
 
     @property
     def held_bytes(self) -> int:
-        """How much of an unfinished frame has come."""
+        """Received bytes of an unfinished frame."""
         return self._filled + len(self._head)
 
     def filled(self, nbytes: int) -> tuple[int, memoryview] | None:
-        """So much of `rest` has come; the flags and the body, if that was all."""
+        """Note `nbytes` received into `rest`. Return flags and body once the frame is complete."""
         assert self._body is not None
         self._filled += nbytes
         if self._filled < len(self._body):
@@ -131,9 +131,9 @@ class FrameReader:
         return self._flags, body
 
     def feed(self, data: memoryview) -> tuple[tuple[int, memoryview] | None, int]:
-        """The flags and the body of the next frame, if it is whole now, and how much of `data` was used for it.
+        """Return flags and body of the next frame, or None if incomplete, and the number of bytes used of `data`.
 
-        Raises `ProtocolViolation`, and what `admit` raises.
+        Raises `ProtocolViolation`, and any error of `admit`.
         """
         used = 0
         if self._body is None:

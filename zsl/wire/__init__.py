@@ -1,1 +1,1 @@
-"""What crosses the network: message schemas, framing and the tensor codec. No sockets, no clock."""
+"""Wire format: message schemas, framing and the tensor codec. No sockets, no clock."""

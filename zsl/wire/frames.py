@@ -1,16 +1,15 @@
-"""Frames: preamble, header, buffers.
+"""Encode and decode messages as frames: preamble, header, one buffer a tensor.
 
     frame 0   preamble, 16 bytes: magic, major version, message type, flags (0), checksum of all the rest
     frame 1   header: msgpack, at most `MAX_HEADER_BYTES`
     frame 2…  one raw buffer a tensor
 
-`decode` is the one place where bytes from the network become a message: whatever it is given, it returns a
-`Message` or raises a `WireError`, and nothing of a message is trusted before it has passed here. It copies no
-buffer. This module knows no socket and no torch.
+`decode` is the only place where bytes from the network become a message: for any input it returns a `Message` or raises
+a `WireError`. It copies no buffer. Imports no sockets and no torch.
 
-The checksum (xxh3, 64 bits) is there because TCP's own has 16 bits: of a terabyte of activations some damage passes
+The checksum (xxh3, 64 bits) is needed because TCP's own has 16 bits: in a terabyte of activations some damage passes
 it (Stone and Partridge, "When the CRC and TCP checksum disagree", SIGCOMM 2000), and a flipped bit would be a wrong
-gradient that nobody notices. It is no protection against an attacker; that is what keys are for.
+gradient that nobody notices. It does not protect against an attacker; keys do.
 """
 
 from __future__ import annotations
@@ -34,9 +33,9 @@ CHECKSUM_BYTES = 8
 PREAMBLE_BYTES = KIND.size + CHECKSUM_BYTES
 MAX_HEADER_BYTES = 16 * 1024
 HEAD_FRAMES = 2
-# No header has more: what is over it is refused where it is met, before it costs an object or a complaint each.
+# No valid header has more: parsing stops at the first item over it, before memory is taken for the rest.
 MAX_KEYS = MAX_ITEMS = 16  # of one map, of one list
-MAX_CONTAINERS = 2 + 2 * MAX_TENSORS  # maps and lists: the header, its tensors, of each its map and its shape
+MAX_CONTAINERS = 2 + 2 * MAX_TENSORS  # maps and lists: the header, its tensors, and per tensor a map and a shape
 
 Frame = bytes | memoryview
 # Matrix products round differently on differently aligned memory; torch's own allocations are aligned to this.
@@ -46,14 +45,14 @@ Container = TypeVar("Container", dict[Any, Any], list[Any])
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """A checked header and the buffers that its descriptors describe."""
+    """Checked header and the buffers that its descriptors describe."""
 
     header: Header
     buffers: tuple[Frame, ...] = ()
 
 
 def encode(header: Header, buffers: Sequence[Frame] = ()) -> list[Frame]:
-    """The frames of one message. The buffers are passed on as they are, not copied.
+    """Return the frames of one message. The buffers are not copied.
 
     Raises `TooLargeError` if the header is over `MAX_HEADER_BYTES`.
     """
@@ -64,7 +63,7 @@ def encode(header: Header, buffers: Sequence[Frame] = ()) -> list[Frame]:
 
 
 def seal(frames: Sequence[Frame]) -> list[Frame]:
-    """The frames of a message, with the checksum added to the first, which is the beginning of a preamble."""
+    """Return the frames of a message with the checksum appended to the first, an incomplete preamble."""
     kind, *rest = frames
     return [bytes(kind) + _checksum(kind, rest), *rest]
 
@@ -72,17 +71,17 @@ def seal(frames: Sequence[Frame]) -> list[Frame]:
 def _checksum(kind: Frame, rest: Sequence[Frame]) -> bytes:
     digest = xxhash.xxh3_64(kind)
     for frame in rest:
-        # Its length too: bytes that move from one frame to the next are another message.
+        # The length too: the same bytes split differently into frames are another message.
         digest.update(len(frame).to_bytes(8, "little"))
         digest.update(frame)
     return digest.digest()
 
 
 def decode(frames: Sequence[Frame], schemas: Mapping[int, type[Header]]) -> Message:
-    """The message in `frames`; `schemas` says which types this end receives.
+    """Return the message in `frames`; `schemas` has the header class of each message type that this end receives.
 
-    Raises `ProtocolVersionError`, `CorruptError`, `TooLargeError` or `MalformedError`. If the sender's ids of
-    request and session could be read, the error has them as attributes, so that it can be answered.
+    Raises `ProtocolVersionError`, `CorruptError`, `TooLargeError` or `MalformedError`, with the ids of request and
+    session as attributes if they could be read, so that it can be answered.
     """
     if not frames or len(frames[0]) < KIND.size:
         raise MalformedError("the first frame is not a preamble")
@@ -102,7 +101,7 @@ def decode(frames: Sequence[Frame], schemas: Mapping[int, type[Header]]) -> Mess
         raise MalformedError(f"unknown flags {flags:#06x}")
     schema = schemas.get(message_type)
     if schema is None:
-        raise MalformedError(f"a message of type {message_type} is not taken here")
+        raise MalformedError(f"a message of type {message_type} is not accepted here")
     fields = _unpack(frames[1])
     try:
         header = schema.model_validate(fields)
@@ -146,7 +145,7 @@ def _unpack(frame: Frame) -> dict[str, Any]:
 def _map_without_duplicates(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
     fields = dict(pairs)
     if len(fields) != len(pairs):
-        raise ValueError("a key stands twice")
+        raise ValueError("a key occurs twice")
     return fields
 
 
@@ -161,9 +160,9 @@ def _check_buffers(descriptors: Sequence[TensorDescriptor], buffers: Sequence[Fr
 
 
 def _first_problem(schema: type[Header], error: ValidationError) -> str:
-    """The first thing wrong with a header, without its value: values can be data."""
+    """Return the first error in a header, without its value: values can be data."""
     problem = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    where = ".".join(ascii(str(part)[:40])[1:-1] for part in problem["loc"]) or "header"  # it may go to a terminal
+    where = ".".join(ascii(str(part)[:40])[1:-1] for part in problem["loc"]) or "header"  # for terminals
     return f"{schema.__name__}: {where}: {problem['msg']}"[:MAX_TEXT_CHARS]
 
 

@@ -1,7 +1,7 @@
-"""The messages: one closed schema a type.
+"""Message schemas of the protocol: one pydantic model per header.
 
-Each class is the header of one message type. A header is checked once, when it is decoded: strict types, no
-unknown key, a bound on every number. This module knows neither frames nor tensors' bytes.
+Each header is validated once, when it is decoded: strict types, no unknown keys, a bound on every number. Framing and
+tensor bytes are in `zsl.wire.frames` and `zsl.wire.tensors`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _refuse_controls(name: str) -> str:
 
 WireDtypeName = Literal["f32", "f16", "bf16", "i64", "i32", "i16", "i8", "u8", "bool"]
 FloatDtypeName = Literal["f32", "f16", "bf16"]
-# `lengths`: the activations are one row of sequences of these lengths, one after the other.
+# `lengths`: the activations are one row of concatenated sequences of these lengths.
 Role = Literal["activations", "gradients", "attention_mask", "position_ids", "lengths"]
 
 Count = Annotated[int, Field(ge=0, le=2**53)]
@@ -45,19 +45,19 @@ Dim = Annotated[int, Field(ge=0, le=2**31 - 1)]
 LayerIndex = Annotated[int, Field(ge=0, le=2**16)]
 Positive = Annotated[int, Field(ge=1, le=2**53)]
 Milliseconds = Annotated[int, Field(ge=0, le=7 * 24 * 3600 * 1000)]
-# A client obeys these: shorter pings would keep it spinning, a longer one or a longer pause would have it miss a daemon
-# that has died.
+# A client obeys these: a shorter ping interval would keep it busy, a longer interval or pause would let it miss a dead
+# daemon.
 PingMilliseconds = Annotated[int, Field(ge=10, le=60_000)]
 RetryMilliseconds = Annotated[int, Field(ge=0, le=60_000)]
 Id16 = Annotated[bytes, Field(min_length=ID_BYTES, max_length=ID_BYTES)]
-# Both reach terminals and logs of the other end: a name is refused, a text for people escaped.
+# Both reach terminals and logs of the other end: control characters are refused in a name, escaped in a text.
 Name = Annotated[str, Field(max_length=200), AfterValidator(_refuse_controls)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Text = Annotated[str, Field(max_length=MAX_TEXT_CHARS), AfterValidator(lambda text: printable(text)[:MAX_TEXT_CHARS])]
 
 
 class MessageType(IntEnum):
-    """The type byte of the preamble."""
+    """Type byte of the preamble."""
 
     HELLO = 1
     WELCOME = 2
@@ -79,7 +79,7 @@ class _Strict(BaseModel):
 
 
 class TensorDescriptor(_Strict):
-    """One tensor of a message; its bytes are the buffer at the same index, little-endian and contiguous."""
+    """Description of one tensor; its bytes are the buffer at the same index, little-endian and contiguous."""
 
     role: Role
     dtype: WireDtypeName
@@ -101,21 +101,21 @@ class TensorDescriptor(_Strict):
         return self
 
 
-# The first descriptor that is wrong is enough to refuse a message.
+# Validation stops at the first invalid descriptor.
 Tensors = Annotated[list[TensorDescriptor], FailFast(), Field(min_length=1, max_length=MAX_TENSORS)]
 
 
 class Header(_Strict):
-    """Base of all headers. `TYPE` is the message's type byte."""
+    """Base class of all headers. `TYPE` is the message's type byte."""
 
     TYPE: ClassVar[MessageType]
 
 
 class ModelIdentity(_Strict):
-    """Which model, exactly: its type and sizes to read, and two digests to compare.
+    """Identity of a model: type and sizes to read, and two digests to compare.
 
-    `config_digest` covers the configuration (what `save_pretrained` would write, without the names and
-    versions), `weights_digest` every tensor of the checkpoint.
+    `config_digest` covers the configuration (as `save_pretrained` writes it, without names and versions),
+    `weights_digest` every tensor of the checkpoint.
     """
 
     model_type: Name
@@ -126,7 +126,7 @@ class ModelIdentity(_Strict):
 
 
 class Cut(_Strict):
-    """The layers `[start, stop)` that the trunk holds."""
+    """Layers `[start, stop)` that the trunk holds."""
 
     start: LayerIndex
     stop: LayerIndex
@@ -136,7 +136,7 @@ class Cut(_Strict):
 
 
 class Limits(_Strict):
-    """What the daemon takes from one session, stated before anything is sent."""
+    """Limits of the daemon for one session, sent in the WELCOME."""
 
     max_message_bytes: Annotated[int, Field(ge=0, le=MAX_TENSOR_BYTES)]  # of one tensor
     max_header_bytes: Count
@@ -149,10 +149,10 @@ class Limits(_Strict):
 
 
 class Hello(Header):
-    """Open a session. A client without a model (`model=None`) takes the trunk as it is.
+    """Open a session. A client without a model (`model=None`) accepts any trunk.
 
-    `resume`: the session that was open before the connection was lost. If it still is, it goes on from here, with all
-    that is kept for it; if not, a new one is opened.
+    `resume`: id of the session before the connection was lost. If its lease still runs, it is resumed, with all that is
+    kept for it; if not, a new one is opened.
     """
 
     TYPE = MessageType.HELLO
@@ -160,12 +160,12 @@ class Hello(Header):
     software: Name
     dtype: FloatDtypeName  # of the activations that this client will send
     model: ModelIdentity | None
-    cut: Cut | None  # None: the client takes the daemon's
+    cut: Cut | None  # None: accept the daemon's
     resume: Id16 | None
 
 
 class Welcome(Header):
-    """The session is open, or goes on. `epoch` names this life of the daemon."""
+    """Answer to HELLO: the session is open, or resumed. `epoch` identifies this daemon process."""
 
     TYPE = MessageType.WELCOME
     request: Count
@@ -174,27 +174,27 @@ class Welcome(Header):
     session: Id16
     model: ModelIdentity
     cut: Cut
-    dtype: FloatDtypeName  # that the trunk computes in
+    dtype: FloatDtypeName  # of the trunk's computation
     forward_only: bool
-    packs: bool  # takes sequences of several lengths in one row, with their `lengths` beside them
-    deterministic: bool  # an answer does not depend on who else is served, bit for bit
+    packs: bool  # accepts sequences of several lengths in one row, with their `lengths`
+    deterministic: bool  # an answer has the same bits whatever other clients send
     trunk_parameters: Count
     limits: Limits
 
 
 class InSession(Header):
-    """What messages within a session have in common, in both directions. The checksum covers it."""
+    """Base class of headers within a session, in both directions."""
 
     session: Id16
     epoch: Id16
 
 
 class WorkHeader(InSession):
-    """What FORWARD and BACKWARD have in common."""
+    """Base class of FORWARD and BACKWARD."""
 
     request: Count
     attempt: Annotated[int, Field(ge=0, le=255)]
-    budget_ms: Milliseconds  # what is left of the request's time when it is sent
+    budget_ms: Milliseconds  # time left until the request's deadline, when sent
     tensors: Tensors
 
 
@@ -206,10 +206,10 @@ class Forward(WorkHeader):
 
 
 class Backward(WorkHeader):
-    """The vector-Jacobian product of the trunk with the given gradients.
+    """Compute the vector-Jacobian product of the trunk with the given gradients.
 
-    `step` is the id of the FORWARD that it belongs to. A message that brings the activations (and mask and
-    positions) along is complete in itself: the daemon needs to hold nothing.
+    `step` is the request id of its FORWARD. A message that includes the activations (and mask and positions) is
+    complete in itself: the daemon needs nothing stored.
     """
 
     TYPE = MessageType.BACKWARD
@@ -217,8 +217,8 @@ class Backward(WorkHeader):
 
 
 class Result(InSession):
-    """The answer to FORWARD (activations) or BACKWARD (gradients). Every client numbers its own requests, so only
-    session and request together say whose answer this is."""
+    """Answer to FORWARD (activations) or BACKWARD (gradients). Every client numbers its own requests, so only session
+    and request together identify the request."""
 
     TYPE = MessageType.RESULT
     request: Count
@@ -229,8 +229,8 @@ class Result(InSession):
 
 
 class Error(Header):
-    """The answer to anything that failed. `request` is None when the message could not be read that far, `session` then
-    and when the message named none."""
+    """Answer to a failed message. `request` is None if it could not be read, `session` also if the message named
+    none."""
 
     TYPE = MessageType.ERROR
     request: Count | None
@@ -243,32 +243,32 @@ class Error(Header):
 
 
 class Release(InSession):
-    """The client will not ask a backward for this step. Not answered."""
+    """Tell the daemon that no backward will follow for this step. Not answered."""
 
     TYPE = MessageType.RELEASE
     step: Count
 
 
 class Cancel(InSession):
-    """Take a queued request back. The request itself is answered (with CANCELLED if it had not started)."""
+    """Cancel a queued request. The request itself is answered (with CANCELLED if it had not started)."""
 
     TYPE = MessageType.CANCEL
     request: Count
 
 
 class Ping(InSession):
-    """Renew the lease and ask for a sign of life. It may come on another connection than the session's requests, so
-    that it need not queue behind them."""
+    """Renew the lease and ask for a PONG. May be sent on another connection than the session's requests, so that it
+    does not queue behind them."""
 
     TYPE = MessageType.PING
     request: Count
 
 
 class Pong(InSession):
-    """The daemon lives; `progress_age_ms` is the time since its compute thread last finished something or was idle.
+    """Answer to PING. `progress_age_ms`: time since the compute thread last finished a job or was idle.
 
-    `inflight_requests`: those of the session that have no answer yet. Messages of one connection keep their order, so
-    if the ping came on that of the requests and this is less than what its client still waits for, something was lost.
+    `inflight_requests`: number of the session's unanswered requests. A connection keeps the order of its messages, so
+    if the ping came on that of the requests and its client waits for more answers than this, a message was lost.
     """
 
     TYPE = MessageType.PONG
@@ -278,27 +278,27 @@ class Pong(InSession):
 
 
 class GoAway(InSession):
-    """The daemon will go: no new forward is taken, steps that are open may end within `drain_ms`."""
+    """Announce a shutdown: no new forward is accepted, open steps may end within `drain_ms`."""
 
     TYPE = MessageType.GOAWAY
     drain_ms: Milliseconds
 
 
 class Bye(InSession):
-    """The client ends its session. Not answered."""
+    """End the session. Not answered."""
 
     TYPE = MessageType.BYE
 
 
 class StatusRequest(Header):
-    """Ask what the daemon serves. Needs no session."""
+    """Ask for the daemon's `Status`. Needs no session."""
 
     TYPE = MessageType.STATUS
     request: Count
 
 
 class Status(Header):
-    """What the daemon serves, and how busy it is: the answer to a STATUS request."""
+    """Answer to STATUS: the served model, and the daemon's load."""
 
     TYPE = MessageType.STATUS
     request: Count
@@ -314,7 +314,7 @@ class Status(Header):
     held_bytes: Count
 
 
-# What each end may receive. STATUS is the one type with a schema for each direction.
+# Messages that each end may receive. STATUS is the one type with a schema for each direction.
 TO_DAEMON: dict[int, type[Header]] = {
     cls.TYPE: cls for cls in (Hello, Forward, Backward, Release, Cancel, Ping, Bye, StatusRequest)
 }

@@ -1,7 +1,7 @@
-"""The tensor codec: torch tensors to descriptors and raw buffers, and back, without a copy where that is safe.
+"""Tensor codec: torch tensors to descriptors and raw buffers, and back, without a copy where safe.
 
-What comes in has already been checked by `frames.decode` (shape, dtype and size agree). Sending aliases: the
-memory of an encoded tensor must not be written until the message has left.
+Received tensors have been checked by `frames.decode` (shape, dtype and size agree). Encoding aliases memory: an encoded
+tensor must not be written until its message is sent.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ TORCH_DTYPES: dict[WireDtypeName, torch.dtype] = {
 }  # fmt: skip
 WIRE_NAMES: dict[torch.dtype, WireDtypeName] = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
-# libzmq leaves small messages in the buffer that it read them into: a tensor that stays would keep all of that.
+# libzmq leaves small messages in its read buffer: a tensor that aliases one would keep the whole buffer alive.
 READ_BUFFER_BYTES = 8192
 
 
 def wire_name(dtype: torch.dtype) -> WireDtypeName:
-    """The name of a torch dtype on the wire. Raises `BadDtypeError` for one that does not travel."""
+    """Return the wire name of a torch dtype. Raises `BadDtypeError` for one without a wire name."""
     try:
         return WIRE_NAMES[dtype]
     except KeyError:
-        raise BadDtypeError(f"{dtype} does not travel; it is one of {', '.join(map(str, WIRE_NAMES))}") from None
+        raise BadDtypeError(f"{dtype} cannot be sent; use one of {', '.join(map(str, WIRE_NAMES))}") from None
 
 
 def float_wire_name(dtype: torch.dtype) -> FloatDtypeName:
-    """The name of a floating-point dtype on the wire. Raises `BadDtypeError`."""
+    """Return the wire name of a floating-point dtype. Raises `BadDtypeError`."""
     for name in get_args(FloatDtypeName):
         if TORCH_DTYPES[name] == dtype:
             found: FloatDtypeName = name
@@ -44,9 +44,9 @@ def float_wire_name(dtype: torch.dtype) -> FloatDtypeName:
 
 
 def encode_tensor(role: Role, tensor: torch.Tensor) -> tuple[TensorDescriptor, Frame]:
-    """Descriptor and buffer of a tensor of any device. On the CPU and contiguous, the buffer is its own memory.
+    """Return the descriptor and buffer of a tensor on any device. A contiguous CPU tensor shares its memory.
 
-    Raises `BadDtypeError` for a dtype that does not travel.
+    Raises `BadDtypeError` for a dtype without a wire name.
     """
     dtype = wire_name(tensor.dtype)
     flat = tensor.detach().cpu().contiguous().view(-1)
@@ -56,22 +56,22 @@ def encode_tensor(role: Role, tensor: torch.Tensor) -> tuple[TensorDescriptor, F
 
 
 def encode_tensors(tensors: Mapping[Role, torch.Tensor | None]) -> tuple[list[TensorDescriptor], list[Frame]]:
-    """`encode_tensor` for each tensor that is there."""
+    """Encode each tensor that is not None."""
     pairs = [encode_tensor(role, tensor) for role, tensor in tensors.items() if tensor is not None]
     return [descriptor for descriptor, _ in pairs], [buffer for _, buffer in pairs]
 
 
 def decode_tensor(descriptor: TensorDescriptor, buffer: Frame) -> torch.Tensor:
-    """The CPU tensor that a buffer holds. It shares the buffer's memory if that is writable, aligned and large."""
+    """Return the CPU tensor in a buffer. It shares the buffer's memory if that is writable, aligned and large."""
     dtype = TORCH_DTYPES[descriptor.dtype]
     if descriptor.nbytes == 0:
         return torch.empty(descriptor.shape, dtype=dtype)
     view = memoryview(buffer)
     raw = torch.frombuffer(bytearray(view) if view.readonly else view, dtype=torch.uint8)
     if dtype is torch.bool:
-        return raw.ne(0).view(descriptor.shape)  # a byte other than 0 and 1 is no bool
+        return raw.ne(0).view(descriptor.shape)  # a byte other than 0 and 1 is no valid bool
     if raw.data_ptr() % ALIGNMENT_BYTES or raw.nbytes <= READ_BUFFER_BYTES:
-        # Copied by one thread: torch would share the copy out, and wait for a core that another process holds.
+        # Copied by one thread: torch would use several, and wait for a core that another process uses.
         aligned = torch.empty_like(raw)
         aligned.numpy()[:] = raw.numpy()
         raw = aligned

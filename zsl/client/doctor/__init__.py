@@ -1,1 +1,1 @@
-"""The checks of `zsl doctor`: of this installation, of a model, and of a daemon as this machine sees it."""
+"""Checks of `zsl doctor`: installation, model, and a daemon as this machine sees it."""

@@ -1,4 +1,4 @@
-"""What a check found: one line each. Knows not what is checked."""
+"""Result of a `zsl doctor` check: its state, and its line of text."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from zsl.text.printable import printable
 
 
 class State(StrEnum):
-    """How a check ended, as it is printed."""
+    """Outcome of a check, as it is printed."""
 
     OK = "ok"
-    WARN = "warn"  # works, but perhaps not as is wanted
+    WARN = "warn"  # works, but perhaps not as intended
     FAIL = "FAIL"
-    SKIP = "skip"  # not there, or could not be checked; no fault
+    SKIP = "skip"  # missing or not checkable, which is no failure
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """`found`: what is there; `to_do`: what to do about it. `error`: what a check ended with that could not end."""
+    """Result of a check. `found`: finding; `to_do`: advice; `error`: exception, if the check crashed."""
 
     name: str
     state: State
@@ -36,11 +36,11 @@ class Check:
 
 
 def attempt(name: str, check: Callable[[], Check]) -> Check:
-    """What `check` finds. One that raises has failed: with the error's own words, which say what to do."""
+    """Run a check and return its result. An exception is a failure, with the text of the error."""
     try:
         return check()
     except ZslError as error:
         return Check(name, State.FAIL, str(error), error=error)
-    except Exception as error:  # whatever is broken on this machine is what is looked for
+    except Exception as error:  # a broken installation may raise anything
         text = f"{type(error).__name__}: {error}"
         return Check(name, State.FAIL, text, "unexpected: --debug shows where", error=error)

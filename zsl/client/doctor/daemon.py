@@ -1,4 +1,4 @@
-"""The checks of a daemon, of what it says and of how fast it answers."""
+"""Checks of a daemon: versions, dtype, model, cut, round-trip time and throughput."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import zsl
 from zsl.client.doctor.check import Check, State
 from zsl.client.serving import DIGEST_CHARACTERS, DTYPE_WORDS, in_units
 from zsl.client.trunk_client import TrunkClient
-from zsl.link.status_client import Probe
+from zsl.link.status_client import StatusClient
 from zsl.models.reference import ModelReference
 from zsl.text.plural import counted
 from zsl.wire.messages import Cut, ModelIdentity, Status
 
 ROUND_TRIPS = 20
-ROW_TOKENS = 128  # of the request that is timed: a row of a small batch
+ROW_TOKENS = 128  # of the timed request: a row of a small batch
 
 
 def check_daemon(status: Status, endpoint: str) -> Check:
-    """What is served."""
+    """Report the layers and the model that the daemon serves."""
     model = status.model
     found = (
         f"{endpoint} serves layers {status.cut} of {model.model_type} ({model.layers} layers, hidden size "
@@ -30,7 +30,7 @@ def check_daemon(status: Status, endpoint: str) -> Check:
 
 
 def check_versions(status: Status) -> Check:
-    """The same zsl at both ends?"""
+    """Check that client and daemon have the same version of zsl."""
     if status.software != zsl.__version__:
         found = f"zsl {zsl.__version__} here, {status.software} at the daemon"
         return Check("versions", State.WARN, found, "they speak the same protocol, but best take one version for both")
@@ -38,7 +38,7 @@ def check_versions(status: Status) -> Check:
 
 
 def check_dtype(status: Status) -> Check:
-    """Does the trunk compute in what a client's model has if nobody says otherwise?"""
+    """Check that the trunk's dtype is float32, the default of a client's model."""
     dtype = DTYPE_WORDS[status.dtype]
     if status.dtype != "f32":
         to_do = f'set model.dtype = "{dtype}", or know that losses differ from those of a float32 model'
@@ -46,15 +46,15 @@ def check_dtype(status: Status) -> Check:
     return Check("dtype", State.OK, dtype)
 
 
-def check_round_trip(probe: Probe) -> Check:
-    """How far away the daemon is. Raises `ZslError`."""
-    took = [seconds * 1000 for seconds in probe.round_trip_seconds(ROUND_TRIPS)]
+def check_round_trip(client: StatusClient) -> Check:
+    """Measure the round-trip time to the daemon. Raises `ZslError`."""
+    took = [seconds * 1000 for seconds in client.round_trip_seconds(ROUND_TRIPS)]
     middle, late = took[len(took) // 2], took[len(took) * 95 // 100 - 1]
     return Check("round trip", State.OK, f"{middle:.2f} ms (median of {ROUND_TRIPS}), 95 % within {late:.2f} ms")
 
 
 def check_configuration(mine: ModelIdentity, status: Status, name: str) -> Check:
-    """The same kind and size of model, with the same configuration?"""
+    """Check that the daemon's model has the same type, size and configuration."""
     served = status.model
     for field in ("model_type", "layers", "hidden_size"):
         here, there = getattr(mine, field), getattr(served, field)
@@ -66,7 +66,7 @@ def check_configuration(mine: ModelIdentity, status: Status, name: str) -> Check
 
 
 def check_weights(mine: ModelIdentity, status: Status, reference: ModelReference) -> Check:
-    """The same weights?"""
+    """Check that the daemon's model has the same weights."""
     to_do = _LOAD_THE_SAME
     if reference.location is None and mine.config_digest == status.model.config_digest:
         to_do = "random weights are the same only with the same versions of torch and transformers at both ends"
@@ -74,7 +74,7 @@ def check_weights(mine: ModelIdentity, status: Status, reference: ModelReference
 
 
 def check_cut(wanted: Cut, status: Status) -> Check:
-    """The cut that is wanted?"""
+    """Check that the daemon serves the requested cut."""
     if wanted != status.cut:
         to_do = f"take --cut {status.cut}, or another daemon"
         return Check("cut", State.FAIL, f"{wanted} is wanted, the daemon serves {status.cut}", to_do)
@@ -82,7 +82,7 @@ def check_cut(wanted: Cut, status: Status) -> Check:
 
 
 def check_throughput(client: TrunkClient) -> Check:
-    """How long one row of activations takes, there and back. Raises `ZslError`."""
+    """Measure the time of a forward of one row of activations. Raises `ZslError`."""
     welcome = client.welcome
     tokens = min(ROW_TOKENS, welcome.limits.max_row_tokens, welcome.limits.max_request_tokens)
     generator = torch.Generator().manual_seed(0)

@@ -1,7 +1,6 @@
-"""`zsl doctor` once the packages are there: which checks, in which order, and what follows from one for the next.
+"""Run the checks of `zsl doctor` in order, each with the findings of earlier ones.
 
-What a check needs is imported when its turn comes: a library that is missing or broken is that check's finding, and the
-others still run.
+A check's libraries are imported when it runs, so that a missing or broken library fails only that check.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from zsl.client.doctor.machine import check_hub, check_keys, check_torch, check_
 from zsl.errors import ConfigError
 from zsl.link.endpoints import parse_endpoints
 from zsl.link.keys import read_client_keys
-from zsl.link.status_client import Probe
+from zsl.link.status_client import StatusClient
 from zsl.wire.messages import Cut, FloatDtypeName, ModelIdentity, Status
 
 if TYPE_CHECKING:
@@ -24,19 +23,19 @@ if TYPE_CHECKING:
     from zsl.models.reference import ModelReference
 
 REQUEST_TIMEOUT_SECONDS = 60.0
-# Relative differences that are rounding: several times what was seen between float64 and each of these, on a trunk of
-# 22 layers. Of a whole step; and of central differences, which are less exact.
+# Relative differences that count as rounding: several times those measured between float64 and each dtype, on a trunk
+# of 22 layers. For a whole step; and for central differences, which are less exact.
 LOCAL_TOLERANCES: dict[FloatDtypeName, float] = {"f32": 1e-4, "bf16": 0.2, "f16": 0.05}
 DIFFERENCE_TOLERANCES: dict[FloatDtypeName, float] = {"f32": 1e-2, "bf16": 0.1, "f16": 0.05}
-# A difference is a fault only where it is so much larger than what the central differences leave open.
+# A difference is a failure only if it exceeds the uncertainty of the central differences by this factor.
 CLEARLY = 3.0
 
 
 class Examination:
-    """The checks of this machine, of `model` if one is named, and of the daemon at `server` if there is one.
+    """Checks of this machine, and of `model` and the daemon at `server` if given.
 
-    `cut`: the one that the daemon must have. `local_trunk`: compare with the model's own trunk layers, if they can be
-    loaded here. Raises `ConfigError` for an endpoint that is none, or several, or for keys without one.
+    `cut`: cut that the daemon must have. `local_trunk`: compare with the model's own trunk layers, if they can be
+    loaded here. Raises `ConfigError` for an invalid endpoint, for several, or for keys without one.
     """
 
     def __init__(
@@ -61,13 +60,13 @@ class Examination:
         self._server_key = server_key
         self._client_key = client_key
         self._local_trunk = local_trunk
-        # What earlier checks found; None where they failed.
+        # Findings of earlier checks; None if they failed.
         self._reference: ModelReference | None = None
         self._identity: ModelIdentity | None = None
         self._status: Status | None = None
 
     def run(self) -> Iterator[Check]:
-        """One check after the other, each as soon as it is done."""
+        """Run the checks one after the other, and yield each result at once."""
         yield attempt("devices", check_torch)
         yield attempt("libzmq", check_zmq)
         yield attempt("hub", check_hub)
@@ -122,7 +121,7 @@ class Examination:
 
         yield attempt("versions", lambda: daemon.check_versions(status))
         yield attempt("dtype", lambda: daemon.check_dtype(status))
-        yield attempt("round trip", lambda: self._with_probe(endpoint, daemon.check_round_trip))
+        yield attempt("round trip", lambda: self._with_status_client(endpoint, daemon.check_round_trip))
         yield attempt("throughput", lambda: self._with_client(endpoint, daemon.check_throughput))
         identity, reference = self._identity, self._reference
         if identity is None or reference is None:
@@ -139,15 +138,15 @@ class Examination:
     def _reach(self, endpoint: str) -> Check:
         from zsl.client.doctor.daemon import check_daemon
 
-        def look(probe: Probe) -> Check:
-            self._status = probe.status()
+        def look(client: StatusClient) -> Check:
+            self._status = client.status()
             return check_daemon(self._status, endpoint)
 
-        return self._with_probe(endpoint, look)
+        return self._with_status_client(endpoint, look)
 
-    def _with_probe(self, endpoint: str, check: Callable[[Probe], Check]) -> Check:
-        with Probe(endpoint, read_client_keys(self._server_key, self._client_key)) as probe:
-            return check(probe)
+    def _with_status_client(self, endpoint: str, check: Callable[[StatusClient], Check]) -> Check:
+        with StatusClient(endpoint, read_client_keys(self._server_key, self._client_key)) as client:
+            return check(client)
 
     def _with_client(self, endpoint: str, check: Callable[[TrunkClient], Check]) -> Check:
         from zsl.client.trunk_client import TrunkClient
@@ -162,7 +161,7 @@ class Examination:
             client.connect()
             return check(client)
 
-    # --- its gradient ------------------------------------------------------------------------------------------
+    # --- the daemon's gradient ---------------------------------------------------------------------------------
 
     def _gradient(self, endpoint: str, status: Status) -> Check:
         if status.forward_only:
@@ -174,7 +173,7 @@ class Examination:
         return self._with_client(endpoint, lambda client: self._against_differences(client, why_not))
 
     def _why_no_local_trunk(self, status: Status) -> str | None:
-        """Why the whole model is not run here, in words; None if it can be."""
+        """Return why the whole model cannot be run here, in words; None if it can."""
         from zsl.client.doctor.memory import does_not_fit
         from zsl.wire.tensors import TORCH_DTYPES
 

@@ -1,7 +1,7 @@
-"""Whether the gradient that comes from a daemon is the trunk's: two ways to find out.
+"""Verify a daemon's gradient against the whole model, or against central differences of its forward.
 
-With the whole model at hand, one training step of it beside the same step through the daemon. Without, the daemon's
-own forward: a directional derivative by central differences beside the vector-Jacobian product.
+With the whole model: compare one training step of it with the same step through the daemon. Without: compare a
+directional derivative by central differences of the daemon's forward with its vector-Jacobian product.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ DIRECTIONS, DIRECTION_TOKENS = 8, 8
 LORA_RANK = 4
 LORA_B_SIZE = 0.01
 IN_FRONT, BEHIND = "the gradients in front of the trunk", "the gradients behind the trunk"
-# Along activations of size 1. Long steps are wrong where the trunk is far from linear, short ones by rounding; which
-# is long depends on the trunk, and of two one fits.
+# Step sizes for activations of size 1. Long steps are inexact where the trunk is far from linear, short ones by
+# rounding. The best size depends on the trunk, so two are tried.
 STEPS: dict[FloatDtypeName, tuple[float, float]] = {"f32": (1e-2, 1e-3), "bf16": (0.2, 0.05), "f16": (0.1, 0.02)}
 
 
 @dataclass(frozen=True, slots=True)
 class StepNumbers:
-    """What one training step computes: the loss, and by name the logits and the gradients, each all in one row."""
+    """Results of one training step: the loss, and by name the logits and the gradients, each flattened."""
 
     loss: float
     tensors: dict[str, torch.Tensor]
@@ -46,32 +46,32 @@ class StepNumbers:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Between two steps. `largest`: of `name`, relative to its size, both as Euclidean norms. 0: equal bit for bit.
+    """Difference between two steps. `largest`: of tensor `name`, relative to it, in Euclidean norms. 0: bit-equal.
 
-    Of single numbers, some are what is left of large ones, and mostly rounding; all together they are not.
+    Norms of whole tensors, because single numbers may be small differences of large ones, and mostly rounding.
     """
 
     loss: float
-    gradients: int  # numbers that were compared
+    gradients: int  # number of compared elements
     largest: float
     name: str
 
 
 def compare_with_local(reference: ModelReference, trunk: RemoteTrunk, dtype: FloatDtypeName) -> Difference:
-    """One step of the whole model here beside one through `trunk`: logits, loss, the gradients of a LoRA on every
-    linear module outside the trunk, and that at the embeddings.
+    """Compare a step of the whole model here with one through `trunk`: logits, loss, the gradients of a LoRA on every
+    linear module outside the trunk, and the gradient at the embeddings.
 
-    One model after the other, so that no more than one is in memory. Raises `ZslError`.
+    The models are loaded one after the other, so that only one is in memory. Raises `ZslError`.
     """
     torch_dtype = TORCH_DTYPES[dtype]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of modes and dtypes, which have checks of their own
+        warnings.simplefilter("ignore")  # about modes and dtypes, which other checks report
         split = load_client(reference, trunk, dtype=torch_dtype)
     welcome = trunk.client.welcome
     tokens = min(TOKENS, welcome.limits.max_row_tokens)
     through = _one_step(split, welcome.cut, tokens)
     del split
-    gc.collect()  # modules and their hooks hold each other
+    gc.collect()  # modules and their hooks are reference cycles
     whole = load_whole(reference, torch_dtype)
     whole.config.use_cache = False
     return _difference(through, _one_step(whole, welcome.cut, tokens))
@@ -111,13 +111,13 @@ def _one_step(model: PreTrainedModel, cut: Cut, tokens: int) -> StepNumbers:
 
 
 def _flat(tensor: torch.Tensor | None) -> torch.Tensor:
-    """All of a tensor, as a row in float64, which holds any of its numbers exactly; of one that is missing, none."""
+    """Flatten a tensor to float64, which holds every element exactly. Return no elements for None."""
     return torch.zeros(0, dtype=torch.float64) if tensor is None else tensor.double().flatten()
 
 
 def _with_lora(model: PreTrainedModel, cut: Cut) -> nn.Module:
-    """PEFT on every linear module of the layers outside the trunk, with nothing at zero: of LoRA as it begins, half of
-    the gradients are."""
+    """Add a LoRA to every linear module of the layers outside the trunk, with `lora_B` not at zero: otherwise half of
+    the gradients are zero."""
     stack = find_stack(model)
     outside = [layer for layer in range(len(stack.layers)) if not cut.start <= layer < cut.stop]
     prefixes = tuple(f"{stack.name}.{layer}." for layer in outside)
@@ -158,9 +158,9 @@ def _difference(one: StepNumbers, other: StepNumbers) -> Difference:
 class Derivatives:
     """Directional derivatives, from the vector-Jacobian product and from central differences.
 
-    `difference`: between the two, of the step that agrees best, relative to the derivatives' size. `uncertainty`:
-    between the central differences of the two steps, which both only approach the truth; in what they are off from the
-    product, or in their size, which falls with the step where that is so long that the trunk's ups and downs cancel.
+    `difference`: between the two, for the step size that agrees best, relative to the derivatives' norm. `uncertainty`:
+    of the central differences, from those of the two step sizes: the difference of their errors against the product, or
+    of their norms, which shrink if a step is so long that the trunk's variations cancel.
     """
 
     difference: float
@@ -168,7 +168,7 @@ class Derivatives:
 
 
 def compare_with_differences(client: TrunkClient) -> Derivatives:
-    """<vjp(x; u), v> beside <u, f(x + εv) − f(x − εv)> / 2ε, for random u, v and activations x `[8, 8, hidden]`.
+    """Compare <vjp(x; u), v> with <u, f(x + εv) − f(x − εv)> / 2ε, for random u, v and activations x `[8, 8, hidden]`.
 
     Both are uᵀJv, if f is the trunk and vjp the product with its Jacobian J; the second up to terms of ε² (the central
     difference: Nocedal and Wright, "Numerical Optimization", section 8.1) and the rounding of f, divided by ε. The
@@ -183,12 +183,12 @@ def compare_with_differences(client: TrunkClient) -> Derivatives:
     generator = torch.Generator().manual_seed(SEED)
     shape = (3, rows, tokens, welcome.model.hidden_size)
     drawn = torch.randn(shape, generator=generator, dtype=torch.float64)
-    x, u, v = drawn.to(TORCH_DTYPES[welcome.dtype])  # each [rows, tokens, hidden], as the trunk can hold it
+    x, u, v = drawn.to(TORCH_DTYPES[welcome.dtype])  # each [rows, tokens, hidden], in the trunk's dtype
     step = client.forward(x.float(), keep=True)
     gradients = client.backward(step, u.float()).tensor
-    by_product, by_differences = [], []  # of each step, a derivative a row
+    by_product, by_differences = [], []  # per step size, one derivative a row
     for epsilon in STEPS[welcome.dtype]:
-        # In float64, and then rounded to what the trunk can hold: so the distance between the two is known exactly.
+        # In float64, then rounded to the trunk's dtype, so that the distance between the two is known exactly.
         ahead, behind = ((x.double() + sign * epsilon * v.double()).to(x.dtype) for sign in (1, -1))
         change = client.forward(ahead.float()).output.double() - client.forward(behind.float()).output.double()
         by_differences.append(_inner(u, change) / (2 * epsilon))
@@ -206,5 +206,5 @@ def compare_with_differences(client: TrunkClient) -> Derivatives:
 
 
 def _inner(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """The inner product of each row `[rows, tokens, hidden]`, in float64."""
+    """Return the inner product of each row of `[rows, tokens, hidden]`, in float64."""
     return (one.double() * other.double()).flatten(1).sum(1)

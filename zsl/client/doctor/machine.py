@@ -1,4 +1,4 @@
-"""What this machine has: torch's devices, libzmq's encryption, a way to the hub, readable keys."""
+"""Checks of this machine: torch's devices, libzmq's encryption, access to the hub, key files."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pathlib import Path
 from zsl.client.doctor.check import Check, State
 from zsl.link.keys import read_client_keys
 
-BFLOAT16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})  # as Linux names them on x86 and on ARM
+BFLOAT16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})  # names on Linux, for x86 and ARM
 
 
 def check_torch() -> Check:
-    """torch's devices and threads. Imports torch."""
+    """Report torch's devices and threads. Imports torch."""
     import torch
 
     flags = _cpu_flags()
@@ -20,13 +20,13 @@ def check_torch() -> Check:
     devices = [f"cpu ({torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads{half})"]
     for index in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(index)
-        half = "bfloat16" if facts.major >= 8 else "no bfloat16"  # Ampere is the first to have it
+        half = "bfloat16" if facts.major >= 8 else "no bfloat16"  # since Ampere
         devices.append(f"cuda:{index} ({facts.name}, {facts.total_memory / 2**30:.0f} GiB, {half})")
     return Check("devices", State.OK, ", ".join(devices))
 
 
 def check_zmq() -> Check:
-    """libzmq, and whether it can encrypt."""
+    """Check that libzmq supports CURVE."""
     import zmq
 
     if not zmq.has("curve"):
@@ -40,7 +40,7 @@ def check_zmq() -> Check:
 
 
 def check_hub() -> Check:
-    """Whether models can be had from the hub. That they cannot is a fact, and no fault."""
+    """Report whether the hub can be reached. An unreachable hub is no failure."""
     from huggingface_hub import constants, is_offline_mode
 
     from zsl.models.hub import why_no_answer
@@ -54,8 +54,8 @@ def check_hub() -> Check:
 
 
 def check_keys(server_key: str | None, client_key: str | Path | None) -> Check:
-    """Whether the two keys of an encrypted connection can be used. Raises `ConfigError` if not: also for a secret
-    that others can read."""
+    """Check the two keys of an encrypted connection. Raises `ConfigError` for invalid ones, and for a secret key that
+    others can read."""
     keys = read_client_keys(server_key, client_key)
     if keys is None:
         return Check("keys", State.OK, "none given: for daemons without encryption")
@@ -64,7 +64,7 @@ def check_keys(server_key: str | None, client_key: str | Path | None) -> Check:
 
 
 def _cpu_flags() -> set[str]:
-    """What the processor can do, as Linux says it; empty elsewhere."""
+    """Return the processor's feature flags from Linux; empty on other systems."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:

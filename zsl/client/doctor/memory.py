@@ -1,4 +1,4 @@
-"""Whether a whole model fits into this machine's memory."""
+"""Estimate whether a whole model fits into this machine's memory."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import torch
 from zsl.models.reference import ModelReference
 from zsl.split.stack import causal_lm_class
 
-HEADROOM = 1.2  # of a step of few tokens, and of loading
+HEADROOM = 1.2  # for loading, and a step of few tokens
 
 
 def whole_model_bytes(reference: ModelReference, dtype: torch.dtype) -> int:
-    """What the parameters of the whole model take. Allocates none of them. Raises `ModelError`."""
+    """Return the bytes of the whole model's parameters, without allocating them. Raises `ModelError`."""
     with torch.device("meta"):
         model = causal_lm_class(reference.config)(reference.config)
     return sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
 
 
 def free_bytes(root: Path = Path("/")) -> int | None:
-    """The memory that a process may still take, of the machine or of the container; None where Linux does not say."""
+    """Return the available bytes of the machine or of the container; None if unknown."""
     free = []
     try:
         for line in (root / "proc/meminfo").read_text().splitlines():
@@ -36,7 +36,7 @@ def free_bytes(root: Path = Path("/")) -> int | None:
 
 
 def _cached_bytes(group: Path) -> int:
-    """What a container's files take of its memory, and is given up when it is needed."""
+    """Return the bytes of a container's file cache that can be reclaimed."""
     try:
         lines = (group / "memory.stat").read_text().splitlines()
     except OSError:
@@ -45,7 +45,7 @@ def _cached_bytes(group: Path) -> int:
 
 
 def does_not_fit(reference: ModelReference, dtype: torch.dtype) -> str | None:
-    """Why the whole model cannot be loaded here, in words; None if it can, as far as is known."""
+    """Return why the whole model cannot be loaded here, in words; None if it can, or if unknown."""
     needed, free = whole_model_bytes(reference, dtype) * HEADROOM, free_bytes()
     if free is None or needed <= free:
         return None

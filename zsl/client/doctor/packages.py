@@ -1,4 +1,4 @@
-"""Which packages are installed, compared with what zsl's own metadata ask for. Imports none of them."""
+"""Check installed packages against the requirements in zsl's metadata, without importing them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import zsl
 from zsl.client.doctor.check import Check, State, attempt
 
 DISTRIBUTION = "zsl-split"  # on PyPI, `zsl` is another project
-# The extras that a user may want; the others are for work on zsl itself.
+# Extras for users; the others are for work on zsl itself.
 NEEDED_FOR = {
     "gguf": "models in .gguf files",
     "quantized": "4- and 8-bit layers at the client",
@@ -25,7 +25,7 @@ NEEDED_FOR = {
 
 
 def installation_checks() -> Iterator[Check]:
-    """Python, zsl, each package that zsl asks for, and each that an extra adds."""
+    """Check Python, zsl, each required package, and each package of an extra."""
     try:
         own = metadata.metadata(DISTRIBUTION)
     except metadata.PackageNotFoundError:
