@@ -41,7 +41,7 @@ class Costs:
 
     forward: PassCost
     backward: PassCost
-    backward_from_products: PassCost
+    backward_from_linear_outputs: PassCost
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +131,7 @@ def batch_limits(costs: Costs) -> BatchLimits:
     saturated = costs.forward.fixed_seconds * (1 - SATURATED_SHARE) / SATURATED_SHARE
     budget = min(max(round(saturated / costs.forward.seconds_per_token), MIN_BATCH_TOKENS), MAX_BATCH_TOKENS)
     alone = costs.forward + costs.backward
-    merged = costs.forward + costs.backward_from_products
+    merged = costs.forward + costs.backward_from_linear_outputs
     # n alone(t) - merged(n t) = WORTHWHILE_SHARE * n alone(t), solved for t
     keep = MERGED_REQUESTS * (1 - WORTHWHILE_SHARE)
     gain = keep * alone.fixed_seconds - merged.fixed_seconds

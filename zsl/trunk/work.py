@@ -29,13 +29,13 @@ class Keep(Enum):
 
     NOTHING = 0
     INPUT = 1  # the backward computes the forward again
-    PRODUCTS = 2  # and the outputs of the linear layers: it computes only the rest between them again
+    LINEAR_OUTPUTS = 2  # and the outputs of the linear layers: it computes only the rest between them again
     GRAPH = 3  # autograd's graph instead: the backward goes at once, with those that shared the forward or not at all
-    GRAPH_AND_PRODUCTS = 4  # whichever the backward can use
+    GRAPH_AND_LINEAR_OUTPUTS = 4  # whichever the backward can use
 
     @property
     def has_graph(self) -> bool:
-        return self in (Keep.GRAPH, Keep.GRAPH_AND_PRODUCTS)
+        return self in (Keep.GRAPH, Keep.GRAPH_AND_LINEAR_OUTPUTS)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from zsl.trunk.compute.by_layers import Layer, layer_gradient, most_kept
 from zsl.trunk.compute.live_bytes import peak_bytes
 from zsl.trunk.compute.packing import alone, packed
 from zsl.trunk.compute.passes import Rows, sequences_of
-from zsl.trunk.compute.trunk_model import Middle
+from zsl.trunk.compute.trunk_model import TrunkModel
 from zsl.trunk.costs import Costs, GraphMemory, PassMemory, fit_cost, fit_graph_memory
 from zsl.trunk.work import Shape
 
@@ -72,27 +72,27 @@ class PackedForms:
     restarts: bool = False
 
 
-def find_packed_forms(middle: Middle) -> PackedForms:
+def find_packed_forms(trunk: TrunkModel) -> PackedForms:
     """Try which requests, packed into one row, give what each gives alone, forward and backward."""
-    if middle.mixes_rows or not _packs(middle, PLAIN):
+    if trunk.mixes_rows or not _packs(trunk, PLAIN):
         return PackedForms()
-    masks = not middle.masks_by_padding and _packs(middle, (*MASKED, *PLAIN))
-    return PackedForms(True, masks, _packs(middle, (*RESTARTING, *PLAIN)))
+    masks = not trunk.masks_by_padding and _packs(trunk, (*MASKED, *PLAIN))
+    return PackedForms(True, masks, _packs(trunk, (*RESTARTING, *PLAIN)))
 
 
-def _packs(middle: Middle, forms: Sequence[Form]) -> bool:
+def _packs(trunk: TrunkModel, forms: Sequence[Form]) -> bool:
     random = torch.Generator().manual_seed(SEED)
-    parts = [_request(middle, form, random) for form in forms]
+    parts = [_request(trunk, form, random) for form in forms]
     gradients = [torch.randn(part.activations.shape, generator=random).to(part.activations) for part in parts]
     shapes = [form.shape for form in forms]
     try:
-        together = _packed_results(middle, parts, shapes, gradients, pass_tokens=0)
+        together = _packed_results(trunk, parts, shapes, gradients, pass_tokens=0)
     except Exception:  # whatever a family's own code says to a packed row
         return False
-    separate = [_alone_result(middle, part, gradient) for part, gradient in zip(parts, gradients, strict=True)]
+    separate = [_alone_result(trunk, part, gradient) for part, gradient in zip(parts, gradients, strict=True)]
     # Of the largest magnitude. A family that does not pack is wrong by far more; random inputs are out of distribution
     # and amplify rounding.
-    tolerance = math.sqrt(torch.finfo(middle.dtype).eps)
+    tolerance = math.sqrt(torch.finfo(trunk.dtype).eps)
     return all(
         _close(ours, theirs, tolerance)
         for pair in zip(together, separate, strict=True)
@@ -100,7 +100,7 @@ def _packs(middle: Middle, forms: Sequence[Form]) -> bool:
     )
 
 
-def is_deterministic(middle: Middle, pass_tokens: int, forms: PackedForms) -> bool:
+def is_deterministic(trunk: TrunkModel, pass_tokens: int, forms: PackedForms) -> bool:
     """Try if a request's output and gradient are the same bits in random company, in passes of `pass_tokens`."""
     random = torch.Generator().manual_seed(SEED)
 
@@ -113,16 +113,16 @@ def is_deterministic(middle: Middle, pass_tokens: int, forms: PackedForms) -> bo
         room = pass_tokens - form.shape.total_tokens
         if room < 0:
             continue
-        probe = _request(middle, form, random)
+        probe = _request(trunk, form, random)
         gradient = torch.randn(probe.activations.shape, generator=random).to(probe.activations)
-        (expected,) = _packed_results(middle, [probe], [form.shape], [gradient], pass_tokens=pass_tokens)
+        (expected,) = _packed_results(trunk, [probe], [form.shape], [gradient], pass_tokens=pass_tokens)
         for _ in range(COMPOSITIONS if form is probes[0] else COMPOSITIONS_OF_A_FORM):
             neighbours = _random_forms(room, special, below)
             place = below(len(neighbours) + 1)
-            company = [_request(middle, one, random) for one in neighbours]
+            company = [_request(trunk, one, random) for one in neighbours]
             gradients = [torch.randn(one.activations.shape, generator=random).to(probe.activations) for one in company]
             found = _packed_results(
-                middle,
+                trunk,
                 [*company[:place], probe, *company[place:]],
                 [*(one.shape for one in neighbours[:place]), form.shape, *(one.shape for one in neighbours[place:])],
                 [*gradients[:place], gradient, *gradients[place:]],
@@ -145,54 +145,54 @@ def _random_forms(room: int, special: Sequence[Form], below: Callable[[int], int
     return forms
 
 
-def measure_costs(middle: Middle, clock: Callable[[], float] = time.perf_counter) -> Costs:
+def measure_costs(trunk: TrunkModel, clock: Callable[[], float] = time.perf_counter) -> Costs:
     """The fitted costs of this trunk on this device, from a few short passes."""
     random = torch.Generator().manual_seed(SEED)
-    samples: dict[str, list[tuple[int, float]]] = {"forward": [], "backward": [], "products": []}
+    samples: dict[str, list[tuple[int, float]]] = {"forward": [], "backward": [], "linear_outputs": []}
     for tokens in COST_TOKENS:
-        part = alone(_request(middle, plain(1, tokens), random)).inputs
+        part = alone(_request(trunk, plain(1, tokens), random)).inputs
         gradient = torch.ones_like(part.activations)
-        _, products = middle.forward_with_products(part)  # and warm up
+        _, linear_outputs = trunk.forward_with_linear_outputs(part)  # and warm up
         best = {name: float("inf") for name in samples}
         begun = clock()
         repeats = 0
         while repeats < COST_REPEATS or clock() - begun < COST_SECONDS:
             repeats += 1
-            graph, forward_seconds = _timed(lambda: middle.graph(part), middle.device, clock)  # noqa: B023
-            _, backward_seconds = _timed(lambda: graph.gradients(gradient), middle.device, clock)  # noqa: B023
-            _, products_seconds = _timed(
-                lambda: middle.graph(part, products).gradients(gradient),  # noqa: B023
-                middle.device,
+            graph, forward_seconds = _timed(lambda: trunk.graph(part), trunk.device, clock)  # noqa: B023
+            _, backward_seconds = _timed(lambda: graph.gradients(gradient), trunk.device, clock)  # noqa: B023
+            _, linear_outputs_seconds = _timed(
+                lambda: trunk.graph(part, linear_outputs).gradients(gradient),  # noqa: B023
+                trunk.device,
                 clock,
             )
-            for name, seconds in zip(samples, (forward_seconds, backward_seconds, products_seconds), strict=True):
+            for name, seconds in zip(samples, (forward_seconds, backward_seconds, linear_outputs_seconds), strict=True):
                 best[name] = min(best[name], seconds)
         for name, seconds in best.items():
             samples[name].append((tokens, seconds))
-    forward, backward, from_products = (fit_cost(samples[name]) for name in samples)
-    return Costs(forward, backward, from_products)
+    forward, backward, from_linear_outputs = (fit_cost(samples[name]) for name in samples)
+    return Costs(forward, backward, from_linear_outputs)
 
 
-def measure_graph_memory(middle: Middle) -> GraphMemory:
+def measure_graph_memory(trunk: TrunkModel) -> GraphMemory:
     """What the graphs of this trunk keep, from three of them."""
     random, samples = torch.Generator().manual_seed(SEED), []
     for tokens in MEMORY_TOKENS:
-        graph, products = middle.graph_to_keep(_request(middle, plain(1, tokens), random), with_products=True)
-        samples.append((tokens, graph.nbytes + (0 if products is None else products.nbytes)))
+        graph, linear_outputs = trunk.graph_to_keep(_request(trunk, plain(1, tokens), random), with_linear_outputs=True)
+        samples.append((tokens, graph.nbytes + (0 if linear_outputs is None else linear_outputs.nbytes)))
     return fit_graph_memory(samples)
 
 
-def measure_pass_memory(middle: Middle, graph_memory: GraphMemory) -> PassMemory:
+def measure_pass_memory(trunk: TrunkModel, graph_memory: GraphMemory) -> PassMemory:
     """What a backward takes that goes layer by layer, from the first and the last layer alone."""
     random, samples, kept = torch.Generator().manual_seed(SEED), [], 0
     for tokens in LAYER_TOKENS:
         # A mask with a hole: what families make of it grows with the square of a row.
         mask = ((0, *(1,) * (tokens - 1)),)
-        rows = _request(middle, Form(Shape(1, tokens, (tokens,), frozenset({0})), mask), random)
-        with middle.separate_layers(rows) as layers:
+        rows = _request(trunk, Form(Shape(1, tokens, (tokens,), frozenset({0})), mask), random)
+        with trunk.separate_layers(rows) as layers:
             if not layers:
                 return PassMemory(graph_memory, 0)
-            kept = most_kept(len(layers)) * middle.hidden_size * middle.dtype.itemsize
+            kept = most_kept(len(layers)) * trunk.hidden_size * trunk.dtype.itemsize
             nbytes = max(_layer_bytes(layer, rows.activations) for layer in (layers[0], layers[-1]))
         samples.append((tokens, round(nbytes * BESIDE_TENSORS)))
     return PassMemory(fit_graph_memory(samples), kept)
@@ -210,24 +210,24 @@ def _timed(run: Callable[[], Timed], device: torch.device, clock: Callable[[], f
     return result, clock() - begun
 
 
-def _request(middle: Middle, form: Form, random: torch.Generator) -> Rows:
+def _request(trunk: TrunkModel, form: Form, random: torch.Generator) -> Rows:
     """A random request of this form."""
 
     def beside(bits: Bits | None) -> torch.Tensor | None:
-        return None if bits is None else torch.tensor(bits, device=middle.device)
+        return None if bits is None else torch.tensor(bits, device=trunk.device)
 
-    shape = (form.shape.rows, form.shape.tokens, middle.hidden_size)
-    activations = torch.randn(shape, generator=random).to(middle.device, middle.dtype)
+    shape = (form.shape.rows, form.shape.tokens, trunk.hidden_size)
+    activations = torch.randn(shape, generator=random).to(trunk.device, trunk.dtype)
     return Rows(activations, beside(form.attention_mask), beside(form.position_ids))
 
 
-def _alone_result(middle: Middle, part: Rows, gradient: torch.Tensor) -> Result:
-    graph = middle.graph(part)
+def _alone_result(trunk: TrunkModel, part: Rows, gradient: torch.Tensor) -> Result:
+    graph = trunk.graph(part)
     return graph.output.detach(), graph.gradients(gradient)
 
 
 def _packed_results(
-    middle: Middle,
+    trunk: TrunkModel,
     parts: Sequence[Rows],
     shapes: Sequence[Shape],
     gradients: Sequence[torch.Tensor],
@@ -236,10 +236,10 @@ def _packed_results(
 ) -> list[Result]:
     """Output and gradient of each part, computed as the daemon does: a forward, then a backward from its products."""
     sequences = [sequences_of(part, shape) for part, shape in zip(parts, shapes, strict=True)]
-    joined = packed(sequences, [(shape.rows, shape.tokens) for shape in shapes], pass_tokens=pass_tokens)
-    output, products = middle.forward_with_products(joined.inputs)
-    at_input = middle.graph(joined.inputs, products).gradients(joined.join(gradients))
-    return list(zip(joined.split(output), joined.split(at_input), strict=True))
+    merged = packed(sequences, [(shape.rows, shape.tokens) for shape in shapes], pass_tokens=pass_tokens)
+    output, linear_outputs = trunk.forward_with_linear_outputs(merged.inputs)
+    at_input = trunk.graph(merged.inputs, linear_outputs).gradients(merged.join(gradients))
+    return list(zip(merged.split(output), merged.split(at_input), strict=True))
 
 
 def _close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) -> bool:

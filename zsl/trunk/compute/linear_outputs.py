@@ -27,7 +27,7 @@ TENSOR_BYTES = 1408
 
 
 @dataclass(frozen=True, slots=True)
-class Products:
+class LinearOutputs:
     """The outputs `[tokens, features]` of all linear layers, in the order of their calls, for one request."""
 
     outputs: tuple[torch.Tensor, ...]
@@ -41,21 +41,21 @@ class Products:
         """The memory of the tensors beside their elements, which each member of a pass takes for its own."""
         return TENSOR_BYTES * len(self.outputs)
 
-    def split(self, sizes: Sequence[int]) -> list[Products]:
+    def split(self, sizes: Sequence[int]) -> list[LinearOutputs]:
         """The products of each of the requests that shared a pass, in its memory."""
         parts = zip(*(output.split(list(sizes)) for output in self.outputs), strict=True)
-        return [Products(of_one) for of_one in parts]
+        return [LinearOutputs(of_one) for of_one in parts]
 
-    def copied(self) -> Products:
+    def copied(self) -> LinearOutputs:
         """The same in memory of their own."""
-        return Products(tuple(output.clone() for output in self.outputs))
+        return LinearOutputs(tuple(output.clone() for output in self.outputs))
 
     @staticmethod
-    def joined(parts: Sequence[Products]) -> Products:
+    def merged(parts: Sequence[LinearOutputs]) -> LinearOutputs:
         """The products of a pass that these requests share."""
         if len(parts) == 1:
             return parts[0]
-        return Products(tuple(torch.cat(outputs) for outputs in zip(*(p.outputs for p in parts), strict=True)))
+        return LinearOutputs(tuple(torch.cat(outputs) for outputs in zip(*(p.outputs for p in parts), strict=True)))
 
 
 class LinearLayers:
@@ -70,7 +70,7 @@ class LinearLayers:
                 module.forward = partial(self._forward, module, module.forward)
 
     @contextmanager
-    def recording(self, rows: int, tokens: int) -> Iterator[Callable[[], Products | None]]:
+    def recording(self, rows: int, tokens: int) -> Iterator[Callable[[], LinearOutputs | None]]:
         """Record a pass `[rows, tokens, …]`. What is yielded gives the products when the pass has ended, or None
         if the model has written into an output since."""
         self._layout, self._recorded = (rows, tokens), []
@@ -81,9 +81,9 @@ class LinearLayers:
             self._layout = self._recorded = None
 
     @contextmanager
-    def replaying(self, rows: int, tokens: int, products: Products) -> Iterator[None]:
+    def replaying(self, rows: int, tokens: int, linear_outputs: LinearOutputs) -> Iterator[None]:
         """Within it the linear layers return what was recorded, and differentiate as if they had computed it."""
-        self._layout, self._replayed = (rows, tokens), iter(products.outputs)
+        self._layout, self._replayed = (rows, tokens), iter(linear_outputs.outputs)
         try:
             yield
         finally:
@@ -101,17 +101,17 @@ class LinearLayers:
             return output
         product = next(self._replayed).view(*x.shape[:2], -1)
         weight = module.weight.t() if isinstance(module, Conv1D) else module.weight
-        result: torch.Tensor = _KnownProduct.apply(x, weight, product)  # type: ignore[no-untyped-call]
+        result: torch.Tensor = _KnownOutput.apply(x, weight, product)  # type: ignore[no-untyped-call]
         return result
 
 
-def _unchanged(recorded: list[tuple[torch.Tensor, int]]) -> Products | None:
+def _unchanged(recorded: list[tuple[torch.Tensor, int]]) -> LinearOutputs | None:
     if any(output._version != version for output, version in recorded):
         return None
-    return Products(tuple(output.flatten(0, 1) for output, _ in recorded))
+    return LinearOutputs(tuple(output.flatten(0, 1) for output, _ in recorded))
 
 
-class _KnownProduct(torch.autograd.Function):
+class _KnownOutput(torch.autograd.Function):
     """A linear layer whose output is known: only its backward computes."""
 
     @staticmethod

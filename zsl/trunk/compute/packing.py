@@ -14,14 +14,14 @@ from typing import TypeVar
 import torch
 import torch.nn.functional as F
 
-from zsl.trunk.compute.linear_outputs import Products
+from zsl.trunk.compute.linear_outputs import LinearOutputs
 from zsl.trunk.compute.passes import Pass, Rows, Sequences, joined_sequences
 
 Part = TypeVar("Part")
 
 
 @dataclass(frozen=True, slots=True)
-class Joined:
+class MergedPass:
     """A pass for several requests. `order` says which request stands at each place, `filling` how many tokens of
     nobody end it."""
 
@@ -51,28 +51,28 @@ class Joined:
             [part.view(*shape, -1) for part, shape in zip(parts, self.shapes, strict=True)]
         )
 
-    def join_products(self, products: Sequence[Products]) -> Products:
+    def join_linear_outputs(self, linear_outputs: Sequence[LinearOutputs]) -> LinearOutputs:
         """The products of the requests as those of the pass."""
-        joined = Products.joined([products[index] for index in self.order])
-        return Products(tuple(_filled(output, self.filling) for output in joined.outputs))
+        merged = LinearOutputs.merged([linear_outputs[index] for index in self.order])
+        return LinearOutputs(tuple(_filled(output, self.filling) for output in merged.outputs))
 
-    def split_products(self, products: Products) -> list[Products]:
+    def split_linear_outputs(self, linear_outputs: LinearOutputs) -> list[LinearOutputs]:
         """The products of the pass as one a request."""
-        return self._in_order_of_requests(products.split(self._spans)[: len(self.order)])
+        return self._in_order_of_requests(linear_outputs.split(self._spans)[: len(self.order)])
 
     def _in_order_of_requests(self, parts: Sequence[Part]) -> list[Part]:
         by_request = dict(zip(self.order, parts, strict=True))
         return [by_request[index] for index in range(len(parts))]
 
 
-def alone(part: Pass) -> Joined:
+def alone(part: Pass) -> MergedPass:
     """A request by itself, in its own shape: what the client's whole model would compute."""
-    return Joined(part, (0,), ((part.rows, part.tokens),))
+    return MergedPass(part, (0,), ((part.rows, part.tokens),))
 
 
 def packed(
     parts: Sequence[Sequences], shapes: Sequence[tuple[int, int]] | None = None, *, pass_tokens: int = 0
-) -> Joined:
+) -> MergedPass:
     """One row of all sequences; with `pass_tokens`, filled with zeros up to that length.
 
     `shapes`: rows and tokens of each request, if not one row.
@@ -83,10 +83,10 @@ def packed(
     inputs = joined_sequences([parts[index] for index in order], filling=filling, invariant=pass_tokens > 0)
     if shapes is None:
         shapes = [(1, part.tokens) for part in parts]
-    return Joined(inputs, tuple(order), tuple(shapes[index] for index in order), filling)
+    return MergedPass(inputs, tuple(order), tuple(shapes[index] for index in order), filling)
 
 
-def stacked(parts: Sequence[Rows]) -> Joined:
+def stacked(parts: Sequence[Rows]) -> MergedPass:
     """Rows on rows, for requests with rows of equal length and the same tensors beside them."""
 
     def rows(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
@@ -100,7 +100,7 @@ def stacked(parts: Sequence[Rows]) -> Joined:
         rows([part.attention_mask for part in parts]),
         rows([part.position_ids for part in parts]),
     )
-    return Joined(inputs, tuple(range(len(parts))), tuple((part.rows, part.tokens) for part in parts))
+    return MergedPass(inputs, tuple(range(len(parts))), tuple((part.rows, part.tokens) for part in parts))
 
 
 def _filled(flat: torch.Tensor, filling: int) -> torch.Tensor:

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from zsl.split.stack import find_stack
 from zsl.trunk.compute.attention import flash_is_slow, layout_of, segments_attention
 from zsl.trunk.compute.by_layers import Layer, gradients_by_layers
-from zsl.trunk.compute.linear_outputs import LinearLayers, Products
+from zsl.trunk.compute.linear_outputs import LinearLayers, LinearOutputs
 from zsl.trunk.compute.passes import Pass, Sequences
 from zsl.wire.messages import Cut
 
@@ -74,7 +74,7 @@ class _Separated:
         return entering
 
 
-class Middle:
+class TrunkModel:
     """Calls a model made by `zsl.models.loading.load_trunk_part`. Not for two threads at once."""
 
     def __init__(self, model: PreTrainedModel, cut: Cut) -> None:
@@ -129,21 +129,21 @@ class Middle:
         with torch.no_grad():
             return self._run(inputs, inputs.activations)
 
-    def forward_with_products(self, inputs: Pass) -> tuple[torch.Tensor, Products | None]:
+    def forward_with_linear_outputs(self, inputs: Pass) -> tuple[torch.Tensor, LinearOutputs | None]:
         """The same, and the products of the linear layers (None if the model does not let them be)."""
-        with self._linear_layers.recording(inputs.rows, inputs.tokens) as products:
+        with self._linear_layers.recording(inputs.rows, inputs.tokens) as linear_outputs:
             output = self.forward(inputs)
-        return output, products()
+        return output, linear_outputs()
 
-    def graph(self, inputs: Pass, products: Products | None = None) -> Graph:
+    def graph(self, inputs: Pass, linear_outputs: LinearOutputs | None = None) -> Graph:
         """The same, with the autograd graph from input to output, to be used at once.
 
         With the `products` of its forward, no linear layer computes again.
         """
         leaf = inputs.activations.detach().requires_grad_()
         linear_layers: AbstractContextManager[object] = nullcontext()
-        if products is not None:
-            linear_layers = self._linear_layers.replaying(inputs.rows, inputs.tokens, products)
+        if linear_outputs is not None:
+            linear_layers = self._linear_layers.replaying(inputs.rows, inputs.tokens, linear_outputs)
         with torch.enable_grad(), linear_layers:
             return Graph(leaf, self._run(inputs, leaf), 0)
 
@@ -171,16 +171,16 @@ class Middle:
         with self._attend():
             yield separated.layers if separated.complete else []
 
-    def graph_to_keep(self, inputs: Pass, *, with_products: bool) -> tuple[Graph, Products | None]:
+    def graph_to_keep(self, inputs: Pass, *, with_linear_outputs: bool) -> tuple[Graph, LinearOutputs | None]:
         """A graph with the memory that it keeps, and the products for a backward that shares its pass."""
         leaf = inputs.activations.detach().requires_grad_()
         # Measured once for each form of input: to watch what autograd saves slows small passes down.
         form = _form(inputs)
         nbytes = None if form is None else self._graph_bytes.get(form)
         with ExitStack() as stack:
-            products = None
-            if with_products:
-                products = stack.enter_context(self._linear_layers.recording(inputs.rows, inputs.tokens))
+            linear_outputs = None
+            if with_linear_outputs:
+                linear_outputs = stack.enter_context(self._linear_layers.recording(inputs.rows, inputs.tokens))
             stack.enter_context(torch.enable_grad())
             if nbytes is None:
                 output, nbytes = self._measured(lambda: self._run(inputs, leaf))
@@ -188,7 +188,7 @@ class Middle:
                     self._graph_bytes[form] = nbytes
             else:
                 output = self._run(inputs, leaf)
-        return Graph(leaf, output, nbytes), products() if products else None
+        return Graph(leaf, output, nbytes), linear_outputs() if linear_outputs else None
 
     def _measured(self, run: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, int]:
         """What `run` returns, and the bytes that its graph keeps."""

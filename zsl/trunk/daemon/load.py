@@ -23,7 +23,7 @@ from zsl.trunk.compute.calibrate import (
     measure_pass_memory,
 )
 from zsl.trunk.compute.engine import TorchCompute
-from zsl.trunk.compute.trunk_model import Middle
+from zsl.trunk.compute.trunk_model import TrunkModel
 from zsl.trunk.costs import UNKNOWN_COSTS, BatchLimits, batch_limits
 from zsl.trunk.malloc import give_back_freed_memory
 from zsl.trunk.settings import TrunkInfo, TrunkTraits
@@ -65,26 +65,26 @@ class TrunkPlan:
             model.to(self.device)  # type: ignore[arg-type]
         except RuntimeError as error:
             raise StartupError(f"the trunk cannot be moved to {self.device}: {str(error).splitlines()[0]}") from error
-        middle = Middle(model, self.cut)
-        forms = find_packed_forms(middle)
+        trunk = TrunkModel(model, self.cut)
+        forms = find_packed_forms(trunk)
         costs = UNKNOWN_COSTS
         limits = BatchLimits()
         if deterministic:
             pass_tokens = max_batch_tokens or DETERMINISTIC_PASS_TOKENS
             limits = BatchLimits(pass_tokens, pass_tokens)
-            deterministic = forms.plain and is_deterministic(middle, pass_tokens, forms)
+            deterministic = forms.plain and is_deterministic(trunk, pass_tokens, forms)
         elif max_batch_tokens is None or merge_below_tokens is None:
-            costs = measure_costs(middle)
+            costs = measure_costs(trunk)
             limits = batch_limits(costs)
         limits = BatchLimits(
             limits.max_batch_tokens if max_batch_tokens is None else max_batch_tokens,
             limits.merge_below_tokens if merge_below_tokens is None else merge_below_tokens,
         )
-        graph_memory = measure_graph_memory(middle)
-        pass_memory = measure_pass_memory(middle, graph_memory)
+        graph_memory = measure_graph_memory(trunk)
+        pass_memory = measure_pass_memory(trunk, graph_memory)
         traits = TrunkTraits(
-            parameters=middle.parameter_count,
-            merges=not middle.mixes_rows and limits.merge_below_tokens > 0,
+            parameters=trunk.parameter_count,
+            merges=not trunk.mixes_rows and limits.merge_below_tokens > 0,
             packs=forms.plain,
             packs_masks=forms.masks,
             packs_restarts=forms.restarts,
@@ -98,7 +98,7 @@ class TrunkPlan:
             # The baseline of what it may grow by: without what loading and measuring have left.
             gc.collect()
             give_back_freed_memory()
-        return TorchCompute(middle, traits, pass_memory_bytes=pass_memory_bytes)
+        return TorchCompute(trunk, traits, pass_memory_bytes=pass_memory_bytes)
 
 
 def plan_trunk(model: str, cut: Cut | None, dtype: torch.dtype, device: str, *, forward_only: bool) -> TrunkPlan:

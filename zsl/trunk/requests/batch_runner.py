@@ -130,7 +130,7 @@ class BatchRunner:
             return Keep.INPUT
         if request.sharing == Alone():
             return Keep.GRAPH
-        return Keep.PRODUCTS if self._traits.deterministic else Keep.GRAPH_AND_PRODUCTS
+        return Keep.LINEAR_OUTPUTS if self._traits.deterministic else Keep.GRAPH_AND_LINEAR_OUTPUTS
 
     def _finish_batch(self, batch: Finished[Request]) -> None:
         self._give_back.freed(self._clock())

@@ -65,7 +65,7 @@ class Anticipation:
     """Learns when clients come again. Jobs that share a pass save the fixed part of its cost."""
 
     def __init__(self, costs: Costs) -> None:
-        backward = min(costs.backward.fixed_seconds, costs.backward_from_products.fixed_seconds)
+        backward = min(costs.backward.fixed_seconds, costs.backward_from_linear_outputs.fixed_seconds)
         self._fixed_seconds = {Kind.FORWARD: costs.forward.fixed_seconds, Kind.BACKWARD: backward}
         self._clients: defaultdict[Hashable, _Client] = defaultdict(_Client)
         self._expected: defaultdict[_Pass, list[_Expected]] = defaultdict(list)  # the soonest first

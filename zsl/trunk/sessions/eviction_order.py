@@ -11,13 +11,13 @@ StepKey = tuple[bytes, int]  # session and step
 _Place = tuple[int, int]  # how costly (0: the costliest), number of its arrival
 
 _COSTLIEST_FIRST = {
-    keep: rank for rank, keep in enumerate((Keep.GRAPH_AND_PRODUCTS, Keep.GRAPH, Keep.PRODUCTS, Keep.INPUT))
+    keep: rank for rank, keep in enumerate((Keep.GRAPH_AND_LINEAR_OUTPUTS, Keep.GRAPH, Keep.LINEAR_OUTPUTS, Keep.INPUT))
 }
 # Entries of steps that are gone stay in the heap until they are more than the others, and at least so many.
 _STALE_ENTRIES = 64
 
 
-class GiveUpOrder:
+class EvictionOrder:
     """Steps with the memory that each takes. Adding, removing and finding the first cost O(log n), amortized."""
 
     def __init__(self) -> None:

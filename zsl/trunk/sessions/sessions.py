@@ -16,7 +16,7 @@ from itertools import count
 
 from zsl.errors import QuotaError, UnknownSessionError
 from zsl.trunk.access.tenants import Tenant
-from zsl.trunk.sessions.eviction_order import GiveUpOrder
+from zsl.trunk.sessions.eviction_order import EvictionOrder
 from zsl.trunk.work import Held
 
 # A client says something every few seconds. One that has not for so long may have died, and makes room for another.
@@ -68,8 +68,8 @@ class Sessions:
         self._sessions: dict[bytes, Session] = {}
         self._by_peer: dict[bytes, Session] = {}
         self._by_owner: dict[Hashable, dict[bytes, Session]] = {}
-        self._held = GiveUpOrder()
-        self._held_of: defaultdict[Hashable, GiveUpOrder] = defaultdict(GiveUpOrder)  # by tenant
+        self._held = EvictionOrder()
+        self._held_of: defaultdict[Hashable, EvictionOrder] = defaultdict(EvictionOrder)  # by tenant
         self._arrivals = count()
 
     def __len__(self) -> int:
@@ -186,7 +186,7 @@ class Sessions:
             self._demote_until(self._held_of[tenant.public_key], tenant.max_stash_bytes)
         self._demote_until(self._held, self._stash_memory_bytes)
 
-    def _demote_until(self, held: GiveUpOrder, nbytes: int) -> None:
+    def _demote_until(self, held: EvictionOrder, nbytes: int) -> None:
         """Give up the costliest stashes, and of these the oldest, until no more than `nbytes` are held."""
         while held.nbytes > nbytes:
             session_id, step = held.first()
@@ -217,7 +217,7 @@ class Sessions:
             arrival = order.remove((session.id, step))
         return held, arrival
 
-    def _orders_of(self, session: Session) -> list[GiveUpOrder]:
+    def _orders_of(self, session: Session) -> list[EvictionOrder]:
         return [self._held] if session.tenant is None else [self._held, self._held_of[session.owner]]
 
     def _of(self, tenant: Tenant) -> dict[bytes, Session]:
