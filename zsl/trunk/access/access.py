@@ -1,4 +1,4 @@
-"""Who may reach the daemon: whom it listens to, its keys and its list of tenants. Knows no torch."""
+"""Access options of the daemon: read its keys and tenants, check its listening address. No torch."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ SERVER_KEY_FILE = "server.key_secret"
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """The daemon's own keys, and who gets in."""
+    """The daemon's own key pair, and the list of tenants that may connect."""
 
     keys: KeyPair
     allowlist: Allowlist
 
 
 def read_access(keys: Path | None, tenants: Path | None) -> Access | None:
-    """What is in the directory of keys and the file of tenants; None without either.
+    """Read the directory of keys and the file of tenants; None if neither is given.
 
-    Raises `ConfigError`, also for one without the other.
+    Raises `ConfigError` for an invalid file, or for one option without the other.
     """
     if keys is None and tenants is None:
         return None
@@ -37,7 +37,7 @@ def read_access(keys: Path | None, tenants: Path | None) -> Access | None:
 
 
 def check_address(host: str, *, encrypted: bool, insecure: bool) -> None:
-    """Raises `StartupError` for an address that others can reach, unless nobody unknown can do harm there."""
+    """Raise `StartupError` for an address that others can reach, unless encrypted or `--insecure`."""
     if encrypted or insecure or _is_loopback(host):
         return
     raise StartupError(

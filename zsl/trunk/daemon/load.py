@@ -1,5 +1,6 @@
-"""From a model reference to a trunk that can be served: what is known before the weights are loaded, and the
-computation after. Used by the daemon, and by whoever serves a trunk from Python.
+"""Plan and load a trunk: check the model reference without weights, then load and calibrate it.
+
+Used by the daemon, and by programs that serve a trunk from Python.
 """
 
 from __future__ import annotations
@@ -30,15 +31,15 @@ from zsl.trunk.settings import TrunkInfo, TrunkTraits
 from zsl.wire.messages import Cut
 from zsl.wire.tensors import float_wire_name
 
-# For a model whose configuration states no number of positions.
+# For a model whose configuration states no maximum position.
 DEFAULT_ROW_TOKENS = 32_768
-# The length of a pass of a deterministic trunk. Not measured: two starts of a daemon must agree on it.
+# Length of a pass of a deterministic trunk. Fixed, not measured: it must be equal after a restart.
 DETERMINISTIC_PASS_TOKENS = 256
 
 
 @dataclass(frozen=True)
 class TrunkPlan:
-    """Which trunk to serve, checked, with nothing loaded."""
+    """A valid model, cut, dtype and device to serve. Holds no weights."""
 
     reference: ModelReference
     cut: Cut
@@ -54,10 +55,10 @@ class TrunkPlan:
         deterministic: bool = False,
         pass_memory_bytes: int | None = None,
     ) -> TorchCompute:
-        """Load the weights, and find out what the trunk can do. Raises `ModelError` or `StartupError`.
+        """Load the weights, and calibrate the trunk. Raises `ModelError` or `StartupError`.
 
-        A batch size that is not given follows from what passes cost. With `deterministic` every pass that may be
-        shared has `max_batch_tokens` tokens; whether that holds what it is for, the traits of the result say.
+        Batch sizes that are None follow from measured costs. With `deterministic`, every pass that may be shared has
+        `max_batch_tokens` tokens; `traits.deterministic` of the result tells whether the self-test passed.
         A backward whose graph would take more than `pass_memory_bytes` is computed layer by layer.
         """
         model = load_trunk_part(self.reference, self.cut, self.dtype)
@@ -95,14 +96,14 @@ class TrunkPlan:
             pass_memory=pass_memory,
         )
         if pass_memory_bytes is not None:
-            # The baseline of what it may grow by: without what loading and measuring have left.
+            # The resident size is the baseline of the growth: free what loading and calibration left.
             gc.collect()
             give_back_freed_memory()
         return TorchCompute(trunk, traits, pass_memory_bytes=pass_memory_bytes)
 
 
 def plan_trunk(model: str, cut: Cut | None, dtype: torch.dtype, device: str, *, forward_only: bool) -> TrunkPlan:
-    """Resolve and check everything that needs no weights. Raises `ModelError` or `StartupError`."""
+    """Resolve and check model, cut and device, without weights. Raises `ModelError` or `StartupError`."""
     reference = resolve(model)
     check_can_be_split(reference.config)  # before its files are read
     layers = layer_count(reference.config)
@@ -122,14 +123,14 @@ def plan_trunk(model: str, cut: Cut | None, dtype: torch.dtype, device: str, *, 
 
 
 def default_cut(layers: int) -> Cut:
-    """Two layers at each end for the client, as in GPT-2's 2:10."""
+    """Return the cut that leaves two layers at each end to the client. Raises `ModelError` under 5 layers."""
     if layers < 5:
         raise ModelError(f"a model of {layers} layers has no default cut; choose one with --cut START:STOP")
     return Cut(start=2, stop=layers - 2)
 
 
 def checked_device(name: str) -> torch.device:
-    """The torch device of this name. Raises `StartupError` if this machine does not have it."""
+    """Return the torch device of this name. Raises `StartupError` if it is invalid or missing."""
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
