@@ -1,9 +1,9 @@
-"""Handlers of the messages that the daemon receives.
+"""Message handlers of the daemon, one per message type: sessions, requests, pings and status.
 
     receive → tenant → decode → match → session → table of requests, or answer
 
-Sessions are opened, resumed and closed here; work is checked and queued, and the batch runner does the rest. Runs on
-the loop, and never waits. Knows no torch.
+Handlers open, resume and close sessions, and validate and queue requests; the batch runner runs them. They run on the
+loop and never block. Imports no torch.
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class _Sender:
-    """The connection that a message came on, and its tenant where there are keys."""
+    """The connection of a message, and its tenant if the daemon has keys."""
 
     peer: bytes
     tenant: Tenant | None
 
 
 class Handlers:
-    """Handle messages. Where there is an `allowlist`, only from tenants on it."""
+    """Handles messages; with an `allowlist`, only those from its tenants."""
 
     def __init__(
         self,
@@ -85,10 +85,10 @@ class Handlers:
         self._allowlist = allowlist
         self._clock = clock
         self._is_draining = is_draining
-        self._forbidden: set[bytes] = set()  # connections that were told so once
+        self._forbidden: set[bytes] = set()  # connections that were sent a ForbiddenError
 
     def receive(self, peer: bytes, tenant_key: str, frames: list[Frame]) -> None:
-        """Handle a message, and answer an invalid one with its error."""
+        """Handle a message, and answer an invalid one with an error."""
         tenant = None if self._allowlist is None else self._allowlist.by_key(tenant_key)
         if self._allowlist is not None and tenant is None:
             self._refuse(peer)
@@ -109,7 +109,7 @@ class Handlers:
             self._answers.send_error(peer, error, request=getattr(header, "request", None), session=session)
 
     def close_session(self, session: Session, why: str) -> None:
-        """Close a session: drop the steps held for it, and abandon its requests."""
+        """Close a session: drop its held steps, and abandon its requests. `why` is logged."""
         self._sessions.close(session.id)
         self._requests.close(session)
         for peer in session.peers:
@@ -118,11 +118,11 @@ class Handlers:
         logger.info("session %s ended: %s", session.id.hex()[:8], why)
 
     def forget_gone_peers(self) -> None:
-        """Forget the refused connections that are not there any more."""
+        """Forget refused connections that have closed."""
         self._forbidden = {peer for peer in self._forbidden if self._router.is_connected(peer)}
 
     def _refuse(self, peer: bytes) -> None:
-        """Refuse a key that was taken off the list: tell it once, then cut it off."""
+        """Refuse a key that is no longer on the list: send one error, then disconnect."""
         if peer in self._forbidden:
             self._forbidden.discard(peer)
             self._router.cut(peer)
@@ -131,7 +131,7 @@ class Handlers:
         self._answers.send_error(peer, ForbiddenError(), request=None, session=None)
 
     def _handle(self, sender: _Sender, header: Header, frames: Sequence[Frame]) -> None:
-        """Handle a valid message. Raises `WireError`."""
+        """Dispatch a decoded message by its type. Raises `WireError`."""
         now = self._clock()
         match header:
             case Hello():
@@ -154,7 +154,7 @@ class Handlers:
     def _hello(self, sender: _Sender, header: Hello, now: float) -> None:
         intake = self._intake
         session = self._sessions.of_peer(sender.peer, sender.tenant)
-        if session is None or session.hello != header.request:  # otherwise it was delivered twice
+        if session is None or session.hello != header.request:  # else a duplicate delivery
             check_wanted(intake.info, header)
             session = self._resumed(sender, header, now) or self._opened(sender, header, now)
         limits = self._limits_of(sender.tenant)
@@ -164,7 +164,7 @@ class Handlers:
             self.close_session(session, "its client has gone before it was open")
 
     def _limits_of(self, tenant: Tenant | None) -> Limits:
-        """Bound a client's credit by its own limits and its tenant's."""
+        """Return the limits of a session, lowered to those of its tenant."""
         limits = self._intake.limits
         if tenant is None:
             return limits
@@ -181,7 +181,7 @@ class Handlers:
         except UnknownSessionError:
             return None
         for peer in old_peers:
-            self._router.cut(peer)  # what waits there for its client is answered here
+            self._router.cut(peer)  # answers unsent on it are repeated on the new one
         logger.info("session %s has a new connection", session.id.hex()[:8])
         return session
 
