@@ -1,5 +1,6 @@
-"""What a loaded trunk can do, found out by trying: which forms of requests its family packs, whether packed passes of
-one length are the same bit for bit whoever shares them, and what its passes cost. Takes a few passes at start.
+"""Start-up calibration of a loaded trunk: test packing and determinism, measure costs and memory.
+
+Runs a few passes with random inputs.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from zsl.trunk.work import Shape
 COST_TOKENS = (8, 96)
 MEMORY_TOKENS = (8, 48, 96)
 LAYER_TOKENS = (16, 64, 256)
-# The memory of a layer's backward by its tensors': kernels copy what they multiply, and what is freed lies between
-# what is not. 1.4 to 1.6 on Linux.
+# Ratio of the resident memory of a layer's backward to that of its tensors, from copies in kernels and fragmentation:
+# 1.4 to 1.6 on Linux.
 BESIDE_TENSORS = 1.6
-# Of repeated measurements the shortest counts: at least so many, and more while they are short.
+# The fastest of repeated measurements counts: at least this many, and for at least this time.
 COST_REPEATS = 3
 COST_SECONDS = 0.2
 COMPOSITIONS, COMPOSITIONS_OF_A_FORM = 12, 4
@@ -39,7 +40,7 @@ Bits = tuple[tuple[int, ...], ...]
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """The shape of a request, and what it brings along: a mask or positions, as rows of numbers."""
+    """Shape of a test request, with an optional mask and positions as rows of integers."""
 
     shape: Shape
     attention_mask: Bits | None = None
@@ -65,7 +66,7 @@ RESTARTING = (
 
 @dataclass(frozen=True, slots=True)
 class PackedForms:
-    """Forms of requests that a family packs: plain ones, those with a mask, those whose positions start again."""
+    """Forms of requests that a family packs: plain, with a mask, and with positions that start again in a row."""
 
     plain: bool = False
     masks: bool = False
@@ -73,7 +74,7 @@ class PackedForms:
 
 
 def find_packed_forms(trunk: TrunkModel) -> PackedForms:
-    """Try which requests, packed into one row, give what each gives alone, forward and backward."""
+    """Test which requests, packed into one row, have the same outputs and gradients as alone."""
     if trunk.mixes_rows or not _packs(trunk, PLAIN):
         return PackedForms()
     masks = not trunk.masks_by_padding and _packs(trunk, (*MASKED, *PLAIN))
@@ -87,11 +88,11 @@ def _packs(trunk: TrunkModel, forms: Sequence[Form]) -> bool:
     shapes = [form.shape for form in forms]
     try:
         together = _packed_results(trunk, parts, shapes, gradients, pass_tokens=0)
-    except Exception:  # whatever a family's own code says to a packed row
+    except Exception:  # any error of the family's code on a packed row
         return False
     separate = [_alone_result(trunk, part, gradient) for part, gradient in zip(parts, gradients, strict=True)]
-    # Of the largest magnitude. A family that does not pack is wrong by far more; random inputs are out of distribution
-    # and amplify rounding.
+    # Relative to the largest magnitude. A family that does not pack is off by far more. Random inputs are out of
+    # distribution and amplify rounding errors.
     tolerance = math.sqrt(torch.finfo(trunk.dtype).eps)
     return all(
         _close(ours, theirs, tolerance)
@@ -101,7 +102,7 @@ def _packs(trunk: TrunkModel, forms: Sequence[Form]) -> bool:
 
 
 def is_deterministic(trunk: TrunkModel, pass_tokens: int, forms: PackedForms) -> bool:
-    """Try if a request's output and gradient are the same bits in random company, in passes of `pass_tokens`."""
+    """Test that output and gradient of a request are equal bit for bit in random passes of `pass_tokens`."""
     random = torch.Generator().manual_seed(SEED)
 
     def below(stop: int) -> int:
@@ -134,7 +135,7 @@ def is_deterministic(trunk: TrunkModel, pass_tokens: int, forms: PackedForms) ->
 
 
 def _random_forms(room: int, special: Sequence[Form], below: Callable[[int], int]) -> list[Form]:
-    """Up to six forms of at most `room` tokens together: rows of any length, and now and then a special one."""
+    """Draw up to six forms of at most `room` tokens in total: rows of any length, sometimes a special form."""
     forms: list[Form] = []
     while room > 0 and len(forms) < 6:
         form = special[below(len(special))] if special and below(3) == 0 else plain(1, 1 + below(room))
@@ -146,7 +147,7 @@ def _random_forms(room: int, special: Sequence[Form], below: Callable[[int], int
 
 
 def measure_costs(trunk: TrunkModel, clock: Callable[[], float] = time.perf_counter) -> Costs:
-    """The fitted costs of this trunk on this device, from a few short passes."""
+    """Measure a few short passes, and fit the costs of this trunk on this device."""
     random = torch.Generator().manual_seed(SEED)
     samples: dict[str, list[tuple[int, float]]] = {"forward": [], "backward": [], "linear_outputs": []}
     for tokens in COST_TOKENS:
@@ -174,7 +175,7 @@ def measure_costs(trunk: TrunkModel, clock: Callable[[], float] = time.perf_coun
 
 
 def measure_graph_memory(trunk: TrunkModel) -> GraphMemory:
-    """What the graphs of this trunk keep, from three of them."""
+    """Measure three graphs, and fit the memory that a graph of this trunk keeps."""
     random, samples = torch.Generator().manual_seed(SEED), []
     for tokens in MEMORY_TOKENS:
         graph, linear_outputs = trunk.graph_to_keep(_request(trunk, plain(1, tokens), random), with_linear_outputs=True)
@@ -183,10 +184,10 @@ def measure_graph_memory(trunk: TrunkModel) -> GraphMemory:
 
 
 def measure_pass_memory(trunk: TrunkModel, graph_memory: GraphMemory) -> PassMemory:
-    """What a backward takes that goes layer by layer, from the first and the last layer alone."""
+    """Measure the first and last layer, and fit the peak memory of a backward computed layer by layer."""
     random, samples, kept = torch.Generator().manual_seed(SEED), [], 0
     for tokens in LAYER_TOKENS:
-        # A mask with a hole: what families make of it grows with the square of a row.
+        # A mask with a hole: the mask that families build from it is quadratic in the row length.
         mask = ((0, *(1,) * (tokens - 1)),)
         rows = _request(trunk, Form(Shape(1, tokens, (tokens,), frozenset({0})), mask), random)
         with trunk.separate_layers(rows) as layers:
@@ -211,7 +212,7 @@ def _timed(run: Callable[[], Timed], device: torch.device, clock: Callable[[], f
 
 
 def _request(trunk: TrunkModel, form: Form, random: torch.Generator) -> Rows:
-    """A random request of this form."""
+    """Make a random request of this form."""
 
     def beside(bits: Bits | None) -> torch.Tensor | None:
         return None if bits is None else torch.tensor(bits, device=trunk.device)
@@ -234,7 +235,7 @@ def _packed_results(
     *,
     pass_tokens: int,
 ) -> list[Result]:
-    """Output and gradient of each part, computed as the daemon does: a forward, then a backward from its products."""
+    """Return output and gradient of each part, as the daemon computes them: a backward from linear outputs."""
     sequences = [sequences_of(part, shape) for part, shape in zip(parts, shapes, strict=True)]
     merged = packed(sequences, [(shape.rows, shape.tokens) for shape in shapes], pass_tokens=pass_tokens)
     output, linear_outputs = trunk.forward_with_linear_outputs(merged.inputs)

@@ -1,7 +1,7 @@
-"""The torch side of the daemon: runs passes of the trunk, alone or merged. Knows no asyncio and no socket.
+"""Torch engine of the daemon: runs forward and backward passes, merged or alone.
 
-A request that runs alone runs in its own shape: its numbers are those of the client's whole model. A pass that
-fails is run again request by request, so that one bad request fails alone.
+A request that runs alone keeps its own shape: its numbers are those of the client's whole model. A failed merged pass
+is run again request by request, so that only the bad request fails. Imports no asyncio and no sockets.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ _WITH_GRAPH = (Keep.GRAPH, Keep.GRAPH_AND_LINEAR_OUTPUTS)
 
 
 class TorchCompute:
-    """Computes forwards and backwards of one trunk, in the one thread that calls it.
+    """Computes forwards and backwards of one trunk. For one thread.
 
-    Requests that share a pass are packed into one row or stacked row on row, as their `sharing` says. If the trunk is
-    deterministic, every pass that may be shared has just `max_batch_tokens` tokens, filled with zeros, so that a
-    request's numbers do not depend on who shares it; longer requests run alone. A backward whose graph would take more
-    than `pass_memory_bytes` goes layer by layer, and computes each layer's forward once or twice more.
+    Requests that share a pass are packed into one row or stacked as rows, by their `sharing`. If the trunk is
+    deterministic, every pass that may be shared is padded with zeros to exactly `max_batch_tokens` tokens, so that a
+    request's numbers do not depend on the other requests; longer requests run alone. A backward whose graph would take
+    more than `pass_memory_bytes` is computed layer by layer, with one or two more forwards of each layer.
     """
 
     def __init__(self, trunk: TrunkModel, traits: TrunkTraits, *, pass_memory_bytes: int | None = None) -> None:
@@ -104,7 +104,7 @@ class TorchCompute:
         stashes = [self._stash(work) for work in works]
         tensors = self._transfer.to_device([decode_tensor(*work.buffers["gradients"]) for work in works])
         tensors = [tensor.to(self._trunk.dtype) for tensor in tensors]
-        results: dict[int, torch.Tensor] = {}  # by the place of a request
+        results: dict[int, torch.Tensor] = {}  # by index of the request
         for group in self._groups_by_graph(works, stashes):
             gradients = gradients_of_common_graph([stashes[p] for p in group], [tensors[p] for p in group])
             results.update(zip(group, gradients, strict=True))
@@ -127,7 +127,7 @@ class TorchCompute:
         return [Done(reply) for reply in self._replies("gradients", ordered, [stash.reply_dtype for stash in stashes])]
 
     def _give_back(self) -> None:
-        """Within and after a pass over the budget: what was freed lies between what is kept, and would add up."""
+        """Trim the heap within and after a pass over the budget, where fragmentation would add up."""
         assert self._pass_memory_bytes is not None
         if self._resident_at_start and resident_bytes() - self._resident_at_start > self._pass_memory_bytes:
             give_back_freed_memory()
@@ -136,8 +136,10 @@ class TorchCompute:
         return self._pass_memory_bytes is None or self.traits.graph_memory.nbytes(lengths) <= self._pass_memory_bytes
 
     def _groups_by_graph(self, works: Sequence[Work], stashes: Sequence[TorchStash]) -> list[list[int]]:
-        """Which of these backwards go by the graphs of their forwards, one pass for each, if that is cheaper than one
-        pass for all from products: that one reads the weights once, but computes more."""
+        """Return indices of backwards to run on the kept graphs of their forwards, one group per graph.
+
+        Empty if one pass for all from linear outputs is cheaper: it reads the weights once, but computes more.
+        """
         groups = with_common_graphs(stashes)
         tokens = [sum(works[place].shape.total_tokens for place in group) for group in groups]
         all_tokens = sum(work.shape.total_tokens for work in works)
@@ -151,7 +153,7 @@ class TorchCompute:
         return groups if seconds <= from_linear_outputs.seconds(all_tokens) else []
 
     def _merged(self, works: Sequence[Work], parts: Sequence[Pass]) -> MergedPass:
-        """One pass of these requests, built as they may share it (a batch's works all have the same `sharing`)."""
+        """Build the pass of these requests: packed, stacked, or one alone (all have the same `sharing`)."""
         sharing, shared = works[0].sharing, len(works) > 1
         if (isinstance(sharing, Packed) and (shared or self._pass_tokens)) or self._is_long_row(works[0]):
             sequences = [_sequences(part, work) for part, work in zip(parts, works, strict=True)]
@@ -163,12 +165,12 @@ class TorchCompute:
         return alone(part)
 
     def _is_long_row(self, work: Work) -> bool:
-        """Say if a request runs as its sequences though it is alone: its rows' mask would grow with their square."""
+        """Return whether to pack a request even alone: the mask of its long rows would be quadratic in their length."""
         shape = work.shape
         return not shape.fits_rows and len(shape.lengths) > shape.rows and self.traits.packs_restarts
 
     def _stash(self, work: Work) -> TorchStash:
-        """What was kept for a backward, or what it brings along."""
+        """Return the stash of a backward, or make one from its own activations."""
         if work.stash is None:
             inputs = self._inputs(work)
             return TorchStash(inputs, _reply_dtype(work), inputs.nbytes, inputs.nbytes)
@@ -200,7 +202,7 @@ def _rows(part: Pass) -> Rows:
 
 
 def _own(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor in memory of its own: an answer is kept for a while, and must not keep all of its pass."""
+    """Copy a view to its own memory: a cached answer must not keep the memory of its whole pass."""
     return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
 
 
