@@ -31,7 +31,7 @@ def read_access(keys: Path | None, tenants: Path | None) -> Access | None:
     if keys is None or tenants is None:
         given, missing = ("--keys", "--tenants") if tenants is None else ("--tenants", "--keys")
         raise ConfigError(
-            f"{given} without {missing}: --keys DIR holds the daemon's own key pair, --tenants FILE says who gets in"
+            f"{given} without {missing}: --keys DIR holds the daemon's own key pair, --tenants FILE the clients"
         )
     return Access(read_key_pair(keys / SERVER_KEY_FILE), Allowlist(tenants))
 
@@ -43,7 +43,7 @@ def check_address(host: str, *, encrypted: bool, insecure: bool) -> None:
     raise StartupError(
         f"--host {host}: anyone who reaches this address could use the trunk and read what clients send; "
         "make keys with `zsl keygen server` and give --keys and --tenants, listen on 127.0.0.1, or add --insecure "
-        "if the network is yours alone"
+        "if the network is private"
     )
 
 

@@ -197,7 +197,7 @@ def _sequences(part: Pass, work: Work) -> Sequences:
 
 def _rows(part: Pass) -> Rows:
     if not isinstance(part, Rows):
-        raise TypeError("sequences in one row have no rows to be stacked by")
+        raise TypeError("packed sequences cannot be stacked as rows")
     return part
 
 

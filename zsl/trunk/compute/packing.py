@@ -92,7 +92,7 @@ def stacked(parts: Sequence[Rows]) -> MergedPass:
     def rows(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
         present = [t.expand(part.rows, -1) for t, part in zip(tensors, parts, strict=True) if t is not None]
         if len(present) not in (0, len(parts)):
-            raise ValueError("some of the requests bring a mask or positions and some do not")
+            raise ValueError("some of the requests have a mask or positions and some do not")
         return torch.cat(present) if present else None
 
     inputs = Rows(

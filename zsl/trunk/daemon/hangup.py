@@ -33,7 +33,7 @@ class Hangup:
         elif self._had_terminal and not _has_terminal():
             self.end(signal.SIGHUP)
         else:
-            logger.info("SIGHUP: there is no list of tenants to read again; going on")
+            logger.info("SIGHUP: ignored, because there is no list of tenants to reload")
 
 
 def _has_terminal() -> bool:

@@ -107,12 +107,14 @@ async def _serve(plan: TrunkPlan, options: DaemonOptions, loading: Loading, hang
         loading.close()
         endpoint = server.bind(options.host, port)
         if access is not None and not await refuses_unknown_keys(endpoint, access.keys.public):
-            raise StartupError("the self-test failed: a key that is on no list was let in; not serving")
+            raise StartupError("the self-test failed: an unknown key was accepted; not serving")
     except BaseException:
         server.close()
         raise
     if options.deterministic and not compute.traits.deterministic:
-        logger.warning("--deterministic: the self-test failed on this device and dtype; who insists is refused")
+        logger.warning(
+            "--deterministic: the self-test failed on this device and dtype; clients that require it are refused"
+        )
     sys.stdout.write(
         _ready(endpoint, plan, compute.traits, options) + "\n"
     )  # in one write: a reader may close the pipe after it
@@ -172,7 +174,7 @@ def _leave(received: signal.Signals) -> None:
 async def _check_ready_was_written() -> None:
     """Raise `RunFailed` if the ready line is lost, since a script may wait for it. An unread pipe is no error."""
     if not await asyncio.to_thread(drain_output, READY_SECONDS):
-        logger.warning("nobody reads standard output or error; serving, and dropping lines that find no room")
+        logger.warning("standard output or error is not read; serving, and dropping lines over the buffer")
     check_output()
 
 

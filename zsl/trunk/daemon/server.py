@@ -136,12 +136,12 @@ class TrunkServer:
                 await _wait_at_most(self._stopped, HOUSEKEEPING_SECONDS)
         finally:
             if not self._stuck and not await running.runner.stop(LAST_PASS_SECONDS):
-                logger.warning("the pass that runs has not ended in %.0f s; going without it", LAST_PASS_SECONDS)
+                logger.warning("the running pass has not ended in %.0f s; stopping without it", LAST_PASS_SECONDS)
             self._router.close()
         if self._stuck:
             raise RunFailed(
                 f"a pass has not ended in {self._settings.stuck_seconds:g} s; the device or its driver may hang. "
-                "Start the daemon again: its clients wait for it, and lose nothing"
+                "Start the daemon again: its clients reconnect and repeat their requests"
             )
 
     def stop(self) -> None:
@@ -227,7 +227,7 @@ class TrunkServer:
     def _close_dead_sessions(self, handlers: Handlers, now: float) -> None:
         """Close the sessions whose lease has ended, or whose client does not read its answers."""
         for session in self._sessions.expired(now):
-            handlers.close_session(session, "nothing was heard of it for its lease")
+            handlers.close_session(session, "no message during its lease")
             for peer in session.peers:
                 self._router.cut(peer)  # its host may have died without closing its connections
         for peer in self._router.slow_peers(now):

@@ -161,7 +161,7 @@ class Handlers:
         welcome = welcome_to(header, session.id, self._answers.epoch, intake.info, intake.traits, limits)
         self._router.hold(sender.peer)
         if not self._answers.send(sender.peer, welcome):
-            self.close_session(session, "its client has gone before it was open")
+            self.close_session(session, "its client disconnected before it was open")
 
     def _limits_of(self, tenant: Tenant | None) -> Limits:
         """Return the limits of a session, lowered to those of its tenant."""
@@ -193,7 +193,7 @@ class Handlers:
             self.close_session(earlier, "its client opened another")
         quiet = self._sessions.eviction_candidate(sender.tenant, now)
         if quiet is not None:
-            self.close_session(quiet, "quiet, and another one needs its place")
+            self.close_session(quiet, "silent, and its place is needed for a new one")
         session = self._sessions.open(sender.peer, now, hello=header.request, tenant=sender.tenant)
         whose = "" if sender.tenant is None else f" for {sender.tenant.name}"
         logger.info("session %s opened%s (zsl %r, %s)", session.id.hex()[:8], whose, header.software, header.dtype)

@@ -55,7 +55,7 @@ def check_backward(buffers: Buffers, held: Shape | None, hidden_size: int, limit
     else:
         _check_roles(buffers, needed={"gradients"}, optional=set())
         if held is None:
-            raise UnknownStepError("nothing is held for this step; send the activations along")
+            raise UnknownStepError("no stash is held for this step; send its activations too")
         shape = held
     gradients = buffers["gradients"][0]
     _check_float(gradients)
@@ -90,7 +90,7 @@ def sharing_of(buffers: Buffers, shape: Shape, traits: TrunkTraits) -> Sharing:
 def _check_roles(buffers: Buffers, *, needed: set[Role], optional: set[Role]) -> None:
     missing, extra = needed - buffers.keys(), buffers.keys() - needed - optional
     if missing or extra:
-        wrong = f"lacks {', '.join(sorted(missing))}" if missing else f"has no use for {', '.join(sorted(extra))}"
+        wrong = f"lacks {', '.join(sorted(missing))}" if missing else f"has unexpected {', '.join(sorted(extra))}"
         raise MalformedError(f"the request {wrong}")
 
 
@@ -98,14 +98,14 @@ def _check_inputs(buffers: Buffers, hidden_size: int, limits: Limits) -> Shape:
     activations = buffers["activations"][0]
     _check_float(activations)
     if len(activations.shape) != 3 or 0 in activations.shape:
-        raise BadShapeError(f"activations of shape {activations.shape}: this trunk takes (rows, tokens, hidden)")
+        raise BadShapeError(f"activations of shape {activations.shape}: this trunk needs (rows, tokens, hidden)")
     rows, tokens, hidden = activations.shape
     if hidden != hidden_size:
         raise BadShapeError(f"activations have hidden size {hidden}, this trunk has {hidden_size}")
     if rows * tokens > limits.max_request_tokens:
         raise TooLargeError(
             f"a request of {rows} x {tokens} tokens is over {limits.max_request_tokens}; send fewer rows at once, "
-            "or have the daemon started with more --stash-memory"
+            "or start the daemon with more --stash-memory"
         )
     masked: frozenset[int] = frozenset()
     if "attention_mask" in buffers:
@@ -117,7 +117,7 @@ def _check_inputs(buffers: Buffers, hidden_size: int, limits: Limits) -> Shape:
         positions = _integers(buffers, "position_ids", shapes, lowest=0, highest=limits.max_row_tokens - 1)
     lengths = _lengths(buffers, rows, tokens, positions)
     if positions is None and max(lengths) > limits.max_row_tokens:  # given positions are within the limit
-        raise TooLargeError(f"sequences of {max(lengths)} tokens; this model takes {limits.max_row_tokens}")
+        raise TooLargeError(f"sequences of {max(lengths)} tokens; this model accepts up to {limits.max_row_tokens}")
     _check_finite(buffers)
     fits_rows = "lengths" in buffers or tokens <= limits.max_row_tokens
     return Shape(rows, tokens, lengths, masked, fits_rows)
@@ -137,10 +137,10 @@ def _lengths(buffers: Buffers, rows: int, tokens: int, positions: Integers | Non
         starts[:, 1:] = steps != 1
         return tuple(np.diff(np.flatnonzero(starts), append=rows * tokens).tolist())
     if rows != 1 or "attention_mask" in buffers:
-        raise BadShapeError("lengths tell apart the sequences of one row, without a mask")
+        raise BadShapeError("lengths need a single row without attention_mask")
     shape = buffers["lengths"][0].shape
     if len(shape) != 1 or not 0 < shape[0] <= tokens:
-        raise BadShapeError(f"lengths of shape {shape}: a number for each sequence is needed")
+        raise BadShapeError(f"lengths of shape {shape}: one number per sequence is needed")
     lengths = tuple(int(n) for n in _integers(buffers, "lengths", {(shape[0],)}, lowest=1, highest=tokens))
     if sum(lengths) != tokens:
         raise BadShapeError(f"lengths add up to {sum(lengths)}, the activations have {tokens} tokens")
@@ -170,8 +170,8 @@ def _check_finite(buffers: Buffers) -> None:
         rows, tokens, hidden = descriptor.shape
         row, token, _ = np.unravel_index(wrong[0], (rows, tokens, hidden))
         raise NonFiniteError(
-            f"{len(wrong)} of the activations are not finite, the first in row {row}, token {token}: look for a loss "
-            "that has run away, or an overflow of half precision"
+            f"{len(wrong)} of the activations are not finite, the first in row {row}, token {token}: look for a "
+            "diverging loss, or an overflow of half precision"
         )
 
 

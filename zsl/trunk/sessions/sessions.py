@@ -108,7 +108,7 @@ class Sessions:
         quietest = min(candidates.values(), key=lambda session: session.last_heard, default=None)
         if quietest is None or now - quietest.last_heard < QUIET_SECONDS:
             raise QuotaError(
-                f"{whose} has {len(sessions)} open sessions, which is the most; close one, or ask whoever runs it",
+                f"{whose} has {len(sessions)} open sessions, which is the limit; close one, or ask its operator",
                 retry_after_ms=round(QUIET_SECONDS * 1000),
             )
         return quietest
