@@ -21,7 +21,7 @@ from zsl.split.stack import find_stack
 from zsl.trunk.compute.passes import Rows, sequences_of
 from zsl.trunk.costs import GraphMemory, PassMemory
 from zsl.trunk.daemon.load import plan_trunk
-from zsl.trunk.malloc import IDLE_SECONDS, KEPT_BYTES, GiveBack
+from zsl.trunk.malloc import IDLE_SECONDS, KEPT_BYTES, TrimPolicy
 from zsl.trunk.work import Shape
 
 MIB = 1 << 20
@@ -117,12 +117,12 @@ def test_the_memory_of_a_graph_is_known_before_its_pass_and_one_too_large_is_com
     assert len(trunk._graph_bytes) == most
 
 
-def is_due(given: GiveBack, now: float, *, busy: bool = False, resident_bytes: int = 0) -> bool:
+def is_due(given: TrimPolicy, now: float, *, busy: bool = False, resident_bytes: int = 0) -> bool:
     return given.is_due(now, busy=busy, held_bytes=10, resident_bytes=resident_bytes)
 
 
 def test_freed_memory_is_given_back_once_when_nothing_was_freed_for_a_while() -> None:
-    given = GiveBack(resident_at_start=100, budget_bytes=2 * KEPT_BYTES)
+    given = TrimPolicy(resident_at_start=100, budget_bytes=2 * KEPT_BYTES)
     assert not is_due(given, 1000.0), "nothing was freed"
     given.freed(1000.0)
     assert not is_due(given, 1000.0 + IDLE_SECONDS / 2)
@@ -132,7 +132,7 @@ def test_freed_memory_is_given_back_once_when_nothing_was_freed_for_a_while() ->
 
 
 def test_far_more_memory_than_is_held_is_given_back_while_there_is_work_but_not_at_every_look() -> None:
-    given, over = GiveBack(resident_at_start=100, budget_bytes=2 * KEPT_BYTES), 100 + 10 + KEPT_BYTES + 1
+    given, over = TrimPolicy(resident_at_start=100, budget_bytes=2 * KEPT_BYTES), 100 + 10 + KEPT_BYTES + 1
     given.freed(1000.0)
     assert not is_due(given, 1000.0, busy=True, resident_bytes=over - 1)
     assert is_due(given, 1000.0, busy=True, resident_bytes=over)
@@ -141,7 +141,7 @@ def test_far_more_memory_than_is_held_is_given_back_while_there_is_work_but_not_
 
 
 def test_memory_over_the_budget_is_given_back_while_there_is_work() -> None:
-    given = GiveBack(resident_at_start=100, budget_bytes=50)
+    given = TrimPolicy(resident_at_start=100, budget_bytes=50)
     given.freed(1000.0)
     assert not is_due(given, 1000.0, busy=True, resident_bytes=150)
     assert is_due(given, 1000.0, busy=True, resident_bytes=151)

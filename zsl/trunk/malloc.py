@@ -53,7 +53,7 @@ def give_back_freed_memory() -> bool:
     return trim is not None and bool(trim(0))
 
 
-class GiveBack:
+class TrimPolicy:
     """Decides when to return freed memory to the system. Pure: clock and sizes are arguments."""
 
     def __init__(self, resident_at_start: int, budget_bytes: int) -> None:

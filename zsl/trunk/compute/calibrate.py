@@ -120,11 +120,11 @@ def is_deterministic(trunk: TrunkModel, pass_tokens: int, forms: PackedForms) ->
         for _ in range(COMPOSITIONS if form is probes[0] else COMPOSITIONS_OF_A_FORM):
             neighbours = _random_forms(room, special, below)
             place = below(len(neighbours) + 1)
-            company = [_request(trunk, one, random) for one in neighbours]
-            gradients = [torch.randn(one.activations.shape, generator=random).to(probe.activations) for one in company]
+            others = [_request(trunk, one, random) for one in neighbours]
+            gradients = [torch.randn(one.activations.shape, generator=random).to(probe.activations) for one in others]
             found = _packed_results(
                 trunk,
-                [*company[:place], probe, *company[place:]],
+                [*others[:place], probe, *others[place:]],
                 [*(one.shape for one in neighbours[:place]), form.shape, *(one.shape for one in neighbours[place:])],
                 [*gradients[:place], gradient, *gradients[place:]],
                 pass_tokens=pass_tokens,
@@ -214,12 +214,12 @@ def _timed(run: Callable[[], Timed], device: torch.device, clock: Callable[[], f
 def _request(trunk: TrunkModel, form: Form, random: torch.Generator) -> Rows:
     """Make a random request of this form."""
 
-    def beside(bits: Bits | None) -> torch.Tensor | None:
+    def optional(bits: Bits | None) -> torch.Tensor | None:
         return None if bits is None else torch.tensor(bits, device=trunk.device)
 
     shape = (form.shape.rows, form.shape.tokens, trunk.hidden_size)
     activations = torch.randn(shape, generator=random).to(trunk.device, trunk.dtype)
-    return Rows(activations, beside(form.attention_mask), beside(form.position_ids))
+    return Rows(activations, optional(form.attention_mask), optional(form.position_ids))
 
 
 def _alone_result(trunk: TrunkModel, part: Rows, gradient: torch.Tensor) -> Result:

@@ -55,7 +55,7 @@ class TorchCompute:
     def run(self, batch: Batch) -> list[Outcome]:
         outcomes = self._outcomes(batch)
         if not self._fits(sum((work.shape.lengths for work in batch.works), ())):
-            self._give_back()
+            self._trim_over_budget()
         return outcomes
 
     def _outcomes(self, batch: Batch) -> list[Outcome]:
@@ -121,12 +121,12 @@ class TorchCompute:
                 at_input = graph.gradients(at_output)
             else:
                 del linear_outputs
-                at_input = self._trunk.gradients_by_layers(merged.inputs, at_output, after_layer=self._give_back)
+                at_input = self._trunk.gradients_by_layers(merged.inputs, at_output, after_layer=self._trim_over_budget)
             results.update(zip(rest, merged.split(at_input), strict=True))
         ordered = [results[place] for place in range(len(works))]
         return [Done(reply) for reply in self._replies("gradients", ordered, [stash.reply_dtype for stash in stashes])]
 
-    def _give_back(self) -> None:
+    def _trim_over_budget(self) -> None:
         """Trim the heap within and after a pass over the budget, where fragmentation would add up."""
         assert self._pass_memory_bytes is not None
         if self._resident_at_start and resident_bytes() - self._resident_at_start > self._pass_memory_bytes:

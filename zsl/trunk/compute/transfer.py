@@ -25,9 +25,9 @@ class Transfer:
         moved = []
         with self._copies:
             for tensor in tensors:
-                there = tensor.pin_memory().to(self._device, non_blocking=True)
-                there.record_stream(compute)  # keep its memory until the pass has read it
-                moved.append(there)
+                on_device = tensor.pin_memory().to(self._device, non_blocking=True)
+                on_device.record_stream(compute)  # keep its memory until the pass has read it
+                moved.append(on_device)
         compute.wait_stream(self._copies)
         return moved
 
@@ -39,8 +39,8 @@ class Transfer:
         moved = []
         with self._copies:
             for tensor in tensors:
-                here = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-                here.copy_(tensor, non_blocking=True)
-                moved.append(here)
+                on_host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+                on_host.copy_(tensor, non_blocking=True)
+                moved.append(on_host)
         self._copies.synchronize()
         return moved

@@ -64,9 +64,9 @@ class _Separated:
         else:
             kwargs = kwargs.copy()
             entering = kwargs.pop(first)
-        beside = pytree.tree_leaves((args, kwargs))
+        other_inputs = pytree.tree_leaves((args, kwargs))
         if (self._returned is not None and entering is not self._returned) or any(
-            isinstance(value, torch.Tensor) and value.requires_grad for value in beside
+            isinstance(value, torch.Tensor) and value.requires_grad for value in other_inputs
         ):
             self.complete = False
         self._returned = entering

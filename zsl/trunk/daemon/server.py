@@ -18,7 +18,7 @@ from zsl.transport.curve import KeyPair
 from zsl.transport.router import Router
 from zsl.trunk.access.tenants import Allowlist
 from zsl.trunk.failpoints import Failpoint
-from zsl.trunk.malloc import GiveBack, give_back_freed_memory, resident_bytes
+from zsl.trunk.malloc import TrimPolicy, give_back_freed_memory, resident_bytes
 from zsl.trunk.requests.answers import Answers
 from zsl.trunk.requests.batch_runner import BatchRunner
 from zsl.trunk.requests.credit import Credit
@@ -57,7 +57,7 @@ class _Running:
     requests: RequestTable
     runner: BatchRunner
     handlers: Handlers
-    give_back: GiveBack
+    trim_policy: TrimPolicy
     trimming: asyncio.Future[bool] | None = None
 
 
@@ -183,14 +183,14 @@ class TrunkServer:
         )
         credit = Credit(settings.max_inflight_requests, settings.max_inflight_bytes, settings.max_total_inflight_bytes)
         requests = RequestTable(self._sessions, scheduler, ReplyCache(settings.reply_memory_bytes), credit)
-        give_back = GiveBack(resident_bytes(), settings.stash_memory_bytes)
+        trim_policy = TrimPolicy(resident_bytes(), settings.stash_memory_bytes)
         runner = BatchRunner(
             compute,
             requests,
             self._sessions,
             self._router,
             self._answers,
-            give_back,
+            trim_policy,
             stash_memory_bytes=settings.stash_memory_bytes,
             clock=self._clock,
             failpoint=self._failpoint,
@@ -202,13 +202,13 @@ class TrunkServer:
             runner,
             self._router,
             self._answers,
-            give_back,
+            trim_policy,
             self._allowlist,
             clock=self._clock,
             is_draining=lambda: self._draining_until is not None,
         )
         self._router.start(handlers.receive, runner.step)
-        return _Running(requests, runner, handlers, give_back)
+        return _Running(requests, runner, handlers, trim_policy)
 
     def _keep_house(self, running: _Running) -> None:
         now = self._clock()
@@ -241,7 +241,7 @@ class TrunkServer:
             return
         busy = running.runner.is_busy or running.requests.queued > 0
         held, resident = self._sessions.held_bytes, resident_bytes()
-        if running.give_back.is_due(now, busy=busy, held_bytes=held, resident_bytes=resident):
+        if running.trim_policy.is_due(now, busy=busy, held_bytes=held, resident_bytes=resident):
             running.trimming = asyncio.get_running_loop().run_in_executor(None, give_back_freed_memory)
 
 

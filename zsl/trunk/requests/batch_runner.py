@@ -13,7 +13,7 @@ from zsl.errors import DeadlineError, WireError
 from zsl.transport.router import Router
 from zsl.trunk.compute.worker import Finished, Worker
 from zsl.trunk.failpoints import Failpoint
-from zsl.trunk.malloc import GiveBack
+from zsl.trunk.malloc import TrimPolicy
 from zsl.trunk.requests.answers import Answers, PassTimes
 from zsl.trunk.requests.request_table import Request, RequestState, RequestTable
 from zsl.trunk.sessions.sessions import Sessions
@@ -33,7 +33,7 @@ class BatchRunner:
         sessions: Sessions,
         router: Router,
         answers: Answers,
-        give_back: GiveBack,
+        trim_policy: TrimPolicy,
         *,
         stash_memory_bytes: int,
         clock: Callable[[], float],
@@ -44,7 +44,7 @@ class BatchRunner:
         self._sessions = sessions
         self._router = router
         self._answers = answers
-        self._give_back = give_back
+        self._trim_policy = trim_policy
         self._stash_memory_bytes = stash_memory_bytes
         self._clock = clock
         self._worker: Worker[Request] = Worker(compute, self._finish_batch, clock=clock, failpoint=failpoint)
@@ -135,7 +135,7 @@ class BatchRunner:
         return Keep.LINEAR_OUTPUTS if self._traits.deterministic else Keep.GRAPH_AND_LINEAR_OUTPUTS
 
     def _finish_batch(self, batch: Finished[Request]) -> None:
-        self._give_back.freed(self._clock())
+        self._trim_policy.freed(self._clock())
         self._requests.charge(batch.tickets, batch.ended - batch.started, self._clock())
         self._router.drain()  # requests that arrived meanwhile can merge into the next pass, which begins here
         times = PassTimes(len(batch.tickets), batch.started, batch.ended)

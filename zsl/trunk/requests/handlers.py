@@ -22,7 +22,7 @@ from zsl.errors import (
 )
 from zsl.transport.router import Router
 from zsl.trunk.access.tenants import Allowlist, Tenant
-from zsl.trunk.malloc import GiveBack
+from zsl.trunk.malloc import TrimPolicy
 from zsl.trunk.requests.answers import Answers
 from zsl.trunk.requests.batch_runner import BatchRunner
 from zsl.trunk.requests.handshake import status_for, welcome_to
@@ -69,7 +69,7 @@ class Handlers:
         runner: BatchRunner,
         router: Router,
         answers: Answers,
-        give_back: GiveBack,
+        trim_policy: TrimPolicy,
         allowlist: Allowlist | None,
         *,
         clock: Callable[[], float],
@@ -81,7 +81,7 @@ class Handlers:
         self._runner = runner
         self._router = router
         self._answers = answers
-        self._give_back = give_back
+        self._trim_policy = trim_policy
         self._allowlist = allowlist
         self._clock = clock
         self._is_draining = is_draining
@@ -114,7 +114,7 @@ class Handlers:
         self._requests.close(session)
         for peer in session.peers:
             self._router.release(peer)
-        self._give_back.freed(self._clock())
+        self._trim_policy.freed(self._clock())
         logger.info("session %s ended: %s", session.id.hex()[:8], why)
 
     def forget_gone_peers(self) -> None:

@@ -30,7 +30,7 @@ _Pass = tuple[Kind, Hashable]  # jobs of equal kind and merge key can share a pa
 
 
 @dataclass(slots=True)
-class _Habit:
+class _Estimate:
     """Estimate of a client's next job after an answer of one kind: pass, tokens and delay."""
 
     next_pass: _Pass
@@ -56,7 +56,7 @@ _Expected = tuple[float, int, float, int]  # expected time, tie-breaker, overdue
 class _Client:
     """Estimates of a client, and its expected job."""
 
-    habits: dict[Kind, _Habit] = field(default_factory=dict)  # by the answered kind
+    estimates: dict[Kind, _Estimate] = field(default_factory=dict)  # by the answered kind
     answered: tuple[Kind, float] | None = None  # kind and time of its last answer; None after its next job
     expected: tuple[_Pass, _Expected] | None = None
 
@@ -76,11 +76,11 @@ class Anticipation:
         client = self._clients[client_id]
         self._stop_expecting(client)
         client.answered = kind, now
-        habit = client.habits.get(kind)
-        if habit is not None:
-            expected = now + habit.mean_seconds, next(self._ties), now + habit.latest_seconds, habit.tokens
-            client.expected = habit.next_pass, expected
-            insort(self._expected[habit.next_pass], expected)
+        estimate = client.estimates.get(kind)
+        if estimate is not None:
+            expected = now + estimate.mean_seconds, next(self._ties), now + estimate.latest_seconds, estimate.tokens
+            client.expected = estimate.next_pass, expected
+            insort(self._expected[estimate.next_pass], expected)
 
     def arrived(self, client_id: Hashable, kind: Kind, merge_key: Hashable, tokens: int, now: float) -> None:
         """Record the arrival of a client's job."""
@@ -91,11 +91,11 @@ class Anticipation:
         answered_kind, answered_at = client.answered
         client.answered = None
         seconds = now - answered_at
-        habit = client.habits.get(answered_kind)
-        if habit is None:
-            client.habits[answered_kind] = _Habit((kind, merge_key), tokens, seconds, seconds / 2)
+        estimate = client.estimates.get(answered_kind)
+        if estimate is None:
+            client.estimates[answered_kind] = _Estimate((kind, merge_key), tokens, seconds, seconds / 2)
         else:
-            habit.learn((kind, merge_key), tokens, seconds)
+            estimate.learn((kind, merge_key), tokens, seconds)
 
     def forget(self, client_id: Hashable) -> None:
         """Forget a closed client."""

@@ -217,7 +217,7 @@ class Scheduler:
     def take_batch(self, now: float) -> list[Job]:
         """Remove and return the jobs of the next pass, all of one kind. Empty if none is queued, or while delayed."""
         first = self._first(now)
-        self.waits_until = None if first is None else self._company_expected(first, now)
+        self.waits_until = None if first is None else self._delay_until(first, now)
         if self.waits_until is not None:
             return []
         self._waits_since = None
@@ -255,7 +255,7 @@ class Scheduler:
                 if not self._queued_of[job.comes_from]:
                     self._anticipation.answered(job.comes_from, job.kind, now)
 
-    def _company_expected(self, first: Job, now: float) -> float | None:
+    def _delay_until(self, first: Job, now: float) -> float | None:
         """Return the time until which to delay this job's pass for jobs that can merge; None if not worthwhile."""
         if first.merge_key is None:
             return None

@@ -189,10 +189,10 @@ class Sessions:
         while held.nbytes > nbytes:
             session_id, step = held.first()
             session = self._sessions[session_id]
-            given_up, arrival = self._remove(session, step)
-            left = given_up.stash.demoted()
-            if left is not None:
-                self._put(session, step, replace(given_up, stash=left), arrival)
+            evicted, arrival = self._remove(session, step)
+            rest = evicted.stash.demoted()
+            if rest is not None:
+                self._put(session, step, replace(evicted, stash=rest), arrival)
 
     def take(self, session: Session, step: int) -> Held | None:
         """Remove a held step, and return it, or None."""
