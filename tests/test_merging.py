@@ -25,7 +25,8 @@ from support.daemon import Daemon
 from support.models import with_lora
 from zsl.client.trunk_client import Answer, read_answer
 from zsl.split.cut import parse_cut
-from zsl.trunk.compute.engine import TorchCompute, attention
+from zsl.trunk.compute import attention
+from zsl.trunk.compute.engine import TorchCompute
 from zsl.trunk.compute.linear_outputs import LinearLayers, LinearOutputs
 from zsl.trunk.compute.packing import packed
 from zsl.trunk.compute.passes import Pass, Rows, sequences_of
