@@ -309,7 +309,7 @@ class Simulation:
         if batch[0].kind is Kind.FORWARD:
             cost = self._costs.forward
         else:
-            cost = self._costs.backward if len(batch) == 1 else self._costs.backward_from_products
+            cost = self._costs.backward if len(batch) == 1 else self._costs.backward_from_linear_outputs
         return cost.seconds(sum(job.tokens for job in batch))
 
     def _end_pass(self) -> None:

@@ -32,7 +32,7 @@ def compute(request: pytest.FixtureRequest, checkpoints: Callable[..., Path]) ->
     return found
 
 
-@pytest.mark.parametrize("keep", [Keep.INPUT, Keep.PRODUCTS])
+@pytest.mark.parametrize("keep", [Keep.INPUT, Keep.LINEAR_OUTPUTS])
 def test_random_company_changes_no_bit_of_output_or_gradient(compute: TorchCompute, keep: Keep) -> None:
     source = random.Random(0)
     mine = forward_work(0, rows=2, tokens=9, keep=keep)
@@ -65,11 +65,11 @@ def test_the_self_test_would_notice() -> None:
         mixes_rows = False
         hidden_size, dtype, device = 4, torch.float32, torch.device("cpu")
 
-        def forward_with_products(self, inputs: object) -> tuple[torch.Tensor, None]:
+        def forward_with_linear_outputs(self, inputs: object) -> tuple[torch.Tensor, None]:
             activations: torch.Tensor = inputs.activations  # type: ignore[attr-defined]
             return activations + activations.abs().sum() * 1e-9, None
 
-        def graph(self, inputs: object, products: object) -> object:
+        def graph(self, inputs: object, linear_outputs: object) -> object:
             return self
 
         def gradients(self, at_output: torch.Tensor) -> torch.Tensor:

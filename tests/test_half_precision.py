@@ -19,7 +19,7 @@ from zsl.models.loading import load_trunk_part
 from zsl.models.reference import resolve
 from zsl.split.cut import parse_cut
 from zsl.trunk.compute.passes import Rows
-from zsl.trunk.compute.trunk_model import Middle
+from zsl.trunk.compute.trunk_model import TrunkModel
 
 EAGER = ("gemma2", "xglm")  # families that do not run sdpa
 WITHOUT_FLOAT64 = ("mixtral", "gpt_oss")  # torch's product of experts takes none
@@ -64,22 +64,22 @@ def test_a_bfloat16_trunk_is_as_near_to_the_truth_as_with_sdpa(family: str, chec
     mask = torch.ones(2, 20, dtype=torch.long)
     mask[1, :6] = 0
     errors = {}
-    truth = results(Middle(load_trunk_part(reference, cut, torch.float64), cut), activations, gradients, mask)
+    truth = results(TrunkModel(load_trunk_part(reference, cut, torch.float64), cut), activations, gradients, mask)
     for own in (True, False):
-        middle = Middle(load_trunk_part(reference, cut, torch.bfloat16), cut)
-        middle._own_attention = own and middle._own_attention
-        found = results(middle, activations, gradients, mask)
+        trunk = TrunkModel(load_trunk_part(reference, cut, torch.bfloat16), cut)
+        trunk._own_attention = own and trunk._own_attention
+        found = results(trunk, activations, gradients, mask)
         errors[own] = [float((f.double() - t).abs().max() / t.abs().max()) for f, t in zip(found, truth, strict=True)]
     for ours, theirs in zip(errors[True], errors[False], strict=True):
         assert ours <= 2 * theirs
 
 
 def results(
-    middle: Middle, activations: torch.Tensor, gradients: torch.Tensor, mask: torch.Tensor
+    trunk: TrunkModel, activations: torch.Tensor, gradients: torch.Tensor, mask: torch.Tensor
 ) -> list[torch.Tensor]:
     """Outputs and gradients, without and with a mask; padded tokens too: the last one predicts the first token."""
     found = []
     for one in (None, mask):
-        graph = middle.graph(Rows(activations.to(middle.dtype), one))
-        found += [graph.output.detach(), graph.gradients(gradients.to(middle.dtype))]
+        graph = trunk.graph(Rows(activations.to(trunk.dtype), one))
+        found += [graph.output.detach(), graph.gradients(gradients.to(trunk.dtype))]
     return found

@@ -21,7 +21,7 @@ from zsl.split.stack import find_stack
 from zsl.trunk.compute.passes import Rows, sequences_of
 from zsl.trunk.costs import GraphMemory, PassMemory
 from zsl.trunk.daemon.load import plan_trunk
-from zsl.trunk.malloc import IDLE_SECONDS, KEPT_BYTES, GiveBack
+from zsl.trunk.malloc import IDLE_SECONDS, KEPT_BYTES, TrimPolicy
 from zsl.trunk.work import Shape
 
 MIB = 1 << 20
@@ -54,7 +54,8 @@ def stash(keep):
     return done.stash
 
 found = {}
-for keep, steps in ((Keep.INPUT, 2000), (Keep.PRODUCTS, 400), (Keep.GRAPH, 200), (Keep.GRAPH_AND_PRODUCTS, 200)):
+steps_of = {Keep.INPUT: 2000, Keep.LINEAR_OUTPUTS: 400, Keep.GRAPH: 200, Keep.GRAPH_AND_LINEAR_OUTPUTS: 200}
+for keep, steps in steps_of.items():
     [stash(keep) for _ in range(20)]
     gc.collect()
     give_back_freed_memory()
@@ -80,7 +81,7 @@ def test_many_small_steps_are_counted_as_what_the_process_grows_by_and_are_given
     command = [sys.executable, "-c", HOLD_MANY_SMALL_STEPS, str(checkpoints(family))]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     found = json.loads(ran.stdout)
-    assert set(found) == {"INPUT", "PRODUCTS", "GRAPH", "GRAPH_AND_PRODUCTS"}
+    assert set(found) == {"INPUT", "LINEAR_OUTPUTS", "GRAPH", "GRAPH_AND_LINEAR_OUTPUTS"}
     for keep, (counted, grown, stays) in found.items():
         assert grown / 2 <= counted <= 3 * grown, (keep, counted, grown)
         assert stays <= max(grown / 4, 8 << 20), (keep, grown, stays)
@@ -92,35 +93,35 @@ def test_the_memory_of_a_graph_is_known_before_its_pass_and_one_too_large_is_com
 ) -> None:
     plan = plan_trunk(str(checkpoints(family)), parse_cut("2:4"), torch.float32, "cpu", forward_only=False)
     compute = plan.load(max_batch_tokens=256, merge_below_tokens=64, pass_memory_bytes=300_000)
-    middle, memory = compute._middle, compute.traits.graph_memory
+    trunk, memory = compute._trunk, compute.traits.graph_memory
     rows = Rows(torch.randn(1, 60, 32))
-    graph, products = middle.graph_to_keep(rows, with_products=True)
-    assert products is not None
-    assert memory.nbytes((60,)) == pytest.approx(graph.nbytes + products.nbytes, rel=0.05)
+    graph, linear_outputs = trunk.graph_to_keep(rows, with_linear_outputs=True)
+    assert linear_outputs is not None
+    assert memory.nbytes((60,)) == pytest.approx(graph.nbytes + linear_outputs.nbytes, rel=0.05)
     gradients = torch.randn(1, 60, 32)
     mlp_calls: Counter[str] = Counter()
-    for name, module in middle._model.named_modules():
+    for name, module in trunk._model.named_modules():
         if name.endswith(".mlp"):
             module.register_forward_pre_hook(lambda *_, name=name: mlp_calls.update([name]))
     packed_rows = sequences_of(rows, Shape(1, 60, (7, 40, 13)))
     for inputs in (rows, packed_rows):
-        whole, by_layers = mlp_calls.copy(), middle.gradients_by_layers(inputs, gradients)
+        whole, by_layers = mlp_calls.copy(), trunk.gradients_by_layers(inputs, gradients)
         assert (mlp_calls - whole).total() == 3, "the first of the two layers is computed again for its gradient"
-        assert torch.equal(middle.graph(inputs).gradients(gradients), by_layers)
+        assert torch.equal(trunk.graph(inputs).gradients(gradients), by_layers)
     assert compute._fits((5,)) and not compute._fits((60,))
-    most = len(middle._graph_bytes) + 1
+    most = len(trunk._graph_bytes) + 1
     monkeypatch.setattr("zsl.trunk.compute.trunk_model.MAX_SIZES_REMEMBERED", most)
     for tokens in (11, 12, 13):
-        middle.graph_to_keep(Rows(torch.randn(1, tokens, 32)), with_products=False)
-    assert len(middle._graph_bytes) == most
+        trunk.graph_to_keep(Rows(torch.randn(1, tokens, 32)), with_linear_outputs=False)
+    assert len(trunk._graph_bytes) == most
 
 
-def is_due(given: GiveBack, now: float, *, busy: bool = False, resident_bytes: int = 0) -> bool:
+def is_due(given: TrimPolicy, now: float, *, busy: bool = False, resident_bytes: int = 0) -> bool:
     return given.is_due(now, busy=busy, held_bytes=10, resident_bytes=resident_bytes)
 
 
 def test_freed_memory_is_given_back_once_when_nothing_was_freed_for_a_while() -> None:
-    given = GiveBack(resident_at_start=100, budget_bytes=2 * KEPT_BYTES)
+    given = TrimPolicy(resident_at_start=100, budget_bytes=2 * KEPT_BYTES)
     assert not is_due(given, 1000.0), "nothing was freed"
     given.freed(1000.0)
     assert not is_due(given, 1000.0 + IDLE_SECONDS / 2)
@@ -130,7 +131,7 @@ def test_freed_memory_is_given_back_once_when_nothing_was_freed_for_a_while() ->
 
 
 def test_far_more_memory_than_is_held_is_given_back_while_there_is_work_but_not_at_every_look() -> None:
-    given, over = GiveBack(resident_at_start=100, budget_bytes=2 * KEPT_BYTES), 100 + 10 + KEPT_BYTES + 1
+    given, over = TrimPolicy(resident_at_start=100, budget_bytes=2 * KEPT_BYTES), 100 + 10 + KEPT_BYTES + 1
     given.freed(1000.0)
     assert not is_due(given, 1000.0, busy=True, resident_bytes=over - 1)
     assert is_due(given, 1000.0, busy=True, resident_bytes=over)
@@ -139,7 +140,7 @@ def test_far_more_memory_than_is_held_is_given_back_while_there_is_work_but_not_
 
 
 def test_memory_over_the_budget_is_given_back_while_there_is_work() -> None:
-    given = GiveBack(resident_at_start=100, budget_bytes=50)
+    given = TrimPolicy(resident_at_start=100, budget_bytes=50)
     given.freed(1000.0)
     assert not is_due(given, 1000.0, busy=True, resident_bytes=150)
     assert is_due(given, 1000.0, busy=True, resident_bytes=151)
@@ -156,15 +157,15 @@ def test_a_request_is_granted_as_many_tokens_as_a_pass_has_memory_for(per_pair: 
 
 def test_layers_with_something_between_them_are_not_called_separately(checkpoints: Callable[..., Path]) -> None:
     plan = plan_trunk(str(checkpoints("llama")), parse_cut("2:4"), torch.float32, "cpu", forward_only=False)
-    middle = plan.load(max_batch_tokens=256, merge_below_tokens=64)._middle
+    trunk = plan.load(max_batch_tokens=256, merge_below_tokens=64)._trunk
     rows, gradients = Rows(torch.randn(1, 9, 32)), torch.randn(1, 9, 32)
-    plain = middle.gradients_by_layers(rows, gradients)
-    layers = find_stack(middle._model).layers
+    plain = trunk.gradients_by_layers(rows, gradients)
+    layers = find_stack(trunk._model).layers
     layers[2].register_forward_hook(lambda layer, args, output: output * 2)
-    with middle.separate_layers(rows) as separate:
+    with trunk.separate_layers(rows) as separate:
         assert separate == []
-    scaled = middle.gradients_by_layers(rows, gradients)
-    assert torch.equal(scaled, middle.graph(rows).gradients(gradients))
+    scaled = trunk.gradients_by_layers(rows, gradients)
+    assert torch.equal(scaled, trunk.graph(rows).gradients(gradients))
     assert not torch.equal(scaled, plain)
 
 

@@ -25,12 +25,13 @@ from support.daemon import Daemon
 from support.models import with_lora
 from zsl.client.trunk_client import Answer, read_answer
 from zsl.split.cut import parse_cut
-from zsl.trunk.compute.engine import TorchCompute, attention
-from zsl.trunk.compute.linear_outputs import LinearLayers, Products
+from zsl.trunk.compute import attention
+from zsl.trunk.compute.engine import TorchCompute
+from zsl.trunk.compute.linear_outputs import LinearLayers, LinearOutputs
 from zsl.trunk.compute.packing import packed
 from zsl.trunk.compute.passes import Pass, Rows, sequences_of
 from zsl.trunk.compute.stash import STEP_BYTES, TorchStash
-from zsl.trunk.compute.trunk_model import NODE_BYTES, Graph, Middle, _nodes
+from zsl.trunk.compute.trunk_model import NODE_BYTES, Graph, TrunkModel, _nodes
 from zsl.trunk.costs import Costs, PassCost
 from zsl.trunk.daemon.load import plan_trunk
 from zsl.trunk.work import Batch, Done, Keep, Kind, Outcome, Packed, Shape, Sharing, Work
@@ -112,7 +113,7 @@ def forward_work(
     tokens: int = 8,
     *,
     value: float | None = None,
-    keep: Keep = Keep.PRODUCTS,
+    keep: Keep = Keep.LINEAR_OUTPUTS,
     sharing: Sharing = PACKED,
 ) -> Work:
     torch.manual_seed(seed)
@@ -168,7 +169,7 @@ def split_randomly(count: int, source: random.Random) -> list[list[int]]:
     return batches
 
 
-@pytest.mark.parametrize("keep", [Keep.INPUT, Keep.PRODUCTS, Keep.GRAPH_AND_PRODUCTS])
+@pytest.mark.parametrize("keep", [Keep.INPUT, Keep.LINEAR_OUTPUTS, Keep.GRAPH_AND_LINEAR_OUTPUTS])
 def test_what_is_kept_of_a_step_changes_the_time_of_its_backward_not_a_bit_of_its_result(
     compute: TorchCompute, keep: Keep
 ) -> None:
@@ -187,11 +188,11 @@ def test_what_is_kept_of_a_step_changes_the_time_of_its_backward_not_a_bit_of_it
 def test_requests_that_come_back_together_share_their_graph(
     compute: TorchCompute, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    works = [forward_work(seed, tokens=5 + seed, keep=Keep.GRAPH_AND_PRODUCTS) for seed in range(3)]
+    works = [forward_work(seed, tokens=5 + seed, keep=Keep.GRAPH_AND_LINEAR_OUTPUTS) for seed in range(3)]
     expected = [alone(compute, work, seed) for seed, work in enumerate(works)]
     done = run(compute, works)
     backs = [backward_work(works[seed], done[seed], seed) for seed in (2, 0, 1)]
-    monkeypatch.setattr(Middle, "graph", lambda *_: pytest.fail("the forward was computed again"))
+    monkeypatch.setattr(TrunkModel, "graph", lambda *_: pytest.fail("the forward was computed again"))
     for ours, seed in zip(tensors(list(run(compute, backs))), (2, 0, 1), strict=True):
         assert within(TOLERANCE)(ours, expected[seed][1])
 
@@ -203,19 +204,19 @@ def test_those_who_shared_a_forward_go_by_its_graph_beside_others_if_that_is_che
     """Two of one forward, one of three of another, and one that was alone."""
     monkeypatch.setattr(compute, "traits", replace(compute.traits, costs=costs_of(fixed_seconds)))
     works = [
-        forward_work(seed, tokens=tokens, keep=Keep.GRAPH_AND_PRODUCTS)
+        forward_work(seed, tokens=tokens, keep=Keep.GRAPH_AND_LINEAR_OUTPUTS)
         for seed, tokens in enumerate([8, 8, 20, 5, 5, 4])
     ]
     expected = [alone(compute, work, seed) for seed, work in enumerate(works)]
     done = [*run(compute, works[:2]), *run(compute, works[2:5]), *run(compute, works[5:])]
     again: list[int] = []
-    graph = Middle.graph
+    graph = TrunkModel.graph
 
-    def note(middle: Middle, inputs: Pass, products: Products | None = None) -> Graph:
+    def note(trunk: TrunkModel, inputs: Pass, linear_outputs: LinearOutputs | None = None) -> Graph:
         again.append(inputs.rows * inputs.tokens)
-        return graph(middle, inputs, products)
+        return graph(trunk, inputs, linear_outputs)
 
-    monkeypatch.setattr(Middle, "graph", note)
+    monkeypatch.setattr(TrunkModel, "graph", note)
     coming = (5, 1, 2, 0)
     backs = [backward_work(works[seed], done[seed], seed) for seed in coming]
     for ours, seed in zip(tensors(list(run(compute, backs))), coming, strict=True):
@@ -229,22 +230,24 @@ def costs_of(fixed_seconds: float) -> Costs:
 
 
 def test_who_stays_away_holds_no_more_memory_than_its_own(compute: TorchCompute) -> None:
-    works = [forward_work(seed, tokens=tokens, keep=Keep.GRAPH_AND_PRODUCTS) for seed, tokens in ((0, 2), (1, 60))]
+    works = [
+        forward_work(seed, tokens=tokens, keep=Keep.GRAPH_AND_LINEAR_OUTPUTS) for seed, tokens in ((0, 2), (1, 60))
+    ]
     expected = alone(compute, works[0], 0)
     done = run(compute, works)
     stays = done[0].stash if isinstance(done[0], Done) else None
     assert isinstance(stays, TorchStash) and stays.shared is not None
     run(compute, [backward_work(works[1], done[1], 1)])
-    assert stays.shared.graph is None and stays.shared.joined is None
-    products = stays.shared.products_of(0)
-    assert products is not None
-    in_storages = sum(o.untyped_storage().nbytes() for o in products.outputs)
-    assert in_storages + products.overhead_bytes == products.nbytes <= stays.nbytes
+    assert stays.shared.graph is None and stays.shared.merged is None
+    linear_outputs = stays.shared.linear_outputs_of(0)
+    assert linear_outputs is not None
+    in_storages = sum(o.untyped_storage().nbytes() for o in linear_outputs.outputs)
+    assert in_storages + linear_outputs.overhead_bytes == linear_outputs.nbytes <= stays.nbytes
     assert within(TOLERANCE)(tensors(run(compute, [backward_work(works[0], done[0], 0)]))[0], expected[1])
 
 
 def test_a_step_that_is_dropped_costs_its_neighbours_time_and_nothing_else(compute: TorchCompute) -> None:
-    works = [forward_work(seed, keep=Keep.GRAPH_AND_PRODUCTS) for seed in range(3)]
+    works = [forward_work(seed, keep=Keep.GRAPH_AND_LINEAR_OUTPUTS) for seed in range(3)]
     expected = [alone(compute, work, seed) for seed, work in enumerate(works)]
     done = run(compute, works)
     assert isinstance(done[1], Done) and done[1].stash is not None
@@ -316,7 +319,7 @@ def test_sequences_of_equal_length_are_attended_to_at_once_in_whatever_order_the
 
     def outputs_and_gradients(lengths: tuple[int, ...], activations: torch.Tensor) -> list[torch.Tensor]:
         sequences = sequences_of(Rows(activations, None, torch.zeros(1, start).long()), Shape(1, start, lengths))
-        graph = compute._middle.graph(sequences)
+        graph = compute._trunk.graph(sequences)
         return [graph.output.detach(), graph.gradients(activations)]
 
     alternating = outputs_and_gradients(lengths, activations)
@@ -339,12 +342,12 @@ def test_the_masks_of_a_pass_are_shared_by_its_layers_and_end_with_it(
         return bias
 
     monkeypatch.setattr("zsl.trunk.compute.attention._bias_without_mask", remembered)
-    monkeypatch.setattr(compute._middle._model.config, "_attn_implementation", "sdpa")
+    monkeypatch.setattr(compute._trunk._model.config, "_attn_implementation", "sdpa")
     part = sequences_of(Rows(torch.randn(1, 40, 32)), Shape(1, 40, (40,)))
-    graph = compute._middle.graph(packed([part], pass_tokens=64).inputs)
+    graph = compute._trunk.graph(packed([part], pass_tokens=64).inputs)
     assert len(made) <= 2, "one for the request, one for the filling"
     assert graph.output.requires_grad and all(bias() is None for bias in made)
-    if compute._middle._model.config.model_type in ("llama", "gpt2"):
+    if compute._trunk._model.config.model_type in ("llama", "gpt2"):
         assert made, "the test would show nothing"
 
 
@@ -382,7 +385,7 @@ def test_a_request_that_fails_in_a_merged_pass_fails_alone(
     assert "running them one by one" in caplog.text
 
 
-def test_products_that_the_model_has_written_into_are_not_kept() -> None:
+def test_linear_outputs_that_the_model_has_written_into_are_not_kept() -> None:
     class InPlace(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -393,9 +396,9 @@ def test_products_that_the_model_has_written_into_are_not_kept() -> None:
 
     model = InPlace().requires_grad_(False)
     layers = LinearLayers(model.modules())
-    with layers.recording(1, 3) as products, torch.no_grad():
+    with layers.recording(1, 3) as linear_outputs, torch.no_grad():
         model(torch.randn(1, 3, 4))
-    assert products() is None
+    assert linear_outputs() is None
 
 
 def test_the_memory_of_a_graph_is_measured_on_that_graph(compute: TorchCompute) -> None:
@@ -418,7 +421,7 @@ def test_a_graph_that_is_dropped_without_a_backward_is_freed(compute: TorchCompu
     gc.collect()
     gc.disable()  # so that only reference counts free
     try:
-        (done,) = run(compute, [forward_work(1, keep=Keep.GRAPH_AND_PRODUCTS)])
+        (done,) = run(compute, [forward_work(1, keep=Keep.GRAPH_AND_LINEAR_OUTPUTS)])
         assert isinstance(done, Done) and isinstance(done.stash, TorchStash)
         assert done.stash.shared is not None and done.stash.shared.graph is not None
         output = weakref.ref(done.stash.shared.graph.output)

@@ -179,7 +179,7 @@ def test_what_queued_backwards_will_use_is_part_of_the_memory_until_they_have_ru
         with Peer(server.endpoint) as other:
             mine, theirs = one.hello(), other.hello()
             one.ask(*forward(mine, 1, tokens=40, keep=True))  # 640 bytes
-            assert kept(server) == [Keep.GRAPH_AND_PRODUCTS]
+            assert kept(server) == [Keep.GRAPH_AND_LINEAR_OUTPUTS]
             server.compute.gate.clear()
             one.send(*forward(mine, 2, tokens=40))
             assert server.compute.begun.acquire(timeout=20) and server.compute.begun.acquire(timeout=20)
@@ -192,7 +192,7 @@ def test_what_queued_backwards_will_use_is_part_of_the_memory_until_they_have_ru
             assert server.compute.batches == [[Kind.FORWARD]] * 3 + [[Kind.BACKWARD]]
             assert kept(server) == [Keep.INPUT], "there was no room for a graph beside the backward's"
             other.ask(*forward(theirs, 2, keep=True))
-            assert kept(server) == [Keep.INPUT, Keep.GRAPH_AND_PRODUCTS]
+            assert kept(server) == [Keep.INPUT, Keep.GRAPH_AND_LINEAR_OUTPUTS]
 
 
 def test_a_new_hello_ends_the_connections_earlier_session_and_its_queued_work(server: EchoServer, peer: Peer) -> None:

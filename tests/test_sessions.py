@@ -24,7 +24,7 @@ class Kept:
     def demoted(self) -> Kept | None:
         if self.keep is Keep.INPUT:
             return None
-        return Kept(self.nbytes // 2, Keep.PRODUCTS if self.keep is Keep.GRAPH_AND_PRODUCTS else Keep.INPUT)
+        return Kept(self.nbytes // 2, Keep.LINEAR_OUTPUTS if self.keep is Keep.GRAPH_AND_LINEAR_OUTPUTS else Keep.INPUT)
 
     def drop(self) -> None:
         pass
@@ -73,14 +73,14 @@ def test_another_connection_cannot_use_a_session() -> None:
         sessions.get(session.id, b"theirs", now=1.0)
 
 
-def test_over_the_memory_graphs_go_first_then_products_then_the_oldest_inputs() -> None:
+def test_over_the_memory_graphs_go_first_then_linear_outputs_then_the_oldest_inputs() -> None:
     sessions = table(stash_memory_bytes=100)
     one, two = sessions.open(b"one", now=0.0), sessions.open(b"two", now=0.0)
-    sessions.hold(one, 1, kept(60, Keep.GRAPH_AND_PRODUCTS))
+    sessions.hold(one, 1, kept(60, Keep.GRAPH_AND_LINEAR_OUTPUTS))
     sessions.hold(two, 2, kept(60, Keep.GRAPH))
-    assert (one.held[1].stash, two.held[2].stash) == (Kept(30, Keep.PRODUCTS), Kept(60, Keep.GRAPH))
+    assert (one.held[1].stash, two.held[2].stash) == (Kept(30, Keep.LINEAR_OUTPUTS), Kept(60, Keep.GRAPH))
     sessions.hold(two, 3, kept(55))
-    assert (one.held[1].stash, two.held[2].stash) == (Kept(15), Kept(30)), "the graph went, then the products"
+    assert (one.held[1].stash, two.held[2].stash) == (Kept(15), Kept(30)), "the graph went, then the linear outputs"
     sessions.hold(two, 4, kept(90))
     assert one.held == {} and set(two.held) == {4}, "the oldest inputs went; their clients send them again"
 
@@ -229,7 +229,7 @@ def test_what_was_released_leaves_nothing_in_the_tables() -> None:
 def test_a_tenants_only_step_is_given_up_bit_by_bit_until_it_is_within_its_memory() -> None:
     sessions = table()
     session = sessions.open(b"peer", now=0.0, tenant=tenant(max_stash_bytes=10))
-    sessions.hold(session, 1, kept(40, Keep.GRAPH_AND_PRODUCTS))
+    sessions.hold(session, 1, kept(40, Keep.GRAPH_AND_LINEAR_OUTPUTS))
     assert session.held[1].stash == Kept(10)
 
 

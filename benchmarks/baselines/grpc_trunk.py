@@ -140,13 +140,13 @@ def load(model: str, cut: str) -> Callable[[torch.Tensor], tuple[torch.Tensor, G
     from zsl.models.reference import resolve
     from zsl.split.cut import parse_cut
     from zsl.trunk.compute.passes import Rows
-    from zsl.trunk.compute.trunk_model import Middle
+    from zsl.trunk.compute.trunk_model import TrunkModel
 
     parsed = parse_cut(cut)
-    middle = Middle(load_trunk_part(resolve(model), parsed), parsed)
+    trunk = TrunkModel(load_trunk_part(resolve(model), parsed), parsed)
 
     def run(activations: torch.Tensor) -> tuple[torch.Tensor, Gradient]:
-        graph = middle.graph(Rows(activations))
+        graph = trunk.graph(Rows(activations))
         return graph.output, graph.gradients
 
     return run

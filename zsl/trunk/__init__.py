@@ -1,1 +1,1 @@
-"""The daemon: what it holds, in which order it works, and how it answers. Never imports the client's side."""
+"""The daemon: sessions, requests, scheduling and computation of a trunk. Never imports the client."""

@@ -1,7 +1,7 @@
-"""What a pass costs as a function of its tokens, and which batch sizes follow from that. Pure.
+"""Cost model of a pass: its seconds and memory by tokens, and the batch sizes that follow. Pure.
 
-A pass over frozen weights takes about `fixed + per_token x tokens` seconds: the fixed part is reading the weights and
-starting the operations, and it is what requests share when they are merged.
+A pass over frozen weights takes about `fixed + per_token x tokens` seconds. The fixed part, reading the weights and
+launching the operations, is paid once for all requests of a merged pass.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 # A batch is large enough when the fixed part is at most this share of it.
 SATURATED_SHARE = 0.1
-# So many requests are worth merging when that saves at least this share of their time.
+# Merging this many requests is worthwhile if it saves at least this share of their time.
 MERGED_REQUESTS = 4
 WORTHWHILE_SHARE = 0.1
-# What is measured on a busy machine can be far off. Within these bounds no choice is a bad one: a larger batch than
-# needed loses nothing, and requests of a few tokens gain by company on every device.
+# Bounds on batch sizes, because measurements on a busy machine can be far off. A batch larger than needed costs
+# nothing, and requests of a few tokens gain from merging on every device.
 MIN_BATCH_TOKENS, MAX_BATCH_TOKENS = 256, 4096
 MIN_MERGE_TOKENS = 32
 
@@ -36,30 +36,30 @@ class PassCost:
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """The costs of a trunk: forward, backward with the graph kept, and backward with the linear layers' products
-    kept (`zsl.trunk.compute.linear_outputs`), which is what a merged backward does."""
+    """Costs of a trunk: forward, backward from the kept graph, and backward from the kept outputs of the linear layers
+    (`zsl.trunk.compute.linear_outputs`), as in a merged backward."""
 
     forward: PassCost
     backward: PassCost
-    backward_from_products: PassCost
+    backward_from_linear_outputs: PassCost
 
 
 @dataclass(frozen=True, slots=True)
 class GraphMemory:
-    """Memory of a graph: `fixed + per_token * tokens + per_pair * sum of squared lengths`."""
+    """Bytes of a graph: `fixed + per_token * tokens + per_pair * sum of squared lengths`."""
 
     fixed_bytes: float
     bytes_per_token: float
-    bytes_per_pair: float  # of two tokens of one sequence: of families whose attention keeps its scores
+    bytes_per_pair: float  # pairs of tokens of one sequence: attention that keeps its scores
 
     def nbytes(self, lengths: Sequence[int]) -> int:
-        """What a pass of sequences of these lengths keeps."""
+        """Return the bytes that the graph of a pass of sequences of these lengths keeps."""
         pairs = sum(length * length for length in lengths)
         return round(self.fixed_bytes + self.bytes_per_token * sum(lengths) + self.bytes_per_pair * pairs)
 
 
 def fit_graph_memory(samples: Sequence[tuple[int, int]]) -> GraphMemory:
-    """The memory through three `(tokens, bytes)` of single sequences, with no part negative."""
+    """Fit the memory to three `(tokens, bytes)` samples of single sequences, with no negative coefficient."""
     (x0, y0), (x1, y1), (x2, y2) = samples
     slopes = (y1 - y0) / (x1 - x0), (y2 - y1) / (x2 - x1)
     per_pair = max((slopes[1] - slopes[0]) / (x2 - x0), 0.0)
@@ -69,23 +69,23 @@ def fit_graph_memory(samples: Sequence[tuple[int, int]]) -> GraphMemory:
 
 @dataclass(frozen=True, slots=True)
 class PassMemory:
-    """Memory of a backward that goes layer by layer, the least that a request can run in: what one layer takes, and so
-    many tensors of its input's size."""
+    """Peak bytes of a backward computed layer by layer, the least that a request can run in: the memory of one layer,
+    and the kept tensors of the input's size."""
 
     layer: GraphMemory
     kept_bytes_per_token: int
 
     def nbytes(self, lengths: Sequence[int]) -> int:
-        """What a pass of sequences of these lengths takes at its peak."""
+        """Return the peak bytes of a pass of sequences of these lengths."""
         return self.layer.nbytes(lengths) + self.kept_bytes_per_token * sum(lengths)
 
     def nbytes_of_rows(self, tokens: int, row_tokens: int) -> int:
-        """What so many tokens take at most, in rows as long as they may be."""
+        """Return the peak bytes of a pass of `tokens` in rows of `row_tokens`, the worst case."""
         rows, rest = divmod(tokens, row_tokens)
         return self.nbytes([*[row_tokens] * rows, *[rest] * bool(rest)])
 
     def most_tokens(self, nbytes: int, row_tokens: int, *, least: int, most: int) -> int:
-        """The largest request that takes no more than `nbytes`, within bounds."""
+        """Return the tokens of the largest request with a peak of at most `nbytes`, between `least` and `most`."""
         while least < most:
             middle = (least + most + 1) // 2
             if self.nbytes_of_rows(middle, row_tokens) <= nbytes:
@@ -95,23 +95,23 @@ class PassMemory:
         return least
 
 
-# Of a trunk that was not measured: nothing is bounded by it.
+# For a trunk that was not measured: no bound.
 UNKNOWN_GRAPH_MEMORY = GraphMemory(0.0, 0.0, 0.0)
 UNKNOWN_PASS_MEMORY = PassMemory(UNKNOWN_GRAPH_MEMORY, 0)
-# Of a trunk that was not measured: only the proportions matter, to fairness, and no pass waits for company.
+# For a trunk that was not measured: fairness needs only the proportions, and no pass is delayed for merging.
 UNKNOWN_COSTS = Costs(PassCost(0.0, 1e-3), PassCost(0.0, 1e-3), PassCost(0.0, 1.2e-3))
 
 
 @dataclass(frozen=True, slots=True)
 class BatchLimits:
-    """`max_batch_tokens` bounds a merged pass; requests of more than `merge_below_tokens` run alone (0: all do)."""
+    """`max_batch_tokens` bounds a merged pass; larger requests than `merge_below_tokens` run alone (0: all)."""
 
     max_batch_tokens: int = 512
     merge_below_tokens: int = 64
 
 
 def fit_cost(samples: Sequence[tuple[int, float]]) -> PassCost:
-    """The least-squares line through `(tokens, seconds)`, with neither part negative."""
+    """Fit a least-squares line to `(tokens, seconds)` samples, with no negative coefficient."""
     mean_x = sum(tokens for tokens, _ in samples) / len(samples)
     mean_y = sum(seconds for _, seconds in samples) / len(samples)
     spread = sum((tokens - mean_x) ** 2 for tokens, _ in samples)
@@ -121,17 +121,17 @@ def fit_cost(samples: Sequence[tuple[int, float]]) -> PassCost:
 
 
 def batch_limits(costs: Costs) -> BatchLimits:
-    """The batch sizes that a trunk of these costs gains by.
+    """Choose the batch sizes for a trunk of these costs.
 
-    The budget is where a forward's fixed part has become `SATURATED_SHARE` of it. The knee is the size at which
-    `MERGED_REQUESTS` equal requests still save `WORTHWHILE_SHARE` of the time of their steps by sharing both passes:
-    alone a step costs forward + backward; merged, all but one fixed part is saved, but the backward computes from
-    products what a graph would hold. A request over a quarter of the budget runs alone in any case.
+    The budget is the size at which the fixed part is `SATURATED_SHARE` of a forward. The knee is the size up to which
+    `MERGED_REQUESTS` equal requests save `WORTHWHILE_SHARE` of the time of their steps by sharing both passes: alone a
+    step costs forward + backward; merged, all but one fixed part is saved, but the backward recomputes from the linear
+    outputs what a graph would hold. A request over a quarter of the budget always runs alone.
     """
     saturated = costs.forward.fixed_seconds * (1 - SATURATED_SHARE) / SATURATED_SHARE
     budget = min(max(round(saturated / costs.forward.seconds_per_token), MIN_BATCH_TOKENS), MAX_BATCH_TOKENS)
     alone = costs.forward + costs.backward
-    merged = costs.forward + costs.backward_from_products
+    merged = costs.forward + costs.backward_from_linear_outputs
     # n alone(t) - merged(n t) = WORTHWHILE_SHARE * n alone(t), solved for t
     keep = MERGED_REQUESTS * (1 - WORTHWHILE_SHARE)
     gain = keep * alone.fixed_seconds - merged.fixed_seconds

@@ -1,10 +1,10 @@
-"""Failpoints: named places where a test has the daemon fail. Off in normal use.
+"""Failpoints for tests: named places at which the daemon kills itself or hangs. Off in normal use.
 
-    ZSL_FAILPOINT=before-backward:kill        the process is killed before its first backward is computed
-    ZSL_FAILPOINT=after-forward:kill:3        after the third forward, before it is answered
-    ZSL_FAILPOINT=before-forward:hang         the compute thread stands still
+    ZSL_FAILPOINT=before-backward:kill        SIGKILL before the first backward is computed
+    ZSL_FAILPOINT=after-forward:kill:3        SIGKILL after the third forward, before it is answered
+    ZSL_FAILPOINT=before-forward:hang         the compute thread hangs
 
-Places: `before-forward`, `after-forward`, `before-backward`, `after-backward`, of a pass, in the compute thread.
+Places: `before-forward`, `after-forward`, `before-backward`, `after-backward`; each is in the compute thread.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _ACTIONS: dict[str, Callable[[], None]] = {"kill": _kill, "hang": _hang}
 
 
 class Failpoint:
-    """Fails at the given visit of a place; never, if none is given."""
+    """Fails at the given visit of a place; never without a place."""
 
     def __init__(self, place: str | None = None, action: str = "kill", visit: int = 1) -> None:
         self._place = place
@@ -44,7 +44,7 @@ class Failpoint:
         self._visits_left = visit
 
     def visit(self, place: str) -> None:
-        """Fail, if this is the place and the time."""
+        """Fail if this is the configured place and visit."""
         if place != self._place:
             return
         self._visits_left -= 1
@@ -53,7 +53,7 @@ class Failpoint:
 
 
 def failpoint_from(environment: Mapping[str, str]) -> Failpoint:
-    """The failpoint that the environment names. Raises `ConfigError` for one that is not written as above."""
+    """Return the failpoint named by the environment. Raises `ConfigError` for an invalid one."""
     text = environment.get(VARIABLE)
     if not text:
         return Failpoint()

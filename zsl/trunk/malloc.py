@@ -1,9 +1,9 @@
-"""Keep freed memory for the next pass, and give it back when there is none.
+"""Tuning of glibc malloc: keep freed memory for the next pass, return it to the system when idle.
 
-A pass allocates and frees some hundreds of megabytes in blocks of about one. By default glibc gives such blocks back
-to the system as soon as they are free, from a thread other than the main one above all, and the next pass pays for
-every page again. What is kept so would stay for ever: blocks that are still held lie between free ones, and glibc gives
-back by itself only what is free at the end.
+A pass allocates and frees some hundreds of megabytes in blocks of about one. By default glibc returns such blocks to
+the system as soon as they are free, above all from threads other than the main one, and the next pass pays for every
+page fault again. Memory kept this way would never be returned: blocks in use lie between free ones, and glibc trims
+only the end of its heap.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import ctypes
 import os
 from pathlib import Path
 
-# From malloc.h. What `mallopt` takes: the largest threshold that glibc allows, and how much may stay free.
+# Options of `mallopt` (malloc.h), the largest mmap threshold that glibc allows, and the bytes that may stay free.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
 LARGEST_MMAP_THRESHOLD_BYTES = 32 << 20
 KEPT_BYTES = 1 << 30
@@ -20,9 +20,9 @@ IDLE_SECONDS = 10.0
 
 
 def keep_freed_memory() -> bool:
-    """Tell glibc to keep up to `KEPT_BYTES` of freed memory, for all threads in one arena.
+    """Tell glibc to keep up to `KEPT_BYTES` of freed memory, in one arena for all threads.
 
-    To be called before threads are started. False where there is no glibc; nothing is changed then.
+    Call it before starting threads. Returns False, and changes nothing, without glibc.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
@@ -32,12 +32,12 @@ def keep_freed_memory() -> bool:
         M_TRIM_THRESHOLD: KEPT_BYTES,
         M_ARENA_MAX: 1,
     }
-    results = [mallopt(option, value) for option, value in wanted.items()]  # all of them, whatever one says
+    results = [mallopt(option, value) for option, value in wanted.items()]  # set all options even if one fails
     return all(results)
 
 
 def resident_bytes() -> int:
-    """The memory of this process that is in RAM; 0 where Linux's /proc is missing."""
+    """Return the resident set size of this process; 0 without Linux's /proc."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
@@ -45,30 +45,30 @@ def resident_bytes() -> int:
 
 
 def give_back_freed_memory() -> bool:
-    """Give all freed pages back to the system, wherever they lie. It may take a tenth of a second for each GB.
+    """Return all freed pages to the system (`malloc_trim`), in about a tenth of a second per GB.
 
-    False where there is no glibc, or nothing was freed.
+    Returns False without glibc, or if nothing was freed.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     return trim is not None and bool(trim(0))
 
 
-class GiveBack:
-    """Decides when freed memory is to be given back. Pure: the clock and the sizes come from outside."""
+class TrimPolicy:
+    """Decides when to return freed memory to the system. Pure: clock and sizes are arguments."""
 
     def __init__(self, resident_at_start: int, budget_bytes: int) -> None:
-        """`budget_bytes`: what the process may grow by; what is held is part of it."""
+        """Start from a resident size. `budget_bytes`: the allowed growth of the process, held stashes included."""
         self._resident_at_start = resident_at_start
         self._budget_bytes = budget_bytes
-        self._freed_at: float | None = None  # None: nothing since it was last given back
+        self._freed_at: float | None = None  # None: nothing freed since memory was last returned
         self._next_look = 0.0
 
     def freed(self, now: float) -> None:
-        """Note that memory was freed: a pass has ended, or a session."""
+        """Record that memory was freed: a pass or a session has ended."""
         self._freed_at = now
 
     def is_due(self, now: float, *, busy: bool, held_bytes: int, resident_bytes: int) -> bool:
-        """Say if it is time: nothing was freed for `IDLE_SECONDS`, or far more is kept than is held or may be."""
+        """Return whether to trim now: nothing freed for `IDLE_SECONDS`, or growth over the held bytes or the budget."""
         if self._freed_at is None or now < self._next_look:
             return False
         if busy or now - self._freed_at < IDLE_SECONDS:

@@ -1,4 +1,4 @@
-"""What a daemon serves, and within which limits."""
+"""Settings of a daemon: the trunk that it serves, its limits and policies."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FP32_BYTES = 4
 
 @dataclass(frozen=True, slots=True)
 class TrunkInfo:
-    """What this daemon serves, as WELCOME and STATUS say it."""
+    """The served model and cut, as WELCOME and STATUS state them."""
 
     model: ModelIdentity
     cut: Cut
@@ -33,11 +33,11 @@ class TrunkInfo:
 
 @dataclass(frozen=True, slots=True)
 class TrunkTraits:
-    """What is known of a trunk once it is loaded: its size, what it can do, and what its passes take.
+    """Traits of a loaded trunk: size, capabilities, costs and memory of its passes.
 
-    `merges`: requests may share a pass. `packs`: even requests of different lengths; `packs_masks`, `packs_restarts`:
-    those too that bring a mask, or positions that start again within a row. `deterministic`: a request's answer is the
-    same bit for bit whoever shares its pass.
+    `merges`: requests may share a pass. `packs`: requests of different lengths may share one too; `packs_masks`,
+    `packs_restarts`: also those with a mask, or with positions that start again within a row. `deterministic`: a
+    request's answer is the same bit for bit, whichever requests share its pass.
     """
 
     parameters: int
@@ -56,11 +56,11 @@ class TrunkTraits:
 class ServerSettings:
     """The limits and policies of a server.
 
-    `stash_memory_bytes`: what is kept for pending backwards; over it, graphs and then inputs are given up.
-    `reply_memory_bytes`: for answers that a client may ask for again.
-    `max_wait_seconds`: after so long a request goes next, whatever fairness says.
-    `stuck_seconds`: a pass that takes longer will never end; the daemon ends itself, so that another can take over.
-    A session takes two connections: one for requests, one for signs of life.
+    `stash_memory_bytes`: memory of the stashes of pending backwards; over it, graphs and then inputs are evicted.
+    `reply_memory_bytes`: memory of answers that a client may ask for again.
+    `max_wait_seconds`: a request that has waited so long runs next, regardless of fairness.
+    `stuck_seconds`: a pass that takes longer is considered hung; the daemon exits, so that another can take over.
+    A session uses two connections: one for requests, one for heartbeats.
     """
 
     lease_seconds: float = 60.0
@@ -78,7 +78,7 @@ class ServerSettings:
     drain_seconds: float = 10.0
 
     def limits(self, info: TrunkInfo) -> Limits:
-        """What WELCOME states."""
+        """Return the limits that WELCOME states."""
         return Limits(
             max_message_bytes=min(self.max_request_tokens * info.model.hidden_size * FP32_BYTES, MAX_TENSOR_BYTES),
             max_header_bytes=MAX_HEADER_BYTES,
@@ -91,13 +91,13 @@ class ServerSettings:
         )
 
     def granted_tokens(self, info: TrunkInfo, memory: PassMemory) -> int:
-        """The largest request that a pass has memory for, but no less than `MAX_BATCH_TOKENS`."""
+        """Return the tokens of the largest request that fits in memory, at least `MAX_BATCH_TOKENS`."""
         least, most = min(MAX_BATCH_TOKENS, self.max_request_tokens), self.max_request_tokens
         return memory.most_tokens(self.stash_memory_bytes, info.max_row_tokens, least=least, most=most)
 
 
 def check_wanted(info: TrunkInfo, hello: Hello) -> None:
-    """Raises `WrongModelError`, which says what differs, if a client wants another model or cut than is served."""
+    """Raise `WrongModelError`, naming the difference, if a client wants another model or cut than the served one."""
     if hello.model is not None and hello.model != info.model:
         raise WrongModelError(_difference(info.model, hello.model))
     if hello.cut is not None and hello.cut != info.cut:
@@ -105,7 +105,7 @@ def check_wanted(info: TrunkInfo, hello: Hello) -> None:
 
 
 def _difference(served: ModelIdentity, wanted: ModelIdentity) -> str:
-    """Which part of two identities differs, the readable ones first."""
+    """Describe the first difference between two identities, readable fields before digests."""
     for name in ("model_type", "layers", "hidden_size"):
         ours, theirs = getattr(served, name), getattr(wanted, name)
         if ours != theirs:

@@ -1,6 +1,6 @@
-"""The types that the parts of the daemon exchange: a computation, its outcome, and the stash for its backward.
+"""Types of work: a computation, its outcome, and the stash for its backward.
 
-No torch, no sockets: the scheduler, the sessions and the server see a computation only through these.
+The scheduler, the sessions and the server see a computation only through these. Imports no torch and no sockets.
 """
 
 from __future__ import annotations
@@ -18,32 +18,32 @@ Buffers = dict[Role, tuple[TensorDescriptor, Frame]]
 
 
 class Kind(Enum):
-    """The two things that a trunk computes. A pass is one or the other, never both."""
+    """Kinds of computation. All requests of a pass are of one kind."""
 
     FORWARD = "forward"
     BACKWARD = "backward"
 
 
 class Keep(Enum):
-    """The part of a forward that is kept for its backward, from the least to the most."""
+    """Parts of a forward to keep for its backward, in increasing order of memory."""
 
     NOTHING = 0
-    INPUT = 1  # the backward computes the forward again
-    PRODUCTS = 2  # and the outputs of the linear layers: it computes only the rest between them again
-    GRAPH = 3  # autograd's graph instead: the backward goes at once, with those that shared the forward or not at all
-    GRAPH_AND_PRODUCTS = 4  # whichever the backward can use
+    INPUT = 1  # the backward recomputes the forward
+    LINEAR_OUTPUTS = 2  # and the outputs of the linear layers: only the operations between them are recomputed
+    GRAPH = 3  # autograd's graph instead: usable only if all requests of the forward come back in one backward
+    GRAPH_AND_LINEAR_OUTPUTS = 4  # whichever the backward can use
 
     @property
     def has_graph(self) -> bool:
-        return self in (Keep.GRAPH, Keep.GRAPH_AND_PRODUCTS)
+        return self in (Keep.GRAPH, Keep.GRAPH_AND_LINEAR_OUTPUTS)
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Rows and tokens of a request, and the sequences in it, in order: its rows, or parts of rows.
+    """Rows and tokens of a request, and the lengths of its sequences, in order: its rows, or parts of rows.
 
-    `masked`: the indices of the sequences with tokens that none may attend to. `fits_rows`: no row is longer than the
-    model's positions, or the request says its lengths.
+    `masked`: indices of the sequences with masked tokens. `fits_rows`: no row is longer than the model's maximum
+    position, or the request states its lengths.
     """
 
     rows: int
@@ -59,17 +59,17 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class Alone:
-    """A request that shares a pass with none."""
+    """A request that may not share a pass."""
 
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """A request whose sequences may stand in one row beside those of others, whatever the lengths."""
+    """A request that may be packed: its sequences, of any lengths, in one row with those of other requests."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stacked:
-    """A request whose rows may stand on those of others of the same row shape that bring the same tensors along."""
+    """A request that may be stacked along the row dimension with others of equal row length and optional tensors."""
 
     tokens: int
     has_mask: bool
@@ -80,28 +80,28 @@ Sharing = Alone | Packed | Stacked
 
 
 class Stash(Protocol):
-    """The memory of a forward for its pending backward. Opaque but for its size."""
+    """Data kept from a forward for its pending backward. Opaque except for its size."""
 
     @property
     def nbytes(self) -> int: ...
 
     @property
     def keep(self) -> Keep:
-        """Say which part of the forward is kept."""
+        """The part of the forward that is kept."""
         ...
 
     def demoted(self) -> Stash | None:
-        """Give up the costliest part, and return the rest; None if that was the input."""
+        """Drop the part that takes most memory, and return the rest; None if only the input was kept."""
         ...
 
     def drop(self) -> None:
-        """Drop the stash; the memory that it shares with others may be given up."""
+        """Drop the stash, and the memory that it shares with stashes of the same forward."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """A stash in its session, with the shape of its step and how its backward may share a pass."""
+    """A stash held in a session, with the shape of its step and the sharing of its backward."""
 
     stash: Stash
     shape: Shape
@@ -110,7 +110,7 @@ class Held:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One checked request. A backward has either a `stash` or its own activations among the buffers."""
+    """The computation of one valid request. A backward has a `stash`, or activations among its buffers."""
 
     kind: Kind
     buffers: Buffers
@@ -122,10 +122,7 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """The works of one pass: one, or several of one kind that may share it in the same way.
-
-    Raises `ValueError` for others.
-    """
+    """The works of one pass: one, or several of equal kind and sharing. Raises `ValueError` for others."""
 
     works: tuple[Work, ...]
 
@@ -145,7 +142,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """A computed answer, and the stash for its backward."""
+    """The tensors of an answer, and the stash for its backward."""
 
     buffers: Buffers
     stash: Stash | None = None
@@ -155,11 +152,11 @@ Outcome = Done | WireError
 
 
 class Compute(Protocol):
-    """The computation: the torch trunk, or an echo in tests. Called from one thread, never from the loop."""
+    """The computation: the torch trunk, or an echo in tests. Called from one thread, never from the event loop."""
 
     @property
     def traits(self) -> TrunkTraits: ...
 
     def run(self, batch: Batch) -> list[Outcome]:
-        """Compute a batch, and return an outcome for each of its works. Never raises."""
+        """Compute a batch, and return one outcome per work, in order. Never raises."""
         ...

@@ -1,1 +1,1 @@
-"""Access to the daemon: hosts, keys and tenants. Knows no torch."""
+"""Access control of the daemon: listening address, keys and tenants. Imports no torch."""

@@ -1,13 +1,13 @@
-"""Who may use this daemon, and how much of it: `tenants.toml`, checked. Knows no socket and no torch.
+"""Tenants and their quotas: read and check `tenants.toml`. Imports no sockets and no torch.
 
     [tenants.alice]
-    public_key = "…"             # what is in alice.key
-    weight = 2.0                 # her share of the device, where others have 1
+    public_key = "…"             # the public-key of alice.key
+    weight = 2.0                 # relative share of device time; default 1
     max_sessions = 64
     max_inflight_bytes = "2GiB"
-    max_stash_bytes = "1GiB"     # of what is kept for pending backwards; without it, the daemon's own limit
+    max_stash_bytes = "1GiB"     # stashes of pending backwards; default: the daemon's own limit
 
-An authenticated key is a tenant: all that its holder's clients do together counts against these.
+Each authenticated key is one tenant: the quotas apply to all of its clients together.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from zsl.files.small_files import read_toml
 from zsl.text.byte_size import parse_size
 from zsl.transport.curve import NAME, is_public_key
 
-# Weights divide seconds of the device; with any number, sums of them could lose what is added.
+# Bounds on weights, which divide device seconds: with extreme ones, a sum of floats loses small addends.
 MIN_WEIGHT, MAX_WEIGHT = 0.001, 1000.0
 _HOW_TO_WRITE = "write a table [tenants.NAME] with a public_key for each client (`zsl keygen NAME` shows its lines)"
 
@@ -36,7 +36,7 @@ def _size(value: object) -> object:
 
 def _key(value: str) -> str:
     if not is_public_key(value):
-        raise ValueError("is no public key; take what stands as public-key in the tenant's .key file")
+        raise ValueError("is not a public key; copy the public-key of the tenant's .key file")
     return value
 
 
@@ -44,7 +44,7 @@ _Bytes = Annotated[int, BeforeValidator(_size), Field(strict=True)]
 
 
 class _TenantTable(BaseModel):
-    """`[tenants.NAME]`"""
+    """Keys of a table `[tenants.NAME]`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -63,7 +63,7 @@ class _File(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Tenant:
-    """One tenant and its quotas. `max_stash_bytes` None: only the daemon's own limit."""
+    """A tenant and its quotas. `max_stash_bytes` None: only the daemon's own limit applies."""
 
     name: str
     public_key: str
@@ -74,7 +74,7 @@ class Tenant:
 
 
 class Tenants:
-    """All tenants of a file."""
+    """Tenants of a file, by public key."""
 
     def __init__(self, tenants: Iterable[Tenant]) -> None:
         self._by_key = {tenant.public_key: tenant for tenant in tenants}
@@ -83,32 +83,32 @@ class Tenants:
         return len(self._by_key)
 
     def by_key(self, public_key: str) -> Tenant | None:
-        """The tenant with this public key, in z85."""
+        """Return the tenant with this public key (z85), or None."""
         return self._by_key.get(public_key)
 
 
 class Allowlist:
-    """The tenants of a file, as it was when last read whole. Raises `ConfigError` if it cannot be read at first."""
+    """Tenants of a file, as of its last valid reading. Raises `ConfigError` if the first reading fails."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._tenants = read_tenants(path)
 
     def reload(self) -> None:
-        """Read the file again. Raises `ConfigError`; the tenants stay as they were then."""
+        """Read the file again. Raises `ConfigError`, and keeps the tenants, if it is invalid."""
         self._tenants = read_tenants(self._path)
 
     def allows(self, public_key: str) -> bool:
-        """Whether the holder of this key may connect."""
+        """Return whether this public key belongs to a tenant."""
         return self.by_key(public_key) is not None
 
     def by_key(self, public_key: str) -> Tenant | None:
-        """The tenant with this public key, in z85."""
+        """Return the tenant with this public key (z85), or None."""
         return self._tenants.by_key(public_key)
 
 
 def read_tenants(path: Path) -> Tenants:
-    """The tenants in a file. Raises `ConfigError`, which names file, table and key."""
+    """Read the tenants of a file. Raises `ConfigError`, which names file, table and key."""
     try:
         tables = read_toml(path)
     except FileNotFoundError:

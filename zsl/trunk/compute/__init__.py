@@ -1,1 +1,1 @@
-"""Passes of the trunk on the compute thread. Knows no socket and no asyncio."""
+"""Computation of passes on the compute thread. Imports no sockets and no asyncio (except `worker`)."""

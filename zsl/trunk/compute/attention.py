@@ -1,10 +1,9 @@
 """Attention of a packed pass: many sequences in one row, each attending to itself only.
 
 Registered with transformers' `AttentionInterface`, so every family's own layer code calls it. Sequences of equal length
-are taken for rows, and given to the attention and the mask function that the family uses by itself: padding, windows,
-soft caps and sinks stay the family's. Two kernels replace its `sdpa`: on CUDA, in half precision, one call of the flash
-kernel for sequences of any lengths; on a CPU, the matrix of scores where the flash kernel is slow or rounds otherwise
-for other company.
+become rows, and are passed to the family's own attention and mask functions, which handle padding, windows, soft caps
+and sinks. Two kernels replace its `sdpa`: on CUDA, in half precision, one call of the variable-length flash kernel; on
+a CPU, an explicit matrix of scores where the flash kernel is slow, or rounds differently by the other rows of a pass.
 """
 
 from __future__ import annotations
@@ -27,16 +26,16 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 IMPLEMENTATION = "zsl_segments"
 
-# Up to this length the whole matrix of scores is cheaper than the CPU's flash kernel in half precision, whose backward
-# is several times slower for short sequences.
+# Up to this length the matrix of scores is faster than the CPU's flash kernel in half precision, whose backward is
+# several times slower for short sequences.
 MAX_SCORES_LENGTH = 512
-# What the CUDA flash kernel takes: Ampere or later, half precision, heads of at most so many features.
+# Requirements of the CUDA flash kernel, beside half precision: compute capability (Ampere), and largest head size.
 VARLEN_CAPABILITY, MAX_VARLEN_DIM = (8, 0), 256
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """`count` sequences of `length` tokens; if `masked`, each with tokens that none may attend to."""
+    """`count` sequences of `length` tokens; `masked`: each has masked tokens."""
 
     length: int
     masked: bool
@@ -49,23 +48,22 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The sequences of a packed row in groups of equal ones.
+    """Groups of equal-length sequences in a packed row.
 
-    `order` lists the tokens as the groups have them, `back` is its inverse; None where the row has them so.
-    `seen` is False for the tokens that none may attend to, in the order of the groups.
+    `order` permutes the tokens of the row to the order of the groups, `back` is its inverse; both None if the row is
+    ordered already. `seen` is False for masked tokens, in the order of the groups.
     """
 
     groups: tuple[Group, ...]
     order: torch.Tensor | None  # [tokens]
     back: torch.Tensor | None  # [tokens]
     seen: torch.Tensor | None  # [tokens], bool
-    invariant: bool  # no kernel may round otherwise for other company
+    invariant: bool  # forbid kernels whose rounding depends on the rest of the pass
 
 
 @dataclass(frozen=True, slots=True)
 class GroupMasks:
-    """The mask of a packed pass, from the mask function to the attention function: one for each group, as the family's
-    own mask function makes it."""
+    """Masks of a packed pass, one per group from the family's mask function, passed on to the attention function."""
 
     layout: Layout
     masks: tuple[torch.Tensor | None, ...]
@@ -73,10 +71,10 @@ class GroupMasks:
 
 @dataclass(frozen=True, slots=True)
 class _Active:
-    own: str  # the family's own implementation
-    layout: Layout | None  # None: rows as they are
-    # All layers of a pass share these. They end with it: kept longer, those of a long row would be memory that no
-    # session holds.
+    own: str  # attention implementation of the family
+    layout: Layout | None  # None: unpacked rows
+    # Shared by all layers of a pass, and freed with it: those of a long row would be memory that no session accounts
+    # for.
     biases: dict[tuple[object, ...], torch.Tensor] = field(default_factory=dict)
     starts: list[torch.Tensor] = field(default_factory=list)
 
@@ -92,9 +90,9 @@ def layout_of(
     invariant: bool = False,
     device: torch.device | str = "cpu",
 ) -> Layout:
-    """Group the sequences of a row by length, and by whether they have a mask (their indices in `masked`).
+    """Group the sequences of a row by length and presence of masked tokens (`masked`: their indices).
 
-    `seen` `[tokens]`: False for the tokens that none may attend to.
+    `seen` `[tokens]`: False for masked tokens.
     """
     kinds = [(length, index in masked) for index, length in enumerate(lengths)]
     counts = Counter(kinds)
@@ -104,7 +102,7 @@ def layout_of(
     starts = list(accumulate(lengths, initial=0))
     by_kind = torch.tensor(sorted(range(len(kinds)), key=kinds.__getitem__))
     sorted_lengths = torch.tensor(lengths)[by_kind]
-    # Of each token: its place in the sorted row, moved by as much as its sequence was.
+    # Source index of each token of the sorted row: its own index plus the shift of its sequence.
     moved = torch.tensor(starts[:-1])[by_kind] - (sorted_lengths.cumsum(0) - sorted_lengths)
     order = (torch.arange(starts[-1]) + moved.repeat_interleave(sorted_lengths)).to(device)
     return Layout(groups, order, order.argsort(), None if seen is None else seen[order], invariant)
@@ -112,7 +110,7 @@ def layout_of(
 
 @contextmanager
 def segments_attention(config: Any, layout: Layout | None) -> Iterator[None]:
-    """Within it, the model of `config` uses the attention of this file, for a packed row of this layout or for rows."""
+    """Make the model of `config` use this module's attention: for a packed row of this layout, or for unpacked rows."""
     own = config._attn_implementation
     token = _active.set(_Active(own, layout))
     config._attn_implementation = IMPLEMENTATION
@@ -124,12 +122,12 @@ def segments_attention(config: Any, layout: Layout | None) -> Iterator[None]:
 
 
 def flash_is_slow(dtype: torch.dtype, device: torch.device) -> bool:
-    """Say if the flash kernel of `sdpa` is the slower one, so that even requests that run alone should not use it."""
+    """Return whether the flash kernel of `sdpa` is slow here, so that unpacked requests avoid it too."""
     return device.type == "cpu" and dtype != torch.float32
 
 
 def _mask(batch_size: int, q_length: int, kv_length: int, **arguments: Any) -> torch.Tensor | GroupMasks | None:
-    """A mask as transformers asks for it, or one for each group of a packed row."""
+    """Mask function for transformers: the family's own mask, or one per group of a packed row."""
     active = _active.get()
     own: Callable[..., torch.Tensor | None] = ALL_MASK_ATTENTION_FUNCTIONS[active.own]
     if active.layout is None:
@@ -156,7 +154,7 @@ def _attention(
     attention_mask: torch.Tensor | GroupMasks | None,
     **arguments: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention as a decoder layer of transformers asks for it: `[rows, tokens, heads, dim]`."""
+    """Attention function for transformers. Returns `[rows, tokens, heads, dim]`, and no weights."""
     if not isinstance(attention_mask, GroupMasks):
         return _attend(module, query, key, value, attention_mask, invariant=False, **arguments), None
     layout, masks = attention_mask.layout, attention_mask.masks
@@ -177,7 +175,7 @@ def _attention(
 
 
 def _rows_of(packed: torch.Tensor, start: int, group: Group) -> torch.Tensor:
-    """A group's sequences as rows: `[1, heads, all tokens, dim]` to `[count, heads, length, dim]`."""
+    """Reshape a group's sequences to rows: `[1, heads, all tokens, dim]` to `[count, heads, length, dim]`."""
     part = packed[0, :, start : start + group.tokens]
     rows: torch.Tensor = part.unflatten(1, (group.count, group.length)).transpose(0, 1)
     return rows
@@ -188,12 +186,12 @@ def _attend(
     query: torch.Tensor,  # [rows, heads, length, dim]
     key: torch.Tensor,  # [rows, key heads, length, dim]
     value: torch.Tensor,
-    mask: torch.Tensor | None,  # as the family's own mask function makes it
+    mask: torch.Tensor | None,  # from the family's mask function
     *,
     invariant: bool,
     **arguments: Any,
 ) -> torch.Tensor:
-    """Attention of rows, `[rows, length, heads, dim]`: the family's own, or the same by the matrix of scores."""
+    """Compute attention of rows, by the family's function or the matrix of scores: `[rows, length, heads, dim]`."""
     own = _active.get().own
     slow = flash_is_slow(query.dtype, query.device) and query.shape[2] <= MAX_SCORES_LENGTH
     if own == "sdpa" and (invariant or slow) and arguments.get("position_bias") is None:
@@ -201,7 +199,7 @@ def _attend(
         return _attend_by_scores(query, key, value, mask, _scale(query, arguments), causal).transpose(1, 2)
     attended: torch.Tensor
     if own == "eager":
-        # The default of a family's own file, which its attention layer would have called.
+        # The default function in the family's modeling file.
         attended, _ = inspect.unwrap(type(module).forward).__globals__["eager_attention_forward"](
             module, query, key, value, mask, **arguments
         )
@@ -221,7 +219,7 @@ def _is_causal(module: nn.Module, arguments: dict[str, Any]) -> bool:
 
 
 def _varlen_takes(module: nn.Module, query: torch.Tensor, value: torch.Tensor, arguments: dict[str, Any]) -> bool:
-    """Say if the flash kernel for sequences of any lengths does what the family's own attention does."""
+    """Return whether the variable-length flash kernel computes the same as the family's attention."""
     return (
         _active.get().own == "sdpa"
         and arguments.get("position_bias") is None
@@ -244,7 +242,7 @@ def _kernel_takes(query: torch.Tensor, value: torch.Tensor) -> bool:
 def _attend_at_once(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, groups: tuple[Group, ...], scale: float
 ) -> torch.Tensor:
-    """Causal attention of all sequences by one kernel: `[1, heads, tokens, dim]` to `[tokens, heads, dim]`."""
+    """Compute causal attention of all sequences in one kernel: `[1, heads, tokens, dim]` to `[tokens, heads, dim]`."""
     shared = _active.get().starts
     if not shared:
         shared.append(_starts(groups, query.device))
@@ -268,7 +266,7 @@ def _attend_at_once(
 
 
 def _starts(groups: tuple[Group, ...], device: torch.device) -> torch.Tensor:
-    """Where each sequence begins, and where the last one ends: `[sequences + 1]`."""
+    """Return the start index of each sequence and the end of the last, `[sequences + 1]`, int32."""
     lengths = [group.length for group in groups for _ in range(group.count)]
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
 
@@ -281,10 +279,10 @@ def _attend_by_scores(
     scale: float,
     causal: bool,
 ) -> torch.Tensor:
-    """What `scaled_dot_product_attention` gives, `[rows, heads, length, dim]`, from the matrix of scores."""
+    """Compute `scaled_dot_product_attention` by an explicit matrix of scores: `[rows, heads, length, dim]`."""
     rows, heads, length, dim = query.shape
     key_heads = key.shape[1]
-    shared = heads // key_heads  # query heads to a key head: they are more rows of the same product
+    shared = heads // key_heads  # query heads per key head: stacked as rows of one matrix product
     # [rows * key heads, shared * length, dim]
     query = query.reshape(rows * key_heads, shared * length, dim)
     key = key.reshape(rows * key_heads, length, dim)
@@ -296,7 +294,7 @@ def _attend_by_scores(
         if bias is None:
             bias = biases[form] = _bias_without_mask(length, shared, causal, query.dtype, query.device)
     else:
-        blind = ~mask.any(-1, keepdim=True)  # [rows or 1, 1, length, 1]: tokens that may attend to none
+        blind = ~mask.any(-1, keepdim=True)  # [rows or 1, 1, length, 1]: tokens with all keys masked
         bias = torch.zeros(mask.shape, dtype=query.dtype, device=mask.device)
         bias = bias.masked_fill(~(mask | blind), float("-inf"))[:, 0].repeat(1, shared, 1)
         if bias.shape[0] > 1:
@@ -304,14 +302,14 @@ def _attend_by_scores(
     scores = torch.baddbmm(bias, query, key.transpose(1, 2), alpha=scale)
     weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
     attended = torch.bmm(weights, value).view(rows, heads, length, -1)
-    # As sdpa has it, a token that may attend to none gets zeros.
+    # As in sdpa, a token with all keys masked gets zeros.
     return attended if blind is None else attended.masked_fill(blind, 0)
 
 
 def _bias_without_mask(
     length: int, shared: int, causal: bool, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
-    """0 where a token is seen and -inf where not: `[1, shared * length, length]`."""
+    """Return the additive mask, 0 for visible and -inf for hidden keys: `[1, shared * length, length]`."""
     bias = torch.zeros(length, length, dtype=dtype, device=device)
     if causal:
         bias.masked_fill_(torch.ones_like(bias, dtype=torch.bool).triu(1), float("-inf"))

@@ -1,7 +1,7 @@
-"""Gradients of a pass one layer at a time: memory for the graph of one layer, not of all. Pure torch.
+"""Activation checkpointing: gradients layer by layer, in memory for one layer's graph. Pure torch.
 
-Kept are the inputs of some layers, about as many as the square root of their number; those between are computed from
-them again. Every operation is the one that the whole graph would run, on the same numbers, so no bit differs.
+Keeps the inputs of about sqrt(layers) layers, and recomputes those between. Every operation is that of the whole graph,
+on the same numbers, so the result is equal bit for bit.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ Layer = Callable[[torch.Tensor], torch.Tensor]
 
 
 def stretch_of(layers: int) -> int:
-    """The layers between two inputs that are kept."""
+    """Return the number of layers between two kept inputs."""
     return max(round(math.sqrt(layers)), 1)
 
 
 def most_kept(layers: int) -> int:
-    """The tensors of the input's size that are kept at most, beside a layer's own: inputs of stretches and within one,
-    what the pass begins with, and the gradient between two layers."""
+    """Return the peak number of kept tensors of the input's size, beside a layer's own: inputs of stretches and within
+    one, the input of the pass, and the gradient between two layers."""
     stretch = stretch_of(layers)
     return math.ceil(layers / stretch) + stretch + 2
 
@@ -30,7 +30,7 @@ def most_kept(layers: int) -> int:
 def gradients_by_layers(
     layers: Sequence[Layer], leaf: torch.Tensor, gradient: torch.Tensor, *, after_layer: Callable[[], object]
 ) -> torch.Tensor:
-    """The vector-Jacobian product of `layers`, called one after the other on `leaf`. Calls `after_layer` often."""
+    """Return the vector-Jacobian product of `layers` in sequence at `leaf`. Calls `after_layer` after each layer."""
     starts = range(0, len(layers), stretch_of(len(layers)))
     inputs = [leaf.detach()]
     with torch.no_grad():
@@ -48,7 +48,7 @@ def gradients_by_layers(
 
 
 def layer_gradient(layer: Layer, x: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-    """The vector-Jacobian product of one layer."""
+    """Return the vector-Jacobian product of one layer at `x`."""
     x = x.detach().requires_grad_()
     with torch.enable_grad():
         output = layer(x)
@@ -59,7 +59,7 @@ def layer_gradient(layer: Layer, x: torch.Tensor, gradient: torch.Tensor) -> tor
 def _through(
     layers: Sequence[Layer], x: torch.Tensor, after_layer: Callable[[], object], *, keep: bool = False
 ) -> list[torch.Tensor]:
-    """What these layers give, each on what the one before it gave: all of them, or the last."""
+    """Run layers in sequence, and return all outputs (`keep`) or only the last."""
     outputs: list[torch.Tensor] = []
     for layer in layers:
         x = layer(x)

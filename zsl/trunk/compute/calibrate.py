@@ -1,5 +1,6 @@
-"""What a loaded trunk can do, found out by trying: which forms of requests its family packs, whether packed passes of
-one length are the same bit for bit whoever shares them, and what its passes cost. Takes a few passes at start.
+"""Start-up calibration of a loaded trunk: test packing and determinism, measure costs and memory.
+
+Runs a few passes with random inputs.
 """
 
 from __future__ import annotations
@@ -16,17 +17,17 @@ from zsl.trunk.compute.by_layers import Layer, layer_gradient, most_kept
 from zsl.trunk.compute.live_bytes import peak_bytes
 from zsl.trunk.compute.packing import alone, packed
 from zsl.trunk.compute.passes import Rows, sequences_of
-from zsl.trunk.compute.trunk_model import Middle
+from zsl.trunk.compute.trunk_model import TrunkModel
 from zsl.trunk.costs import Costs, GraphMemory, PassMemory, fit_cost, fit_graph_memory
 from zsl.trunk.work import Shape
 
 COST_TOKENS = (8, 96)
 MEMORY_TOKENS = (8, 48, 96)
 LAYER_TOKENS = (16, 64, 256)
-# The memory of a layer's backward by its tensors': kernels copy what they multiply, and what is freed lies between
-# what is not. 1.4 to 1.6 on Linux.
+# Ratio of the resident memory of a layer's backward to that of its tensors, from copies in kernels and fragmentation:
+# 1.4 to 1.6 on Linux.
 BESIDE_TENSORS = 1.6
-# Of repeated measurements the shortest counts: at least so many, and more while they are short.
+# The fastest of repeated measurements counts: at least this many, and for at least this time.
 COST_REPEATS = 3
 COST_SECONDS = 0.2
 COMPOSITIONS, COMPOSITIONS_OF_A_FORM = 12, 4
@@ -39,7 +40,7 @@ Bits = tuple[tuple[int, ...], ...]
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """The shape of a request, and what it brings along: a mask or positions, as rows of numbers."""
+    """Shape of a test request, with an optional mask and positions as rows of integers."""
 
     shape: Shape
     attention_mask: Bits | None = None
@@ -65,34 +66,34 @@ RESTARTING = (
 
 @dataclass(frozen=True, slots=True)
 class PackedForms:
-    """Forms of requests that a family packs: plain ones, those with a mask, those whose positions start again."""
+    """Forms of requests that a family packs: plain, with a mask, and with positions that start again in a row."""
 
     plain: bool = False
     masks: bool = False
     restarts: bool = False
 
 
-def find_packed_forms(middle: Middle) -> PackedForms:
-    """Try which requests, packed into one row, give what each gives alone, forward and backward."""
-    if middle.mixes_rows or not _packs(middle, PLAIN):
+def find_packed_forms(trunk: TrunkModel) -> PackedForms:
+    """Test which requests, packed into one row, have the same outputs and gradients as alone."""
+    if trunk.mixes_rows or not _packs(trunk, PLAIN):
         return PackedForms()
-    masks = not middle.masks_by_padding and _packs(middle, (*MASKED, *PLAIN))
-    return PackedForms(True, masks, _packs(middle, (*RESTARTING, *PLAIN)))
+    masks = not trunk.masks_by_padding and _packs(trunk, (*MASKED, *PLAIN))
+    return PackedForms(True, masks, _packs(trunk, (*RESTARTING, *PLAIN)))
 
 
-def _packs(middle: Middle, forms: Sequence[Form]) -> bool:
+def _packs(trunk: TrunkModel, forms: Sequence[Form]) -> bool:
     random = torch.Generator().manual_seed(SEED)
-    parts = [_request(middle, form, random) for form in forms]
+    parts = [_request(trunk, form, random) for form in forms]
     gradients = [torch.randn(part.activations.shape, generator=random).to(part.activations) for part in parts]
     shapes = [form.shape for form in forms]
     try:
-        together = _packed_results(middle, parts, shapes, gradients, pass_tokens=0)
-    except Exception:  # whatever a family's own code says to a packed row
+        together = _packed_results(trunk, parts, shapes, gradients, pass_tokens=0)
+    except Exception:  # any error of the family's code on a packed row
         return False
-    separate = [_alone_result(middle, part, gradient) for part, gradient in zip(parts, gradients, strict=True)]
-    # Of the largest magnitude. A family that does not pack is wrong by far more; random inputs are out of distribution
-    # and amplify rounding.
-    tolerance = math.sqrt(torch.finfo(middle.dtype).eps)
+    separate = [_alone_result(trunk, part, gradient) for part, gradient in zip(parts, gradients, strict=True)]
+    # Relative to the largest magnitude. A family that does not pack is off by far more. Random inputs are out of
+    # distribution and amplify rounding errors.
+    tolerance = math.sqrt(torch.finfo(trunk.dtype).eps)
     return all(
         _close(ours, theirs, tolerance)
         for pair in zip(together, separate, strict=True)
@@ -100,8 +101,8 @@ def _packs(middle: Middle, forms: Sequence[Form]) -> bool:
     )
 
 
-def is_deterministic(middle: Middle, pass_tokens: int, forms: PackedForms) -> bool:
-    """Try if a request's output and gradient are the same bits in random company, in passes of `pass_tokens`."""
+def is_deterministic(trunk: TrunkModel, pass_tokens: int, forms: PackedForms) -> bool:
+    """Test that output and gradient of a request are equal bit for bit in random passes of `pass_tokens`."""
     random = torch.Generator().manual_seed(SEED)
 
     def below(stop: int) -> int:
@@ -113,17 +114,17 @@ def is_deterministic(middle: Middle, pass_tokens: int, forms: PackedForms) -> bo
         room = pass_tokens - form.shape.total_tokens
         if room < 0:
             continue
-        probe = _request(middle, form, random)
+        probe = _request(trunk, form, random)
         gradient = torch.randn(probe.activations.shape, generator=random).to(probe.activations)
-        (expected,) = _packed_results(middle, [probe], [form.shape], [gradient], pass_tokens=pass_tokens)
+        (expected,) = _packed_results(trunk, [probe], [form.shape], [gradient], pass_tokens=pass_tokens)
         for _ in range(COMPOSITIONS if form is probes[0] else COMPOSITIONS_OF_A_FORM):
             neighbours = _random_forms(room, special, below)
             place = below(len(neighbours) + 1)
-            company = [_request(middle, one, random) for one in neighbours]
-            gradients = [torch.randn(one.activations.shape, generator=random).to(probe.activations) for one in company]
+            others = [_request(trunk, one, random) for one in neighbours]
+            gradients = [torch.randn(one.activations.shape, generator=random).to(probe.activations) for one in others]
             found = _packed_results(
-                middle,
-                [*company[:place], probe, *company[place:]],
+                trunk,
+                [*others[:place], probe, *others[place:]],
                 [*(one.shape for one in neighbours[:place]), form.shape, *(one.shape for one in neighbours[place:])],
                 [*gradients[:place], gradient, *gradients[place:]],
                 pass_tokens=pass_tokens,
@@ -134,7 +135,7 @@ def is_deterministic(middle: Middle, pass_tokens: int, forms: PackedForms) -> bo
 
 
 def _random_forms(room: int, special: Sequence[Form], below: Callable[[int], int]) -> list[Form]:
-    """Up to six forms of at most `room` tokens together: rows of any length, and now and then a special one."""
+    """Draw up to six forms of at most `room` tokens in total: rows of any length, sometimes a special form."""
     forms: list[Form] = []
     while room > 0 and len(forms) < 6:
         form = special[below(len(special))] if special and below(3) == 0 else plain(1, 1 + below(room))
@@ -145,54 +146,54 @@ def _random_forms(room: int, special: Sequence[Form], below: Callable[[int], int
     return forms
 
 
-def measure_costs(middle: Middle, clock: Callable[[], float] = time.perf_counter) -> Costs:
-    """The fitted costs of this trunk on this device, from a few short passes."""
+def measure_costs(trunk: TrunkModel, clock: Callable[[], float] = time.perf_counter) -> Costs:
+    """Measure a few short passes, and fit the costs of this trunk on this device."""
     random = torch.Generator().manual_seed(SEED)
-    samples: dict[str, list[tuple[int, float]]] = {"forward": [], "backward": [], "products": []}
+    samples: dict[str, list[tuple[int, float]]] = {"forward": [], "backward": [], "linear_outputs": []}
     for tokens in COST_TOKENS:
-        part = alone(_request(middle, plain(1, tokens), random)).inputs
+        part = alone(_request(trunk, plain(1, tokens), random)).inputs
         gradient = torch.ones_like(part.activations)
-        _, products = middle.forward_with_products(part)  # and warm up
+        _, linear_outputs = trunk.forward_with_linear_outputs(part)  # and warm up
         best = {name: float("inf") for name in samples}
         begun = clock()
         repeats = 0
         while repeats < COST_REPEATS or clock() - begun < COST_SECONDS:
             repeats += 1
-            graph, forward_seconds = _timed(lambda: middle.graph(part), middle.device, clock)  # noqa: B023
-            _, backward_seconds = _timed(lambda: graph.gradients(gradient), middle.device, clock)  # noqa: B023
-            _, products_seconds = _timed(
-                lambda: middle.graph(part, products).gradients(gradient),  # noqa: B023
-                middle.device,
+            graph, forward_seconds = _timed(lambda: trunk.graph(part), trunk.device, clock)  # noqa: B023
+            _, backward_seconds = _timed(lambda: graph.gradients(gradient), trunk.device, clock)  # noqa: B023
+            _, linear_outputs_seconds = _timed(
+                lambda: trunk.graph(part, linear_outputs).gradients(gradient),  # noqa: B023
+                trunk.device,
                 clock,
             )
-            for name, seconds in zip(samples, (forward_seconds, backward_seconds, products_seconds), strict=True):
+            for name, seconds in zip(samples, (forward_seconds, backward_seconds, linear_outputs_seconds), strict=True):
                 best[name] = min(best[name], seconds)
         for name, seconds in best.items():
             samples[name].append((tokens, seconds))
-    forward, backward, from_products = (fit_cost(samples[name]) for name in samples)
-    return Costs(forward, backward, from_products)
+    forward, backward, from_linear_outputs = (fit_cost(samples[name]) for name in samples)
+    return Costs(forward, backward, from_linear_outputs)
 
 
-def measure_graph_memory(middle: Middle) -> GraphMemory:
-    """What the graphs of this trunk keep, from three of them."""
+def measure_graph_memory(trunk: TrunkModel) -> GraphMemory:
+    """Measure three graphs, and fit the memory that a graph of this trunk keeps."""
     random, samples = torch.Generator().manual_seed(SEED), []
     for tokens in MEMORY_TOKENS:
-        graph, products = middle.graph_to_keep(_request(middle, plain(1, tokens), random), with_products=True)
-        samples.append((tokens, graph.nbytes + (0 if products is None else products.nbytes)))
+        graph, linear_outputs = trunk.graph_to_keep(_request(trunk, plain(1, tokens), random), with_linear_outputs=True)
+        samples.append((tokens, graph.nbytes + (0 if linear_outputs is None else linear_outputs.nbytes)))
     return fit_graph_memory(samples)
 
 
-def measure_pass_memory(middle: Middle, graph_memory: GraphMemory) -> PassMemory:
-    """What a backward takes that goes layer by layer, from the first and the last layer alone."""
+def measure_pass_memory(trunk: TrunkModel, graph_memory: GraphMemory) -> PassMemory:
+    """Measure the first and last layer, and fit the peak memory of a backward computed layer by layer."""
     random, samples, kept = torch.Generator().manual_seed(SEED), [], 0
     for tokens in LAYER_TOKENS:
-        # A mask with a hole: what families make of it grows with the square of a row.
+        # A mask with a hole: the mask that families build from it is quadratic in the row length.
         mask = ((0, *(1,) * (tokens - 1)),)
-        rows = _request(middle, Form(Shape(1, tokens, (tokens,), frozenset({0})), mask), random)
-        with middle.separate_layers(rows) as layers:
+        rows = _request(trunk, Form(Shape(1, tokens, (tokens,), frozenset({0})), mask), random)
+        with trunk.separate_layers(rows) as layers:
             if not layers:
                 return PassMemory(graph_memory, 0)
-            kept = most_kept(len(layers)) * middle.hidden_size * middle.dtype.itemsize
+            kept = most_kept(len(layers)) * trunk.hidden_size * trunk.dtype.itemsize
             nbytes = max(_layer_bytes(layer, rows.activations) for layer in (layers[0], layers[-1]))
         samples.append((tokens, round(nbytes * BESIDE_TENSORS)))
     return PassMemory(fit_graph_memory(samples), kept)
@@ -210,36 +211,36 @@ def _timed(run: Callable[[], Timed], device: torch.device, clock: Callable[[], f
     return result, clock() - begun
 
 
-def _request(middle: Middle, form: Form, random: torch.Generator) -> Rows:
-    """A random request of this form."""
+def _request(trunk: TrunkModel, form: Form, random: torch.Generator) -> Rows:
+    """Make a random request of this form."""
 
-    def beside(bits: Bits | None) -> torch.Tensor | None:
-        return None if bits is None else torch.tensor(bits, device=middle.device)
+    def optional(bits: Bits | None) -> torch.Tensor | None:
+        return None if bits is None else torch.tensor(bits, device=trunk.device)
 
-    shape = (form.shape.rows, form.shape.tokens, middle.hidden_size)
-    activations = torch.randn(shape, generator=random).to(middle.device, middle.dtype)
-    return Rows(activations, beside(form.attention_mask), beside(form.position_ids))
+    shape = (form.shape.rows, form.shape.tokens, trunk.hidden_size)
+    activations = torch.randn(shape, generator=random).to(trunk.device, trunk.dtype)
+    return Rows(activations, optional(form.attention_mask), optional(form.position_ids))
 
 
-def _alone_result(middle: Middle, part: Rows, gradient: torch.Tensor) -> Result:
-    graph = middle.graph(part)
+def _alone_result(trunk: TrunkModel, part: Rows, gradient: torch.Tensor) -> Result:
+    graph = trunk.graph(part)
     return graph.output.detach(), graph.gradients(gradient)
 
 
 def _packed_results(
-    middle: Middle,
+    trunk: TrunkModel,
     parts: Sequence[Rows],
     shapes: Sequence[Shape],
     gradients: Sequence[torch.Tensor],
     *,
     pass_tokens: int,
 ) -> list[Result]:
-    """Output and gradient of each part, computed as the daemon does: a forward, then a backward from its products."""
+    """Return output and gradient of each part, as the daemon computes them: a backward from linear outputs."""
     sequences = [sequences_of(part, shape) for part, shape in zip(parts, shapes, strict=True)]
-    joined = packed(sequences, [(shape.rows, shape.tokens) for shape in shapes], pass_tokens=pass_tokens)
-    output, products = middle.forward_with_products(joined.inputs)
-    at_input = middle.graph(joined.inputs, products).gradients(joined.join(gradients))
-    return list(zip(joined.split(output), joined.split(at_input), strict=True))
+    merged = packed(sequences, [(shape.rows, shape.tokens) for shape in shapes], pass_tokens=pass_tokens)
+    output, linear_outputs = trunk.forward_with_linear_outputs(merged.inputs)
+    at_input = trunk.graph(merged.inputs, linear_outputs).gradients(merged.join(gradients))
+    return list(zip(merged.split(output), merged.split(at_input), strict=True))
 
 
 def _close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) -> bool:

@@ -1,7 +1,7 @@
-"""The torch side of the daemon: runs passes of the trunk, alone or merged. Knows no asyncio and no socket.
+"""Torch engine of the daemon: runs forward and backward passes, merged or alone.
 
-A request that runs alone runs in its own shape: its numbers are those of the client's whole model. A pass that
-fails is run again request by request, so that one bad request fails alone.
+A request that runs alone keeps its own shape: its numbers are those of the client's whole model. A failed merged pass
+is run again request by request, so that only the bad request fails. Imports no asyncio and no sockets.
 """
 
 from __future__ import annotations
@@ -12,11 +12,17 @@ from collections.abc import Sequence
 import torch
 
 from zsl.errors import InternalError, OutOfMemoryError, WireError
-from zsl.trunk.compute.packing import Joined, alone, packed, stacked
+from zsl.trunk.compute.packing import MergedPass, alone, packed, stacked
 from zsl.trunk.compute.passes import Pass, Rows, Sequences, sequences_of
-from zsl.trunk.compute.stash import TorchStash, gradients_of_common_graph, stashes_of, take_products, with_common_graphs
+from zsl.trunk.compute.stash import (
+    TorchStash,
+    gradients_of_common_graph,
+    stashes_of,
+    take_linear_outputs,
+    with_common_graphs,
+)
 from zsl.trunk.compute.transfer import Transfer
-from zsl.trunk.compute.trunk_model import Middle
+from zsl.trunk.compute.trunk_model import TrunkModel
 from zsl.trunk.malloc import give_back_freed_memory, resident_bytes
 from zsl.trunk.settings import TrunkTraits
 from zsl.trunk.work import Batch, Buffers, Done, Keep, Kind, Outcome, Packed, Stacked, Work
@@ -25,31 +31,31 @@ from zsl.wire.tensors import TORCH_DTYPES, decode_tensor, encode_tensor
 
 logger = logging.getLogger(__name__)
 
-_WITH_PRODUCTS = (Keep.PRODUCTS, Keep.GRAPH_AND_PRODUCTS)
-_WITH_GRAPH = (Keep.GRAPH, Keep.GRAPH_AND_PRODUCTS)
+_WITH_LINEAR_OUTPUTS = (Keep.LINEAR_OUTPUTS, Keep.GRAPH_AND_LINEAR_OUTPUTS)
+_WITH_GRAPH = (Keep.GRAPH, Keep.GRAPH_AND_LINEAR_OUTPUTS)
 
 
 class TorchCompute:
-    """Computes forwards and backwards of one trunk, in the one thread that calls it.
+    """Computes forwards and backwards of one trunk. For one thread.
 
-    Requests that share a pass are packed into one row or stacked row on row, as their `sharing` says. If the trunk is
-    deterministic, every pass that may be shared has just `max_batch_tokens` tokens, filled with zeros, so that a
-    request's numbers do not depend on who shares it; longer requests run alone. A backward whose graph would take more
-    than `pass_memory_bytes` goes layer by layer, and computes each layer's forward once or twice more.
+    Requests that share a pass are packed into one row or stacked as rows, by their `sharing`. If the trunk is
+    deterministic, every pass that may be shared is padded with zeros to exactly `max_batch_tokens` tokens, so that a
+    request's numbers do not depend on the other requests; longer requests run alone. A backward whose graph would take
+    more than `pass_memory_bytes` is computed layer by layer, with one or two more forwards of each layer.
     """
 
-    def __init__(self, middle: Middle, traits: TrunkTraits, *, pass_memory_bytes: int | None = None) -> None:
+    def __init__(self, trunk: TrunkModel, traits: TrunkTraits, *, pass_memory_bytes: int | None = None) -> None:
         self._pass_memory_bytes = pass_memory_bytes
-        self._resident_at_start = resident_bytes() if middle.device.type == "cpu" else 0
+        self._resident_at_start = resident_bytes() if trunk.device.type == "cpu" else 0
         self.traits = traits
-        self._middle = middle
+        self._trunk = trunk
         self._pass_tokens = traits.batch_limits.max_batch_tokens if traits.deterministic else 0
-        self._transfer = Transfer(middle.device)
+        self._transfer = Transfer(trunk.device)
 
     def run(self, batch: Batch) -> list[Outcome]:
         outcomes = self._outcomes(batch)
         if not self._fits(sum((work.shape.lengths for work in batch.works), ())):
-            self._give_back()
+            self._trim_over_budget()
         return outcomes
 
     def _outcomes(self, batch: Batch) -> list[Outcome]:
@@ -78,48 +84,50 @@ class TorchCompute:
 
     def _forward(self, works: Sequence[Work]) -> list[Done]:
         parts = [self._inputs(work) for work in works]
-        joined = self._joined(works, parts)
+        merged = self._merged(works, parts)
         keeps = [work.keep for work in works]
-        with_products = not set(keeps).isdisjoint(_WITH_PRODUCTS)
-        graph = products = None
+        with_linear_outputs = not set(keeps).isdisjoint(_WITH_LINEAR_OUTPUTS)
+        graph = linear_outputs = None
         if set(keeps) <= set(_WITH_GRAPH):
-            graph, products = self._middle.graph_to_keep(joined.inputs, with_products=with_products)
+            graph, linear_outputs = self._trunk.graph_to_keep(merged.inputs, with_linear_outputs=with_linear_outputs)
             output = graph.output.detach()
-        elif with_products:
-            output, products = self._middle.forward_with_products(joined.inputs)
+        elif with_linear_outputs:
+            output, linear_outputs = self._trunk.forward_with_linear_outputs(merged.inputs)
         else:
-            output = self._middle.forward(joined.inputs)
+            output = self._trunk.forward(merged.inputs)
         dtypes = [_reply_dtype(work) for work in works]
-        replies = self._replies("activations", joined.split(output), dtypes)
-        stashes = stashes_of(joined, parts, [work.shape for work in works], dtypes, keeps, graph, products)
+        replies = self._replies("activations", merged.split(output), dtypes)
+        stashes = stashes_of(merged, parts, [work.shape for work in works], dtypes, keeps, graph, linear_outputs)
         return [Done(reply, stash) for reply, stash in zip(replies, stashes, strict=True)]
 
     def _backward(self, works: Sequence[Work]) -> list[Done]:
         stashes = [self._stash(work) for work in works]
         tensors = self._transfer.to_device([decode_tensor(*work.buffers["gradients"]) for work in works])
-        tensors = [tensor.to(self._middle.dtype) for tensor in tensors]
-        results: dict[int, torch.Tensor] = {}  # by the place of a request
+        tensors = [tensor.to(self._trunk.dtype) for tensor in tensors]
+        results: dict[int, torch.Tensor] = {}  # by index of the request
         for group in self._groups_by_graph(works, stashes):
             gradients = gradients_of_common_graph([stashes[p] for p in group], [tensors[p] for p in group])
             results.update(zip(group, gradients, strict=True))
         rest = [place for place in range(len(works)) if place not in results]
         if rest:
             of_rest = [stashes[place] for place in rest]
-            joined = self._joined([works[place] for place in rest], [stash.inputs for stash in of_rest])
-            products = take_products(of_rest)
-            at_output = joined.join([tensors[place] for place in rest])
+            merged = self._merged([works[place] for place in rest], [stash.inputs for stash in of_rest])
+            linear_outputs = take_linear_outputs(of_rest)
+            at_output = merged.join([tensors[place] for place in rest])
             if self._fits(sum((works[place].shape.lengths for place in rest), ())):
-                graph = self._middle.graph(joined.inputs, None if products is None else joined.join_products(products))
+                graph = self._trunk.graph(
+                    merged.inputs, None if linear_outputs is None else merged.join_linear_outputs(linear_outputs)
+                )
                 at_input = graph.gradients(at_output)
             else:
-                del products
-                at_input = self._middle.gradients_by_layers(joined.inputs, at_output, after_layer=self._give_back)
-            results.update(zip(rest, joined.split(at_input), strict=True))
+                del linear_outputs
+                at_input = self._trunk.gradients_by_layers(merged.inputs, at_output, after_layer=self._trim_over_budget)
+            results.update(zip(rest, merged.split(at_input), strict=True))
         ordered = [results[place] for place in range(len(works))]
         return [Done(reply) for reply in self._replies("gradients", ordered, [stash.reply_dtype for stash in stashes])]
 
-    def _give_back(self) -> None:
-        """Within and after a pass over the budget: what was freed lies between what is kept, and would add up."""
+    def _trim_over_budget(self) -> None:
+        """Trim the heap within and after a pass over the budget, where fragmentation would add up."""
         assert self._pass_memory_bytes is not None
         if self._resident_at_start and resident_bytes() - self._resident_at_start > self._pass_memory_bytes:
             give_back_freed_memory()
@@ -128,22 +136,24 @@ class TorchCompute:
         return self._pass_memory_bytes is None or self.traits.graph_memory.nbytes(lengths) <= self._pass_memory_bytes
 
     def _groups_by_graph(self, works: Sequence[Work], stashes: Sequence[TorchStash]) -> list[list[int]]:
-        """Which of these backwards go by the graphs of their forwards, one pass for each, if that is cheaper than one
-        pass for all from products: that one reads the weights once, but computes more."""
+        """Return indices of backwards to run on the kept graphs of their forwards, one group per graph.
+
+        Empty if one pass for all from linear outputs is cheaper: it reads the weights once, but computes more.
+        """
         groups = with_common_graphs(stashes)
         tokens = [sum(works[place].shape.total_tokens for place in group) for group in groups]
         all_tokens = sum(work.shape.total_tokens for work in works)
         others = all_tokens - sum(tokens)
         if len(groups) == 1 and not others:
             return groups
-        by_graph, from_products = self.traits.costs.backward, self.traits.costs.backward_from_products
+        by_graph, from_linear_outputs = self.traits.costs.backward, self.traits.costs.backward_from_linear_outputs
         seconds = sum(by_graph.seconds(of_group) for of_group in tokens)
         if others:
-            seconds += from_products.seconds(others)
-        return groups if seconds <= from_products.seconds(all_tokens) else []
+            seconds += from_linear_outputs.seconds(others)
+        return groups if seconds <= from_linear_outputs.seconds(all_tokens) else []
 
-    def _joined(self, works: Sequence[Work], parts: Sequence[Pass]) -> Joined:
-        """One pass of these requests, built as they may share it (a batch's works all have the same `sharing`)."""
+    def _merged(self, works: Sequence[Work], parts: Sequence[Pass]) -> MergedPass:
+        """Build the pass of these requests: packed, stacked, or one alone (all have the same `sharing`)."""
         sharing, shared = works[0].sharing, len(works) > 1
         if (isinstance(sharing, Packed) and (shared or self._pass_tokens)) or self._is_long_row(works[0]):
             sequences = [_sequences(part, work) for part, work in zip(parts, works, strict=True)]
@@ -155,12 +165,12 @@ class TorchCompute:
         return alone(part)
 
     def _is_long_row(self, work: Work) -> bool:
-        """Say if a request runs as its sequences though it is alone: its rows' mask would grow with their square."""
+        """Return whether to pack a request even alone: the mask of its long rows would be quadratic in their length."""
         shape = work.shape
         return not shape.fits_rows and len(shape.lengths) > shape.rows and self.traits.packs_restarts
 
     def _stash(self, work: Work) -> TorchStash:
-        """What was kept for a backward, or what it brings along."""
+        """Return the stash of a backward, or make one from its own activations."""
         if work.stash is None:
             inputs = self._inputs(work)
             return TorchStash(inputs, _reply_dtype(work), inputs.nbytes, inputs.nbytes)
@@ -172,7 +182,7 @@ class TorchCompute:
         roles: list[Role] = [role for role in ("activations", "attention_mask", "position_ids") if role in buffers]
         moved = self._transfer.to_device([decode_tensor(*buffers[role]) for role in roles])
         tensors = dict(zip(roles, moved, strict=True))
-        activations, positions = tensors["activations"].to(self._middle.dtype), tensors.get("position_ids")
+        activations, positions = tensors["activations"].to(self._trunk.dtype), tensors.get("position_ids")
         rows = Rows(activations, tensors.get("attention_mask"), None if positions is None else positions.long())
         return sequences_of(rows, shape) if "lengths" in buffers else rows
 
@@ -187,12 +197,12 @@ def _sequences(part: Pass, work: Work) -> Sequences:
 
 def _rows(part: Pass) -> Rows:
     if not isinstance(part, Rows):
-        raise TypeError("sequences in one row have no rows to be stacked by")
+        raise TypeError("packed sequences cannot be stacked as rows")
     return part
 
 
 def _own(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor in memory of its own: an answer is kept for a while, and must not keep all of its pass."""
+    """Copy a view to its own memory: a cached answer must not keep the memory of its whole pass."""
     return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
 
 

@@ -1,12 +1,12 @@
-"""Keep what the linear layers of a forward gave, so that its backward need not multiply again.
+"""Record the outputs of a forward's linear layers, and replay them in its backward.
 
-The vector-Jacobian product of a frozen linear layer needs its weight and nothing of the forward; what autograd
-keeps is for the operations between the linear layers. From the outputs of the linear layers those are computed again
-at little cost, in whatever batch the backward happens to run in. So requests can share a forward with some
-neighbours and a backward with others, and neither pays for a second forward.
+The vector-Jacobian product of a frozen linear layer needs its weight and nothing of the forward; what autograd saves is
+for the operations between linear layers. With the outputs of the linear layers, a backward recomputes only those
+operations, at little cost and in any batch. So a request can share its forward and its backward with different
+requests, without a second forward.
 
-Works by the type of a module (`nn.Linear`, transformers' `Conv1D`), not by architecture. Other products (of
-experts, of quantized layers) are simply computed again.
+Patches modules by type (`nn.Linear`, transformers' `Conv1D`), not by architecture. Other matrix products (experts,
+quantized layers) are recomputed.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
-# Memory of a tensor beside its elements: 1,300 bytes on Linux, with what stands around it.
+# Overhead of a tensor beside its elements, with its references: 1,300 bytes on Linux.
 TENSOR_BYTES = 1408
 
 
 @dataclass(frozen=True, slots=True)
-class Products:
-    """The outputs `[tokens, features]` of all linear layers, in the order of their calls, for one request."""
+class LinearOutputs:
+    """Outputs `[tokens, features]` of all linear layers, in call order, of one request or pass."""
 
     outputs: tuple[torch.Tensor, ...]
 
@@ -38,31 +38,31 @@ class Products:
 
     @property
     def overhead_bytes(self) -> int:
-        """The memory of the tensors beside their elements, which each member of a pass takes for its own."""
+        """Bytes of the tensors beside their elements, counted in full for each request of a pass."""
         return TENSOR_BYTES * len(self.outputs)
 
-    def split(self, sizes: Sequence[int]) -> list[Products]:
-        """The products of each of the requests that shared a pass, in its memory."""
+    def split(self, sizes: Sequence[int]) -> list[LinearOutputs]:
+        """Split those of a pass by request, as views. `sizes`: tokens of each request."""
         parts = zip(*(output.split(list(sizes)) for output in self.outputs), strict=True)
-        return [Products(of_one) for of_one in parts]
+        return [LinearOutputs(of_one) for of_one in parts]
 
-    def copied(self) -> Products:
-        """The same in memory of their own."""
-        return Products(tuple(output.clone() for output in self.outputs))
+    def copied(self) -> LinearOutputs:
+        """Return a copy in its own memory."""
+        return LinearOutputs(tuple(output.clone() for output in self.outputs))
 
     @staticmethod
-    def joined(parts: Sequence[Products]) -> Products:
-        """The products of a pass that these requests share."""
+    def merged(parts: Sequence[LinearOutputs]) -> LinearOutputs:
+        """Concatenate those of requests to those of their pass."""
         if len(parts) == 1:
             return parts[0]
-        return Products(tuple(torch.cat(outputs) for outputs in zip(*(p.outputs for p in parts), strict=True)))
+        return LinearOutputs(tuple(torch.cat(outputs) for outputs in zip(*(p.outputs for p in parts), strict=True)))
 
 
 class LinearLayers:
-    """The linear layers of a model, made to record their outputs and to replay them. For one thread."""
+    """Linear layers of a model, patched to record and replay their outputs. For one thread."""
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self._layout: tuple[int, int] | None = None  # rows and tokens of the pass; None: neither record nor replay
+        self._layout: tuple[int, int] | None = None  # rows and tokens of the pass; None: compute normally
         self._recorded: list[tuple[torch.Tensor, int]] | None = None
         self._replayed: Iterator[torch.Tensor] = iter(())
         for module in modules:
@@ -70,9 +70,9 @@ class LinearLayers:
                 module.forward = partial(self._forward, module, module.forward)
 
     @contextmanager
-    def recording(self, rows: int, tokens: int) -> Iterator[Callable[[], Products | None]]:
-        """Record a pass `[rows, tokens, …]`. What is yielded gives the products when the pass has ended, or None
-        if the model has written into an output since."""
+    def recording(self, rows: int, tokens: int) -> Iterator[Callable[[], LinearOutputs | None]]:
+        """Record a pass `[rows, tokens, …]`. Yields a function that returns the outputs after the pass, or None if the
+        model has modified one in place."""
         self._layout, self._recorded = (rows, tokens), []
         recorded = self._recorded
         try:
@@ -81,9 +81,9 @@ class LinearLayers:
             self._layout = self._recorded = None
 
     @contextmanager
-    def replaying(self, rows: int, tokens: int, products: Products) -> Iterator[None]:
-        """Within it the linear layers return what was recorded, and differentiate as if they had computed it."""
-        self._layout, self._replayed = (rows, tokens), iter(products.outputs)
+    def replaying(self, rows: int, tokens: int, linear_outputs: LinearOutputs) -> Iterator[None]:
+        """Make the linear layers return recorded outputs, and differentiate as if computed."""
+        self._layout, self._replayed = (rows, tokens), iter(linear_outputs.outputs)
         try:
             yield
         finally:
@@ -92,7 +92,7 @@ class LinearLayers:
     def _forward(
         self, module: nn.Module, compute: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor
     ) -> torch.Tensor:
-        # A product over other rows than the pass has (routed experts) belongs to no request alone.
+        # An input of another shape than the pass (routed experts) cannot be split by request.
         if self._layout is None or x.ndim != 3 or x.shape[:2] != self._layout:
             return compute(x)
         if self._recorded is not None:
@@ -101,22 +101,22 @@ class LinearLayers:
             return output
         product = next(self._replayed).view(*x.shape[:2], -1)
         weight = module.weight.t() if isinstance(module, Conv1D) else module.weight
-        result: torch.Tensor = _KnownProduct.apply(x, weight, product)  # type: ignore[no-untyped-call]
+        result: torch.Tensor = _KnownOutput.apply(x, weight, product)  # type: ignore[no-untyped-call]
         return result
 
 
-def _unchanged(recorded: list[tuple[torch.Tensor, int]]) -> Products | None:
+def _unchanged(recorded: list[tuple[torch.Tensor, int]]) -> LinearOutputs | None:
     if any(output._version != version for output, version in recorded):
         return None
-    return Products(tuple(output.flatten(0, 1) for output, _ in recorded))
+    return LinearOutputs(tuple(output.flatten(0, 1) for output, _ in recorded))
 
 
-class _KnownProduct(torch.autograd.Function):
-    """A linear layer whose output is known: only its backward computes."""
+class _KnownOutput(torch.autograd.Function):
+    """Linear layer with a known output: only its backward computes."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, product: torch.Tensor) -> torch.Tensor:
-        ctx.weight = weight  # [out, in]; frozen, so autograd need not watch it
+        ctx.weight = weight  # [out, in]; frozen, so it is not saved for autograd
         return product.detach()
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Measure the most memory that the tensors of some operations take at once, on whatever device. Pure torch."""
+"""Measure the peak memory of the tensors that a function allocates, on any device. Pure torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class _Live(TorchDispatchMode):
-    """Counts the storages that operations within it make, until each is freed."""
+    """Counts the bytes of storages that operations allocate, until each is freed."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -49,7 +49,7 @@ def _tensors(values: Iterable[Any]) -> list[torch.Tensor]:
 
 
 def peak_bytes(run: Callable[[], object]) -> int:
-    """The most that the tensors that `run` makes take at once, what it returns included."""
+    """Return the peak bytes of the tensors that `run` allocates, its result included."""
     live = _Live()
     with live:
         run()

@@ -1,8 +1,8 @@
-"""Many requests as one pass, and its result as many answers. Pure torch: no model, no wire.
+"""Merge requests into one pass by packing or stacking, and split its result. Pure torch.
 
-Packed: all sequences of all requests in one row, one after the other, never padded. Stacked: rows on rows, for requests
-of equal row shape. Which of the two requests allow is their `Sharing` (`zsl.trunk.work`); the types here keep to it:
-packing takes `Sequences`, stacking takes `Rows`.
+Packed: the sequences of all requests concatenated in one row, without padding between them. Stacked: rows concatenated
+along the row dimension, for requests of equal row length. A request's `Sharing` (`zsl.trunk.work`) says which of the
+two it allows: packing accepts `Sequences`, stacking accepts `Rows`. No model, no wire.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from typing import TypeVar
 import torch
 import torch.nn.functional as F
 
-from zsl.trunk.compute.linear_outputs import Products
+from zsl.trunk.compute.linear_outputs import LinearOutputs
 from zsl.trunk.compute.passes import Pass, Rows, Sequences, joined_sequences
 
 Part = TypeVar("Part")
 
 
 @dataclass(frozen=True, slots=True)
-class Joined:
-    """A pass for several requests. `order` says which request stands at each place, `filling` how many tokens of
-    nobody end it."""
+class MergedPass:
+    """A pass of one or more requests. `order`: the index of the request at each place. `filling`: padding tokens at the
+    end."""
 
     inputs: Pass
     order: tuple[int, ...]
@@ -32,7 +32,7 @@ class Joined:
 
     @property
     def sizes(self) -> list[int]:
-        """The tokens at each place."""
+        """Tokens of the request at each place."""
         return [rows * tokens for rows, tokens in self.shapes]
 
     @property
@@ -40,59 +40,59 @@ class Joined:
         return [*self.sizes, self.filling]
 
     def join(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The tensors `[rows, tokens, hidden]` of the requests, in the shape of the pass."""
+        """Concatenate tensors `[rows, tokens, hidden]` of the requests to the shape of the pass."""
         flat = torch.cat([tensors[index].flatten(0, 1) for index in self.order])
         return _filled(flat, self.filling).view(self.inputs.activations.shape)
 
     def split(self, result: torch.Tensor) -> list[torch.Tensor]:
-        """A tensor of the shape of the pass, as one `[rows, tokens, hidden]` a request."""
+        """Split a tensor of the shape of the pass into one `[rows, tokens, hidden]` per request."""
         parts = result.flatten(0, 1).split(self._spans)[: len(self.order)]
         return self._in_order_of_requests(
             [part.view(*shape, -1) for part, shape in zip(parts, self.shapes, strict=True)]
         )
 
-    def join_products(self, products: Sequence[Products]) -> Products:
-        """The products of the requests as those of the pass."""
-        joined = Products.joined([products[index] for index in self.order])
-        return Products(tuple(_filled(output, self.filling) for output in joined.outputs))
+    def join_linear_outputs(self, linear_outputs: Sequence[LinearOutputs]) -> LinearOutputs:
+        """Concatenate the linear outputs of the requests to those of the pass."""
+        merged = LinearOutputs.merged([linear_outputs[index] for index in self.order])
+        return LinearOutputs(tuple(_filled(output, self.filling) for output in merged.outputs))
 
-    def split_products(self, products: Products) -> list[Products]:
-        """The products of the pass as one a request."""
-        return self._in_order_of_requests(products.split(self._spans)[: len(self.order)])
+    def split_linear_outputs(self, linear_outputs: LinearOutputs) -> list[LinearOutputs]:
+        """Split the linear outputs of the pass by request."""
+        return self._in_order_of_requests(linear_outputs.split(self._spans)[: len(self.order)])
 
     def _in_order_of_requests(self, parts: Sequence[Part]) -> list[Part]:
         by_request = dict(zip(self.order, parts, strict=True))
         return [by_request[index] for index in range(len(parts))]
 
 
-def alone(part: Pass) -> Joined:
-    """A request by itself, in its own shape: what the client's whole model would compute."""
-    return Joined(part, (0,), ((part.rows, part.tokens),))
+def alone(part: Pass) -> MergedPass:
+    """Make a pass of one request in its own shape, with the numbers of the client's whole model."""
+    return MergedPass(part, (0,), ((part.rows, part.tokens),))
 
 
 def packed(
     parts: Sequence[Sequences], shapes: Sequence[tuple[int, int]] | None = None, *, pass_tokens: int = 0
-) -> Joined:
-    """One row of all sequences; with `pass_tokens`, filled with zeros up to that length.
+) -> MergedPass:
+    """Pack all sequences into one row; with `pass_tokens`, padded with zeros to that length.
 
-    `shapes`: rows and tokens of each request, if not one row.
+    `shapes`: rows and tokens of each request; None if each is one row.
     """
-    # Sequences of equal length side by side are attended to at once.
+    # Sort by length: adjacent sequences of equal length need no reordering for attention.
     order = sorted(range(len(parts)), key=lambda index: (parts[index].lengths[0], 0 in parts[index].masked))
     filling = max(0, pass_tokens - sum(part.tokens for part in parts))
     inputs = joined_sequences([parts[index] for index in order], filling=filling, invariant=pass_tokens > 0)
     if shapes is None:
         shapes = [(1, part.tokens) for part in parts]
-    return Joined(inputs, tuple(order), tuple(shapes[index] for index in order), filling)
+    return MergedPass(inputs, tuple(order), tuple(shapes[index] for index in order), filling)
 
 
-def stacked(parts: Sequence[Rows]) -> Joined:
-    """Rows on rows, for requests with rows of equal length and the same tensors beside them."""
+def stacked(parts: Sequence[Rows]) -> MergedPass:
+    """Concatenate the rows of requests with equal row length and the same optional tensors."""
 
     def rows(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
         present = [t.expand(part.rows, -1) for t, part in zip(tensors, parts, strict=True) if t is not None]
         if len(present) not in (0, len(parts)):
-            raise ValueError("some of the requests bring a mask or positions and some do not")
+            raise ValueError("some of the requests have a mask or positions and some do not")
         return torch.cat(present) if present else None
 
     inputs = Rows(
@@ -100,9 +100,9 @@ def stacked(parts: Sequence[Rows]) -> Joined:
         rows([part.attention_mask for part in parts]),
         rows([part.position_ids for part in parts]),
     )
-    return Joined(inputs, tuple(range(len(parts))), tuple((part.rows, part.tokens) for part in parts))
+    return MergedPass(inputs, tuple(range(len(parts))), tuple((part.rows, part.tokens) for part in parts))
 
 
 def _filled(flat: torch.Tensor, filling: int) -> torch.Tensor:
-    """`[tokens, features]` and so many tokens of zeros behind."""
+    """Append `filling` tokens of zeros to `[tokens, features]`."""
     return F.pad(flat, (0, 0, 0, filling)) if filling else flat

@@ -1,7 +1,7 @@
-"""The inputs of a pass of the trunk. Pure torch: no model, no wire.
+"""Inputs of a pass: `Rows` as the client has them, or `Sequences` in one packed row. Pure torch.
 
-`Rows` are what a client's model has. `Sequences` are the same tokens in one row, in which each sequence attends to
-itself only; all that a request says about masks and positions has a place there, so that joining loses nothing.
+In `Sequences` each sequence attends to itself only. They carry all masks and positions of a request, so that packing
+loses nothing. No model, no wire.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from zsl.trunk.work import Shape
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Rows as a client's model has them, on the trunk's device."""
+    """Rows of a client's model, on the trunk's device."""
 
     activations: torch.Tensor  # [rows, tokens, hidden], in the trunk's dtype
     attention_mask: torch.Tensor | None = None  # [rows, tokens]
@@ -40,7 +40,7 @@ class Rows:
 class Sequences:
     """One row of many sequences, each of which attends to itself only, on the trunk's device.
 
-    `masked`: the indices of the sequences with tokens that none may attend to; False in `seen` for just those tokens.
+    `masked`: indices of the sequences with masked tokens. `seen`: False for exactly those tokens.
     """
 
     activations: torch.Tensor  # [1, tokens, hidden], in the trunk's dtype
@@ -48,7 +48,7 @@ class Sequences:
     lengths: tuple[int, ...]  # of the sequences, in order
     masked: frozenset[int] = frozenset()
     seen: torch.Tensor | None = None  # [tokens], bool; None where nothing is masked
-    invariant: bool = False  # no kernel may round otherwise for other company
+    invariant: bool = False  # forbid kernels whose rounding depends on the rest of the pass
 
     rows = 1
 
@@ -65,7 +65,7 @@ Pass = Rows | Sequences
 
 
 def sequences_of(rows: Rows, shape: Shape) -> Sequences:
-    """Put the sequences of a request's rows into one row, in their order."""
+    """Concatenate the sequences of a request's rows into one row, in order."""
     device = rows.activations.device
     positions = torch.arange(rows.tokens, device=device) if rows.position_ids is None else rows.position_ids
     seen = None
@@ -82,7 +82,7 @@ def sequences_of(rows: Rows, shape: Shape) -> Sequences:
 
 
 def joined_sequences(parts: Sequence[Sequences], *, filling: int, invariant: bool) -> Sequences:
-    """One row of the sequences of all parts, and behind them one of `filling` zeros."""
+    """Concatenate the sequences of all parts into one row, with a last one of `filling` zeros."""
     activations = [part.activations for part in parts]
     positions = [part.position_ids for part in parts]
     lengths = [length for part in parts for length in part.lengths]

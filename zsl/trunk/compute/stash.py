@@ -1,9 +1,8 @@
-"""What is kept of a forward for its backward.
+"""Stash of a forward for its backward: inputs, and the shared graph and linear outputs.
 
-Requests that shared a forward keep its graph and the products of its linear layers in common. If they all come
-back for one backward, the graph can serve them together, whoever else has come. If some come without the others, the
-graph is of no use to anyone; they take their products along, and the others get theirs in memory of their own. So
-nobody who stays away can hold more memory than is counted for it.
+Requests that shared a forward share its graph and linear outputs. If all of them are in one backward batch, the graph
+serves them together. If only some are, the graph is useless and is dropped: those use their linear outputs, and the
+others get copies of theirs. So a request that is late cannot hold more memory than is counted for it.
 """
 
 from __future__ import annotations
@@ -13,8 +12,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from zsl.trunk.compute.linear_outputs import Products
-from zsl.trunk.compute.packing import Joined
+from zsl.trunk.compute.linear_outputs import LinearOutputs
+from zsl.trunk.compute.packing import MergedPass
 from zsl.trunk.compute.passes import Pass
 from zsl.trunk.compute.trunk_model import Graph
 from zsl.trunk.work import Keep, Shape
@@ -22,45 +21,44 @@ from zsl.trunk.work import Keep, Shape
 
 @dataclass(slots=True, eq=False)
 class Shared:
-    """What the requests of one forward keep in common. Members are the requests' places in that pass."""
+    """Graph and linear outputs shared by the requests of a forward. A member is a request's index in that pass."""
 
-    joined: Joined | None  # None when nothing of the whole pass is kept
+    merged: MergedPass | None  # None when nothing of the whole pass is kept
     graph: Graph | None
-    _products: Products | None  # of the whole pass
-    _own: dict[int, Products] = field(default_factory=dict)  # of members that were left behind
+    _linear_outputs: LinearOutputs | None  # of the whole pass
+    _own: dict[int, LinearOutputs] = field(default_factory=dict)  # copies of members whose backward is still pending
 
-    def products_of(self, member: int) -> Products | None:
-        """A member's products, if they are still kept."""
-        joined, products = self.joined, self._products
-        if joined is None or products is None:
+    def linear_outputs_of(self, member: int) -> LinearOutputs | None:
+        """Return a member's linear outputs, or None if dropped."""
+        merged, linear_outputs = self.merged, self._linear_outputs
+        if merged is None or linear_outputs is None:
             return self._own.get(member)
-        return joined.split_products(products)[member]
+        return merged.split_linear_outputs(linear_outputs)[member]
 
     def part_with(self, leaving: Collection[int]) -> None:
-        """Some members have had their backward without the others."""
-        joined, products = self.joined, self._products
-        if joined is not None and products is not None:
-            parts = enumerate(joined.split_products(products))
+        """Drop the graph, and copy the linear outputs of members that are not `leaving`."""
+        merged, linear_outputs = self.merged, self._linear_outputs
+        if merged is not None and linear_outputs is not None:
+            parts = enumerate(merged.split_linear_outputs(linear_outputs))
             self._own = {member: part.copied() for member, part in parts if member not in leaving}
-        self.joined = self.graph = self._products = None
+        self.merged = self.graph = self._linear_outputs = None
         for member in leaving:
             self._own.pop(member, None)
 
     def drop(self) -> None:
-        """Keep nothing: the backwards compute their forward again."""
-        self.joined = self.graph = self._products = None
+        """Drop everything: the backwards recompute their forward."""
+        self.merged = self.graph = self._linear_outputs = None
         self._own = {}
 
 
-# Memory of a held step beside the elements of its tensors: 2,400 bytes on Linux, and for each of its sequences a number
-# or two.
+# Overhead of a held step beside the elements of its tensors: 2,400 bytes on Linux, and some per sequence.
 STEP_BYTES, SEQUENCE_BYTES = 2560, 64
 
 
 @dataclass(frozen=True, slots=True)
 class TorchStash:
-    """The inputs of a step, and its part in what its forward keeps. `nbytes`: of all of it; `inputs_bytes`: of the
-    inputs alone."""
+    """Inputs of a step, and its share of the graph and linear outputs of its forward. `nbytes`: bytes of all;
+    `inputs_bytes`: of the inputs only."""
 
     inputs: Pass
     reply_dtype: torch.dtype
@@ -73,11 +71,11 @@ class TorchStash:
     def demoted(self) -> TorchStash | None:
         if self.shared is None:
             return None
-        if self.keep is Keep.GRAPH_AND_PRODUCTS:
+        if self.keep is Keep.GRAPH_AND_LINEAR_OUTPUTS:
             self.shared.graph = None
-            products = self.shared.products_of(self.member)
-            if products is not None:
-                return replace(self, keep=Keep.PRODUCTS, nbytes=self.inputs_bytes + products.nbytes)
+            linear_outputs = self.shared.linear_outputs_of(self.member)
+            if linear_outputs is not None:
+                return replace(self, keep=Keep.LINEAR_OUTPUTS, nbytes=self.inputs_bytes + linear_outputs.nbytes)
         self.drop()
         return replace(self, keep=Keep.INPUT, nbytes=self.inputs_bytes, shared=None)
 
@@ -87,77 +85,83 @@ class TorchStash:
 
 
 def stashes_of(
-    joined: Joined,
+    merged: MergedPass,
     parts: list[Pass],
     shapes: list[Shape],
     reply_dtypes: list[torch.dtype],
     keeps: list[Keep],
     graph: Graph | None,
-    products: Products | None,
+    linear_outputs: LinearOutputs | None,
 ) -> list[TorchStash | None]:
-    """What the requests of a forward keep, each as much as it asked for."""
-    shared = None if graph is None and products is None else Shared(joined, graph, products)
-    all_tokens = sum(joined.sizes)
+    """Make the stashes of the requests of a forward, each with the parts in its `keeps`; None for `NOTHING`."""
+    shared = None if graph is None and linear_outputs is None else Shared(merged, graph, linear_outputs)
+    all_tokens = sum(merged.sizes)
     stashes: list[TorchStash | None] = []
     for member, (part, shape, dtype, asked) in enumerate(zip(parts, shapes, reply_dtypes, keeps, strict=True)):
         share = part.rows * part.tokens / all_tokens
         inputs_bytes = inputs_bytes_of(part, shape)
         nbytes, keep = inputs_bytes, Keep.INPUT
-        if shared is not None and asked.value >= Keep.PRODUCTS.value:
-            keep = Keep.PRODUCTS if graph is None else Keep.GRAPH if products is None else Keep.GRAPH_AND_PRODUCTS
+        if shared is not None and asked.value >= Keep.LINEAR_OUTPUTS.value:
+            keep = (
+                Keep.LINEAR_OUTPUTS
+                if graph is None
+                else Keep.GRAPH
+                if linear_outputs is None
+                else Keep.GRAPH_AND_LINEAR_OUTPUTS
+            )
             if graph is not None:
                 nbytes += round(share * graph.nbytes)
-            if products is not None:
-                overhead = products.overhead_bytes
-                nbytes += round(share * (products.nbytes - overhead)) + overhead
+            if linear_outputs is not None:
+                overhead = linear_outputs.overhead_bytes
+                nbytes += round(share * (linear_outputs.nbytes - overhead)) + overhead
         own = shared if keep is not Keep.INPUT else None
         stash = TorchStash(part, dtype, nbytes, inputs_bytes, keep, own, member)
         stashes.append(None if asked is Keep.NOTHING else stash)
     if shared is not None and any(stash is None or stash.shared is None for stash in stashes):
-        # Who keeps less takes no part in a common backward.
+        # A member that keeps less cannot join a common backward.
         shared.part_with([member for member, stash in enumerate(stashes) if stash is None or stash.shared is None])
     return stashes
 
 
 def inputs_bytes_of(part: Pass, shape: Shape) -> int:
-    """The memory of a step of which only the inputs are kept."""
+    """Return the bytes of a step with only its inputs kept."""
     return part.nbytes + STEP_BYTES + SEQUENCE_BYTES * len(shape.lengths)
 
 
 def with_common_graphs(stashes: Sequence[TorchStash]) -> list[list[int]]:
-    """Groups of these requests, by their places, that are all those of one forward, of which the graph is kept."""
+    """Return indices of requests, grouped by forward, where the whole group is present and its graph still exists."""
     places: dict[int, list[int]] = {}
     for place, stash in enumerate(stashes):
         places.setdefault(id(stash.shared), []).append(place)
     groups = []
     for group in places.values():
         shared = stashes[group[0]].shared
-        if shared is None or shared.graph is None or shared.joined is None:
+        if shared is None or shared.graph is None or shared.merged is None:
             continue
-        if len(group) == len(shared.joined.order):
+        if len(group) == len(shared.merged.order):
             groups.append(group)
     return groups
 
 
 def gradients_of_common_graph(stashes: Sequence[TorchStash], gradients: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The results for the requests of one of those groups. It uses the graph up."""
+    """Return the gradients of one such group. Consumes its graph."""
     shared = stashes[0].shared
-    assert shared is not None and shared.graph is not None and shared.joined is not None
-    graph, joined = shared.graph, shared.joined
+    assert shared is not None and shared.graph is not None and shared.merged is not None
+    graph, merged = shared.graph, shared.merged
     shared.graph = None
     by_member = {stash.member: gradient for stash, gradient in zip(stashes, gradients, strict=True)}
-    results = joined.split(graph.gradients(joined.join([by_member[member] for member in range(len(stashes))])))
+    results = merged.split(graph.gradients(merged.join([by_member[member] for member in range(len(stashes))])))
     return [results[stash.member] for stash in stashes]
 
 
-def take_products(stashes: Sequence[TorchStash]) -> list[Products] | None:
-    """The products of all requests of a backward, or None if one has none. Who stays behind gets its own."""
-    found = [None if stash.shared is None else stash.shared.products_of(stash.member) for stash in stashes]
+def take_linear_outputs(stashes: Sequence[TorchStash]) -> list[LinearOutputs] | None:
+    """Return the linear outputs of all requests of a backward, or None if one has none. Absent members get copies."""
+    found = [None if stash.shared is None else stash.shared.linear_outputs_of(stash.member) for stash in stashes]
     leaving: dict[int, tuple[Shared, list[int]]] = {}
     for stash in stashes:
         if stash.shared is not None:
             leaving.setdefault(id(stash.shared), (stash.shared, []))[1].append(stash.member)
     for shared, members in leaving.values():
         shared.part_with(members)
-    products = [one for one in found if one is not None]
-    return products if len(products) == len(stashes) else None
+    linear_outputs = [one for one in found if one is not None]
+    return linear_outputs if len(linear_outputs) == len(stashes) else None

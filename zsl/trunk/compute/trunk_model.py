@@ -1,8 +1,8 @@
-"""The trunk as a function: activations in, activations out, differentiable, with no state.
+"""Trunk model: run the cut's layers on activations, with or without an autograd graph.
 
-The family's own base-model `forward` runs, so masks, rotary embeddings and per-layer attention types are those of
-transformers. The activations are put in front of the first layer of the cut, where whatever the model computed
-until there (of an empty placeholder) is thrown away; what leaves the last layer of the cut is the result.
+Runs the family's own base-model `forward` on a placeholder, so that masks, rotary embeddings and per-layer attention
+types are those of transformers. A hook replaces the input of the cut's first layer by the activations; another captures
+the output of its last layer. Keeps no state between passes.
 """
 
 from __future__ import annotations
@@ -23,50 +23,50 @@ from transformers import PreTrainedModel
 from zsl.split.stack import find_stack
 from zsl.trunk.compute.attention import flash_is_slow, layout_of, segments_attention
 from zsl.trunk.compute.by_layers import Layer, gradients_by_layers
-from zsl.trunk.compute.linear_outputs import LinearLayers, Products
+from zsl.trunk.compute.linear_outputs import LinearLayers, LinearOutputs
 from zsl.trunk.compute.passes import Pass, Sequences
 from zsl.wire.messages import Cut
 
-# Rotary embeddings whose frequencies depend on the longest row of a pass: with those a neighbour would be noticed.
+# Rotary embeddings whose frequencies depend on the longest row of a pass: requests would change each other's results.
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
-# Sizes of graphs are remembered for so many forms of input, of at most so many kinds of sequences each.
+# Bounds of the cache of graph sizes: forms of input, and distinct kinds of sequences in each.
 MAX_SIZES_REMEMBERED, MAX_KINDS_REMEMBERED = 1024, 16
-# Memory of a node of autograd's graph with the tensors that it saves, beside their elements: 850 to 990 bytes on Linux.
+# Overhead of an autograd node and its saved tensors, beside their elements: 850 to 990 bytes on Linux.
 NODE_BYTES = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class Graph:
-    """A forward that can be differentiated: `gradients` uses it up."""
+    """A forward with its autograd graph, which `gradients` consumes."""
 
     leaf: torch.Tensor  # [rows, tokens, hidden]
     output: torch.Tensor  # [rows, tokens, hidden]
-    nbytes: int  # of what it keeps, beside the weights, its nodes too
+    nbytes: int  # of saved tensors, without weights, and nodes
 
     def gradients(self, at_output: torch.Tensor) -> torch.Tensor:
-        """The vector-Jacobian product `[rows, tokens, hidden]`."""
+        """Return the vector-Jacobian product `[rows, tokens, hidden]`. Call it once."""
         (result,) = torch.autograd.grad(self.output, self.leaf, at_output)
         return result
 
 
 @dataclass(slots=True)
 class _Separated:
-    """The layers that a model has called, none of which has computed."""
+    """Calls of the layers in a dry run, in order, without computing them."""
 
     layers: list[Layer]
-    complete: bool = True  # each was given just what the one before it returned
+    complete: bool = True  # each layer's input is the output of the previous one
     _returned: torch.Tensor | None = None
 
     def passed(self, forward: Callable[..., Any], first: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Note a call of a layer, and return what enters it."""
+        """Record a call of a layer, and return its input unchanged."""
         if args:
             entering, args = args[0], args[1:]
         else:
             kwargs = kwargs.copy()
             entering = kwargs.pop(first)
-        beside = pytree.tree_leaves((args, kwargs))
+        other_inputs = pytree.tree_leaves((args, kwargs))
         if (self._returned is not None and entering is not self._returned) or any(
-            isinstance(value, torch.Tensor) and value.requires_grad for value in beside
+            isinstance(value, torch.Tensor) and value.requires_grad for value in other_inputs
         ):
             self.complete = False
         self._returned = entering
@@ -74,8 +74,8 @@ class _Separated:
         return entering
 
 
-class Middle:
-    """Calls a model made by `zsl.models.loading.load_trunk_part`. Not for two threads at once."""
+class TrunkModel:
+    """Runs passes of a model from `zsl.models.loading.load_trunk_part`. Not thread-safe."""
 
     def __init__(self, model: PreTrainedModel, cut: Cut) -> None:
         self._model = model
@@ -115,43 +115,43 @@ class Middle:
 
     @property
     def masks_by_padding(self) -> bool:
-        """Say if what a token attends to depends on where its row's padding ends, as in chunked attention."""
+        """True if the attention mask depends on the padding of a row, as in chunked attention."""
         return "chunked_attention" in (getattr(self._model.config.get_text_config(), "layer_types", None) or ())
 
     @property
     def mixes_rows(self) -> bool:
-        """Whether a row's result depends on the other rows of its pass, so that none may be merged."""
+        """True if a row's result depends on other rows of its pass, so that requests may not be merged."""
         kinds = {str(getattr(module, "rope_type", "")) for module in self._model.modules()}
         return any(kind in LENGTH_DEPENDENT_ROPE for kind in kinds)
 
     def forward(self, inputs: Pass) -> torch.Tensor:
-        """Activations `[rows, tokens, hidden]` to the same, without a graph."""
+        """Compute the output activations `[rows, tokens, hidden]`, without a graph."""
         with torch.no_grad():
             return self._run(inputs, inputs.activations)
 
-    def forward_with_products(self, inputs: Pass) -> tuple[torch.Tensor, Products | None]:
-        """The same, and the products of the linear layers (None if the model does not let them be)."""
-        with self._linear_layers.recording(inputs.rows, inputs.tokens) as products:
+    def forward_with_linear_outputs(self, inputs: Pass) -> tuple[torch.Tensor, LinearOutputs | None]:
+        """Compute the output without a graph, and the linear outputs (None if the model modifies them in place)."""
+        with self._linear_layers.recording(inputs.rows, inputs.tokens) as linear_outputs:
             output = self.forward(inputs)
-        return output, products()
+        return output, linear_outputs()
 
-    def graph(self, inputs: Pass, products: Products | None = None) -> Graph:
-        """The same, with the autograd graph from input to output, to be used at once.
+    def graph(self, inputs: Pass, linear_outputs: LinearOutputs | None = None) -> Graph:
+        """Compute the output with its autograd graph, for immediate use (`nbytes` is 0).
 
-        With the `products` of its forward, no linear layer computes again.
+        With the `linear_outputs` of its forward, no linear layer computes again.
         """
         leaf = inputs.activations.detach().requires_grad_()
         linear_layers: AbstractContextManager[object] = nullcontext()
-        if products is not None:
-            linear_layers = self._linear_layers.replaying(inputs.rows, inputs.tokens, products)
+        if linear_outputs is not None:
+            linear_layers = self._linear_layers.replaying(inputs.rows, inputs.tokens, linear_outputs)
         with torch.enable_grad(), linear_layers:
             return Graph(leaf, self._run(inputs, leaf), 0)
 
     def gradients_by_layers(
         self, inputs: Pass, at_output: torch.Tensor, *, after_layer: Callable[[], object] = lambda: None
     ) -> torch.Tensor:
-        """What `graph(inputs).gradients(at_output)` gives, with memory for the graph of one layer at a time
-        (of all, if they cannot be called separately)."""
+        """Compute `graph(inputs).gradients(at_output)` with the graph of one layer at a time (of all layers if they
+        cannot be called separately)."""
         with self.separate_layers(inputs) as layers:
             if layers:
                 return gradients_by_layers(layers, inputs.activations, at_output, after_layer=after_layer)
@@ -159,9 +159,9 @@ class Middle:
 
     @contextmanager
     def separate_layers(self, inputs: Pass) -> Iterator[list[Layer]]:
-        """Within it, the layers as functions of what enters them; nothing is computed for it.
+        """Yield the layers as functions of their input, from a dry run that computes no layer.
 
-        None of them if the model does anything else with its activations than to give them to the next layer.
+        Empty if the model does anything between layers except pass the output of one to the next.
         """
         self._separated = separated = _Separated([])
         try:
@@ -171,16 +171,16 @@ class Middle:
         with self._attend():
             yield separated.layers if separated.complete else []
 
-    def graph_to_keep(self, inputs: Pass, *, with_products: bool) -> tuple[Graph, Products | None]:
-        """A graph with the memory that it keeps, and the products for a backward that shares its pass."""
+    def graph_to_keep(self, inputs: Pass, *, with_linear_outputs: bool) -> tuple[Graph, LinearOutputs | None]:
+        """Compute the output with a graph of known `nbytes`, and optionally the linear outputs."""
         leaf = inputs.activations.detach().requires_grad_()
-        # Measured once for each form of input: to watch what autograd saves slows small passes down.
+        # Measured once per form of input, because hooks on saved tensors slow small passes down.
         form = _form(inputs)
         nbytes = None if form is None else self._graph_bytes.get(form)
         with ExitStack() as stack:
-            products = None
-            if with_products:
-                products = stack.enter_context(self._linear_layers.recording(inputs.rows, inputs.tokens))
+            linear_outputs = None
+            if with_linear_outputs:
+                linear_outputs = stack.enter_context(self._linear_layers.recording(inputs.rows, inputs.tokens))
             stack.enter_context(torch.enable_grad())
             if nbytes is None:
                 output, nbytes = self._measured(lambda: self._run(inputs, leaf))
@@ -188,17 +188,17 @@ class Middle:
                     self._graph_bytes[form] = nbytes
             else:
                 output = self._run(inputs, leaf)
-        return Graph(leaf, output, nbytes), products() if products else None
+        return Graph(leaf, output, nbytes), linear_outputs() if linear_outputs else None
 
     def _measured(self, run: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, int]:
-        """What `run` returns, and the bytes that its graph keeps."""
+        """Return the result of `run`, and the bytes that its graph keeps."""
         kept: dict[int, int] = {}
 
         def pack(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in self._weights:
                 kept[storage.data_ptr()] = storage.nbytes()
-            # Detached: a saved output that kept its own history would never be freed.
+            # Detached: a saved output that refers to its own graph would never be freed.
             return tensor.detach(), tensor._version
 
         with torch.autograd.graph.saved_tensors_hooks(pack, _unpack):
@@ -208,7 +208,7 @@ class Middle:
     def _run(self, inputs: Pass, activations: torch.Tensor) -> torch.Tensor:
         attend: Callable[[], AbstractContextManager[None]] = nullcontext
         if isinstance(inputs, Sequences):
-            # Given, so that transformers does not look for sequences in the positions; it is not used.
+            # Unused, but with a mask transformers does not search the positions for packed sequences.
             mask: torch.Tensor | None = torch.ones(activations.shape[:2], dtype=torch.bool, device=self.device)
             layout = layout_of(
                 inputs.lengths, inputs.masked, inputs.seen, invariant=inputs.invariant, device=self.device
@@ -245,7 +245,7 @@ class Middle:
 
 
 def _form(inputs: Pass) -> tuple[object, ...] | None:
-    """What the memory of a graph depends on; None if that is too much to remember."""
+    """Return the cache key of a graph's size; None for too many kinds of sequences."""
     if isinstance(inputs, Sequences):
         kinds = Counter((length, index in inputs.masked) for index, length in enumerate(inputs.lengths))
         return None if len(kinds) > MAX_KINDS_REMEMBERED else (inputs.tokens, *sorted(kinds.items()))
@@ -253,7 +253,7 @@ def _form(inputs: Pass) -> tuple[object, ...] | None:
 
 
 def _nodes(output: torch.Tensor) -> int:
-    """The number of nodes in the graph of a tensor."""
+    """Count the nodes in the graph of a tensor."""
     waiting, found = [output.grad_fn], {output.grad_fn}
     while waiting:
         node = waiting.pop()
@@ -265,7 +265,7 @@ def _nodes(output: torch.Tensor) -> int:
 
 
 def _unpack(packed: tuple[torch.Tensor, int]) -> torch.Tensor:
-    """Autograd's own check, which its hooks switch off: a tensor that was written since is no basis for a gradient."""
+    """Return a saved tensor. Raises `RuntimeError` if modified in place, as autograd does without hooks."""
     tensor, version = packed
     if tensor._version != version:
         raise RuntimeError("a tensor that the backward needs was modified in place by the model's forward")

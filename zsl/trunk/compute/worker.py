@@ -1,4 +1,4 @@
-"""The compute thread: takes one batch at a time, runs it, and tells the loop. Knows neither sockets nor torch."""
+"""Compute thread: run one batch at a time, and report to the loop. Imports no sockets and no torch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Ticket = TypeVar("Ticket")
 
 @dataclass(frozen=True, slots=True)
 class Finished(Generic[Ticket]):
-    """A batch that ran: an outcome for each ticket, and when it began and ended (seconds, monotonic)."""
+    """A completed batch: an outcome per ticket, and its start and end (seconds, monotonic)."""
 
     tickets: list[Ticket]
     outcomes: Sequence[Outcome]
@@ -31,7 +31,7 @@ class Finished(Generic[Ticket]):
 
 
 class Worker(Generic[Ticket]):
-    """Runs `compute` in a thread of its own. `finished` is called on the loop that started it."""
+    """Runs `compute` in its own thread. Calls `finished` on the loop that created it."""
 
     def __init__(
         self,
@@ -52,16 +52,16 @@ class Worker(Generic[Ticket]):
         self.busy_since: float | None = None
 
     def give(self, tickets: list[Ticket], batch: Batch) -> None:
-        """Run a batch; each ticket stands for one of its works. Only while the worker is idle: `busy_since` is None."""
+        """Run a batch, with one ticket per work. Only while idle (`busy_since` is None)."""
         self.busy_since = self._clock()
         self._batches.put((tickets, batch))
 
     def busy_seconds(self, now: float) -> float:
-        """Measure for how long the pass has been running; 0 while idle."""
+        """Return the seconds since the running pass began; 0 while idle."""
         return 0.0 if self.busy_since is None else now - self.busy_since
 
     async def stop(self, seconds: float) -> bool:
-        """End the thread after the pass that runs. False if that takes longer than `seconds`."""
+        """End the thread after the running pass. False if that takes longer than `seconds`."""
         self._batches.put(None)
         await asyncio.to_thread(self._thread.join, seconds)
         return not self._thread.is_alive()
@@ -69,7 +69,7 @@ class Worker(Generic[Ticket]):
     def _run(self) -> None:
         while (given := self._batches.get()) is not None:
             tickets, batch = given
-            del given  # or a batch's memory would stay until the next one comes
+            del given  # else the batch's memory would live until the next one
             kind = batch.kind.value
             self._failpoint.visit(f"before-{kind}")
             started = self._clock()

@@ -1,1 +1,1 @@
-"""The daemon's process: settings to a served port, logs, signals."""
+"""The daemon's process: start-up, loading, the served port, logs and signals."""

@@ -1,4 +1,4 @@
-"""A trunk in the same process, served over a real socket from a thread of its own."""
+"""Embedded trunk: a trunk server in a thread of this process, on a loopback TCP port."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STOP_SECONDS = 30.0
 
 
 class EmbeddedTrunk:
-    """Loads and serves a trunk between `with` and its end. `endpoint` is where it listens."""
+    """Loads and serves a trunk within `with`. `endpoint`: its address."""
 
     def __init__(self, plan: TrunkPlan, *, deterministic: bool = False) -> None:
         self._plan = plan
@@ -53,7 +53,7 @@ class EmbeddedTrunk:
             self._started.set_exception(error)
 
     async def _serve(self) -> None:
-        # One client: there is nobody to merge with, and nothing to measure for.
+        # One client: there are no requests to merge, so the batch sizes need no measuring.
         sizes = {} if self._deterministic else asdict(BatchLimits())
         compute = self._plan.load(**sizes, deterministic=self._deterministic)
         server = TrunkServer(self._plan.info)

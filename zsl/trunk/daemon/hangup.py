@@ -1,4 +1,4 @@
-"""SIGHUP: a word from the operator to read the list of tenants again, or from the kernel that the terminal closed."""
+"""Handler of SIGHUP: reload the tenants, or end if the terminal has closed."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ logger = logging.getLogger(__name__)
 
 
 class Hangup:
-    """Handles SIGHUP. With a list of tenants: `reload` it. Without: `end`, if the terminal has closed, else go on."""
+    """Handles SIGHUP. With a list of tenants: `reload`. Without: `end` if the terminal has closed, else ignore."""
 
     def __init__(self, reload: Callable[[], None] | None, end: Callable[[signal.Signals], None]) -> None:
         self.reload = reload
         self.end = end
         self._had_terminal = _has_terminal()
-        # Under nohup an open daemon outlives its terminal.
+        # Under nohup, a daemon without tenants outlives its terminal.
         self.is_obeyed = reload is not None or signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
 
     def __call__(self, *_: object) -> None:
@@ -33,11 +33,11 @@ class Hangup:
         elif self._had_terminal and not _has_terminal():
             self.end(signal.SIGHUP)
         else:
-            logger.info("SIGHUP: there is no list of tenants to read again; going on")
+            logger.info("SIGHUP: ignored, because there is no list of tenants to reload")
 
 
 def _has_terminal() -> bool:
-    """Check for a controlling terminal that is still open."""
+    """Return whether there is a controlling terminal that is still open."""
     try:
         os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC))
     except OSError:

@@ -1,5 +1,6 @@
-"""From a model reference to a trunk that can be served: what is known before the weights are loaded, and the
-computation after. Used by the daemon, and by whoever serves a trunk from Python.
+"""Plan and load a trunk: check the model reference without weights, then load and calibrate it.
+
+Used by the daemon, and by programs that serve a trunk from Python.
 """
 
 from __future__ import annotations
@@ -23,22 +24,22 @@ from zsl.trunk.compute.calibrate import (
     measure_pass_memory,
 )
 from zsl.trunk.compute.engine import TorchCompute
-from zsl.trunk.compute.trunk_model import Middle
+from zsl.trunk.compute.trunk_model import TrunkModel
 from zsl.trunk.costs import UNKNOWN_COSTS, BatchLimits, batch_limits
 from zsl.trunk.malloc import give_back_freed_memory
 from zsl.trunk.settings import TrunkInfo, TrunkTraits
 from zsl.wire.messages import Cut
 from zsl.wire.tensors import float_wire_name
 
-# For a model whose configuration states no number of positions.
+# For a model whose configuration states no maximum position.
 DEFAULT_ROW_TOKENS = 32_768
-# The length of a pass of a deterministic trunk. Not measured: two starts of a daemon must agree on it.
+# Length of a pass of a deterministic trunk. Fixed, not measured: it must be equal after a restart.
 DETERMINISTIC_PASS_TOKENS = 256
 
 
 @dataclass(frozen=True)
 class TrunkPlan:
-    """Which trunk to serve, checked, with nothing loaded."""
+    """A valid model, cut, dtype and device to serve. Holds no weights."""
 
     reference: ModelReference
     cut: Cut
@@ -54,10 +55,10 @@ class TrunkPlan:
         deterministic: bool = False,
         pass_memory_bytes: int | None = None,
     ) -> TorchCompute:
-        """Load the weights, and find out what the trunk can do. Raises `ModelError` or `StartupError`.
+        """Load the weights, and calibrate the trunk. Raises `ModelError` or `StartupError`.
 
-        A batch size that is not given follows from what passes cost. With `deterministic` every pass that may be
-        shared has `max_batch_tokens` tokens; whether that holds what it is for, the traits of the result say.
+        Batch sizes that are None follow from measured costs. With `deterministic`, every pass that may be shared has
+        `max_batch_tokens` tokens; `traits.deterministic` of the result tells whether the self-test passed.
         A backward whose graph would take more than `pass_memory_bytes` is computed layer by layer.
         """
         model = load_trunk_part(self.reference, self.cut, self.dtype)
@@ -65,26 +66,26 @@ class TrunkPlan:
             model.to(self.device)  # type: ignore[arg-type]
         except RuntimeError as error:
             raise StartupError(f"the trunk cannot be moved to {self.device}: {str(error).splitlines()[0]}") from error
-        middle = Middle(model, self.cut)
-        forms = find_packed_forms(middle)
+        trunk = TrunkModel(model, self.cut)
+        forms = find_packed_forms(trunk)
         costs = UNKNOWN_COSTS
         limits = BatchLimits()
         if deterministic:
             pass_tokens = max_batch_tokens or DETERMINISTIC_PASS_TOKENS
             limits = BatchLimits(pass_tokens, pass_tokens)
-            deterministic = forms.plain and is_deterministic(middle, pass_tokens, forms)
+            deterministic = forms.plain and is_deterministic(trunk, pass_tokens, forms)
         elif max_batch_tokens is None or merge_below_tokens is None:
-            costs = measure_costs(middle)
+            costs = measure_costs(trunk)
             limits = batch_limits(costs)
         limits = BatchLimits(
             limits.max_batch_tokens if max_batch_tokens is None else max_batch_tokens,
             limits.merge_below_tokens if merge_below_tokens is None else merge_below_tokens,
         )
-        graph_memory = measure_graph_memory(middle)
-        pass_memory = measure_pass_memory(middle, graph_memory)
+        graph_memory = measure_graph_memory(trunk)
+        pass_memory = measure_pass_memory(trunk, graph_memory)
         traits = TrunkTraits(
-            parameters=middle.parameter_count,
-            merges=not middle.mixes_rows and limits.merge_below_tokens > 0,
+            parameters=trunk.parameter_count,
+            merges=not trunk.mixes_rows and limits.merge_below_tokens > 0,
             packs=forms.plain,
             packs_masks=forms.masks,
             packs_restarts=forms.restarts,
@@ -95,14 +96,14 @@ class TrunkPlan:
             pass_memory=pass_memory,
         )
         if pass_memory_bytes is not None:
-            # The baseline of what it may grow by: without what loading and measuring have left.
+            # The resident size is the baseline of the growth: free what loading and calibration left.
             gc.collect()
             give_back_freed_memory()
-        return TorchCompute(middle, traits, pass_memory_bytes=pass_memory_bytes)
+        return TorchCompute(trunk, traits, pass_memory_bytes=pass_memory_bytes)
 
 
 def plan_trunk(model: str, cut: Cut | None, dtype: torch.dtype, device: str, *, forward_only: bool) -> TrunkPlan:
-    """Resolve and check everything that needs no weights. Raises `ModelError` or `StartupError`."""
+    """Resolve and check model, cut and device, without weights. Raises `ModelError` or `StartupError`."""
     reference = resolve(model)
     check_can_be_split(reference.config)  # before its files are read
     layers = layer_count(reference.config)
@@ -122,14 +123,14 @@ def plan_trunk(model: str, cut: Cut | None, dtype: torch.dtype, device: str, *, 
 
 
 def default_cut(layers: int) -> Cut:
-    """Two layers at each end for the client, as in GPT-2's 2:10."""
+    """Return the cut that leaves two layers at each end to the client. Raises `ModelError` under 5 layers."""
     if layers < 5:
         raise ModelError(f"a model of {layers} layers has no default cut; choose one with --cut START:STOP")
     return Cut(start=2, stop=layers - 2)
 
 
 def checked_device(name: str) -> torch.device:
-    """The torch device of this name. Raises `StartupError` if this machine does not have it."""
+    """Return the torch device of this name. Raises `StartupError` if it is invalid or missing."""
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

@@ -1,6 +1,6 @@
-"""The daemon's port while its model is loaded: every client is told to come again.
+"""Temporary server on the daemon's port while its model loads: answers LOADING, retry later.
 
-Serves from a thread of its own, so that loading may take the main thread, where signals arrive. Knows no torch.
+Runs in its own thread, because loading uses the main thread, where signals arrive. Imports no torch.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ SEND_HWM_MESSAGES = 64
 
 
 class Loading:
-    """Holds `host` and `port` from `with` to `close`, and answers what arrives with LOADING.
+    """Binds `host` and `port` from `with` to `close`, and answers every message with a LOADING error.
 
-    `with` raises `StartupError` if the port cannot be had. `endpoint` is the real one.
+    `with` raises `StartupError` if the port cannot be bound. `endpoint` has the bound port.
     """
 
     def __init__(self, host: str, port: int, access: Access | None) -> None:
@@ -52,7 +52,7 @@ class Loading:
 
     @property
     def is_open(self) -> bool:
-        """Whether nothing is served yet."""
+        """True while this server holds the port, before the trunk is served."""
         return self._thread.is_alive()
 
     def __enter__(self) -> Self:
@@ -66,7 +66,7 @@ class Loading:
         self.close()
 
     def close(self) -> None:
-        """Give the port back. May be called again."""
+        """Release the port. Idempotent."""
         if self._thread.is_alive():
             _, loop, closing = self._started.result()
             loop.call_soon_threadsafe(closing.set)
@@ -105,7 +105,7 @@ class Loading:
             return
         error: WireError
         if isinstance(header, InSession):
-            error = StaleEpochError()  # of a daemon that was here before
+            error = StaleEpochError()  # from an earlier daemon on this port
         else:
             seconds = time.monotonic() - self._began
             error = LoadingError(

@@ -1,6 +1,7 @@
-"""The daemon's log: lines to read, or one JSON object a line. Never tensors, keys or text of a client.
+"""Logging of the daemon: text or JSON lines, rate-limited by place in the code.
 
-A line that comes again and again (say, for each of a million bad messages) is written a few times, then counted.
+Never logs tensors, keys or text of a client. A repeated line (one for each of a million bad messages) is written a few
+times, then counted.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ class _Alike:
 
 
 class FewAlike(logging.Filter):
-    """Lets at most `ALIKE_LINES` lines of one place in the code pass in `ALIKE_SECONDS`; the next one then says how
-    many did not."""
+    """Rate limit: at most `ALIKE_LINES` lines per place in the code in `ALIKE_SECONDS`. The next line then states how
+    many were left out."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()
         self._clock = clock
-        self._forms: dict[tuple[str, int], _Alike] = {}  # by their place in the code
+        self._forms: dict[tuple[str, int], _Alike] = {}  # by place in the code
 
     def filter(self, record: logging.LogRecord) -> bool:
         now = self._clock()
@@ -54,7 +55,7 @@ class FewAlike(logging.Filter):
 
 
 class JsonFormatter(logging.Formatter):
-    """One object a line: time (UTC), level, logger, message, and the traceback if there is one."""
+    """Formats a record as one JSON object: time (UTC), level, logger, message, and any traceback."""
 
     def format(self, record: logging.LogRecord) -> str:
         entry = {
@@ -69,14 +70,14 @@ class JsonFormatter(logging.Formatter):
 
 
 def formatter_for(log_format: LogFormat) -> logging.Formatter:
-    """The formatter of lines to read, or of JSON."""
+    """Return the formatter of this log format."""
     if log_format == "json":
         return JsonFormatter()
     return PrintableFormatter("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S")
 
 
 def line_of_dropped(log_format: LogFormat) -> Callable[[int], str]:
-    """Make the log's own line for so many that were dropped."""
+    """Return a function that formats the log line for a number of dropped lines."""
     formatter = formatter_for(log_format)
 
     def line(count: int) -> str:
@@ -88,12 +89,12 @@ def line_of_dropped(log_format: LogFormat) -> Callable[[int], str]:
 
 
 def set_up_logging(log_format: LogFormat, *, debug: bool) -> None:
-    """Log `zsl.*` from INFO (or DEBUG) to stderr, everyone else's warnings, and exceptions that end a thread."""
+    """Log to stderr: `zsl.*` from INFO (or DEBUG), warnings of other loggers, and exceptions that end a thread."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(formatter_for(log_format))
     if not debug:
         handler.addFilter(FewAlike())
-        # When it is loaded it warns of a kernel that it lacks; a trunk has no layers of 4 bits.
+        # On import it warns of a missing kernel for 4-bit layers, which a trunk does not have.
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("zsl").setLevel(logging.DEBUG if debug else logging.INFO)

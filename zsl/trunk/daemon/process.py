@@ -1,4 +1,4 @@
-"""The daemon's process: take the port, load, serve, and end well on a signal."""
+"""Run the daemon: bind the port, load the trunk, serve, and drain on a signal."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ from zsl.wire.messages import Cut
 
 logger = logging.getLogger(__name__)
 
-READY_SECONDS = 2.0  # for the ready line to be read
-LAST_LINES_SECONDS = 1.0  # for what the log says of an end at once
+READY_SECONDS = 2.0  # wait for the ready line to be read
+LAST_LINES_SECONDS = 1.0  # wait for the last log lines when ending at once
 
 
 @dataclass(frozen=True, slots=True)
 class DaemonOptions:
-    """What `zsl-trunkd` was asked for."""
+    """Parsed options of `zsl-trunkd`."""
 
     model: str
     cut: Cut | None
@@ -61,9 +61,9 @@ class DaemonOptions:
 
 
 def run_daemon(options: DaemonOptions) -> None:
-    """Serve until SIGTERM or SIGINT.
+    """Load and serve a trunk until SIGTERM or SIGINT.
 
-    Raises `ModelError` or `StartupError` if it cannot start, `RunFailed` if it cannot go on.
+    Raises `ModelError` or `StartupError` if it cannot start, `RunFailed` if it fails while serving.
     """
     keep_freed_memory()
     raise_file_limit()
@@ -72,7 +72,7 @@ def run_daemon(options: DaemonOptions) -> None:
     hangup = Hangup(None if options.access is None else options.access.allowlist.reload, _end_while_loading)
     if hangup.is_obeyed:
         signal.signal(signal.SIGHUP, hangup)
-    with Loading(options.host, options.port, options.access) as loading:  # a port in use shows at once
+    with Loading(options.host, options.port, options.access) as loading:  # a port in use fails before loading
         logger.info("%s: clients are told to wait while %s is loaded", loading.endpoint, options.model)
         plan = plan_trunk(options.model, options.cut, options.dtype, options.device, forward_only=options.forward_only)
         asyncio.run(_serve(plan, options, loading, hangup))
@@ -90,8 +90,8 @@ async def _serve(plan: TrunkPlan, options: DaemonOptions, loading: Loading, hang
     _obey_signals(server, loading, hangup, reloads=access is not None)
     try:
         logger.info("loading layers %s of %s", plan.cut, options.model)
-        # In a thread that ends: with its OpenMP threads still there beside those of the compute thread, libgomp would
-        # see more threads than processors, and have them sleep at every barrier instead of spin.
+        # In a thread that ends: if its OpenMP threads existed beside those of the compute thread, libgomp would see
+        # more threads than processors, and let them sleep at every barrier instead of spin.
         with ThreadPoolExecutor(1, "zsl-load") as thread:
             compute = await asyncio.get_running_loop().run_in_executor(
                 thread,
@@ -107,13 +107,17 @@ async def _serve(plan: TrunkPlan, options: DaemonOptions, loading: Loading, hang
         loading.close()
         endpoint = server.bind(options.host, port)
         if access is not None and not await refuses_unknown_keys(endpoint, access.keys.public):
-            raise StartupError("the self-test failed: a key that is on no list was let in; not serving")
+            raise StartupError("the self-test failed: an unknown key was accepted; not serving")
     except BaseException:
         server.close()
         raise
     if options.deterministic and not compute.traits.deterministic:
-        logger.warning("--deterministic: the self-test failed on this device and dtype; who insists is refused")
-    sys.stdout.write(_ready(endpoint, plan, compute.traits, options) + "\n")  # at once: a reader may leave after it
+        logger.warning(
+            "--deterministic: the self-test failed on this device and dtype; clients that require it are refused"
+        )
+    sys.stdout.write(
+        _ready(endpoint, plan, compute.traits, options) + "\n"
+    )  # in one write: a reader may close the pipe after it
     sys.stdout.flush()
     await _check_ready_was_written()
     await server.run(compute)
@@ -121,7 +125,7 @@ async def _serve(plan: TrunkPlan, options: DaemonOptions, loading: Loading, hang
 
 
 def _tell_bound(info: TrunkInfo, settings: ServerSettings, traits: TrunkTraits) -> None:
-    """Say at start where `--stash-memory` bounds the largest request, or is less than it takes."""
+    """Warn if `--stash-memory` lowers the largest request, or is less than it needs."""
     granted = settings.granted_tokens(info, traits.pass_memory)
     if granted == settings.max_request_tokens:
         return
@@ -135,7 +139,7 @@ def _tell_bound(info: TrunkInfo, settings: ServerSettings, traits: TrunkTraits) 
 
 
 def _obey_signals(server: TrunkServer, loading: Loading, hangup: Hangup, *, reloads: bool) -> None:
-    """SIGTERM, SIGINT: drain; again, or while loading: end at once. SIGHUP: as `Hangup` says."""
+    """Install handlers: SIGTERM and SIGINT drain; a second one, or one while loading, exits. SIGHUP: see `Hangup`."""
     loop = asyncio.get_running_loop()
     signals: list[signal.Signals] = []
 
@@ -147,7 +151,7 @@ def _obey_signals(server: TrunkServer, loading: Loading, hangup: Hangup, *, relo
             logger.info("%s: taking no new work, letting open steps end (again: end at once)", received.name)
             server.drain()
         else:
-            _leave(received)  # the compute thread may be in the middle of a pass; nothing is lost by it
+            _leave(received)  # the compute thread may be within a pass; clients repeat its requests
 
     hangup.reload = server.reload_tenants if reloads else None
     hangup.end = on_signal
@@ -159,7 +163,7 @@ def _obey_signals(server: TrunkServer, loading: Loading, hangup: Hangup, *, relo
 
 def _end_while_loading(received: signal.Signals) -> None:
     logger.info("%s: ending before the model is loaded", received.name)
-    _leave(received)  # the thread that loads cannot be stopped
+    _leave(received)  # the loading thread cannot be stopped
 
 
 def _leave(received: signal.Signals) -> None:
@@ -168,14 +172,14 @@ def _leave(received: signal.Signals) -> None:
 
 
 async def _check_ready_was_written() -> None:
-    """Raises `RunFailed` where whoever waits for that would wait for ever. A pipe that is not read yet is no error."""
+    """Raise `RunFailed` if the ready line is lost, since a script may wait for it. An unread pipe is no error."""
     if not await asyncio.to_thread(drain_output, READY_SECONDS):
-        logger.warning("nobody reads standard output or error; serving, and dropping lines that find no room")
+        logger.warning("standard output or error is not read; serving, and dropping lines over the buffer")
     check_output()
 
 
 def _ready(endpoint: str, plan: TrunkPlan, traits: TrunkTraits, options: DaemonOptions) -> str:
-    """What stdout says, for people and for scripts that wait for its first line."""
+    """Format the ready message for stdout: text lines, or one JSON object. Scripts wait for its first line."""
     facts: dict[str, Any] = {
         "endpoint": endpoint,
         "model": options.model,

@@ -1,7 +1,7 @@
-"""The trunk server: start-up, main loop and shutdown, on one asyncio loop and one compute thread.
+"""Trunk server: start-up, main loop and shutdown, on one asyncio loop and one compute thread.
 
-The loop owns the socket, the sessions and the requests; the thread owns the model. They meet in a queue and in
-`call_soon_threadsafe` (`zsl.trunk.compute.worker`). Knows no torch.
+The loop owns the socket, the sessions and the requests; the thread owns the model. They communicate by a queue and
+`call_soon_threadsafe` (`zsl.trunk.compute.worker`). Imports no torch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from zsl.transport.curve import KeyPair
 from zsl.transport.router import Router
 from zsl.trunk.access.tenants import Allowlist
 from zsl.trunk.failpoints import Failpoint
-from zsl.trunk.malloc import GiveBack, give_back_freed_memory, resident_bytes
+from zsl.trunk.malloc import TrimPolicy, give_back_freed_memory, resident_bytes
 from zsl.trunk.requests.answers import Answers
 from zsl.trunk.requests.batch_runner import BatchRunner
 from zsl.trunk.requests.credit import Credit
@@ -35,14 +35,14 @@ from zsl.wire.messages import GoAway
 logger = logging.getLogger(__name__)
 
 HOUSEKEEPING_SECONDS = 0.2
-LAST_PASS_SECONDS = 30.0  # for the pass that runs when the daemon is to end
-# The answers to a session's credit of requests, and what is said beside them (pongs, errors, goaway).
+LAST_PASS_SECONDS = 30.0  # wait at shutdown for the running pass
+# Room in a send queue for PONG, ERROR and GOAWAY, beside the answers to a session's credit of requests.
 CONTROL_MESSAGES = 64
 
 
 @dataclass(frozen=True, slots=True)
 class ServerStats:
-    """Numbers of open sessions and connections, bytes that are kept for backwards, and requests by state."""
+    """Numbers of open sessions and connections, bytes of stashes, and requests by state."""
 
     sessions: int
     connections: int
@@ -52,19 +52,19 @@ class ServerStats:
 
 @dataclass(slots=True)
 class _Running:
-    """The parts of a server that has a computation. `trimming`: memory is being given back."""
+    """Parts of a server that need its computation. `trimming`: the pending `malloc_trim`."""
 
     requests: RequestTable
     runner: BatchRunner
     handlers: Handlers
-    give_back: GiveBack
+    trim_policy: TrimPolicy
     trimming: asyncio.Future[bool] | None = None
 
 
 class TrunkServer:
-    """Serves one trunk. `clock` gives seconds, `new_id` 16 fresh bytes.
+    """Serves one trunk. `clock` returns seconds, `new_id` 16 random bytes.
 
-    With `keys` everything is encrypted, and only who is on the `allowlist` gets in.
+    With `keys`, traffic is encrypted, and only tenants on the `allowlist` may connect.
     """
 
     def __init__(
@@ -101,17 +101,17 @@ class TrunkServer:
         )
         self._running: _Running | None = None
         self._draining_until: float | None = None
-        self._stuck = False  # a pass will never end
+        self._stuck = False  # a pass hangs
         self._stopped = asyncio.Event()
 
     @property
     def epoch(self) -> bytes:
-        """The name of this life of the daemon."""
+        """The id of this run of the daemon, 16 bytes."""
         return self._answers.epoch
 
     @property
     def stats(self) -> ServerStats:
-        """Count what is open, queued and kept."""
+        """The current numbers of sessions, connections, bytes and requests."""
         return ServerStats(
             sessions=len(self._sessions),
             connections=self._router.connections,
@@ -120,15 +120,15 @@ class TrunkServer:
         )
 
     def bind(self, host: str, port: int) -> str:
-        """Take the port, and return the real endpoint. Nothing is answered before `run`. Raises `StartupError`."""
+        """Bind the port, and return the endpoint. Answers nothing before `run`. Raises `StartupError`."""
         return self._router.bind(host, port)
 
     def close(self) -> None:
-        """Give the port back without having run."""
+        """Release the port of a server that has not run."""
         self._router.close()
 
     async def run(self, compute: Compute) -> None:
-        """Serve until `stop`, or until a `drain` has ended. Raises `RunFailed` if the compute thread hangs."""
+        """Serve until `stop`, or the end of a `drain`. Raises `RunFailed` if the compute thread hangs."""
         running = self._running = self._start(compute)
         try:
             while not self._stopped.is_set():
@@ -136,20 +136,20 @@ class TrunkServer:
                 await _wait_at_most(self._stopped, HOUSEKEEPING_SECONDS)
         finally:
             if not self._stuck and not await running.runner.stop(LAST_PASS_SECONDS):
-                logger.warning("the pass that runs has not ended in %.0f s; going without it", LAST_PASS_SECONDS)
+                logger.warning("the running pass has not ended in %.0f s; stopping without it", LAST_PASS_SECONDS)
             self._router.close()
         if self._stuck:
             raise RunFailed(
                 f"a pass has not ended in {self._settings.stuck_seconds:g} s; the device or its driver may hang. "
-                "Start the daemon again: its clients wait for it, and lose nothing"
+                "Start the daemon again: its clients reconnect and repeat their requests"
             )
 
     def stop(self) -> None:
-        """End as soon as the pass that runs has ended. To be called on the loop."""
+        """Stop after the running pass. Call it on the loop."""
         self._stopped.set()
 
     def drain(self) -> None:
-        """Take no new forward, let open steps end for up to `drain_seconds`, then stop. To be called on the loop."""
+        """Refuse new forwards, let open steps end for up to `drain_seconds`, then stop. Call it on the loop."""
         if self._draining_until is not None:
             return
         self._draining_until = self._clock() + self._settings.drain_seconds
@@ -158,9 +158,9 @@ class TrunkServer:
             self._answers.send(session.peer, GoAway(session=session.id, epoch=self.epoch, drain_ms=drain_ms))
 
     def reload_tenants(self) -> None:
-        """Read the list of tenants again; who is not on it any more loses its sessions. To be called on the loop.
+        """Reload the list of tenants, and close the sessions of removed ones. Call it on the loop.
 
-        Raises `ConfigError`; the list that was there stays then.
+        Raises `ConfigError`, and keeps the old list, if the new one is invalid.
         """
         assert self._allowlist is not None
         self._allowlist.reload()
@@ -172,7 +172,7 @@ class TrunkServer:
                 self._running.handlers.close_session(session, f"the key of {tenant.name} was taken off the list")
 
     def _start(self, compute: Compute) -> _Running:
-        """Build what serves this computation, and begin to receive."""
+        """Build the parts that serve this computation, and begin to receive."""
         settings, traits = self._settings, compute.traits
         granted = settings.granted_tokens(self.info, traits.pass_memory)
         limits = settings.limits(self.info).model_copy(update={"max_request_tokens": granted})
@@ -183,14 +183,14 @@ class TrunkServer:
         )
         credit = Credit(settings.max_inflight_requests, settings.max_inflight_bytes, settings.max_total_inflight_bytes)
         requests = RequestTable(self._sessions, scheduler, ReplyCache(settings.reply_memory_bytes), credit)
-        give_back = GiveBack(resident_bytes(), settings.stash_memory_bytes)
+        trim_policy = TrimPolicy(resident_bytes(), settings.stash_memory_bytes)
         runner = BatchRunner(
             compute,
             requests,
             self._sessions,
             self._router,
             self._answers,
-            give_back,
+            trim_policy,
             stash_memory_bytes=settings.stash_memory_bytes,
             clock=self._clock,
             failpoint=self._failpoint,
@@ -202,13 +202,13 @@ class TrunkServer:
             runner,
             self._router,
             self._answers,
-            give_back,
+            trim_policy,
             self._allowlist,
             clock=self._clock,
             is_draining=lambda: self._draining_until is not None,
         )
         self._router.start(handlers.receive, runner.step)
-        return _Running(requests, runner, handlers, give_back)
+        return _Running(requests, runner, handlers, trim_policy)
 
     def _keep_house(self, running: _Running) -> None:
         now = self._clock()
@@ -225,28 +225,28 @@ class TrunkServer:
                 self.stop()
 
     def _close_dead_sessions(self, handlers: Handlers, now: float) -> None:
-        """Close the sessions whose lease has ended, or whose client does not read."""
+        """Close the sessions whose lease has ended, or whose client does not read its answers."""
         for session in self._sessions.expired(now):
-            handlers.close_session(session, "nothing was heard of it for its lease")
+            handlers.close_session(session, "no message during its lease")
             for peer in session.peers:
-                self._router.cut(peer)  # its host may be gone without a word, and the connections still be there
+                self._router.cut(peer)  # its host may have died without closing its connections
         for peer in self._router.slow_peers(now):
             for slow in [session for session in self._sessions if session.peer == peer]:
                 handlers.close_session(slow, "its client does not read its answers")
             self._router.cut(peer)
 
     def _give_memory_back(self, running: _Running, now: float) -> None:
-        """Give freed memory back to the system when it is time, on another thread than the loop's."""
+        """Return freed memory to the system when due, in another thread."""
         if running.trimming is not None and not running.trimming.done():
             return
         busy = running.runner.is_busy or running.requests.queued > 0
         held, resident = self._sessions.held_bytes, resident_bytes()
-        if running.give_back.is_due(now, busy=busy, held_bytes=held, resident_bytes=resident):
+        if running.trim_policy.is_due(now, busy=busy, held_bytes=held, resident_bytes=resident):
             running.trimming = asyncio.get_running_loop().run_in_executor(None, give_back_freed_memory)
 
 
 async def _wait_at_most(event: asyncio.Event, seconds: float) -> None:
-    """Wait for an event; a wait that is cut off loses nothing."""
+    """Wait for an event, for at most `seconds`."""
     try:
         await asyncio.wait_for(event.wait(), seconds)
     except TimeoutError:

@@ -1,8 +1,7 @@
-"""Standard output and error written by threads of their own: a pipe that nobody reads stops no daemon.
+"""Non-blocking standard output and error: written by threads, so an unread pipe cannot block.
 
-Covers logs, the ready line, warnings, tracebacks and what libraries print in Python. Lines that find no room are
-dropped and counted. What a library writes to the descriptor in C does not pass here: where that is a full pipe, its
-write fails at once.
+Covers logs, the ready line, warnings, tracebacks and Python prints of libraries. Lines over the buffer are dropped and
+counted. Writes to the descriptor from C bypass the threads; to a full pipe they fail at once.
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ from typing import Any
 
 from zsl.errors import RunFailed
 
-MAX_WAITING_BYTES = 256 << 10  # of what is written later, for each of both
-EXIT_SECONDS = 2.0  # for what waits, when the daemon ends
+MAX_WAITING_BYTES = 256 << 10  # buffered for each of the two streams
+EXIT_SECONDS = 2.0  # wait at exit for buffered lines
 
 
 class Outlet(io.RawIOBase):
-    """Takes what is written at once; a thread passes it on. `dropped` gives the line that tells how many were lost."""
+    """Raw stream that buffers writes for its thread. `dropped` formats the line for a number of dropped lines."""
 
     def __init__(self, descriptor: int, dropped: Callable[[int], str]) -> None:
         self._descriptor = descriptor
@@ -57,12 +56,12 @@ class Outlet(io.RawIOBase):
         return len(line)
 
     def drain(self, seconds: float) -> bool:
-        """Wait until nothing waits any more. False if the time was not enough."""
+        """Wait until all is written. False after `seconds`."""
         with self._changed:
             return self._changed.wait_for(lambda: not self._waiting and not self._writing, seconds)
 
     def end(self) -> None:
-        """End the thread, when all is written."""
+        """End the thread after all is written."""
         with self._changed:
             self._ending = True
             self._changed.notify_all()
@@ -75,7 +74,7 @@ class Outlet(io.RawIOBase):
                 self._changed.wait_for(lambda: self._waiting or self._ending)
                 if not self._waiting:
                     return
-                # All lines that were dropped came after those that wait.
+                # The dropped lines all came after the buffered ones.
                 batch, dropped = b"".join(self._waiting), self._dropped
                 self._waiting.clear()
                 self._waiting_bytes = self._dropped = 0
@@ -83,7 +82,7 @@ class Outlet(io.RawIOBase):
             told = self._line_of_dropped(dropped).encode(errors="backslashreplace") if dropped else b""
             try:
                 self._write_all(batch + told)
-            except OSError as error:  # a reader that has gone, or a full disk, which may have room again
+            except OSError as error:  # closed by its reader, or a full disk, which may have room later
                 self.error = error
                 with self._changed:
                     self._dropped += dropped + batch.count(b"\n")
@@ -95,13 +94,13 @@ class Outlet(io.RawIOBase):
         while rest:
             try:
                 rest = rest[os.write(self._descriptor, rest) :]
-            except BlockingIOError:  # another process that shares it made it so
+            except BlockingIOError:  # set non-blocking by another process that shares it
                 select.select([], [self._descriptor], [])
 
 
 @contextlib.contextmanager
 def written_by_threads(dropped: Callable[[int], str]) -> Iterator[None]:
-    """Have `sys.stdout` and `sys.stderr` never block. At the end what waits is written, for a bounded time."""
+    """Make `sys.stdout` and `sys.stderr` non-blocking. On exit, write buffered lines for up to `EXIT_SECONDS`."""
     _open_closed_descriptors()
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (_by_thread(stream, dropped) for stream in before)
@@ -109,7 +108,7 @@ def written_by_threads(dropped: Callable[[int], str]) -> Iterator[None]:
     try:
         yield
     finally:
-        # A stream that is stuck stays as it is: what the interpreter writes when it ends must not wait either.
+        # A stuck stream stays non-blocking: writes of the interpreter at its end must not block either.
         drained = drain_output(EXIT_SECONDS)
         if drained:
             for outlet in _outlets():
@@ -123,13 +122,13 @@ def written_by_threads(dropped: Callable[[int], str]) -> Iterator[None]:
 
 
 def drain_output(seconds: float) -> bool:
-    """Wait until standard output and error are written. False if one is stuck."""
-    drained = [outlet.drain(seconds) for outlet in _outlets()]  # both, though one be stuck
+    """Wait until standard output and error are written. False after `seconds`."""
+    drained = [outlet.drain(seconds) for outlet in _outlets()]  # both, even if one is stuck
     return all(drained)
 
 
 def check_output() -> None:
-    """Raises `RunFailed` if what was written so far is lost: a full disk, or a pipe whose reader has gone."""
+    """Raise `RunFailed` if earlier output was lost: a full disk, or a pipe closed by its reader."""
     for outlet in _outlets():
         if outlet.error is not None:
             name = "output" if outlet is getattr(sys.stdout, "buffer", None) else "error"
@@ -142,7 +141,7 @@ def _outlets() -> list[Outlet]:
 
 
 def _by_thread(stream: Any, dropped: Callable[[int], str]) -> Any:
-    if stream is None:  # closed by whoever started this
+    if stream is None:  # closed by the parent process
         return open(os.devnull, "w")
     try:
         descriptor = stream.fileno()
@@ -154,15 +153,15 @@ def _by_thread(stream: Any, dropped: Callable[[int], str]) -> Any:
 
 
 def _never_wait(descriptor: int) -> int | None:
-    """Have writes to a pipe fail where they would wait, and return a descriptor of it as it was.
+    """Make writes to a pipe fail instead of block, and return a duplicate of the original descriptor.
 
-    O_NONBLOCK belongs to an open file, which is shared with whoever started this; so the pipe is opened once more.
+    O_NONBLOCK belongs to the open file, which the parent process shares; so the pipe is opened once more.
     """
     if not stat.S_ISFIFO(os.fstat(descriptor).st_mode):
         return None
     try:
         opened = os.open(f"/proc/self/fd/{descriptor}", os.O_WRONLY | os.O_NONBLOCK)
-    except OSError:  # not Linux, another user's, or nobody is there to read it
+    except OSError:  # not Linux, another user's pipe, or a pipe without a reader
         return None
     before = os.dup(descriptor)
     os.dup2(opened, descriptor)
@@ -171,7 +170,7 @@ def _never_wait(descriptor: int) -> int | None:
 
 
 def _open_closed_descriptors() -> None:
-    """Open descriptors 0 to 2 where they are closed: a socket of that number would get what a library prints in C."""
+    """Open closed descriptors 0 to 2: a socket with such a number would receive the output of C libraries."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(descriptor)

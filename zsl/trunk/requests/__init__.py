@@ -1,1 +1,1 @@
-"""Requests from the wire to their answers, on the asyncio loop. Knows no torch."""
+"""Requests: decode, validate, queue, run and answer them, on the asyncio loop. Imports no torch."""

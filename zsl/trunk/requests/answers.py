@@ -1,4 +1,4 @@
-"""Answers on their way out: encoded, and given to the router."""
+"""Encode answers and errors, and send them through the router."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from zsl.wire.messages import MAX_TEXT_CHARS, Error, Header, Result
 
 @dataclass(frozen=True, slots=True)
 class PassTimes:
-    """How many requests shared a pass, and when it began and ended (seconds, monotonic)."""
+    """Number of requests merged in a pass, and its start and end (seconds, monotonic)."""
 
     merged: int
     started: float
@@ -23,17 +23,17 @@ class PassTimes:
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """Sends what one life of a daemon, its `epoch`, has to say."""
+    """Encodes and sends the messages of a daemon's run, `epoch`."""
 
     router: Router
     epoch: bytes
 
     def send(self, peer: bytes, header: Header) -> bool:
-        """Send a message without tensors. False if the peer is gone or does not read."""
+        """Send a message without tensors. False if the peer is disconnected or does not read."""
         return self.router.send(peer, encode(header))
 
     def send_error(self, peer: bytes, error: WireError, *, request: int | None, session: bytes | None) -> None:
-        """Answer a message that named this request and session."""
+        """Send the error of a message with this request and session id."""
         message = Error(
             request=request,
             session=session,
@@ -46,7 +46,7 @@ class Answers:
         self.send(peer, message)
 
     def result(self, request: Request, done: Done, times: PassTimes) -> list[Frame]:
-        """Encode what a request has computed."""
+        """Encode the result of a request."""
         result = Result(
             session=request.session.id,
             request=request.header.request,

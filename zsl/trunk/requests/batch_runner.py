@@ -1,7 +1,7 @@
-"""Steps of the daemon: schedule, run, end.
+"""Batch runner: take a batch from the scheduler, run it on the compute thread, answer its requests.
 
-When the device is free, the next batch goes to the compute thread. When it has run, its requests end and are answered.
-No model work runs on the loop, so it answers pings while the device is busy. Knows no torch.
+Whenever the device is free, the next batch is sent to the compute thread. Model code never runs on the loop, which
+answers pings while the device is busy. Imports no torch.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from zsl.errors import DeadlineError, WireError
 from zsl.transport.router import Router
 from zsl.trunk.compute.worker import Finished, Worker
 from zsl.trunk.failpoints import Failpoint
-from zsl.trunk.malloc import GiveBack
+from zsl.trunk.malloc import TrimPolicy
 from zsl.trunk.requests.answers import Answers, PassTimes
 from zsl.trunk.requests.request_table import Request, RequestState, RequestTable
 from zsl.trunk.sessions.sessions import Sessions
@@ -24,7 +24,7 @@ _NEVER_RAN = PassTimes(merged=1, started=0.0, ended=0.0)
 
 
 class BatchRunner:
-    """Runs batches of the requests in a table, one at a time, and ends them."""
+    """Runs batches from the table of requests, one at a time, and answers their requests."""
 
     def __init__(
         self,
@@ -33,7 +33,7 @@ class BatchRunner:
         sessions: Sessions,
         router: Router,
         answers: Answers,
-        give_back: GiveBack,
+        trim_policy: TrimPolicy,
         *,
         stash_memory_bytes: int,
         clock: Callable[[], float],
@@ -44,7 +44,7 @@ class BatchRunner:
         self._sessions = sessions
         self._router = router
         self._answers = answers
-        self._give_back = give_back
+        self._trim_policy = trim_policy
         self._stash_memory_bytes = stash_memory_bytes
         self._clock = clock
         self._worker: Worker[Request] = Worker(compute, self._finish_batch, clock=clock, failpoint=failpoint)
@@ -52,15 +52,15 @@ class BatchRunner:
 
     @property
     def is_busy(self) -> bool:
-        """Say if a pass runs."""
+        """True while a pass runs."""
         return self._worker.busy_since is not None
 
     def busy_seconds(self, now: float) -> float:
-        """Measure for how long the pass has been running; 0 while idle."""
+        """Return the seconds since the running pass began; 0 while idle."""
         return self._worker.busy_seconds(now)
 
     def step(self) -> None:
-        """If the device is free, give it what is queued: after all that has arrived, so that it can share a pass."""
+        """Run the next batch if the device is free. Call it after all arrived messages are handled."""
         if self.is_busy:
             return
         if self._step_later is not None:
@@ -76,12 +76,12 @@ class BatchRunner:
             self._step_later = loop.call_later(self._requests.waits_until - now, self.step)
 
     def end_expired(self, now: float) -> None:
-        """End the queued requests whose deadline has passed."""
+        """Answer queued requests past their deadline with `DeadlineError`."""
         for request in self._requests.expired(now):
             self.end(request, DeadlineError())
 
     def end(self, request: Request, outcome: Outcome, times: PassTimes = _NEVER_RAN) -> None:
-        """End a request and answer it, unless its session was closed meanwhile."""
+        """End a request, and answer it unless its session was closed meanwhile."""
         session = request.session
         if request.state is RequestState.ABANDONED:
             self._requests.end(request, outcome)
@@ -92,11 +92,11 @@ class BatchRunner:
             frames = self._answers.result(request, outcome, times)
             self._requests.end(request, outcome, frames)
             if not self._router.send(session.peer, frames):
-                # Gone, or it does not read. Its session is there while its lease lasts, and it can ask again.
+                # Disconnected, or not reading. Its session lives until its lease ends, so the client can ask again.
                 self._router.cut(session.peer)
 
     async def stop(self, seconds: float) -> bool:
-        """Stop after the pass that runs. False if that takes longer than `seconds`."""
+        """Stop after the running pass. False if that takes longer than `seconds`."""
         if self._step_later is not None:
             self._step_later.cancel()
         return await self._worker.stop(seconds)
@@ -106,7 +106,8 @@ class BatchRunner:
         return Batch(tuple(self._work(request, room) for request in requests))
 
     def _make_room(self, requests: list[Request]) -> bool:
-        """Make room for the graph that a pass makes; if it is too large, for a pass layer by layer. False then."""
+        """Evict stashes to make room for the graph of a pass. If it is too large, make room for a pass layer by layer,
+        and return False."""
         lengths = [length for request in requests for length in request.shape.lengths]
         taken = self._requests.taken_bytes
         if any(request.keep or _makes_graph(request) for request in requests) and self._sessions.make_room(
@@ -122,25 +123,26 @@ class BatchRunner:
         return Work(request.kind, request.buffers, request.shape, request.sharing, self._keep(request, room), stash)
 
     def _keep(self, request: Request, room: bool) -> Keep:
-        """Choose what to keep of a forward, if there is room for the graph of its pass. A backward in other company
-        than its forward needs products, else a graph."""
+        """Choose the part of a forward to keep. `room`: the graph of its pass fits in memory.
+
+        A backward can use the graph only with all requests of its forward; in other batches it needs linear outputs."""
         if not request.keep:
             return Keep.NOTHING
         if not room:
             return Keep.INPUT
         if request.sharing == Alone():
             return Keep.GRAPH
-        return Keep.PRODUCTS if self._traits.deterministic else Keep.GRAPH_AND_PRODUCTS
+        return Keep.LINEAR_OUTPUTS if self._traits.deterministic else Keep.GRAPH_AND_LINEAR_OUTPUTS
 
     def _finish_batch(self, batch: Finished[Request]) -> None:
-        self._give_back.freed(self._clock())
+        self._trim_policy.freed(self._clock())
         self._requests.charge(batch.tickets, batch.ended - batch.started, self._clock())
-        self._router.drain()  # what arrived meanwhile can share the next pass, which begins here
+        self._router.drain()  # requests that arrived meanwhile can merge into the next pass, which begins here
         times = PassTimes(len(batch.tickets), batch.started, batch.ended)
         for request, outcome in zip(batch.tickets, batch.outcomes, strict=True):
             self.end(request, outcome, times)
 
 
 def _makes_graph(request: Request) -> bool:
-    """Say if this is a backward without the graph of its forward."""
+    """Return whether this is a backward without the graph of its forward."""
     return isinstance(request.header, Backward) and (request.held is None or not request.held.stash.keep.has_graph)

@@ -1,4 +1,4 @@
-"""The credit of requests: how many, and how many bytes, may be in flight at once. Pure."""
+"""Flow control: limits on the requests and bytes in flight, per session, per tenant and total. Pure."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from zsl.trunk.access.tenants import Tenant
 
 @dataclass(frozen=True, slots=True)
 class InFlight:
-    """Requests without an answer, and their bytes with those of answers that are not read: of a session, of all
-    sessions of its tenant, and of all."""
+    """Unanswered requests of a session, and the bytes of requests and unread answers: of the session, of its tenant,
+    and of all sessions."""
 
     requests: int
     session_bytes: int
@@ -21,16 +21,16 @@ class InFlight:
 
 @dataclass(frozen=True, slots=True)
 class Credit:
-    """`max_requests` and `max_bytes` are for one session, `max_all_bytes` for all together."""
+    """Limits: `max_requests` and `max_bytes` per session, `max_all_bytes` for all sessions together."""
 
     max_requests: int
     max_bytes: int
     max_all_bytes: int
 
     def check(self, nbytes: int, inflight: InFlight, tenant: Tenant | None, *, retry_after_ms: int) -> None:
-        """Raises `OverloadedError` if so many bytes more are over the credit of session, tenant or all.
+        """Raise `OverloadedError` if `nbytes` more exceed a limit of the session, its tenant, or the total.
 
-        A request that is alone always has credit.
+        A request with nothing else in flight is always accepted.
         """
         over_requests = inflight.requests >= self.max_requests
         if over_requests or _is_over(self.max_bytes, inflight.session_bytes, nbytes):

@@ -1,9 +1,9 @@
-"""Handlers of the messages that the daemon receives.
+"""Message handlers of the daemon, one per message type: sessions, requests, pings and status.
 
     receive → tenant → decode → match → session → table of requests, or answer
 
-Sessions are opened, resumed and closed here; work is checked and queued, and the batch runner does the rest. Runs on
-the loop, and never waits. Knows no torch.
+Handlers open, resume and close sessions, and validate and queue requests; the batch runner runs them. They run on the
+loop and never block. Imports no torch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from zsl.errors import (
 )
 from zsl.transport.router import Router
 from zsl.trunk.access.tenants import Allowlist, Tenant
-from zsl.trunk.malloc import GiveBack
+from zsl.trunk.malloc import TrimPolicy
 from zsl.trunk.requests.answers import Answers
 from zsl.trunk.requests.batch_runner import BatchRunner
 from zsl.trunk.requests.handshake import status_for, welcome_to
@@ -52,14 +52,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class _Sender:
-    """The connection that a message came on, and its tenant where there are keys."""
+    """The connection of a message, and its tenant if the daemon has keys."""
 
     peer: bytes
     tenant: Tenant | None
 
 
 class Handlers:
-    """Handle messages. Where there is an `allowlist`, only from tenants on it."""
+    """Handles messages; with an `allowlist`, only those from its tenants."""
 
     def __init__(
         self,
@@ -69,7 +69,7 @@ class Handlers:
         runner: BatchRunner,
         router: Router,
         answers: Answers,
-        give_back: GiveBack,
+        trim_policy: TrimPolicy,
         allowlist: Allowlist | None,
         *,
         clock: Callable[[], float],
@@ -81,14 +81,14 @@ class Handlers:
         self._runner = runner
         self._router = router
         self._answers = answers
-        self._give_back = give_back
+        self._trim_policy = trim_policy
         self._allowlist = allowlist
         self._clock = clock
         self._is_draining = is_draining
-        self._forbidden: set[bytes] = set()  # connections that were told so once
+        self._forbidden: set[bytes] = set()  # connections that were sent a ForbiddenError
 
     def receive(self, peer: bytes, tenant_key: str, frames: list[Frame]) -> None:
-        """Handle a message, and answer an invalid one with its error."""
+        """Handle a message, and answer an invalid one with an error."""
         tenant = None if self._allowlist is None else self._allowlist.by_key(tenant_key)
         if self._allowlist is not None and tenant is None:
             self._refuse(peer)
@@ -109,20 +109,20 @@ class Handlers:
             self._answers.send_error(peer, error, request=getattr(header, "request", None), session=session)
 
     def close_session(self, session: Session, why: str) -> None:
-        """Close a session: drop the steps held for it, and abandon its requests."""
+        """Close a session: drop its held steps, and abandon its requests. `why` is logged."""
         self._sessions.close(session.id)
         self._requests.close(session)
         for peer in session.peers:
             self._router.release(peer)
-        self._give_back.freed(self._clock())
+        self._trim_policy.freed(self._clock())
         logger.info("session %s ended: %s", session.id.hex()[:8], why)
 
     def forget_gone_peers(self) -> None:
-        """Forget the refused connections that are not there any more."""
+        """Forget refused connections that have closed."""
         self._forbidden = {peer for peer in self._forbidden if self._router.is_connected(peer)}
 
     def _refuse(self, peer: bytes) -> None:
-        """Refuse a key that was taken off the list: tell it once, then cut it off."""
+        """Refuse a key that is no longer on the list: send one error, then disconnect."""
         if peer in self._forbidden:
             self._forbidden.discard(peer)
             self._router.cut(peer)
@@ -131,7 +131,7 @@ class Handlers:
         self._answers.send_error(peer, ForbiddenError(), request=None, session=None)
 
     def _handle(self, sender: _Sender, header: Header, frames: Sequence[Frame]) -> None:
-        """Handle a valid message. Raises `WireError`."""
+        """Dispatch a decoded message by its type. Raises `WireError`."""
         now = self._clock()
         match header:
             case Hello():
@@ -154,17 +154,17 @@ class Handlers:
     def _hello(self, sender: _Sender, header: Hello, now: float) -> None:
         intake = self._intake
         session = self._sessions.of_peer(sender.peer, sender.tenant)
-        if session is None or session.hello != header.request:  # otherwise it was delivered twice
+        if session is None or session.hello != header.request:  # else a duplicate delivery
             check_wanted(intake.info, header)
             session = self._resumed(sender, header, now) or self._opened(sender, header, now)
         limits = self._limits_of(sender.tenant)
         welcome = welcome_to(header, session.id, self._answers.epoch, intake.info, intake.traits, limits)
         self._router.hold(sender.peer)
         if not self._answers.send(sender.peer, welcome):
-            self.close_session(session, "its client has gone before it was open")
+            self.close_session(session, "its client disconnected before it was open")
 
     def _limits_of(self, tenant: Tenant | None) -> Limits:
-        """Bound a client's credit by its own limits and its tenant's."""
+        """Return the limits of a session, lowered to those of its tenant."""
         limits = self._intake.limits
         if tenant is None:
             return limits
@@ -181,7 +181,7 @@ class Handlers:
         except UnknownSessionError:
             return None
         for peer in old_peers:
-            self._router.cut(peer)  # what waits there for its client is answered here
+            self._router.cut(peer)  # answers unsent on it are repeated on the new one
         logger.info("session %s has a new connection", session.id.hex()[:8])
         return session
 
@@ -193,7 +193,7 @@ class Handlers:
             self.close_session(earlier, "its client opened another")
         quiet = self._sessions.eviction_candidate(sender.tenant, now)
         if quiet is not None:
-            self.close_session(quiet, "quiet, and another one needs its place")
+            self.close_session(quiet, "silent, and its place is needed for a new one")
         session = self._sessions.open(sender.peer, now, hello=header.request, tenant=sender.tenant)
         whose = "" if sender.tenant is None else f" for {sender.tenant.name}"
         logger.info("session %s opened%s (zsl %r, %s)", session.id.hex()[:8], whose, header.software, header.dtype)

@@ -1,4 +1,4 @@
-"""The handshake: the daemon's answers to HELLO and STATUS, which need no session."""
+"""Handshake: build the answers WELCOME and STATUS, which need no session."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from zsl.wire.messages import Hello, Limits, Status, StatusRequest, Welcome
 def welcome_to(
     hello: Hello, session: bytes, epoch: bytes, info: TrunkInfo, traits: TrunkTraits, limits: Limits
 ) -> Welcome:
-    """Build the WELCOME to an open session."""
+    """Build the WELCOME of an open session."""
     return Welcome(
         request=hello.request,
         software=zsl.__version__,
@@ -37,7 +37,7 @@ def status_for(
     queued_requests: int,
     held_bytes: int,
 ) -> Status:
-    """Build the STATUS: the trunk that is served, and how busy the daemon is."""
+    """Build the STATUS: the served trunk, and the load of the daemon."""
     return Status(
         request=asked.request,
         software=zsl.__version__,

@@ -1,6 +1,6 @@
-"""From a FORWARD or BACKWARD message to a request that can be queued: checked against what the trunk takes.
+"""Convert a FORWARD or BACKWARD message to a validated request, ready to queue.
 
-Knows no socket and no clock.
+Imports no sockets; time is an argument.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from zsl.wire.messages import Backward, Forward, Limits
 
 @dataclass(frozen=True, slots=True)
 class Intake:
-    """Takes requests in for one trunk."""
+    """Validates requests for one trunk, and converts them for the queue."""
 
     info: TrunkInfo
     limits: Limits
@@ -30,7 +30,7 @@ class Intake:
     def request(
         self, session: Session, header: Forward | Backward, frames: Sequence[Frame], now: float, *, draining: bool
     ) -> Request:
-        """Check a message and make it a request. Raises `WireError`."""
+        """Validate a message, and return its request. Raises `WireError`. `now` is in seconds."""
         buffers: Buffers = {d.role: (d, frame) for d, frame in zip(header.tensors, frames, strict=True)}
         hidden_size = self.info.model.hidden_size
         held = None

@@ -1,8 +1,8 @@
-"""A cache of answers, for requests that come again: delivery is at least once, so each is computed once.
+"""Reply cache: recent answers by request id, so that a repeated request is not computed twice.
 
-A client that lost its connection asks again with the same request id. Answered ids are remembered for a while, and
-their answers while there is memory. Losing one costs time only: a forward is computed again, and the client sends a
-backward whose step is gone again in full. Pure: no sockets, no clock.
+Delivery is at least once: a client that lost its connection repeats a request with the same id. Answered ids are
+remembered for a while, and their answers while there is memory. Losing one costs only time: a forward is computed
+again, and a backward without its step is sent again with its activations. Pure: no sockets, no clock.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from zsl.wire.frames import Frame
 from zsl.wire.messages import Backward, Forward
 
 REMEMBERED_PER_SESSION = 256  # requests
-# Memory beside the bytes of frames: 520 bytes on Linux for a request that is remembered, 1,340 for an answer.
+# Overhead beside the bytes of frames: 520 bytes on Linux for a remembered request, 1,340 for an answer.
 REQUEST_BYTES, ANSWER_BYTES = 640, 1536
 
 _Key = tuple[bytes, int]  # session and request
 
 
 def asked_by(header: Forward | Backward) -> bytes:
-    """Digest a request: equal for two deliveries of it. (A backward may bring its activations along, or not.)"""
+    """Return a digest that is equal for all deliveries of a request: with or without activations for a backward."""
     tensors = [(d.role, d.dtype, d.shape) for d in header.tensors]
     asked: object
     match header:
@@ -38,7 +38,7 @@ def asked_by(header: Forward | Backward) -> bytes:
 
 @dataclass(slots=True)
 class Reply:
-    """One answered request. `frames` None: the answer itself was given up."""
+    """An answered request. `asked`: its digest. `frames` None: the answer was evicted."""
 
     asked: bytes
     frames: Sequence[Frame] | None
@@ -46,15 +46,15 @@ class Reply:
 
 
 class ReplyCache:
-    """The requests that were answered, by session, and the newest answers.
+    """Answered requests by session, and the newest answers.
 
-    All of it takes up to `max_bytes`: over that, the oldest answers go first, then the oldest requests.
+    Together they use up to `max_bytes`; over it, the oldest answers are evicted first, then the oldest requests.
     """
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._nbytes = 0
-        self._replies: OrderedDict[_Key, Reply] = OrderedDict()  # oldest first, as all of these
+        self._replies: OrderedDict[_Key, Reply] = OrderedDict()  # oldest first, as in the two below
         self._kept: OrderedDict[_Key, Reply] = OrderedDict()  # those with frames
         self._of_session: dict[bytes, OrderedDict[int, None]] = {}
 
@@ -63,11 +63,11 @@ class ReplyCache:
 
     @property
     def nbytes(self) -> int:
-        """The memory that all of it takes."""
+        """Bytes used by requests and answers."""
         return self._nbytes
 
     def put(self, session: bytes, header: Forward | Backward, frames: Sequence[Frame]) -> None:
-        """Remember that a request was answered with these frames."""
+        """Store the answer to a request."""
         key = session, header.request
         self._forget(key)
         of_session = self._of_session.setdefault(session, OrderedDict())
@@ -84,21 +84,21 @@ class ReplyCache:
                 self._forget(next(iter(self._replies)))
 
     def get(self, session: bytes, header: Forward | Backward) -> Reply | None:
-        """Find the reply to this request. Raises `MalformedError` if its id was that of another one."""
+        """Return the reply to this request, or None. Raises `MalformedError` if its id belonged to another request."""
         reply = self._replies.get((session, header.request))
         if reply is not None and reply.asked != asked_by(header):
             raise MalformedError("this request id was used for another request")
         return reply
 
     def give_up(self, session: bytes, request: int) -> None:
-        """Drop the frames of an answer: its client has them, or memory is short."""
+        """Drop the frames of an answer: the client has received them, or memory is short."""
         kept = self._kept.pop((session, request), None)
         if kept is not None:
             self._nbytes -= kept.nbytes
             kept.frames = None
 
     def close(self, session: bytes) -> None:
-        """Forget a session."""
+        """Forget the requests and answers of a session."""
         for request in list(self._of_session.get(session, ())):
             self._forget((session, request))
 

@@ -1,13 +1,13 @@
-"""The table of requests: one entry each, from its admission to its end.
+"""Table of requests: the state of each request from admission to its end.
 
     add → QUEUED → take_batch → RUNNING → end → ANSWERED
 
-A request is cancelled, or its deadline passes, while it is QUEUED: it ends without having run. A pass that runs is not
-stopped. A request whose session closes is ABANDONED: nobody is answered, and what it computes is dropped. One whose
-step the client releases is answered, and nothing is kept of it.
+A request can be cancelled or expire only while QUEUED; it then ends without running. A running pass is never stopped.
+A request whose session closes is ABANDONED: it is not answered, and its result is dropped. A request whose step the
+client releases is answered, but its stash is dropped.
 
-The scheduler orders and batches the queued ones, and the reply cache keeps answers: both are reached through this table
-only. Pure: no sockets, the clock is given.
+The table owns the scheduler, which orders and batches queued requests, and the reply cache. Pure: no sockets, time is
+an argument.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MIN_RETRY_MS, MAX_RETRY_MS = 10, 5_000
 
 
 class RequestState(Enum):
-    """The states of a request. The last two are ends."""
+    """States of a request. The last two are final."""
 
     QUEUED = "queued"
     RUNNING = "running"
@@ -40,7 +40,7 @@ class RequestState(Enum):
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """A checked request: its computation, whom to answer, and its state. `released`: its step is not wanted."""
+    """A valid request: its computation, its session, and its state. `released`: the client released its step."""
 
     session: Session
     header: Forward | Backward
@@ -58,11 +58,11 @@ class Request:
 
     @property
     def taken_bytes(self) -> int:
-        """The memory of what was held for it, and is counted for no session any more."""
+        """Bytes of the held stash that this backward took over from its session."""
         return 0 if self.held is None else self.held.stash.nbytes
 
     def is_asked_by(self, header: Forward | Backward, frames: Sequence[Frame]) -> bool:
-        """Compare with a message of its id. (A backward may bring its activations along, or not.)"""
+        """Return whether a message with its id is a duplicate of it, with or without activations for a backward."""
         arrived = {d.role: frame for d, frame in zip(header.tensors, frames, strict=True)}
         return asked_by(self.header) == asked_by(header) and all(
             self.buffers[role][1] == frame for role, frame in arrived.items() if role in self.buffers
@@ -71,7 +71,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class RequestStats:
-    """Numbers of requests, by state. `released` are some of the queued and running, `replies` answers that are kept."""
+    """Numbers of requests by state. `released` counts queued or running ones, `replies` cached answers."""
 
     queued: int = 0
     running: int = 0
@@ -80,10 +80,10 @@ class RequestStats:
 
 
 class RequestTable:
-    """All requests of open sessions.
+    """Requests of open sessions.
 
-    `taken_bytes`: of what was held and the backwards in the table will use. `waits_until`: the time to ask again if no
-    request comes before, after `take_batch` gave none though one is queued.
+    `taken_bytes`: bytes of the held stashes that backwards in the table took over. `waits_until`: the time to call
+    `take_batch` again if no request arrives before; None unless it delays a queued request.
     """
 
     def __init__(self, sessions: Sessions, scheduler: Scheduler, replies: ReplyCache, credit: Credit) -> None:
@@ -101,7 +101,7 @@ class RequestTable:
 
     @property
     def stats(self) -> RequestStats:
-        """Count the requests by state."""
+        """The numbers of requests by state."""
         requests = [request for of_session in self._open.values() for request in of_session.values()]
         return RequestStats(
             queued=self.queued,
@@ -112,7 +112,7 @@ class RequestTable:
 
     @property
     def queued(self) -> int:
-        """Count the queued requests, without looking at each."""
+        """Number of queued requests, in constant time."""
         return len(self._scheduler)
 
     @property
@@ -120,17 +120,17 @@ class RequestTable:
         return self._scheduler.waits_until
 
     def get(self, session: Session, request: int) -> Request | None:
-        """Find a queued or running request."""
+        """Return a queued or running request by its id, or None."""
         return self._open.get(session.id, {}).get(request)
 
     def inflight(self, session: Session) -> int:
-        """Count the requests of a session that have no answer yet."""
+        """Return the number of unanswered requests of a session."""
         return len(self._open.get(session.id, ()))
 
     def repeated(self, session: Session, header: Forward | Backward, frames: Sequence[Frame]) -> Sequence[Frame] | None:
-        """Find the frames to send for a request that was delivered again; None if it is new, or to be computed again.
+        """Return the frames to send for a duplicate request; None if it is new, or has to be computed again.
 
-        No frames if it has no answer yet: the one answer will serve, on the connection that is open then. Raises
+        Empty while the first delivery is unanswered: its answer is sent on the connection that is open then. Raises
         `MalformedError` if its id was used for another request.
         """
         request = self.get(session, header.request)
@@ -143,16 +143,16 @@ class RequestTable:
             return None
         if reply.frames is not None:
             return reply.frames
-        # Who asks again has not got the answer; if it is not kept any more, the first attempt can only be an echo.
+        # A client that repeats a request has no answer, and counts up `attempt`; 0 is a late duplicate delivery.
         return () if header.attempt == 0 else None
 
     def add(
         self, request: Request, now: float, *, unsent: Callable[[bytes], int] = lambda _: 0, all_unsent: int = 0
     ) -> None:
-        """Queue a request. Raises `OverloadedError` over the credit of its session, its tenant, or all.
+        """Queue a request. Raises `OverloadedError` over the limits of its session, its tenant, or the total.
 
-        `unsent` tells the bytes of answers that a connection has not read, `all_unsent` those of all. They count as if
-        they were in flight.
+        `unsent` returns the bytes of unread answers of a connection, `all_unsent` is their total. Both count as in
+        flight.
         """
         session, header = request.session, request.header
         inflight = InFlight(
@@ -162,7 +162,7 @@ class RequestTable:
             all_bytes=self._bytes + all_unsent,
         )
         self._credit.check(request.nbytes, inflight, session.tenant, retry_after_ms=self._retry_after_ms())
-        if isinstance(header, Backward):  # with it, its step is over
+        if isinstance(header, Backward):  # a backward ends its step
             if request.held is None:
                 self._sessions.release(session, header.step)
             else:
@@ -174,22 +174,22 @@ class RequestTable:
         self._scheduler.add(request.job, now, weight=1.0 if session.tenant is None else session.tenant.weight)
 
     def take_batch(self, now: float) -> list[Request]:
-        """Begin the requests of the next pass, all of one kind. Empty if nothing is queued, or while it waits."""
+        """Start the requests of the next pass, all of one kind. Empty if none is queued, or while it is delayed."""
         batch = [self._request_of(job) for job in self._scheduler.take_batch(now)]
         for request in batch:
             request.state = RequestState.RUNNING
         return batch
 
     def charge(self, batch: Sequence[Request], seconds: float, now: float) -> None:
-        """Charge the tenants of a batch for the time that it took."""
+        """Charge the tenants of a batch for its measured seconds."""
         self._scheduler.charge([request.job for request in batch], seconds, now)
 
     def expired(self, now: float) -> list[Request]:
-        """Find the queued requests whose deadline has passed. They are to be ended."""
+        """Return the queued requests past their deadline. The caller has to end them."""
         return [self._request_of(job) for job in self._scheduler.take_expired(now)]
 
     def end(self, request: Request, outcome: Outcome, answer: Sequence[Frame] = ()) -> None:
-        """End a request: with what it computed, or with the error that came before. `answer`: what is sent for it."""
+        """End a request with its result or error. `answer`: the frames to cache."""
         if request.state is RequestState.QUEUED:
             self._scheduler.discard(request.job.key)
         self.taken_bytes -= request.taken_bytes
@@ -211,7 +211,7 @@ class RequestTable:
             self._replies.put(request.session.id, request.header, answer)
 
     def release(self, session: Session, step: int) -> None:
-        """Keep nothing of a step, which may be queued or running: its client will ask no backward for it."""
+        """Drop the stash of a step, also of a queued or running one: its client will request no backward."""
         self._sessions.release(session, step)
         request = self.get(session, step)
         if request is not None:
@@ -219,7 +219,7 @@ class RequestTable:
         self._replies.give_up(session.id, step)
 
     def close(self, session: Session) -> None:
-        """Abandon the requests of a session that is closed."""
+        """Abandon the requests of a closed session."""
         for request in list(self._open.get(session.id, {}).values()):
             self._remove(request)
             was_queued = self._scheduler.discard(request.job.key)
@@ -228,7 +228,7 @@ class RequestTable:
                 self.end(request, CancelledByClientError())
         self._replies.close(session.id)
         self._scheduler.forget_client(session.id)
-        if session.tenant is None:  # a tenant with a key must not lose what it has used by coming anew
+        if session.tenant is None:  # the used time of a tenant with a key must survive a reconnect
             self._scheduler.forget_tenant(session.id)
 
     def _remove(self, request: Request) -> None:
@@ -246,5 +246,5 @@ class RequestTable:
         return sum(request.nbytes for request in self._open.get(session.id, {}).values()) + unsent(session.peer)
 
     def _retry_after_ms(self) -> int:
-        """Bound the time until what is queued should be done, when a client over its credit may come again."""
+        """Return the expected milliseconds until the queue is empty, within bounds."""
         return min(max(round(self._scheduler.backlog_seconds * 1000), MIN_RETRY_MS), MAX_RETRY_MS)

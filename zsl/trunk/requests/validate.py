@@ -1,6 +1,6 @@
-"""Validate a request's tensors for this trunk, and decide how it may share a pass.
+"""Validate the tensors of a request, and decide how it may share a pass.
 
-Pure: looks at descriptors and values before anything becomes a torch tensor.
+Pure: checks descriptors and values in NumPy, before conversion to torch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from zsl.trunk.settings import TrunkTraits
 from zsl.trunk.work import Alone, Buffers, Packed, Shape, Sharing, Stacked
 from zsl.wire.messages import FLOAT_DTYPES, Limits, Role, TensorDescriptor
 
-# The bits of an exponent that mean infinity or NaN.
+# Exponent bits of infinity and NaN.
 _EXPONENTS = {"f32": (np.uint32, 0x7F80_0000), "f16": (np.uint16, 0x7C00), "bf16": (np.uint16, 0x7F80)}
 _NUMPY_DTYPES = {"i64": np.int64, "i32": np.int32, "i16": np.int16, "i8": np.int8, "u8": np.uint8, "bool": np.uint8}
 
@@ -32,10 +32,10 @@ _OPTIONAL: set[Role] = {"attention_mask", "position_ids", "lengths"}
 
 
 def check_forward(buffers: Buffers, hidden_size: int, limits: Limits) -> Shape:
-    """Check a forward, and return the shape of its activations `[rows, tokens, hidden]`.
+    """Validate a forward, and return the shape of its activations `[rows, tokens, hidden]`.
 
-    Optional beside them: `attention_mask` `[rows, tokens]` of 0 and 1, `position_ids` `[rows or 1, tokens]`, and
-    for one row `lengths` `[sequences]`, which add up to its tokens.
+    Optional tensors: `attention_mask` `[rows, tokens]` of 0 and 1, `position_ids` `[rows or 1, tokens]`, and
+    for a single row `lengths` `[sequences]`, whose sum is its tokens.
     Raises `MalformedError`, `BadShapeError`, `BadDtypeError`, `TooLargeError` or `NonFiniteError`.
     """
     _check_roles(buffers, needed={"activations"}, optional=_OPTIONAL)
@@ -43,11 +43,11 @@ def check_forward(buffers: Buffers, hidden_size: int, limits: Limits) -> Shape:
 
 
 def check_backward(buffers: Buffers, held: Shape | None, hidden_size: int, limits: Limits) -> Shape:
-    """Check a backward, and return the shape of its gradients: its forward's `held`, or that of the activations
-    beside them.
+    """Validate a backward, and return the shape of its gradients: `held`, that of its forward, or that of its own
+    activations.
 
-    Gradients may be infinite: a loss that is scaled for half precision overflows now and then, and its owner's
-    `GradScaler` counts on seeing it.
+    Gradients may be infinite: a loss scaled for half precision overflows at times, and `GradScaler` has to see it.
+    Raises as `check_forward`, and `UnknownStepError` without a held step and activations.
     """
     if "activations" in buffers:
         _check_roles(buffers, needed={"activations", "gradients"}, optional=_OPTIONAL)
@@ -55,7 +55,7 @@ def check_backward(buffers: Buffers, held: Shape | None, hidden_size: int, limit
     else:
         _check_roles(buffers, needed={"gradients"}, optional=set())
         if held is None:
-            raise UnknownStepError("nothing is held for this step; send the activations along")
+            raise UnknownStepError("no stash is held for this step; send its activations too")
         shape = held
     gradients = buffers["gradients"][0]
     _check_float(gradients)
@@ -67,11 +67,11 @@ def check_backward(buffers: Buffers, held: Shape | None, hidden_size: int, limit
 
 
 def sharing_of(buffers: Buffers, shape: Shape, traits: TrunkTraits) -> Sharing:
-    """Decide how a checked request may share a pass of a trunk of these traits.
+    """Decide how a valid request may share a pass of this trunk: packed, stacked, or not at all.
 
-    A request that neither packs nor has a row shape to be stacked by, that gains nothing by company, or whose bits
-    company may not change, runs alone.
-    Raises `MalformedError` for lengths at a trunk that does not pack.
+    A request runs alone if it can be neither packed nor stacked, if it is too large to gain from merging, or if
+    stacking would break determinism.
+    Raises `MalformedError` for lengths if the trunk does not pack.
     """
     has_mask, has_positions, has_lengths = (role in buffers for role in ("attention_mask", "position_ids", "lengths"))
     restarts = not has_mask and not has_lengths and len(shape.lengths) > shape.rows
@@ -90,7 +90,7 @@ def sharing_of(buffers: Buffers, shape: Shape, traits: TrunkTraits) -> Sharing:
 def _check_roles(buffers: Buffers, *, needed: set[Role], optional: set[Role]) -> None:
     missing, extra = needed - buffers.keys(), buffers.keys() - needed - optional
     if missing or extra:
-        wrong = f"lacks {', '.join(sorted(missing))}" if missing else f"has no use for {', '.join(sorted(extra))}"
+        wrong = f"lacks {', '.join(sorted(missing))}" if missing else f"has unexpected {', '.join(sorted(extra))}"
         raise MalformedError(f"the request {wrong}")
 
 
@@ -98,14 +98,14 @@ def _check_inputs(buffers: Buffers, hidden_size: int, limits: Limits) -> Shape:
     activations = buffers["activations"][0]
     _check_float(activations)
     if len(activations.shape) != 3 or 0 in activations.shape:
-        raise BadShapeError(f"activations of shape {activations.shape}: this trunk takes (rows, tokens, hidden)")
+        raise BadShapeError(f"activations of shape {activations.shape}: this trunk needs (rows, tokens, hidden)")
     rows, tokens, hidden = activations.shape
     if hidden != hidden_size:
         raise BadShapeError(f"activations have hidden size {hidden}, this trunk has {hidden_size}")
     if rows * tokens > limits.max_request_tokens:
         raise TooLargeError(
             f"a request of {rows} x {tokens} tokens is over {limits.max_request_tokens}; send fewer rows at once, "
-            "or have the daemon started with more --stash-memory"
+            "or start the daemon with more --stash-memory"
         )
     masked: frozenset[int] = frozenset()
     if "attention_mask" in buffers:
@@ -116,18 +116,18 @@ def _check_inputs(buffers: Buffers, hidden_size: int, limits: Limits) -> Shape:
         shapes: set[tuple[int, ...]] = {(rows, tokens), (1, tokens)}
         positions = _integers(buffers, "position_ids", shapes, lowest=0, highest=limits.max_row_tokens - 1)
     lengths = _lengths(buffers, rows, tokens, positions)
-    if positions is None and max(lengths) > limits.max_row_tokens:  # given ones are within the limit
-        raise TooLargeError(f"sequences of {max(lengths)} tokens; this model takes {limits.max_row_tokens}")
+    if positions is None and max(lengths) > limits.max_row_tokens:  # given positions are within the limit
+        raise TooLargeError(f"sequences of {max(lengths)} tokens; this model accepts up to {limits.max_row_tokens}")
     _check_finite(buffers)
     fits_rows = "lengths" in buffers or tokens <= limits.max_row_tokens
     return Shape(rows, tokens, lengths, masked, fits_rows)
 
 
 def _lengths(buffers: Buffers, rows: int, tokens: int, positions: Integers | None) -> tuple[int, ...]:
-    """Find the lengths of the sequences in a request: those that it states for its one row, or those of its rows.
+    """Return the lengths of the sequences in a request: the stated ones of its single row, or those of its rows.
 
-    Without a mask, a row is one sequence as long as its positions count up by one: transformers masks between the
-    tokens where they do not (`find_packed_sequence_indices`).
+    Without a mask, a new sequence starts where positions do not increase by one: transformers masks attention across
+    such a step (`find_packed_sequence_indices`).
     """
     if "lengths" not in buffers:
         if positions is None or "attention_mask" in buffers:
@@ -137,10 +137,10 @@ def _lengths(buffers: Buffers, rows: int, tokens: int, positions: Integers | Non
         starts[:, 1:] = steps != 1
         return tuple(np.diff(np.flatnonzero(starts), append=rows * tokens).tolist())
     if rows != 1 or "attention_mask" in buffers:
-        raise BadShapeError("lengths tell apart the sequences of one row, without a mask")
+        raise BadShapeError("lengths need a single row without attention_mask")
     shape = buffers["lengths"][0].shape
     if len(shape) != 1 or not 0 < shape[0] <= tokens:
-        raise BadShapeError(f"lengths of shape {shape}: a number for each sequence is needed")
+        raise BadShapeError(f"lengths of shape {shape}: one number per sequence is needed")
     lengths = tuple(int(n) for n in _integers(buffers, "lengths", {(shape[0],)}, lowest=1, highest=tokens))
     if sum(lengths) != tokens:
         raise BadShapeError(f"lengths add up to {sum(lengths)}, the activations have {tokens} tokens")
@@ -155,11 +155,11 @@ def _check_float(descriptor: TensorDescriptor) -> None:
 
 
 def _check_finite(buffers: Buffers) -> None:
-    """Check that all activations are finite. Raises `NonFiniteError`, with the place of the first that is not."""
+    """Raise `NonFiniteError`, with the place of the first one, if activations are infinite or NaN."""
     descriptor, buffer = buffers["activations"]
     integer, exponent = _EXPONENTS[descriptor.dtype]
     if descriptor.dtype == "f32":
-        # Two passes without memory of their own; a NaN is neither the smallest nor the largest, but comes out of both.
+        # min and max allocate nothing, and both return NaN if there is one.
         floats = np.frombuffer(buffer, dtype=np.float32)
         with np.errstate(invalid="ignore"):
             if np.isfinite(floats.min()) and np.isfinite(floats.max()):
@@ -170,13 +170,13 @@ def _check_finite(buffers: Buffers) -> None:
         rows, tokens, hidden = descriptor.shape
         row, token, _ = np.unravel_index(wrong[0], (rows, tokens, hidden))
         raise NonFiniteError(
-            f"{len(wrong)} of the activations are not finite, the first in row {row}, token {token}: look for a loss "
-            "that has run away, or an overflow of half precision"
+            f"{len(wrong)} of the activations are not finite, the first in row {row}, token {token}: look for a "
+            "diverging loss, or an overflow of half precision"
         )
 
 
 def _integers(buffers: Buffers, role: Role, shapes: set[tuple[int, ...]], *, lowest: int, highest: int) -> Integers:
-    """Check a tensor of integers, and return its flat values."""
+    """Validate a tensor of integers, and return its values, flattened."""
     descriptor, buffer = buffers[role]
     if descriptor.dtype in FLOAT_DTYPES:
         raise BadDtypeError(f"{role} of {descriptor.dtype}: integers are needed")

@@ -1,1 +1,1 @@
-"""The order of requests and which of them share a pass. Pure."""
+"""Scheduling: the order of requests, and their batches. Pure."""

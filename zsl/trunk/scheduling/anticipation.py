@@ -1,13 +1,13 @@
-"""Anticipation of jobs: holds a pass back for one that is due and could share it. Pure: the clock is given.
+"""Anticipatory scheduling: delay a pass for jobs that are expected soon and can merge. Pure.
 
-Clients go in a circle: forward, their own layers, backward, their own layers. Two of them that are out of step never
-meet, however much they would gain by it: while one's forward runs, the other computes or waits with its backward. A
-short wait, once, brings them into step.
+Clients run in a cycle: forward, their own layers, backward, their own layers. Two clients out of phase never merge,
+however much they would gain: while the forward of one runs, the other computes or waits with its backward. One short
+delay brings them into phase.
 
-This is the idea of anticipatory scheduling (Iyer and Druschel, SOSP 2001: a disk that idles a moment because the next
-request will be near). How long a client takes until it comes again, and with what, is learned for each client as TCP
-learns round trips (Jacobson, 1988): a mean and a mean deviation. A wait is worth it if, by the means, half of the fixed
-cost that the expected jobs share pays for it. It ends when they have come, or when one is later than it ever is.
+The idea is anticipatory scheduling (Iyer and Druschel, SOSP 2001: a disk that idles briefly because the next request
+will be near). The delay until a client's next job, and its kind, are estimated per client as TCP estimates round trips
+(Jacobson, 1988): a mean and a mean deviation. A delay is worthwhile if, by the means, it costs less than half of the
+fixed cost that the expected jobs save. It ends when they have arrived, or when one is overdue.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from zsl.trunk.costs import Costs
 from zsl.trunk.work import Kind
 
 MEAN_GAIN, DEVIATION_GAIN = 1 / 8, 1 / 4  # Jacobson's
-DEVIATIONS = 2.0  # so many mean deviations after its mean a job is given up
-WORTHWHILE_SHARE = 0.5  # of the fixed cost that is shared may be spent on waiting
-MOST_EXPECTED = 16  # jobs that are looked at for one decision
+DEVIATIONS = 2.0  # a job is overdue this many mean deviations after its mean
+WORTHWHILE_SHARE = 0.5  # of the saved fixed cost that a delay may use
+MOST_EXPECTED = 16  # jobs considered in one decision
 
 _Pass = tuple[Kind, Hashable]  # jobs of equal kind and merge key can share a pass
 
 
 @dataclass(slots=True)
-class _Habit:
-    """A client's next job after an answer of one kind: its pass, its tokens, and its delay."""
+class _Estimate:
+    """Estimate of a client's next job after an answer of one kind: pass, tokens and delay."""
 
     next_pass: _Pass
     tokens: int
@@ -49,41 +49,41 @@ class _Habit:
         return self.mean_seconds + DEVIATIONS * self.deviation_seconds
 
 
-_Expected = tuple[float, int, float, int]  # when, tie, at the latest, tokens
+_Expected = tuple[float, int, float, int]  # expected time, tie-breaker, overdue time, tokens
 
 
 @dataclass(slots=True)
 class _Client:
-    """A client's habits, and the job that is expected of it."""
+    """Estimates of a client, and its expected job."""
 
-    habits: dict[Kind, _Habit] = field(default_factory=dict)  # by the kind that was answered
-    answered: tuple[Kind, float] | None = None  # until it comes again
+    estimates: dict[Kind, _Estimate] = field(default_factory=dict)  # by the answered kind
+    answered: tuple[Kind, float] | None = None  # kind and time of its last answer; None after its next job
     expected: tuple[_Pass, _Expected] | None = None
 
 
 class Anticipation:
-    """Learns when clients come again. Jobs that share a pass save the fixed part of its cost."""
+    """Estimates when clients send their next jobs. Merged jobs share the fixed cost of a pass."""
 
     def __init__(self, costs: Costs) -> None:
-        backward = min(costs.backward.fixed_seconds, costs.backward_from_products.fixed_seconds)
+        backward = min(costs.backward.fixed_seconds, costs.backward_from_linear_outputs.fixed_seconds)
         self._fixed_seconds = {Kind.FORWARD: costs.forward.fixed_seconds, Kind.BACKWARD: backward}
         self._clients: defaultdict[Hashable, _Client] = defaultdict(_Client)
-        self._expected: defaultdict[_Pass, list[_Expected]] = defaultdict(list)  # the soonest first
+        self._expected: defaultdict[_Pass, list[_Expected]] = defaultdict(list)  # soonest first
         self._ties = count()
 
     def answered(self, client_id: Hashable, kind: Kind, now: float) -> None:
-        """Note that a client with nothing queued is being answered."""
+        """Record an answer to a client with nothing queued."""
         client = self._clients[client_id]
         self._stop_expecting(client)
         client.answered = kind, now
-        habit = client.habits.get(kind)
-        if habit is not None:
-            expected = now + habit.mean_seconds, next(self._ties), now + habit.latest_seconds, habit.tokens
-            client.expected = habit.next_pass, expected
-            insort(self._expected[habit.next_pass], expected)
+        estimate = client.estimates.get(kind)
+        if estimate is not None:
+            expected = now + estimate.mean_seconds, next(self._ties), now + estimate.latest_seconds, estimate.tokens
+            client.expected = estimate.next_pass, expected
+            insort(self._expected[estimate.next_pass], expected)
 
     def arrived(self, client_id: Hashable, kind: Kind, merge_key: Hashable, tokens: int, now: float) -> None:
-        """Note that a client's job has come."""
+        """Record the arrival of a client's job."""
         client = self._clients[client_id]
         self._stop_expecting(client)
         if client.answered is None:
@@ -91,22 +91,22 @@ class Anticipation:
         answered_kind, answered_at = client.answered
         client.answered = None
         seconds = now - answered_at
-        habit = client.habits.get(answered_kind)
-        if habit is None:
-            client.habits[answered_kind] = _Habit((kind, merge_key), tokens, seconds, seconds / 2)
+        estimate = client.estimates.get(answered_kind)
+        if estimate is None:
+            client.estimates[answered_kind] = _Estimate((kind, merge_key), tokens, seconds, seconds / 2)
         else:
-            habit.learn((kind, merge_key), tokens, seconds)
+            estimate.learn((kind, merge_key), tokens, seconds)
 
     def forget(self, client_id: Hashable) -> None:
-        """Forget a client that is gone."""
+        """Forget a closed client."""
         client = self._clients.pop(client_id, None)
         if client is not None:
             self._stop_expecting(client)
 
     def worth_waiting_until(self, kind: Kind, merge_key: Hashable, room_tokens: int, now: float) -> float | None:
-        """Find the time until which a pass with room for so many more tokens should wait, or None.
+        """Return the time until which to delay a pass with room for `room_tokens` more, or None.
 
-        It waits for the first n jobs that are expected, for the n with which most is gained.
+        The delay is for the first n expected jobs, with the n of the largest gain.
         """
         share = WORTHWHILE_SHARE * self._fixed_seconds[kind]
         best_gain, until, last = 0.0, None, now
@@ -121,11 +121,11 @@ class Anticipation:
         return until
 
     def longest_wait_seconds(self, kind: Kind) -> float:
-        """Bound a wait: it is never longer than sharing a pass can save, however many jobs are expected in turn."""
+        """Return the upper bound of a delay: the time that merging can save, however many jobs are expected in turn."""
         return self._fixed_seconds[kind]
 
     def _next_expected(self, where: _Pass, now: float) -> list[_Expected]:
-        """List the soonest of the jobs that are expected. Those that are overdue are given up."""
+        """Return the soonest expected jobs, and remove overdue ones."""
         expected = self._expected.get(where)
         if expected is None:
             return []
@@ -147,7 +147,7 @@ class Anticipation:
         expected = self._expected.get(where, [])
         place = bisect_left(expected, entry)
         if expected[place : place + 1] != [entry]:
-            return  # given up
+            return  # removed as overdue
         del expected[place]
         if not expected:
             del self._expected[where]

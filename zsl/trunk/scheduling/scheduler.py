@@ -1,16 +1,17 @@
-"""The scheduler: orders queued requests, and batches them. Pure: no sockets, no torch, the clock is given.
+"""Scheduler of requests: orders queued jobs by fair share, and merges them into batches. Pure.
 
-- Whenever the device is free, a queued job goes. There is no waiting window; a pass is held back only where jobs that
-  could share it are due so soon that they save more than the wait costs (`zsl.trunk.scheduling.anticipation`).
-- Fair: every tenant has a counter of the device time that it has used, divided by its weight; the lowest goes first
-  (the virtual token counter of Sheng et al., "Fairness in Serving Large Language Models", 2024, over measured cost
-  instead of tokens). A tenant that comes back from idling is lifted to the counter that was last the lowest, so that
-  it cannot spend what it saved up.
-- A tenant's backwards go before its forwards: they end a step and free memory.
-- Small jobs of one kind share a pass up to a budget of tokens, gathered in the order of fairness.
-- Aging: of tenants that have had nothing for `max_wait_seconds`, the one that waits longest is served by one batch
-  in `AGED_BATCH_EVERY`, whatever the counters say. So a stream of newcomers cannot hold anyone back for ever, and under
-  overload, when everybody waits long, fairness still rules.
+- When the device is free, a queued job runs. There is no batching window; a pass is delayed only if
+  jobs that could merge are expected so soon that they save more than the delay costs
+  (`zsl.trunk.scheduling.anticipation`).
+- Fair: each tenant has a counter of its used device time divided by its weight; the lowest counter runs first (the
+  virtual token counter of Sheng et al., "Fairness in Serving Large Language Models", 2024, over measured cost instead
+  of tokens). The counter of a tenant that was idle is raised to the last lowest one, so that idling saves up nothing.
+- A tenant's backwards run before its forwards: they end a step and free memory.
+- Small jobs of one kind share a pass up to a budget of tokens, taken in the order of fairness.
+- Aging: one batch in `AGED_BATCH_EVERY` serves the longest-waiting tenant that had no batch for `max_wait_seconds`,
+  regardless of counters. So a stream of new tenants cannot starve one, and under overload fairness still decides.
+
+No sockets, no torch; time is an argument.
 """
 
 from __future__ import annotations
@@ -25,18 +26,18 @@ from zsl.trunk.costs import UNKNOWN_COSTS, Costs
 from zsl.trunk.scheduling.anticipation import Anticipation
 from zsl.trunk.work import Kind
 
-# So many tenants whose next job is too large for what is left of a batch are passed over while it is gathered.
+# Tenants whose next job is too large for the rest of a batch that are skipped before the batch is closed.
 MAX_PASSED_OVER = 4
 AGED_BATCH_EVERY = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A queued request, as far as ordering needs to know it.
+    """A queued request, as the scheduler sees it.
 
     `merge_key`: jobs of one kind with equal keys can share a pass; None runs alone. `cost_seconds`: its expected time,
-    which `Scheduler.charge` corrects. `deadline`: seconds on the clock of `now`. `client`: one of its tenant's, if that
-    has several.
+    which `Scheduler.charge` corrects. `deadline`: seconds on the clock of `now`. `client`: its client within the
+    tenant; None if the tenant is one client.
     """
 
     key: Hashable
@@ -57,10 +58,10 @@ class Job:
 class _Tenant:
     weight: float
     counter: float = 0.0
-    waits_since: float = 0.0  # its last batch, or the end of its idling
+    waits_since: float = 0.0  # time of its last batch, or the end of its idle time
     forwards: deque[Job] = field(default_factory=deque)
     backwards: deque[Job] = field(default_factory=deque)
-    place: dict[_Order, int] = field(default_factory=dict)  # its valid entry in each order that it is in
+    place: dict[_Order, int] = field(default_factory=dict)  # tie-breaker of its valid entry in each order
 
     @property
     def backlogged(self) -> bool:
@@ -71,9 +72,9 @@ class _Tenant:
 
 
 class _Order:
-    """The tenants whose next job of a kind has this merge key, lowest counter first.
+    """Heap of the tenants whose next job of a kind has this merge key, lowest counter first.
 
-    A tenant has one valid entry. If its counter has grown since, the entry is put right when it comes up.
+    Each tenant has one valid entry. If its counter has grown since, the entry is updated when it is the first.
     """
 
     __slots__ = ("_heap", "_kind", "_merge_key", "_ties")
@@ -85,12 +86,12 @@ class _Order:
         self._ties = count()
 
     def put(self, tenant: _Tenant) -> None:
-        """Put a tenant in; again, if its counter has become smaller."""
+        """Add a tenant, or add it again after its counter has decreased."""
         tie = tenant.place[self] = next(self._ties)
         heappush(self._heap, (tenant.counter, tie, tenant))
 
     def lowest(self) -> _Tenant | None:
-        """Find the first tenant; it stays in."""
+        """Return the first tenant, without removing it."""
         heap = self._heap
         while heap:
             counter, tie, tenant = heap[0]
@@ -109,7 +110,7 @@ class _Order:
         return None
 
     def pop_lowest(self) -> _Tenant | None:
-        """Take out the first tenant."""
+        """Remove and return the first tenant."""
         tenant = self.lowest()
         if tenant is not None:
             heappop(self._heap)
@@ -118,10 +119,10 @@ class _Order:
 
 
 class Scheduler:
-    """A queue of jobs. `max_batch_tokens` bounds a merged pass; a larger single job still runs, alone.
+    """Queue of jobs. `max_batch_tokens` bounds a merged pass; a larger single job runs alone.
 
-    `costs`: of the trunk. If they are unknown, no pass waits for company.
-    `waits_until`: the time to ask again if no job comes before, after `take_batch` gave none though one is queued.
+    `costs`: of the trunk; if unknown, no pass is delayed.
+    `waits_until`: the time to call `take_batch` again if no job arrives before; None unless it delays a queued job.
     """
 
     def __init__(
@@ -142,22 +143,22 @@ class Scheduler:
         self._queued_of: Counter[Hashable] = Counter()  # by client
         self._backlog_seconds = 0.0
         self._orders: dict[Kind, dict[Hashable, _Order]] = {Kind.BACKWARD: {}, Kind.FORWARD: {}}  # by merge key
-        self._waits: deque[tuple[float, _Tenant]] = deque()  # by `waits_since`; stale where that has changed
+        self._waits: deque[tuple[float, _Tenant]] = deque()  # by `waits_since`; stale if that has changed
         self._deadlines: list[tuple[float, int, Job]] = []
         self._ties = count()
         self._batches = 0
-        self._floor = 0.0  # what the lowest counter was when it was last served
+        self._floor = 0.0  # the lowest counter when it was last served
 
     def __len__(self) -> int:
         return len(self._queued)
 
     @property
     def backlog_seconds(self) -> float:
-        """Sum up the expected times of all queued jobs."""
+        """Sum of the expected seconds of all queued jobs."""
         return max(self._backlog_seconds, 0.0)
 
     def add(self, job: Job, now: float, *, weight: float = 1.0) -> None:
-        """Queue a job of a tenant of this weight. A key that is queued already keeps its place."""
+        """Queue a job of a tenant of this weight. Ignores a key that is queued already."""
         if job.key in self._queued:
             return
         tenant = self._tenants.get(job.tenant)
@@ -179,7 +180,7 @@ class Scheduler:
         self._note_deadline(job)
 
     def discard(self, key: Hashable) -> bool:
-        """Take a job out. False if it was not there."""
+        """Remove a queued job. False if its key is unknown."""
         job = self._queued.get(key)
         if job is None:
             return False
@@ -193,18 +194,18 @@ class Scheduler:
         return True
 
     def forget_client(self, client: Hashable) -> None:
-        """Forget a client that is gone."""
+        """Forget a closed client."""
         self._anticipation.forget(client)
 
     def forget_tenant(self, tenant: Hashable) -> None:
-        """Forget a tenant that is gone, and its counter; its jobs must have been discarded."""
+        """Forget a tenant and its counter. Its jobs must have been discarded."""
         self._anticipation.forget(tenant)
         found = self._tenants.get(tenant)
         if found is not None and not found.backlogged:
             del self._tenants[tenant]
 
     def take_expired(self, now: float) -> list[Job]:
-        """Take out the jobs whose deadline has passed."""
+        """Remove and return the jobs past their deadline."""
         expired = []
         while self._deadlines and self._deadlines[0][0] <= now:
             _, _, job = heappop(self._deadlines)
@@ -214,9 +215,9 @@ class Scheduler:
         return expired
 
     def take_batch(self, now: float) -> list[Job]:
-        """Take the jobs of the next pass, all of one kind. Empty if nothing is queued, or while it waits."""
+        """Remove and return the jobs of the next pass, all of one kind. Empty if none is queued, or while delayed."""
         first = self._first(now)
-        self.waits_until = None if first is None else self._company_expected(first, now)
+        self.waits_until = None if first is None else self._delay_until(first, now)
         if self.waits_until is not None:
             return []
         self._waits_since = None
@@ -244,7 +245,7 @@ class Scheduler:
         return batch
 
     def charge(self, batch: list[Job], seconds: float, now: float) -> None:
-        """Correct the charges of a batch that took `seconds`. Each job bears the share of its tokens."""
+        """Correct the counters after a batch of `seconds`, which its jobs share by their tokens."""
         all_tokens = sum(job.tokens for job in batch)
         for job in batch:
             tenant = self._tenants.get(job.tenant)
@@ -254,8 +255,8 @@ class Scheduler:
                 if not self._queued_of[job.comes_from]:
                     self._anticipation.answered(job.comes_from, job.kind, now)
 
-    def _company_expected(self, first: Job, now: float) -> float | None:
-        """Find the time until which to wait for jobs that could share this one's pass, if that is worth it."""
+    def _delay_until(self, first: Job, now: float) -> float | None:
+        """Return the time until which to delay this job's pass for jobs that can merge; None if not worthwhile."""
         if first.merge_key is None:
             return None
         room = self._max_batch_tokens - self._queued_tokens[first.kind, first.merge_key]
@@ -269,13 +270,13 @@ class Scheduler:
 
     def _note_deadline(self, job: Job) -> None:
         heappush(self._deadlines, (job.deadline, next(self._ties), job))
-        if len(self._deadlines) > 2 * len(self._queued) + 64:  # most are of jobs that are gone
+        if len(self._deadlines) > 2 * len(self._queued) + 64:  # most entries are stale
             self._deadlines = [entry for entry in self._deadlines if self._queued.get(entry[2].key) is entry[2]]
             heapify(self._deadlines)
 
     def _first(self, now: float) -> Job | None:
-        """Find the job that is due: of the tenant with the lowest counter, its backward first; or of one that has
-        waited too long."""
+        """Return the next job: of the tenant with the lowest counter, backwards first; or of one that has waited too
+        long."""
         if self._batches % AGED_BATCH_EVERY == 0 and (aged := self._aged(now)) is not None:
             return (aged.backwards or aged.forwards)[0]
         lowest: _Tenant | None = None
@@ -293,7 +294,7 @@ class Scheduler:
         return lowest.queue(kind)[0]
 
     def _aged(self, now: float) -> _Tenant | None:
-        """Find the tenant that has waited longest, if that is too long."""
+        """Return the longest-waiting tenant, if over `max_wait_seconds`."""
         while self._waits:
             since, tenant = self._waits[0]
             if since != tenant.waits_since or not tenant.backlogged:
@@ -305,11 +306,11 @@ class Scheduler:
     def _begin_wait(self, tenant: _Tenant, now: float) -> None:
         tenant.waits_since = now
         self._waits.append((now, tenant))
-        if len(self._waits) > 2 * len(self._tenants) + 64:  # most are of waits that are over
+        if len(self._waits) > 2 * len(self._tenants) + 64:  # most entries are stale
             self._waits = deque(entry for entry in self._waits if entry[0] == entry[1].waits_since)
 
     def _take(self, job: Job, now: float) -> None:
-        """Move a job from its queue to a batch, and charge its tenant for the expected time."""
+        """Remove the first job of its queue, and charge its tenant for the expected time."""
         tenant = self._tenants[job.tenant]
         taken = tenant.queue(job.kind).popleft()
         assert taken is job
@@ -335,7 +336,7 @@ class Scheduler:
             self._put(kind, tenant, again=amount < 0)
 
     def _put(self, kind: Kind, tenant: _Tenant, *, again: bool = False) -> None:
-        """Put a tenant into the order of its next job."""
+        """Add a tenant to the order of its next job."""
         queue = tenant.queue(kind)
         if queue:
             order = self._order(kind, queue[0].merge_key)

@@ -1,1 +1,1 @@
-"""Sessions: leases, credit, and the memory held for them. Pure."""
+"""Sessions: leases, held steps and their memory. Pure."""

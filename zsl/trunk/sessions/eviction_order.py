@@ -1,4 +1,4 @@
-"""The order in which held steps are given up when memory runs short: the costliest first, of these the oldest. Pure."""
+"""Eviction order of held steps: the kind of stash that takes most memory first, then the oldest. Pure."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from zsl.trunk.work import Keep
 
 StepKey = tuple[bytes, int]  # session and step
 
-_Place = tuple[int, int]  # how costly (0: the costliest), number of its arrival
+_Place = tuple[int, int]  # rank of its kind (0: evicted first), arrival number
 
 _COSTLIEST_FIRST = {
-    keep: rank for rank, keep in enumerate((Keep.GRAPH_AND_PRODUCTS, Keep.GRAPH, Keep.PRODUCTS, Keep.INPUT))
+    keep: rank for rank, keep in enumerate((Keep.GRAPH_AND_LINEAR_OUTPUTS, Keep.GRAPH, Keep.LINEAR_OUTPUTS, Keep.INPUT))
 }
-# Entries of steps that are gone stay in the heap until they are more than the others, and at least so many.
+# Stale entries stay in the heap until they outnumber the valid ones, and are at least this many.
 _STALE_ENTRIES = 64
 
 
-class GiveUpOrder:
-    """Steps with the memory that each takes. Adding, removing and finding the first cost O(log n), amortized."""
+class EvictionOrder:
+    """Steps with their bytes, in eviction order. Each operation is O(log n), amortized."""
 
     def __init__(self) -> None:
         self.nbytes = 0
@@ -26,14 +26,14 @@ class GiveUpOrder:
         self._heap: list[tuple[_Place, StepKey]] = []
 
     def put(self, key: StepKey, keep: Keep, arrival: int, nbytes: int) -> None:
-        """Add a step that is not there."""
+        """Add a new step."""
         place = _COSTLIEST_FIRST[keep], arrival
         self._steps[key] = place, nbytes
         self.nbytes += nbytes
         heappush(self._heap, (place, key))
 
     def remove(self, key: StepKey) -> int:
-        """Remove a step, and return the number of its arrival."""
+        """Remove a step, and return its arrival number."""
         (_, arrival), nbytes = self._steps.pop(key)
         self.nbytes -= nbytes
         if not self._steps:
@@ -44,7 +44,7 @@ class GiveUpOrder:
         return arrival
 
     def first(self) -> StepKey:
-        """Return the step to give up first; there must be one."""
+        """Return the step to evict first. Not for an empty order."""
         while True:
             place, key = self._heap[0]
             found = self._steps.get(key)
