@@ -1,4 +1,4 @@
-"""What the gradient in front of the trunk is worth: `exact`, `straight-through` and `none` on the same data.
+"""Compare the validation loss of the modes `exact`, `straight-through` and `none` on the same data.
 
 Each mode is a whole run of `zsl-train` with an embedded trunk: same model, rows, seed and steps. The validation
 perplexity before the first step and after each epoch makes the table and the plot.
@@ -49,8 +49,8 @@ def plot(curves: dict[str, list[dict[str, float]]], file: Path) -> None:
 @click.option("--samples", default=512, show_default=True, help="Rows to train on.")
 @click.option("--epochs", default=3, show_default=True)
 @click.option("--learning-rate", default=2e-4, show_default=True)
-@click.option("--work", required=True, type=click.Path(path_type=Path), help="Where the runs go.")
-@click.option("--figure", type=click.Path(path_type=Path), help="Where the plot goes, a PNG.")
+@click.option("--work", required=True, type=click.Path(path_type=Path), help="Directory for the runs.")
+@click.option("--figure", type=click.Path(path_type=Path), help="PNG file for the plot.")
 @out_option
 def main(
     config: Path, samples: int, epochs: int, learning_rate: float, work: Path, figure: Path | None, out: Path

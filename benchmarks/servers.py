@@ -1,4 +1,4 @@
-"""Server processes of the benchmarks: start one, read the line of JSON that it prints when it is ready, end it."""
+"""Start and stop server processes of the benchmarks, and read their ready line of JSON."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A long run with everything that goes wrong: many clients train through faulty lines, and clients and daemons die.
+"""Run many clients for a long time through faulty connections, with clients and daemons being killed.
 
     python benchmarks/soak.py --minutes 20            50 clients, a tiny Llama, two daemons
     python benchmarks/soak.py --minutes 1 --clients 10
@@ -62,7 +62,7 @@ forks = multiprocessing.get_context("forkserver")
 
 
 class Faults:
-    """What goes wrong, when, as chance has it."""
+    """Random schedule of faults."""
 
     def __init__(self, chance: random.Random) -> None:
         self._chance = chance

@@ -1,5 +1,7 @@
-"""Time of one training step (forward, backward, optimizer) of a split client and of the whole local model, in float32
-and in bfloat16. All have the same threads, and take turns: a ratio within a round is free of what else went on.
+"""Compare a split client's training step with the whole local model's, in float32 and bfloat16.
+
+A step is forward, backward and optimizer. All variants have the same number of threads and take turns, so that a ratio
+within a round is free of other load.
 
     python benchmarks/step.py                        SmolLM2-135M-Instruct, 2 x 128 tokens
     python benchmarks/step.py --model random:gpt2 --rounds 10

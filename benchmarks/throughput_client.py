@@ -1,4 +1,4 @@
-"""One client of `throughput.py` and `memory.py`, which start it: takes the turns that it reads (see `turns.py`).
+"""Client process of `throughput.py` and `memory.py`: run the turns read from stdin (see `turns.py`).
 
 python benchmarks/throughput_client.py --seed 0 --threads 1
 """
