@@ -25,7 +25,7 @@ resolved = cache(resolve)
 
 @contextmanager
 def client_step(turn: Turn, seed: int, merged: list[int]) -> Iterator[Step]:
-    """Step function of a client in one turn. The daemon's answers add to `merged`."""
+    """Build the step function of a client for one turn. The daemon's answers add to `merged`."""
     with ExitStack() as stack:
         yield (_trunk_step if turn.kind == "trunk" else _whole_step)(turn, seed, merged, stack)
 

@@ -402,7 +402,7 @@ def most_batches_of_a_single(policy: str, costs: Costs, clients: int) -> int:
 
 
 def note_aims(report: Report, rows: dict[tuple[int, str], dict[str, float]]) -> None:
-    """Notes on the targets of the scheduler and their results."""
+    """Add notes to the report on the targets of the scheduler and their results."""
 
     def note(what: str, value: float, wanted: str, met: bool) -> None:
         report.note(f"{what}: {value:.3g}, wanted {wanted}: {'met' if met else 'missed'}")

@@ -58,7 +58,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Plan:
-    """Measurements of one kind of clients."""
+    """Settings of the measurements of one kind of clients."""
 
     kind: Kind
     model: str

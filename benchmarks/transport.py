@@ -92,7 +92,7 @@ def add_rows(report: Report, payload: Payload, nbytes: int, seconds: dict[str, l
 
 
 def note_aims(report: Report, payload: Payload, seconds: dict[str, list[float]]) -> None:
-    """Notes on the targets of zsl and their results."""
+    """Add notes to the report on the targets of zsl and their results."""
     over_bare = median(ratios(seconds["zsl"], seconds["bare"]))
     met = "met" if over_bare <= payload.most_over_bare else "missed"
     report.note(f"{payload.name}: zsl / bare {over_bare:.2f}, wanted at most {payload.most_over_bare}: {met}")

@@ -20,7 +20,7 @@ Through = Literal["zsl", "grpc", "local"]
 
 @dataclass(frozen=True)
 class Turn:
-    """Work of each step.
+    """Parameters of one turn: the work of each step.
 
     `kind`: `trunk` sends tensors to a trunk and back, `whole` trains a model. `through`: where the model's middle is,
     at `endpoint` behind one of the two protocols, or here.

@@ -126,7 +126,7 @@ def write_checkpoint(directory: Path) -> Path:
 
 
 def note_aim(report: Report, share: float) -> None:
-    """Notes on the targets and their results."""
+    """Add notes to the report on the targets and their results."""
     met = "met" if share >= LEAST_SHARE else "missed"
     aim = ", ".join(f"{name} {value}" for name, value in AIM.items())
     report.note(f"{aim}: {share:.2f} of the limit, wanted at least {LEAST_SHARE}: {met}")

@@ -90,7 +90,7 @@ class GrpcTrunk:
 
 
 class Compute(Protocol):
-    """Signature of the server's message handlers."""
+    """Handlers of the server's messages."""
 
     async def forward(self, message: bytes) -> bytes: ...
 
