@@ -87,7 +87,7 @@ class Use:
 
 
 class Idle:
-    """The idle sessions, as many as there are to be, and the daemon that they are idle at."""
+    """Idle sessions of the requested number, and their daemon."""
 
     def __init__(self, sessions: ClientProcess, daemon_pid: int) -> None:
         self.slowest_opening_seconds = 0.0
@@ -98,7 +98,7 @@ class Idle:
         self._ping_seconds = ServerSettings().ping_seconds
 
     def change_to(self, count: int) -> None:
-        """Open or close some, and wait until the daemon has seen it, and each has pinged.
+        """Open or close idle sessions, and wait until the daemon knows and each has pinged.
 
         Raises `TimeoutError` if the daemon keeps connections of sessions that are closed.
         """
@@ -147,7 +147,7 @@ def cost_of_idling(idle: Idle, count: int) -> tuple[Use, Use, Use]:
 
 
 def start_active(stack: ExitStack, endpoint: str, count: int) -> list[ClientProcess]:
-    """Processes with so many active clients together, connected."""
+    """Start processes with the given number of connected active clients in all."""
     processes = min(count, ACTIVE_PROCESSES)
     shares = [count // processes + (number < count % processes) for number in range(processes)]
     started = [stack.enter_context(ClientProcess("active", endpoint, str(share))) for share in shares]
@@ -157,7 +157,7 @@ def start_active(stack: ExitStack, endpoint: str, count: int) -> list[ClientProc
 
 
 def latencies(active: Sequence[ClientProcess], tokens: int, seconds: float) -> list[float]:
-    """The seconds of each forward that all active clients sent in this time."""
+    """Return the seconds of each forward that all active clients sent in this time."""
     for process in active:
         process.say(tokens=tokens, seconds=seconds)
     return [taken for process in active for taken in process.hear(seconds + ANSWER_SECONDS)["seconds"]]
@@ -222,7 +222,7 @@ def check_limits(idle: int, active: int) -> None:
 @click.option("--idle", "idle_count", type=click.IntRange(1), default=1000, show_default=True, help="Idle sessions.")
 @click.option("--active", "active_count", type=click.IntRange(1), default=20, show_default=True, help="Active clients.")
 @click.option("--seconds", default=5.0, show_default=True, help="Duration of one measurement.")
-@click.option("--rounds", type=click.IntRange(1), default=6, show_default=True)
+@click.option("--rounds", type=click.IntRange(1), default=6, show_default=True, help="Rounds of each payload.")
 @out_option
 def main(idle_count: int, active_count: int, seconds: float, rounds: int, out: Path) -> None:
     """Measure, print one table, write it and a plot."""

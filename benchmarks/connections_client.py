@@ -135,7 +135,7 @@ class IdleSessions:
 
 
 def hear(connection: zmq.Socket[bytes], wanted: type[Header]) -> Any:
-    """The next message. Raises `TimeoutError`, or `RuntimeError` if it is another than wanted."""
+    """Return the next message. Raises `TimeoutError`, or `RuntimeError` for another type than wanted."""
     if not connection.poll(ANSWER_MS):
         raise TimeoutError(f"no {wanted.__name__} in {ANSWER_MS / 1000:g} s")
     header = decode(connection.recv_multipart(), TO_CLIENT).header
@@ -145,7 +145,7 @@ def hear(connection: zmq.Socket[bytes], wanted: type[Header]) -> Any:
 
 
 class ActiveClient:
-    """A real client, on a thread of whoever calls it."""
+    """A real client that runs on the caller's thread."""
 
     def __init__(self, endpoint: str) -> None:
         self._connection = Connection(

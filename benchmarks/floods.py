@@ -134,7 +134,7 @@ def milliseconds(step: Callable[[], None], seconds: float) -> list[float]:
 
 @click.command()
 @click.option("--seconds", default=4.0, show_default=True, help="Duration of one measurement.")
-@click.option("--rounds", default=3, show_default=True)
+@click.option("--rounds", default=3, show_default=True, help="Rounds of each flood.")
 @click.option(
     "--kinds", default=",".join([*FLOODS, WITH_KEYS]), show_default=True, help="Floods to run, separated by commas."
 )

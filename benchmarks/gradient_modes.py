@@ -25,13 +25,13 @@ DOTS_PER_INCH = 150
 
 
 def validations(directory: Path) -> list[dict[str, float]]:
-    """The lines of `metrics.jsonl` that are validations."""
+    """Return the validation lines of `metrics.jsonl`."""
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if "eval_loss" in line]
 
 
 def plot(curves: dict[str, list[dict[str, float]]], file: Path) -> None:
-    """Validation perplexity over epochs, a line per mode. In powers, as what goes wrong goes wrong by factors."""
+    """Plot validation perplexity over epochs, a line per mode, on a logarithmic axis."""
     figure = Figure(figsize=FIGURE_INCHES, layout="constrained")
     axes = figure.subplots()
     for mode, lines in curves.items():
@@ -45,10 +45,16 @@ def plot(curves: dict[str, list[dict[str, float]]], file: Path) -> None:
 
 
 @click.command()
-@click.option("--config", default=ROOT / "examples/smollm2.toml", type=click.Path(path_type=Path), show_default=True)
+@click.option(
+    "--config",
+    default=ROOT / "examples/smollm2.toml",
+    type=click.Path(path_type=Path),
+    show_default=True,
+    help="Configuration of the runs.",
+)
 @click.option("--samples", default=512, show_default=True, help="Rows to train on.")
-@click.option("--epochs", default=3, show_default=True)
-@click.option("--learning-rate", default=2e-4, show_default=True)
+@click.option("--epochs", default=3, show_default=True, help="Epochs of each run.")
+@click.option("--learning-rate", default=2e-4, show_default=True, help="Learning rate of each run.")
 @click.option("--work", required=True, type=click.Path(path_type=Path), help="Directory for the runs.")
 @click.option("--figure", type=click.Path(path_type=Path), help="PNG file for the plot.")
 @out_option

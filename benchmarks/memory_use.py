@@ -48,7 +48,7 @@ class PeakPss:
             try:
                 sizes = [pss_bytes(pid) for pid in self._pids]
             except (FileNotFoundError, ProcessLookupError):
-                return  # one has died; whoever waits for it says so
+                return  # a process has died; the caller that waits for it reports it
             took_seconds = time.perf_counter() - began
             if sum(sizes) > self.total:
                 self.by_process = sizes

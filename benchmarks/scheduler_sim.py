@@ -139,7 +139,7 @@ class Timed:
 
 
 def make_policy(name: str, costs: Costs) -> Policy:
-    """The real scheduler as the daemon makes it, or the other."""
+    """Build the daemon's scheduler, or the baseline."""
     max_batch_tokens = batch_limits(costs).max_batch_tokens
     if name == "fifo":
         return Fifo(max_batch_tokens=max_batch_tokens)
@@ -239,7 +239,7 @@ class Simulation:
         self._answered: list[Answered] = []
 
     def run(self, batches: int) -> Outcome:
-        """Half as many batches to warm up, then so many."""
+        """Run half the batches as warm-up, then the given number."""
         self._random.shuffle(self._lanes)
         for lane in self._lanes:
             self._send_later(lane)
@@ -295,7 +295,7 @@ class Simulation:
         self._policy.add(job, self._now)
 
     def _dispatch(self) -> None:
-        """If the device is free, give it what is queued."""
+        """Start the next batch if the device is free."""
         if self._running:
             return
         self._running = self._policy.take_batch(self._now)
@@ -426,7 +426,7 @@ def note_aims(report: Report, rows: dict[tuple[int, str], dict[str, float]]) -> 
 
 
 @click.command()
-@click.option("--device", type=click.Choice(list(DEVICES)), default="cpu", show_default=True)
+@click.option("--device", type=click.Choice(list(DEVICES)), default="cpu", show_default=True, help="Simulated device.")
 @out_option
 def main(device: str, out: Path) -> None:
     """Simulate, print one table, write it and a plot."""

