@@ -61,7 +61,8 @@ def plot(curves: dict[str, list[dict[str, float]]], file: Path) -> None:
 def main(
     config: Path, samples: int, epochs: int, learning_rate: float, work: Path, figure: Path | None, out: Path
 ) -> None:
-    report = Report("gradient_modes", "Validation by the gradient in front of the trunk", out)
+    """Train with each mode, print a table, write it and a plot."""
+    report = Report("gradient_modes", "Validation loss by gradient mode", out)
     curves = {}
     for mode in MODES:
         settings = {
