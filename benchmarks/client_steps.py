@@ -1,4 +1,4 @@
-"""A step of a benchmark's client, for each kind and each place of the model's middle."""
+"""Training steps of a benchmark's client, for each kind of client and each kind of trunk."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ resolved = cache(resolve)
 
 @contextmanager
 def client_step(turn: Turn, seed: int, merged: list[int]) -> Iterator[Step]:
-    """What the client does in each step of a turn. The daemon's answers add to `merged`."""
+    """Build the step function of a client for one turn. The daemon's answers add to `merged`."""
     with ExitStack() as stack:
         yield (_trunk_step if turn.kind == "trunk" else _whole_step)(turn, seed, merged, stack)
 
 
 def _trunk_step(turn: Turn, seed: int, merged: list[int], stack: ExitStack) -> Step:
-    """To the trunk and back, with nothing around it.
+    """Forward and backward of the trunk alone.
 
     The tensors are normal: what dense layers cost does not depend on the values.
     """

@@ -1,6 +1,6 @@
-"""Client processes of a benchmark, as the process that measures sees them (`turns.py` has what is said).
+"""Start client processes of a benchmark and run turns with them (`turns.py` has the messages).
 
-They stay from turn to turn, since to import torch takes each of them seconds.
+The processes stay from turn to turn, because importing torch takes seconds in each.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Clients:
         return max(float(self._answer(index, ANSWER_SECONDS)["step_seconds"]) for index in range(len(self._processes)))
 
     def measure(self, seconds: float) -> list[Window]:
-        """Have all begin at once; what each did in so many seconds."""
+        """Have all begin at once; return the work of each in the given seconds."""
         self._say({"seconds": seconds})
         return [Window(**self._answer(i, seconds + ANSWER_SECONDS)) for i in range(len(self._processes))]
 

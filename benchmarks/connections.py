@@ -1,10 +1,10 @@
-"""What a daemon pays for clients that are there and do nothing: memory for each, and the latency of those that work.
+"""Measure the cost of idle sessions: the daemon's memory per session, and the latency of active clients.
 
-    python benchmarks/connections.py                                                     1000 idle, 20 at work
-    python benchmarks/connections.py --idle 50 --active 2 --seconds 1 --rounds 2         a short look
+    python benchmarks/connections.py                                                     1000 idle, 20 active
+    python benchmarks/connections.py --idle 50 --active 2 --seconds 1 --rounds 2         a short run
 
 A daemon without a model, in a process of its own. An idle session has two connections and pings when it is due, like
-any client that thinks (`connections_client.py`). First, before anyone works: the daemon's resident memory, open files
+any idle client (`connections_client.py`). First, before anyone works: the daemon's resident memory, open files
 and CPU time with the idle sessions, and without. Then clients send small forwards, each the next one when it has its
 answer, and the idle sessions come and go between the measurements: a round measures each payload with and without
 them, the next round in the other order. A ratio is that of neighbouring measurements, the median over the rounds.
@@ -79,7 +79,7 @@ class ClientProcess:
 
 @dataclass(frozen=True)
 class Use:
-    """What the daemon uses. `cpu_percent`: of one core."""
+    """Resources of the daemon. `cpu_percent`: of one core."""
 
     resident_mib: float
     descriptors: int
@@ -87,7 +87,7 @@ class Use:
 
 
 class Idle:
-    """The idle sessions, as many as there are to be, and the daemon that they are idle at."""
+    """Idle sessions of the requested number, and their daemon."""
 
     def __init__(self, sessions: ClientProcess, daemon_pid: int) -> None:
         self.slowest_opening_seconds = 0.0
@@ -98,7 +98,7 @@ class Idle:
         self._ping_seconds = ServerSettings().ping_seconds
 
     def change_to(self, count: int) -> None:
-        """Open or close some, and wait until the daemon has seen it, and each has pinged.
+        """Open or close idle sessions, and wait until the daemon knows and each has pinged.
 
         Raises `TimeoutError` if the daemon keeps connections of sessions that are closed.
         """
@@ -120,7 +120,7 @@ class Idle:
             time.sleep(self._ping_seconds)
 
     def use(self) -> Use:
-        """What the daemon uses meanwhile."""
+        """Measure the daemon's resources during the given time."""
         began, cpu = time.monotonic(), self._cpu_seconds()
         time.sleep(WATCH_PINGS * self._ping_seconds)
         percent = 100 * (self._cpu_seconds() - cpu) / (time.monotonic() - began)
@@ -132,7 +132,7 @@ class Idle:
 
 
 def cost_of_idling(idle: Idle, count: int) -> tuple[Use, Use, Use]:
-    """What the daemon uses without idle sessions, with the first so many, and with so many who came last of several."""
+    """Measure the daemon without idle sessions, with the first group, and with the last of several groups."""
     idle.change_to(WARM_UP_SESSIONS)
     idle.change_to(0)
     none = idle.use()
@@ -147,7 +147,7 @@ def cost_of_idling(idle: Idle, count: int) -> tuple[Use, Use, Use]:
 
 
 def start_active(stack: ExitStack, endpoint: str, count: int) -> list[ClientProcess]:
-    """Processes with so many active clients together, connected."""
+    """Start processes with the given number of connected active clients in all."""
     processes = min(count, ACTIVE_PROCESSES)
     shares = [count // processes + (number < count % processes) for number in range(processes)]
     started = [stack.enter_context(ClientProcess("active", endpoint, str(share))) for share in shares]
@@ -157,7 +157,7 @@ def start_active(stack: ExitStack, endpoint: str, count: int) -> list[ClientProc
 
 
 def latencies(active: Sequence[ClientProcess], tokens: int, seconds: float) -> list[float]:
-    """The seconds of each forward that all active clients sent in this time."""
+    """Return the seconds of each forward that all active clients sent in this time."""
     for process in active:
         process.say(tokens=tokens, seconds=seconds)
     return [taken for process in active for taken in process.hear(seconds + ANSWER_SECONDS)["seconds"]]
@@ -220,9 +220,9 @@ def check_limits(idle: int, active: int) -> None:
 
 @click.command()
 @click.option("--idle", "idle_count", type=click.IntRange(1), default=1000, show_default=True, help="Idle sessions.")
-@click.option("--active", "active_count", type=click.IntRange(1), default=20, show_default=True, help="At work.")
-@click.option("--seconds", default=5.0, show_default=True, help="Of one measurement.")
-@click.option("--rounds", type=click.IntRange(1), default=6, show_default=True)
+@click.option("--active", "active_count", type=click.IntRange(1), default=20, show_default=True, help="Active clients.")
+@click.option("--seconds", default=5.0, show_default=True, help="Duration of one measurement.")
+@click.option("--rounds", type=click.IntRange(1), default=6, show_default=True, help="Rounds of each payload.")
 @out_option
 def main(idle_count: int, active_count: int, seconds: float, rounds: int, out: Path) -> None:
     """Measure, print one table, write it and a plot."""

@@ -1,12 +1,13 @@
-"""The clients of `connections.py`, which starts these processes: what each line of JSON on stdin asks for is done, and
-answered with one.
+"""Run the idle or active clients of `connections.py`, as its JSON lines on stdin request.
 
-    idle ENDPOINT          {"sessions": 1000}             from now on there are so many sessions that only ping
+Each line is answered with one line of JSON on stdout.
+
+    idle ENDPOINT          {"sessions": 1000}             keep this number of sessions that only ping
     active ENDPOINT COUNT  {"tokens": 1, "seconds": 5}    COUNT clients send forwards, each the next one when it has its
                                                           answer; the seconds that each forward took
 
-An idle session is to the daemon what a real client's is: a connection for requests, one for signs of life, a ping on
-that when it is due. Here it is two sockets that are looked at when an answer is due, so that a thousand of them leave
+To the daemon an idle session looks like a real client's: a connection for requests, and a connection for pings, which
+are sent when due. Here it is two sockets that are looked at when an answer is due, so that a thousand of them leave
 the machine to those that are measured. The active clients are real ones. Both end with stdin. Imports no torch.
 """
 
@@ -125,7 +126,7 @@ class IdleSessions:
             hear(session.heartbeat, Pong)
 
     def _connection(self) -> zmq.Socket[bytes]:
-        """What is seen of it at the other end is as of a client's own."""
+        """Open a connection with the socket options of a real client."""
         connection = self._context.socket(zmq.DEALER)
         for option, value in ((zmq.HANDSHAKE_IVL, HANDSHAKE_MS), *KEEPALIVE):
             connection.setsockopt(option, value)
@@ -134,7 +135,7 @@ class IdleSessions:
 
 
 def hear(connection: zmq.Socket[bytes], wanted: type[Header]) -> Any:
-    """The next message. Raises `TimeoutError`, or `RuntimeError` if it is another than wanted."""
+    """Return the next message. Raises `TimeoutError`, or `RuntimeError` for another type than wanted."""
     if not connection.poll(ANSWER_MS):
         raise TimeoutError(f"no {wanted.__name__} in {ANSWER_MS / 1000:g} s")
     header = decode(connection.recv_multipart(), TO_CLIENT).header
@@ -144,7 +145,7 @@ def hear(connection: zmq.Socket[bytes], wanted: type[Header]) -> Any:
 
 
 class ActiveClient:
-    """A real client, on a thread of whoever calls it."""
+    """A real client that runs on the caller's thread."""
 
     def __init__(self, endpoint: str) -> None:
         self._connection = Connection(

@@ -1,7 +1,6 @@
-"""A zsl daemon without a model: the real `TrunkServer`, and a compute thread that answers a forward with its own
-activations.
+"""Run a zsl daemon without a model: the real `TrunkServer`, with a compute thread that echoes activations.
 
-    python benchmarks/echo_trunk.py          serves on a free port, and prints {"port": …} when ready
+python benchmarks/echo_trunk.py          serves on a free port, and prints {"port": …} when ready
 """
 
 from __future__ import annotations

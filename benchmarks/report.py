@@ -1,4 +1,4 @@
-"""What all benchmarks share: rows that become a printed table, a JSON file with the facts of the machine, and a plot.
+"""Report of a benchmark: rows as a printed table, a JSON file with the machine's data, and a plot.
 
     report = Report("transport", "Round trips over loopback TCP", out)
     report.add(payload="8 MB", transport="zsl", median_ms=12.3)
@@ -59,7 +59,7 @@ def percentile(values: Sequence[float], percent: float) -> float:
 
 
 def interquartile(values: Sequence[float]) -> tuple[float, float]:
-    """Where the middle half of the values begins and ends."""
+    """Return the first and third quartile."""
     return percentile(values, 25), percentile(values, 75)
 
 
@@ -200,7 +200,7 @@ def as_table(rows: Sequence[Row]) -> str:
 
 
 def machine_facts() -> dict[str, Any]:
-    """What a reader must know of the machine to make sense of the numbers."""
+    """Return the machine's data that a reader needs to interpret the numbers."""
     return {
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),

@@ -1,13 +1,15 @@
-"""The daemon's own `Scheduler` under a virtual clock, beside first come, first served: throughput, latency and fairness
-with 2 to 10,000 clients, and how many requests a second it can decide on. Only that last number is of this machine.
+"""Simulate the daemon's `Scheduler` under a virtual clock, against first come, first served.
+
+The results are throughput, latency and fairness with 2 to 10,000 clients, and decisions per second. Only decisions per
+second depend on this machine.
 
 Three runs for each number of clients and each policy:
 
-- mixed: a tenth are floods, which always have 8 large requests out; the others are mice, which compute between two
-  small requests. Gives throughput, latencies, the size of batches and the decisions a second.
+- mixed: a tenth of the clients are floods, which always have 8 large requests in flight; the others are mice, which
+  compute between two small requests. Gives throughput, latencies, the size of batches and the decisions a second.
 - equal: all always have requests waiting, each client of its own size. Gives Jain's index of the device time.
-- single: all but one are floods, and now and then somebody who was not there before sends one small request. Gives the
-  most batches that one of those waited for, its own included.
+- single: all but one are floods, and now and then a new client sends one small request. Gives the largest number of
+  batches that such a request waited for, its own included.
 
 Costs and limits of batches are those that a daemon would find on that device. Nothing expires, no request is refused,
 and messages take no time.
@@ -66,7 +68,7 @@ DEVICES = {"cpu": trunk_costs(0.040, 0.0018), "fast": trunk_costs(0.001, 0.00001
 
 
 class Policy(Protocol):
-    """What the simulation asks of a scheduler."""
+    """Interface of a scheduler in the simulation."""
 
     @property
     def waits_until(self) -> float | None: ...
@@ -137,7 +139,7 @@ class Timed:
 
 
 def make_policy(name: str, costs: Costs) -> Policy:
-    """The real scheduler as the daemon makes it, or the other."""
+    """Build the daemon's scheduler, or the baseline."""
     max_batch_tokens = batch_limits(costs).max_batch_tokens
     if name == "fifo":
         return Fifo(max_batch_tokens=max_batch_tokens)
@@ -174,7 +176,7 @@ MOUSE = Behaviour("mouse", 1, MOUSE_TOKENS, MOUSE_THINK_SECONDS)
 
 @dataclass(slots=True, eq=False)
 class Lane:
-    """Where a lane of a client is."""
+    """State of a client's lane."""
 
     behaviour: Behaviour
     tenant: bytes
@@ -199,7 +201,7 @@ class Answered:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What was seen after the warm-up."""
+    """Measurements after the warm-up."""
 
     answered: list[Answered]
     batches: int
@@ -237,7 +239,7 @@ class Simulation:
         self._answered: list[Answered] = []
 
     def run(self, batches: int) -> Outcome:
-        """Half as many batches to warm up, then so many."""
+        """Run half the batches as warm-up, then the given number."""
         self._random.shuffle(self._lanes)
         for lane in self._lanes:
             self._send_later(lane)
@@ -293,7 +295,7 @@ class Simulation:
         self._policy.add(job, self._now)
 
     def _dispatch(self) -> None:
-        """If the device is free, give it what is queued."""
+        """Start the next batch if the device is free."""
         if self._running:
             return
         self._running = self._policy.take_batch(self._now)
@@ -336,7 +338,7 @@ class Simulation:
             self._send_later(lane)
 
     def longest_unanswered_batches(self, behaviour: Behaviour) -> int:
-        """How many batches the oldest unanswered request of such clients has waited for."""
+        """Return the number of batches that the oldest unanswered request of these clients has waited for."""
         waiting = [lane for lane in self._sent.values() if lane.behaviour is behaviour]
         return max((self._batches - lane.sent_after_batches for lane in waiting), default=0)
 
@@ -400,7 +402,7 @@ def most_batches_of_a_single(policy: str, costs: Costs, clients: int) -> int:
 
 
 def note_aims(report: Report, rows: dict[tuple[int, str], dict[str, float]]) -> None:
-    """What was wanted of the scheduler, and what came out."""
+    """Add notes to the report on the targets of the scheduler and their results."""
 
     def note(what: str, value: float, wanted: str, met: bool) -> None:
         report.note(f"{what}: {value:.3g}, wanted {wanted}: {'met' if met else 'missed'}")
@@ -424,7 +426,7 @@ def note_aims(report: Report, rows: dict[tuple[int, str], dict[str, float]]) -> 
 
 
 @click.command()
-@click.option("--device", type=click.Choice(list(DEVICES)), default="cpu", show_default=True)
+@click.option("--device", type=click.Choice(list(DEVICES)), default="cpu", show_default=True, help="Simulated device.")
 @out_option
 def main(device: str, out: Path) -> None:
     """Simulate, print one table, write it and a plot."""

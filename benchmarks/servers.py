@@ -1,4 +1,4 @@
-"""Server processes of the benchmarks: start one, read the line of JSON that it prints when it is ready, end it."""
+"""Start and stop server processes of the benchmarks, and read their ready line of JSON."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TRUNKD = [sys.executable, "-c", "from zsl.cli.trunkd import trunkd; trunkd(prog_
 
 @contextmanager
 def server_process(script: str, *arguments: str) -> Iterator[dict[str, Any]]:
-    """Runs `benchmarks/<script>` in a process of its own, and gives what its first line says, and its `pid`.
+    """Run `benchmarks/<script>` in its own process; yield the content of its first line, and its `pid`.
 
     Raises `TimeoutError` if it says nothing, `RuntimeError` if it ends instead.
     """

@@ -1,4 +1,4 @@
-"""A TCP link with the delay and the bandwidth of a long line, between this machine and itself.
+"""Run a TCP proxy on this machine with the delay and bandwidth of a wide-area network.
 
     python benchmarks/shaped_link.py --to 5555 --round-trip-ms 100 --mbit-per-second 100
 
@@ -122,7 +122,7 @@ class Link:
 
 
 async def _read(source: asyncio.StreamReader) -> bytes:
-    """What there is, at most a chunk; nothing at the end, also at that of a connection that was lost."""
+    """Read up to one chunk; empty at the end of the stream, also of a lost connection."""
     try:
         return await source.read(CHUNK_BYTES)
     except ConnectionError:
@@ -141,11 +141,11 @@ def _port(server: asyncio.Server) -> int:
 
 
 @click.command()
-@click.option("--to", type=int, required=True, help="A port on this machine.")
-@click.option("--round-trip-ms", type=float, required=True)
-@click.option("--mbit-per-second", type=float, required=True, help="Of each direction.")
+@click.option("--to", type=int, required=True, help="Target port on this machine.")
+@click.option("--round-trip-ms", type=float, required=True, help="Round-trip delay.")
+@click.option("--mbit-per-second", type=float, required=True, help="Bandwidth of each direction.")
 def main(to: int, round_trip_ms: float, mbit_per_second: float) -> None:
-    """Pass bytes on, late."""
+    """Forward bytes with the delay and the bandwidth of a long line."""
     asyncio.run(Link(to, round_trip_ms / 1e3, mbit_per_second * 1e6 / 8).serve())
 
 

@@ -1,4 +1,4 @@
-"""Sizes of a request: rows x tokens, by name or written out."""
+"""Parse the size of a request: rows x tokens, by name or by numbers."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Small steps: forward and backward of a Llama of 4 layers that is all trunk, through a daemon over the same layers in
-this process.
+"""Measure small steps of a 4-layer Llama that is all trunk, through a daemon over the same layers here.
 
     python benchmarks/small_steps.py                       1 x 16 and 2 x 128 tokens, 1, 2 and 4 clients, one thread
     python benchmarks/small_steps.py --seconds 10
@@ -63,7 +62,7 @@ def remote_step(trunk: zsl.TrunkClient, rows: int, tokens: int) -> Callable[[], 
 
 
 def steps_per_second(step: Callable[[], None], seconds: float) -> float:
-    """How often `step` runs in about so many seconds."""
+    """Count the runs of `step` in about the given seconds."""
     step()
     begun = time.perf_counter()
     steps = 0
@@ -109,12 +108,12 @@ def run_client(endpoint: str, rows: int, tokens: int) -> None:
 
 
 @click.command()
-@click.option("--seconds", default=3.0, show_default=True, help="Of one measurement.")
-@click.option("--rounds", default=5, show_default=True)
-@click.option("--threads", default=1, show_default=True, help="Of the local model, and of the daemon.")
+@click.option("--seconds", default=3.0, show_default=True, help="Duration of one measurement.")
+@click.option("--rounds", default=5, show_default=True, help="Rounds of each measurement.")
+@click.option("--threads", default=1, show_default=True, help="CPU threads of the local model, and of the daemon.")
 @out_option
 def main(seconds: float, rounds: int, threads: int, out: Path) -> None:
-    """Steps per second of small models through a daemon, over the local model's."""
+    """Measure steps per second of small models through a daemon, over the local model's."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     model = LlamaModel(CONFIG).eval().requires_grad_(False)

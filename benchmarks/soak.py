@@ -1,4 +1,4 @@
-"""A long run with everything that goes wrong: many clients train through faulty lines, and clients and daemons die.
+"""Run many clients for a long time through faulty connections, with clients and daemons being killed.
 
     python benchmarks/soak.py --minutes 20            50 clients, a tiny Llama, two daemons
     python benchmarks/soak.py --minutes 1 --clients 10
@@ -62,7 +62,7 @@ forks = multiprocessing.get_context("forkserver")
 
 
 class Faults:
-    """What goes wrong, when, as chance has it."""
+    """Random schedule of faults."""
 
     def __init__(self, chance: random.Random) -> None:
         self._chance = chance
@@ -78,7 +78,7 @@ class Faults:
         self._later.append((time.monotonic() + seconds, act))
 
     def turn(self) -> None:
-        """Do what is due."""
+        """Apply the faults that are due, and undo those whose time is over."""
         now = time.monotonic()
         for place, (when, mean_seconds, act) in enumerate(self._due):
             if now >= when:
@@ -90,7 +90,7 @@ class Faults:
             act()
 
     def finish(self) -> None:
-        """Undo what is to be undone later."""
+        """Undo all temporary faults now."""
         for _, act in self._later:
             act()
         self._later.clear()
@@ -117,7 +117,7 @@ class Client:
 
     @property
     def silent_seconds(self) -> float:
-        """Since it last wrote something down, or began."""
+        """Return the seconds since its last record, or its start."""
         files = self.task.directory.glob(f"{self.task.name}-*.history")
         newest = max((file.stat().st_mtime for file in files), default=0.0)
         return min(time.time() - newest, time.monotonic() - self.started)
@@ -138,7 +138,7 @@ def oracle_of(model: str, endpoint: str, directory: Path, seed: int) -> dict[int
 
 
 def line_fault(link: FaultyLink, chance: random.Random) -> str:
-    """Set one fault of a line; its name."""
+    """Set one fault of a link and return its name."""
     way: Way = chance.choice(["up", "down", "both"])
     after = chance.randint(LEAST_ANSWER_BYTES, MOST_ANSWER_BYTES)
     name = chance.choice(["cut", "reset", "half_close", "flip_bits", "blackhole", "delay", "throttle"])
@@ -173,7 +173,7 @@ def process_facts(pid: int) -> dict[str, float]:
 def judge(
     directory: Path, clients: list[Client], oracle: dict[int, History]
 ) -> tuple[Counter[str], list[str], list[float]]:
-    """Everything that the clients wrote down: counts, violations, and the seconds of each step.
+    """Results of all clients' records: counts, violations, and the seconds of each step.
 
     The run without faults is theirs too, as far as the local model goes.
     """
@@ -211,9 +211,9 @@ def free_port() -> int:
 
 
 @click.command()
-@click.option("--minutes", default=20.0, show_default=True)
-@click.option("--clients", "number", default=50, show_default=True)
-@click.option("--seed", default=0, show_default=True)
+@click.option("--minutes", default=20.0, show_default=True, help="Duration of the run.")
+@click.option("--clients", "number", default=50, show_default=True, help="Number of clients.")
+@click.option("--seed", default=0, show_default=True, help="Random seed of faults and data.")
 @out_option
 def main(minutes: float, number: int, seed: int, out: Path) -> None:
     """Run, print one table, and exit with 1 if a gradient was wrong or a client hung."""

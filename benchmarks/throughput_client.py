@@ -1,4 +1,4 @@
-"""One client of `throughput.py` and `memory.py`, which start it: takes the turns that it reads (see `turns.py`).
+"""Client process of `throughput.py` and `memory.py`: run the turns read from stdin (see `turns.py`).
 
 python benchmarks/throughput_client.py --seed 0 --threads 1
 """
@@ -58,7 +58,7 @@ def measure(step: Callable[[], StepSeconds], seconds: float) -> tuple[list[StepS
 
 
 def give_back_memory() -> None:
-    """Or the next turn would be seen with the memory of this one."""
+    """Free memory, so that the next turn is measured without it."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
 
@@ -68,8 +68,8 @@ def say(content: dict[str, Any]) -> None:
 
 
 @click.command()
-@click.option("--seed", default=0)
-@click.option("--threads", default=1)
+@click.option("--seed", default=0, help="Seed of the data.")
+@click.option("--threads", default=1, help="CPU threads of torch.")
 def main(seed: int, threads: int) -> None:
     """Take turns until stdin ends."""
     torch.set_num_threads(threads)

@@ -1,4 +1,4 @@
-"""A model that the benchmarks train: LoRA on its outer layers, AdamW."""
+"""Model that the benchmarks train: LoRA on its outer layers, AdamW."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""What zsl's protocol costs over a bare ZeroMQ echo, and what gRPC costs: round trips over loopback TCP, no computing.
+"""Measure round trips of zsl's protocol, gRPC and a bare ZeroMQ echo over loopback TCP, without computing.
 
 Three echo servers, each in its own process. They take turns round by round, so that what else the machine does hits
 all alike; a ratio is the median over the ratios of the rounds. zsl and gRPC are timed from tensor to tensor, the bare
 echo from buffer to buffer. MB/s counts the payload once in each direction.
 
     python benchmarks/transport.py
-    python benchmarks/transport.py --rounds 20          a short look
+    python benchmarks/transport.py --rounds 20          a short run
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def add_rows(report: Report, payload: Payload, nbytes: int, seconds: dict[str, l
 
 
 def note_aims(report: Report, payload: Payload, seconds: dict[str, list[float]]) -> None:
-    """What was wanted of zsl, and what came out."""
+    """Add notes to the report on the targets of zsl and their results."""
     over_bare = median(ratios(seconds["zsl"], seconds["bare"]))
     met = "met" if over_bare <= payload.most_over_bare else "missed"
     report.note(f"{payload.name}: zsl / bare {over_bare:.2f}, wanted at most {payload.most_over_bare}: {met}")

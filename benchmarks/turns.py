@@ -1,4 +1,4 @@
-"""What a benchmark and its client processes tell each other: lines of JSON over the client's stdin and stdout.
+"""Messages between a benchmark and its client processes: lines of JSON over stdin and stdout.
 
     client   {}                     torch, transformers and peft are imported, and nothing else
     parent   a `Turn`               take part in this measurement
@@ -20,7 +20,7 @@ Through = Literal["zsl", "grpc", "local"]
 
 @dataclass(frozen=True)
 class Turn:
-    """What to do in each step.
+    """Parameters of one turn: the work of each step.
 
     `kind`: `trunk` sends tensors to a trunk and back, `whole` trains a model. `through`: where the model's middle is,
     at `endpoint` behind one of the two protocols, or here.
@@ -38,7 +38,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class StepSeconds:
-    """How long a step took. The rest of `total` is the optimizer's."""
+    """Durations of one step, in seconds. The rest of `total` is the optimizer's."""
 
     forward: float
     backward: float
@@ -47,7 +47,7 @@ class StepSeconds:
 
 @dataclass(frozen=True)
 class Window:
-    """What one client did in its seconds.
+    """Work of one client in the measured seconds.
 
     `steps`: how many; the one that the end cuts counts for the part of it that lay before. The lists have an entry for
     each step that was begun. `merged`: for each answer, how many requests shared its pass.

@@ -1,4 +1,4 @@
-"""Training through a long line: steps with 1, 2 and 4 micro-batches in flight, over what the line's bandwidth allows.
+"""Compare training steps over a wide-area link, with 1 to 4 micro-batches in flight, with its bandwidth limit.
 
     python benchmarks/wan.py                    100 Mbit/s each way, round trips of 20 and 100 ms; about two minutes
     python benchmarks/wan.py --steps 3          the median of three steps each; about five minutes
@@ -102,7 +102,7 @@ def measure(step: Callable[[], None], steps: int, counts: Callable[[], Counts]) 
 
 
 def counts_at(port: int) -> Counts:
-    """What has passed the link."""
+    """Bytes that passed the link in each direction."""
     with socket.create_connection(("127.0.0.1", port)) as connection, connection.makefile() as text:
         counts: Counts = json.load(text)
         return counts
@@ -126,16 +126,18 @@ def write_checkpoint(directory: Path) -> Path:
 
 
 def note_aim(report: Report, share: float) -> None:
-    """What was wanted, and what came out."""
+    """Add notes to the report on the targets and their results."""
     met = "met" if share >= LEAST_SHARE else "missed"
     aim = ", ".join(f"{name} {value}" for name, value in AIM.items())
     report.note(f"{aim}: {share:.2f} of the limit, wanted at least {LEAST_SHARE}: {met}")
 
 
 @click.command()
-@click.option("--micro-batches", default=16, show_default=True, help="Of a step.")
-@click.option("--tokens", default=TOKENS, show_default=True, help=f"Of each of the {ROWS} rows of a micro-batch.")
-@click.option("--steps", default=1, show_default=True, help="Measured in each setting; the median counts.")
+@click.option("--micro-batches", default=16, show_default=True, help="Micro-batches of a step.")
+@click.option(
+    "--tokens", default=TOKENS, show_default=True, help=f"Tokens of each of the {ROWS} rows of a micro-batch."
+)
+@click.option("--steps", default=1, show_default=True, help="Measured steps of each setting; the median counts.")
 @out_option
 def main(micro_batches: int, tokens: int, steps: int, out: Path) -> None:
     """Measure, print one table, write it and a plot."""

@@ -1,4 +1,4 @@
-"""Several tenants in one event loop: each trains a head of its own on a trunk that all of them share.
+"""Train several tenants in one event loop: each has its own head on a shared trunk.
 
 bin/zsl-trunkd --port 5555                                           # in one terminal
 .venv/bin/python examples/async_clients.py --server 127.0.0.1:5555   # in another
@@ -13,17 +13,17 @@ from torch import nn
 import zsl
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--server", default="127.0.0.1:5555", metavar="HOST:PORT", help="the daemon")
-parser.add_argument("--tenants", type=int, default=2)
-parser.add_argument("--steps", type=int, default=10)
+parser.add_argument("--server", default="127.0.0.1:5555", metavar="HOST:PORT", help="address of the daemon")
+parser.add_argument("--tenants", type=int, default=2, help="number of tenants")
+parser.add_argument("--steps", type=int, default=10, help="optimizer steps of each tenant")
 options = parser.parse_args()
 
 TEXTS = ["A trunk serves many clients. ", "The client keeps its text. ", "Gradients cross the wire. "]
 
 
 async def train(tenant: int, endpoint: str, steps: int) -> None:
-    """Learn to predict the next byte of a text: embeddings in front of the trunk, a linear layer behind it."""
-    async with zsl.AsyncTrunkClient(endpoint) as trunk:  # a session, and a queue at the daemon, of its own
+    """Learn to predict the next byte of a text: embeddings before the trunk, a linear layer after it."""
+    async with zsl.AsyncTrunkClient(endpoint) as trunk:  # opens this tenant's own session
         hidden = trunk.welcome.model.hidden_size
         generator = torch.Generator().manual_seed(tenant)
         bottom = nn.Embedding.from_pretrained(torch.randn(256, hidden, generator=generator) * 0.1, freeze=False)
@@ -33,7 +33,7 @@ async def train(tenant: int, endpoint: str, steps: int) -> None:
 
         for step in range(1, steps + 1):
             activations = bottom(ids)  # [1, tokens, hidden]
-            crossed = await trunk.forward(activations.detach(), keep=True)  # the other tenants go on meanwhile
+            crossed = await trunk.forward(activations.detach(), keep=True)  # other tenants run meanwhile
             output = crossed.output.requires_grad_()
             loss = nn.functional.cross_entropy(top(output)[0, :-1], ids[0, 1:])
             loss.backward()

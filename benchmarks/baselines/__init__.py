@@ -1,1 +1,1 @@
-"""What zsl is compared with: the same job done in the plain way. None of it is part of zsl."""
+"""Baselines for zsl: the same job with plain ZeroMQ and gRPC. Not part of zsl."""

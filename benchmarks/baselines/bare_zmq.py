@@ -1,4 +1,4 @@
-"""An echo over a bare ROUTER and DEALER of pyzmq: the least that a round trip over ZeroMQ from Python can cost.
+"""Echo over a bare ROUTER and DEALER of pyzmq: the lower bound of a ZeroMQ round trip from Python.
 
 Blocking sockets, one payload frame that is not copied, no header, no threads of its own.
 

@@ -1,11 +1,11 @@
-"""A trunk over gRPC as one would write it first: `grpc.aio`, unary calls of bytes, one request a pass.
+"""Serve a trunk over gRPC in the simplest way: `grpc.aio`, unary calls of bytes, one request per pass.
 
 Nothing is merged, nothing is replayed, and no mask crosses. A message is a msgpack map of `step`, `shape`, `dtype` and
 `data` (the raw bytes of one tensor). The client numbers the steps. The gradient is exact: the server keeps the graph
 of each forward until its backward.
 
     python benchmarks/baselines/grpc_trunk.py --model random:gpt2 --cut 2:10 --threads 2 --port 0
-    python benchmarks/baselines/grpc_trunk.py --echo         no model: answers each message with its own bytes
+    python benchmarks/baselines/grpc_trunk.py --echo         no model: echoes each message
 
 Prints {"port": …} when ready.
 """
@@ -90,7 +90,7 @@ class GrpcTrunk:
 
 
 class Compute(Protocol):
-    """What the server does with a message."""
+    """Handlers of the server's messages."""
 
     async def forward(self, message: bytes) -> bytes: ...
 
