@@ -32,7 +32,7 @@ from small_steps import CONFIG, LAYERS, remote_step
 from transformers import LlamaModel
 
 import zsl
-from zsl.transport.curve import read_public_key, write_key_pair
+from zsl.transport.curve_keys import read_public_key, write_key_pair
 from zsl.transport.zmtp import COMMAND, MORE, command, greeting, head, metadata
 from zsl.wire.frames import KIND, MAGIC, MAJOR, encode, seal
 from zsl.wire.messages import Hello, StatusRequest

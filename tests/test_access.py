@@ -12,7 +12,7 @@ from support.peer import Peer, forward
 from support.square import SquareClient, SquareServer, some
 from test_server import backward, code_of
 from zsl.errors import ConfigError, ForbiddenError, TrunkAuthError
-from zsl.transport.curve import ClientKeys, KeyPair, read_key_pair, write_key_pair
+from zsl.transport.curve_keys import ClientKeys, KeyPair, read_key_pair, write_key_pair
 from zsl.trunk.access.tenants import Allowlist
 from zsl.trunk.settings import ServerSettings
 from zsl.wire.messages import Error, Hello, Ping, Result, Welcome

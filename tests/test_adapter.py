@@ -16,7 +16,7 @@ import zsl
 from support import batches
 from support.embedded import served
 from support.models import CUT, local_model, with_lora
-from zsl.adapters.adapter import adapter_parameters
+from zsl.adapters.save import adapter_parameters
 from zsl.errors import ModelError
 from zsl.split.cut import parse_cut
 from zsl.split.sides import Sides

@@ -20,7 +20,7 @@ from support.raw_zmtp import DEALER, RawKeys, RawPeer, long_frame
 from support.square import SquareTrunk
 from test_leaks import comes_to, on_loop
 from zsl import TrunkClient
-from zsl.transport.curve import KeyPair
+from zsl.transport.curve_keys import KeyPair
 from zsl.transport.mechanisms import Null
 from zsl.transport.peer_connection import Connection, MessageLimits, State
 from zsl.trunk.costs import Costs, PassCost

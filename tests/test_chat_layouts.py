@@ -22,7 +22,7 @@ from support.tokenizer import tiny_tokenizer, words
 from zsl.errors import DataError
 from zsl.models.reference import ModelReference, resolve
 from zsl.training.config.data_table import DataTable
-from zsl.training.data.chat import conversation_encoder
+from zsl.training.data.answer_tokens import conversation_encoder
 from zsl.training.data.conversations import Conversation, messages_of
 from zsl.training.data.load import TrainingData, load_data
 from zsl.training.data.rows import NO_LABEL

@@ -33,8 +33,8 @@ from test_router import (
     until,
 )
 from zsl.errors import ConfigError, StartupError
-from zsl.transport import curve
-from zsl.transport.curve import (
+from zsl.transport import curve_keys as curve
+from zsl.transport.curve_keys import (
     ClientKeys,
     KeyPair,
     read_key_pair,

@@ -31,7 +31,7 @@ from support.peer import Peer
 from zsl.cli.trunkd import trunkd
 from zsl.cli.zsl import zsl as zsl_command
 from zsl.errors import ForbiddenError, ModelError, RunFailed, TrunkAuthError
-from zsl.transport.curve import read_public_key, write_key_pair
+from zsl.transport.curve_keys import read_public_key, write_key_pair
 from zsl.trunk.daemon.process import DaemonOptions, run_daemon
 from zsl.trunk.daemon.standard_streams import MAX_WAITING_BYTES, check_output, drain_output, written_by_threads
 from zsl.trunk.failpoints import failpoint_from
@@ -203,7 +203,7 @@ def test_before_it_knows_its_model_and_while_it_reads_the_weights_it_says_that_i
         return SimpleNamespace(info=TrunkInfo(IDENTITY, ECHO_CUT, "f32", False, 64), cut=ECHO_CUT, load=load)
 
     monkeypatch.setattr("zsl.trunk.daemon.process.plan_trunk", plan)
-    monkeypatch.setattr("zsl.trunk.daemon.hangup._has_terminal", lambda: False)
+    monkeypatch.setattr("zsl.trunk.daemon.sighup._has_terminal", lambda: False)
     monkeypatch.setattr("zsl.trunk.daemon.process.os._exit", end)
     options = DaemonOptions(
         model="a model",

@@ -48,7 +48,7 @@ from zsl.models.hub import why_no_answer
 from zsl.models.reference import ModelReference, resolve
 from zsl.training.config.config import read_config
 from zsl.training.config.data_table import DataTable
-from zsl.training.data.chat import _by_characters, _by_prefixes, conversation_encoder
+from zsl.training.data.answer_tokens import _by_characters, _by_prefixes, conversation_encoder
 from zsl.training.data.conversations import Conversation
 from zsl.training.data.load import TrainingData, load_data
 from zsl.training.data.rows import NO_LABEL, PadRight, TokenRow, pack

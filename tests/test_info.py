@@ -16,7 +16,7 @@ from support.peer import Peer, forward
 from support.square import SquareServer, some
 from test_access import Keys, client
 from zsl.cli.zsl import zsl as command
-from zsl.client.serving import in_units
+from zsl.client.info_lines import in_units
 from zsl.errors import EXIT_STARTUP_FAILED, EXIT_USAGE, DrainingError
 from zsl.text.printable import printable_lines
 from zsl.trunk.access.tenants import Allowlist

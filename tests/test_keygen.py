@@ -15,7 +15,7 @@ from zsl.cli.train import train
 from zsl.cli.trunkd import trunkd
 from zsl.cli.zsl import zsl
 from zsl.errors import EXIT_USAGE
-from zsl.transport.curve import read_key_pair
+from zsl.transport.curve_keys import read_key_pair
 from zsl.trunk.access.tenants import read_tenants
 
 

@@ -24,8 +24,8 @@ from support import batches
 from support.compare import Numbers, differing, numbers_of, within
 from support.embedded import served
 from support.models import CUT, local_model
-from zsl.adapters.adapter import ONLY_TO_USE, adapter_parameters
 from zsl.adapters.attach import load_adapter, with_adapter
+from zsl.adapters.save import ONLY_TO_USE, adapter_parameters
 from zsl.client.model import put_trunk
 from zsl.errors import ConfigError, ModelError
 from zsl.models.identity import identify

@@ -10,8 +10,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from zsl.adapters.adapter import save_adapter as save_adapter
     from zsl.adapters.attach import load_adapter as load_adapter
+    from zsl.adapters.save import save_adapter as save_adapter
     from zsl.client.aio import AsyncTrunkClient as AsyncTrunkClient
     from zsl.client.model import load_client as load_client
     from zsl.client.remote import RemoteTrunk as RemoteTrunk
@@ -31,7 +31,7 @@ _HOMES = {
     "ZslError": "zsl.errors",
     "load_adapter": "zsl.adapters.attach",
     "load_client": "zsl.client.model",
-    "save_adapter": "zsl.adapters.adapter",
+    "save_adapter": "zsl.adapters.save",
 }
 
 __all__ = ["__version__", *_HOMES]

@@ -17,7 +17,7 @@ from zmq.utils import z85
 from zsl.errors import ZslError
 from zsl.link.open_session import Open
 from zsl.link.status_client import StatusClient
-from zsl.transport.curve import ClientKeys
+from zsl.transport.curve_keys import ClientKeys
 from zsl.wire.messages import Welcome
 
 from .daemon import Daemon

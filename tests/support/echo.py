@@ -13,7 +13,7 @@ from typing import Any, Self
 import numpy as np
 
 from zsl.errors import InternalError
-from zsl.transport.curve import KeyPair
+from zsl.transport.curve_keys import KeyPair
 from zsl.transport.peer_connection import State
 from zsl.trunk.access.tenants import Allowlist
 from zsl.trunk.costs import UNKNOWN_COSTS, BatchLimits

@@ -9,7 +9,7 @@ from typing import Self
 
 import zmq
 
-from zsl.transport.curve import ClientKeys
+from zsl.transport.curve_keys import ClientKeys
 from zsl.wire.frames import Frame, decode, encode
 from zsl.wire.messages import (
     TO_CLIENT,

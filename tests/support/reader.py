@@ -21,7 +21,7 @@ from click.testing import CliRunner
 from zsl.cli.train import train
 from zsl.cli.trunkd import trunkd
 from zsl.cli.zsl import zsl
-from zsl.transport.curve import read_public_key, write_key_pair
+from zsl.transport.curve_keys import read_public_key, write_key_pair
 from zsl.trunk.costs import BatchLimits
 from zsl.trunk.daemon.embedded import EmbeddedTrunk
 from zsl.trunk.daemon.load import plan_trunk

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from zsl.client.trunk_client import Answer, Step, TrunkClient, read_answer
+from zsl.client.step import Answer, Step, read_answer
+from zsl.client.trunk_client import TrunkClient
 from zsl.split.cut import parse_cut
 from zsl.trunk.daemon.load import plan_trunk
 from zsl.trunk.settings import ServerSettings, TrunkTraits

@@ -20,8 +20,8 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from zsl.adapters.adapter import ONLY_TO_USE
 from zsl.adapters.embeddings import SAVE_BY_ZSL, own_weights, without_copies
+from zsl.adapters.save import ONLY_TO_USE
 from zsl.errors import ConfigError, ModelError, ZslError
 from zsl.models.hub import why_offline
 from zsl.split.no_weights import MERGE_FIRST

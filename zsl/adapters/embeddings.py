@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from zsl.adapters.adapter import name_prefix
+from zsl.adapters.save import name_prefix
 
 SAVE_BY_ZSL = "save it with zsl.save_adapter, which writes both"
 # Names that PEFT may insert between a module's path and the name of its weight.

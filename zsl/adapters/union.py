@@ -20,8 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from zsl.adapters.adapter import name_adapted_modules, name_prefix
 from zsl.adapters.embeddings import own_weights, without_copies
+from zsl.adapters.save import name_adapted_modules, name_prefix
 from zsl.errors import ConfigError, ModelError
 from zsl.split.meta_model import meta_model
 from zsl.split.stack import embedding_rows

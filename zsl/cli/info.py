@@ -29,7 +29,7 @@ def info(endpoint: str, server_key: str | None, client_key: str | None, as_json:
       zsl info a.example:5555,b.example:5555 --json
     """
     with one_line_errors("zsl info", debug=debug):
-        from zsl.client.serving import Serving, ask
+        from zsl.client.info_lines import Serving, ask
         from zsl.link.endpoints import parse_endpoints
         from zsl.link.keys import read_client_keys
 

@@ -54,7 +54,7 @@ def keygen(name: str, out: Path, debug: bool) -> None:
     Nothing is sent anywhere. NAME.key is public; NAME.key_secret never leaves its owner.
     """
     with one_line_errors("zsl keygen", debug=debug):
-        from zsl.transport.curve import read_public_key, write_key_pair
+        from zsl.transport.curve_keys import read_public_key, write_key_pair
 
         public, secret = write_key_pair(out, name)
         is_server = name == SERVER

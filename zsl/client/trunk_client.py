@@ -7,17 +7,16 @@ with TrunkClient("tcp://127.0.0.1:5555") as trunk:
 
 from __future__ import annotations
 
-import sys
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 import torch
 
-from zsl.errors import ChangedError, InternalError
+from zsl.client.step import Answer, Step, read_answer
+from zsl.errors import InternalError
 from zsl.link.connection import Connection
 from zsl.link.keys import read_client_keys
 from zsl.link.pending import Build, Pending
@@ -30,86 +29,13 @@ from zsl.wire.messages import (
     Forward,
     Header,
     ModelIdentity,
-    Result,
-    Role,
     Status,
     Welcome,
 )
-from zsl.wire.tensors import decode_tensor, encode_tensors
+from zsl.wire.tensors import encode_tensors
 
 CONNECT_TIMEOUT_SECONDS = 10.0
 REQUEST_TIMEOUT_SECONDS = 300.0
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """Tensor of a RESULT, number of requests in its pass, and the daemon's times."""
-
-    tensor: torch.Tensor
-    merged: int
-    queue_seconds: float
-    compute_seconds: float
-
-
-class Step:
-    """Forward, with the tensors for its backward. `output` is `[rows, tokens, hidden]` on the CPU.
-
-    The daemon stores a step that was sent with `keep` until its backward. A step that is garbage-collected without an
-    answered backward releases it.
-    """
-
-    def __init__(
-        self,
-        connection: Connection,
-        activations: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
-        lengths: torch.Tensor | None,
-    ) -> None:
-        self.request = connection.new_request_id()
-        self.held_in_session: bytes | None = None  # session in which the daemon may hold the step
-        self.answer: Answer | None = None
-        self._connection = connection
-        self._activations: torch.Tensor | None = activations
-        self._version = _version(activations)
-        # Small copies, so that a mask modified after the forward does not change the backward.
-        self._attention_mask = None if attention_mask is None else attention_mask.clone()
-        self._position_ids = None if position_ids is None else position_ids.clone()
-        self._lengths = lengths
-
-    @property
-    def output(self) -> torch.Tensor:
-        assert self.answer is not None, "the forward has not been answered"
-        return self.answer.tensor
-
-    def inputs(self, activations: torch.Tensor | None = None) -> dict[Role, torch.Tensor | None]:
-        """Return the tensors of the forward; `activations` replace forgotten ones.
-
-        Raises `ChangedError` if the activations were modified in place since.
-        """
-        kept = self._activations
-        if activations is None and kept is not None and _version(kept) != self._version:
-            raise ChangedError("the activations of this step were written in place since its forward")
-        return {
-            "activations": kept if activations is None else activations,
-            "attention_mask": self._attention_mask,
-            "position_ids": self._position_ids,
-            "lengths": self._lengths,
-        }
-
-    def went_back(self, backward: Future[Message]) -> None:
-        """Note that the daemon dropped the step, if its backward was neither cancelled nor failed."""
-        if not backward.cancelled() and backward.exception() is None:
-            self.held_in_session = None
-
-    def forget_tensors(self) -> None:
-        """Drop activations and output; the caller must pass the activations to `backward`."""
-        self._activations = self.answer = None
-
-    def __del__(self, finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
-        # Bound here, because at interpreter shutdown `sys` may be gone, and no release is needed.
-        if self.held_in_session is not None and not finalizing():
-            self._connection.release(self.request, self.held_in_session)
 
 
 class TrunkClient:
@@ -314,21 +240,3 @@ class TrunkClient:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.endpoint!r})"
-
-
-def _version(tensor: torch.Tensor) -> int | None:
-    """Return a tensor's version counter; None for an inference tensor, which has none."""
-    return None if tensor.is_inference() else tensor._version
-
-
-def read_answer(message: Message, role: Role) -> Answer:
-    """Return the answer in a RESULT. Its tensor may share the message's memory. Raises `InternalError`."""
-    header = message.header
-    if not isinstance(header, Result) or [descriptor.role for descriptor in header.tensors] != [role]:
-        raise InternalError(f"the trunk answered with {type(header).__name__} where a RESULT with {role} is due")
-    return Answer(
-        tensor=decode_tensor(header.tensors[0], message.buffers[0]),
-        merged=header.merged,
-        queue_seconds=header.queue_us / 1e6,
-        compute_seconds=header.compute_us / 1e6,
-    )

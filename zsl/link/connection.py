@@ -29,7 +29,7 @@ from zsl.link.endpoints import parse_endpoints
 from zsl.link.link import Link
 from zsl.link.pending import Build, Pending, check_timeouts
 from zsl.link.traffic import Traffic
-from zsl.transport.curve import ClientKeys
+from zsl.transport.curve_keys import ClientKeys
 from zsl.wire.frames import Message
 from zsl.wire.messages import Cut, FloatDtypeName, Hello, ModelIdentity, StatusRequest, Welcome
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import zmq
 
 from zsl.errors import Retry, WireError
-from zsl.transport.curve import ClientKeys
+from zsl.transport.curve_keys import ClientKeys
 from zsl.transport.dealer import Dealer
 from zsl.wire.frames import decode, encode
 from zsl.wire.messages import TO_CLIENT, Error, Ping, Pong, Welcome

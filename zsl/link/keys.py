@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from zsl.errors import ConfigError
-from zsl.transport.curve import ClientKeys, read_key_pair, read_public_key
+from zsl.transport.curve_keys import ClientKeys, read_key_pair, read_public_key
 
 
 def read_client_keys(server_key: str | None, client_key: str | Path | None) -> ClientKeys | None:

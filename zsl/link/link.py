@@ -38,7 +38,7 @@ from zsl.link.states import (
     Welcomed,
 )
 from zsl.link.traffic import Traffic
-from zsl.transport.curve import ClientKeys
+from zsl.transport.curve_keys import ClientKeys
 from zsl.wire.messages import Hello, Welcome
 
 logger = logging.getLogger(__name__)

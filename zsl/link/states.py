@@ -19,7 +19,7 @@ from zsl.errors import WIRE_ERRORS, InternalError, WireError, ZslError
 from zsl.link.endpoints import Endpoints
 from zsl.link.pending import Requests
 from zsl.link.traffic import TrafficCounter
-from zsl.transport.curve import ClientKeys
+from zsl.transport.curve_keys import ClientKeys
 from zsl.wire.messages import Error, Hello, Welcome
 
 MAX_RELEASED = 1024  # RELEASEs that are sent again to a resumed session

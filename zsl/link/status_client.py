@@ -17,7 +17,7 @@ import zmq
 import zsl
 from zsl.errors import WIRE_ERRORS, ConnectionLost, InternalError, TrunkUnreachable
 from zsl.link.endpoints import Endpoints
-from zsl.transport.curve import ClientKeys
+from zsl.transport.curve_keys import ClientKeys
 from zsl.transport.dealer import Dealer, LinkEvent, resolves
 from zsl.wire.frames import Message, decode, encode
 from zsl.wire.messages import TO_CLIENT, Bye, Error, Header, Hello, Status, StatusRequest, Welcome

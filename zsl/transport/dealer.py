@@ -14,7 +14,7 @@ from enum import Enum
 import zmq
 
 from zsl.errors import ConfigError
-from zsl.transport.curve import ClientKeys, encrypt_client
+from zsl.transport.curve_keys import ClientKeys, encrypt_client
 from zsl.transport.greeting import offered_mechanism
 from zsl.transport.monitor import Monitor
 from zsl.wire.frames import HEAD_FRAMES, MAX_HEADER_BYTES, Frame

@@ -17,7 +17,7 @@ import nacl.bindings as sodium
 from nacl.exceptions import CryptoError
 from zmq.utils import z85
 
-from zsl.transport.curve import BINARY_KEY_BYTES, KeyPair
+from zsl.transport.curve_keys import BINARY_KEY_BYTES, KeyPair
 from zsl.transport.zmtp import (
     COMMAND,
     MORE,

@@ -18,11 +18,11 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from zsl.errors import StartupError
-from zsl.transport.curve import KeyPair
+from zsl.transport.connection_places import those_to_go
+from zsl.transport.curve_keys import KeyPair
 from zsl.transport.listening import listen, most_connections
 from zsl.transport.mechanisms import Curve, Mechanism, Null
 from zsl.transport.peer_connection import Connection, MessageLimits, State
-from zsl.transport.places import those_to_go
 from zsl.transport.receiving_memory import ReceivingMemory
 from zsl.transport.time_share import TimeShare
 from zsl.wire.frames import HEAD_FRAMES, MAX_HEADER_BYTES, Frame

@@ -8,7 +8,7 @@ import torch
 
 import zsl
 from zsl.client.doctor.check import Check, State
-from zsl.client.serving import DIGEST_CHARACTERS, DTYPE_WORDS, in_units
+from zsl.client.info_lines import DIGEST_CHARACTERS, DTYPE_WORDS, in_units
 from zsl.client.trunk_client import TrunkClient
 from zsl.link.status_client import StatusClient
 from zsl.models.reference import ModelReference

@@ -16,7 +16,7 @@ from typing import Any
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
-from zsl.adapters.adapter import ONLY_TO_USE
+from zsl.adapters.save import ONLY_TO_USE
 from zsl.errors import ConfigError
 from zsl.training.config.third_party import make_foreign
 from zsl.training.config.unknown_keys import check_keys

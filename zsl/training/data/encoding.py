@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from zsl.errors import DataError
-from zsl.training.data.chat import conversation_encoder, shared_length
+from zsl.training.data.answer_tokens import conversation_encoder, shared_length
 from zsl.training.data.columns import Column, without_filled
 from zsl.training.data.conversations import conversation_of
 from zsl.training.data.reading import read_batches

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from peft import PeftModel
 
-from zsl.adapters.adapter import adapter_parameters
+from zsl.adapters.save import adapter_parameters
 from zsl.client.remote import RemoteTrunk
 from zsl.models.reference import ModelReference
 from zsl.split.sides import Side, Sides, numbers_in

@@ -9,7 +9,7 @@ from pathlib import Path
 from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
-from zsl.adapters.adapter import remove_adapter, save_adapter
+from zsl.adapters.save import remove_adapter, save_adapter
 from zsl.errors import ModelError, RunFailed
 from zsl.models.reference import ModelReference
 from zsl.split.sides import Sides

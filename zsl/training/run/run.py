@@ -14,8 +14,8 @@ from datasets import Dataset
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import default_data_collator, set_seed
 
-from zsl.adapters.adapter import adapter_parameters
 from zsl.adapters.attach import load_adapter, read_adapter_config, with_adapter
+from zsl.adapters.save import adapter_parameters
 from zsl.client.model import load_client
 from zsl.client.remote import RemoteTrunk
 from zsl.errors import ConfigError, RunFailed, ZslError

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import Trainer
 from transformers.trainer_callback import ExportableState
 
-from zsl.adapters.adapter import write_adapter
+from zsl.adapters.save import write_adapter
 from zsl.files.durable import aside, reason
 from zsl.text.first_line import first_line
 from zsl.training.directory.checkpoints import prune, put_in_place, step_of

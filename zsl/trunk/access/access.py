@@ -7,7 +7,7 @@ from ipaddress import ip_address
 from pathlib import Path
 
 from zsl.errors import ConfigError, StartupError
-from zsl.transport.curve import KeyPair, read_key_pair
+from zsl.transport.curve_keys import KeyPair, read_key_pair
 from zsl.trunk.access.tenants import Allowlist
 
 SERVER_KEY_FILE = "server.key_secret"

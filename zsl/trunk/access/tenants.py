@@ -23,7 +23,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from zsl.errors import ConfigError
 from zsl.files.small_files import read_toml
 from zsl.text.byte_size import parse_size
-from zsl.transport.curve import NAME, is_public_key
+from zsl.transport.curve_keys import NAME, is_public_key
 
 # Bounds on weights, which divide device seconds: with extreme ones, a sum of floats loses small addends.
 MIN_WEIGHT, MAX_WEIGHT = 0.001, 1000.0

@@ -19,14 +19,14 @@ from zsl.errors import StartupError
 from zsl.text.byte_size import to_mib
 from zsl.text.plural import counted
 from zsl.text.printable import printable
-from zsl.transport.curve import refuses_unknown_keys
+from zsl.transport.curve_keys import refuses_unknown_keys
 from zsl.transport.listening import raise_file_limit
 from zsl.trunk.access.access import Access
-from zsl.trunk.daemon.hangup import Hangup
 from zsl.trunk.daemon.load import TrunkPlan, plan_trunk
 from zsl.trunk.daemon.loading_port import Loading
 from zsl.trunk.daemon.log import LogFormat
 from zsl.trunk.daemon.server import TrunkServer
+from zsl.trunk.daemon.sighup import Hangup
 from zsl.trunk.daemon.standard_streams import check_output, drain_output
 from zsl.trunk.failpoints import Failpoint
 from zsl.trunk.malloc import keep_freed_memory

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from zsl.errors import RunFailed
-from zsl.transport.curve import KeyPair
+from zsl.transport.curve_keys import KeyPair
 from zsl.transport.router import Router
 from zsl.trunk.access.tenants import Allowlist
 from zsl.trunk.failpoints import Failpoint

@@ -11,7 +11,7 @@ from pydantic import ByteSize
 from zsl.errors import ZslError
 from zsl.link.status_client import StatusClient
 from zsl.text.plural import counted
-from zsl.transport.curve import ClientKeys
+from zsl.transport.curve_keys import ClientKeys
 from zsl.wire.messages import FloatDtypeName, Status, Welcome
 
 ROUND_TRIPS = 5
