@@ -20,13 +20,12 @@ import torch
 from click.testing import CliRunner, Result
 from peft import PeftModel
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 import zsl
 from support.embedded import served
 from support.full_disk import files_of_at_most
 from support.models import local_model, with_lora, write_checkpoint
+from support.tokenizer import tiny_tokenizer
 from zsl.cli.train import train as train_command
 from zsl.errors import RunFailed
 from zsl.training.report.metrics import RunMetrics
@@ -340,10 +339,7 @@ def test_what_does_not_change_the_numbers_may_be_changed(
 def text_model(directory: Path) -> Path:
     """A tiny model that can read: whole words."""
     path = write_checkpoint(directory, "llama")
-    words = {"[UNK]": 0, **{f"w{i}": i for i in range(1, 200)}}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="[UNK]").save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
     return path
 
 
