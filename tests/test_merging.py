@@ -23,7 +23,7 @@ from support import batches
 from support.compare import numbers_of, within
 from support.daemon import Daemon
 from support.models import with_lora
-from zsl.client.step import Answer, read_answer
+from zsl.client.replayable_step import Answer, read_answer
 from zsl.split.cut import parse_cut
 from zsl.trunk.compute import attention
 from zsl.trunk.compute.engine import TorchCompute

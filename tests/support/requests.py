@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from zsl.client.step import Answer, Step, read_answer
+from zsl.client.replayable_step import Answer, Step, read_answer
 from zsl.client.trunk_client import TrunkClient
 from zsl.split.cut import parse_cut
 from zsl.trunk.daemon.load import plan_trunk

@@ -8,7 +8,7 @@ from typing import Self
 
 import torch
 
-from zsl.client.step import Answer, Step, read_answer
+from zsl.client.replayable_step import Answer, Step, read_answer
 from zsl.client.trunk_client import CONNECT_TIMEOUT_SECONDS, REQUEST_TIMEOUT_SECONDS, TrunkClient
 from zsl.link.traffic import Traffic
 from zsl.wire.messages import Cut, FloatDtypeName, ModelIdentity, Status, Welcome

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from zsl.client.padding import RealTokens, find_real_tokens, has_labels_on_padding
-from zsl.client.step import Step
+from zsl.client.replayable_step import Step
 from zsl.client.trunk_client import TrunkClient
 from zsl.errors import InternalError, ModelError
 from zsl.wire.frames import Message

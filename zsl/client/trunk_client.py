@@ -15,7 +15,7 @@ from typing import Self
 
 import torch
 
-from zsl.client.step import Answer, Step, read_answer
+from zsl.client.replayable_step import Answer, Step, read_answer
 from zsl.errors import InternalError
 from zsl.link.connection import Connection
 from zsl.link.keys import read_client_keys

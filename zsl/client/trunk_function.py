@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from zsl.client.crossing import Crossing
 from zsl.client.overlap import Deferred, Lane
-from zsl.client.step import read_answer
+from zsl.client.replayable_step import read_answer
 from zsl.client.trunk_client import TrunkClient
 
 CrossingEvent = tuple[Literal["forward", "backward"], Literal["begins", "ended"]]
