@@ -317,15 +317,16 @@ def test_packages_are_compared_with_what_zsl_asks_for(monkeypatch: pytest.Monkey
     real = metadata.version
 
     def version(name: str) -> str:
-        if name in ("trl", "datasets"):
+        if name in ("trl", "datasets", "safetensors"):
             raise metadata.PackageNotFoundError(name)
         return {"peft": "0.1"}.get(name) or real(name)
 
     monkeypatch.setattr(metadata, "version", version)
     found = findings()
-    assert found.failed == ["datasets", "peft"]
+    assert found.failed == ["peft", "safetensors"]
     assert re.fullmatch(r"0\.1, zsl needs >=[\d.]+; pip install 'peft>=[\d.]+'", found.text["peft"])
-    assert found.text["datasets"].startswith("not installed; pip install 'datasets")
+    assert found.text["safetensors"].startswith("not installed; pip install 'safetensors")
+    assert found.state["datasets"] == "skip" and "needed for zsl-train" in found.text["datasets"]
     assert found.state["trl"] == "skip"
     assert found.text["trl"].startswith("not installed, needed for SFTTrainer; pip install 'trl>=")
 

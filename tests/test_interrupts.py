@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 
 import zsl.client
+import zsl.link
 import zsl.transport
 from support.square import SquareClient, SquareServer, some
 
-CLIENT_FILES = tuple(str(Path(package.__path__[0])) for package in (zsl.client, zsl.transport))
+CLIENT_FILES = tuple(str(Path(package.__path__[0])) for package in (zsl.client, zsl.link, zsl.transport))
 # After these the interpreter looks for signals: where a function begins, after a call, and where a loop goes round.
 LOOKS_FOR_SIGNALS = ("RESUME", "CALL", "JUMP_BACKWARD")
 Place = tuple[CodeType, int]
