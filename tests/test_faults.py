@@ -130,6 +130,7 @@ def test_a_line_that_breaks_and_flips_bits_leaves_every_gradient_as_it_was(
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.long
 def test_a_hundred_thousand_bad_messages_change_no_bit_of_a_client_that_trains_beside(
     path: str, oracle: History, serve: Callable[..., Daemon]
 ) -> None:

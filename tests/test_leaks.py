@@ -172,6 +172,7 @@ def on_loop(server: SquareServer, ask: Callable[[], Value]) -> Value:
     return answer.result(WAIT_SECONDS)
 
 
+@pytest.mark.long
 def test_a_thousand_sessions_leave_the_daemon_and_this_process_as_they_were(tmp_path: Path) -> None:
     settings = {"lease_seconds": LEASE_SECONDS, "ping_seconds": PING_SECONDS}
     with SquareDaemon(log=tmp_path / "log", environment=FIXED_MALLOC, **settings) as daemon:
