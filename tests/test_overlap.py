@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -213,8 +214,13 @@ def test_ctrl_c_leaves_the_random_numbers_as_they_were_and_no_thread() -> None:
 
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    with pytest.raises(KeyboardInterrupt):
-        run_overlapped([interrupted] * 2, in_flight=2)
+    # A shell starts background jobs with SIGINT ignored.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_overlapped([interrupted] * 2, in_flight=2)
+    finally:
+        signal.signal(signal.SIGINT, handler)
     assert torch.equal(torch.get_rng_state(), before)
     assert micro_batch_threads() == []
 
