@@ -1,4 +1,4 @@
-"""What holds for all tests. Without torch, only those that need none are collected (`bin/test-without-torch`)."""
+"""Configuration of all tests. Without torch, only those that need none are collected (`bin/test-without-torch`)."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def session_of(client: SquareClient) -> Welcome:
 
 
 def pings_alone(client: SquareClient) -> bool:
-    """Whether its session has one connection, and that was shown to carry."""
+    """Return whether the session has one connection, which has carried a pong."""
     link = client.connection._link
     return link is not None and isinstance(link.state, Open) and link.state.pings_alone
 
@@ -104,7 +104,7 @@ def test_a_session_whose_own_connection_is_silent_too_is_lost_with_the_count_and
         answer_ping = Handlers._ping
 
         def ping(handlers: Handlers, sender: Any, header: Ping, now: float) -> None:
-            """Of the second only."""
+            """Answer pings of the second daemon only."""
             if handlers._answers.epoch == second.server.epoch:
                 answer_ping(handlers, sender, header, now)
 

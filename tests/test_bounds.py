@@ -1,4 +1,4 @@
-"""What a peer fills has a bound. docs/security.md has the list, and the test of each."""
+"""Structures that a peer fills are bounded. docs/security.md lists them, with the test of each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a command ends whose work has failed."""
+"""Exit codes and error lines of commands whose work has failed."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ def connect(cleanup: ExitStack) -> Connect:
 
 
 async def events_until(client: Dealer, last: LinkEvent) -> list[LinkEvent]:
-    """What happens to a connection, up to and with `last`."""
+    """Collect the events of a connection, up to and including `last`."""
     seen: list[LinkEvent] = []
 
     def came() -> bool:

@@ -431,7 +431,7 @@ def test_workers_give_each_row_of_a_stream_once(load: Callable[..., TrainingData
 
 
 def errors_of(loader: DataLoader[Any]) -> list[str]:
-    """What is raised until the end: a worker waits for long if it is left with more to give."""
+    """Collect the errors raised until the end: a worker left with more rows would wait long."""
     iterator, errors = iter(loader), []
     while True:
         try:
@@ -498,7 +498,7 @@ class Killed(BaseException):
 def test_a_stream_that_went_round_goes_on_bit_for_bit_and_learns_each_row_once_a_round(
     model: ModelReference, tmp_path: Path, settings: list[str]
 ) -> None:
-    """Of 5 batches of 3 rows in a round; it is killed after step 9 and goes on from step 8."""
+    """Train on rounds of 5 batches of 3 rows; kill after step 9, resume from step 8."""
     texts = [f"{SENTENCES[number]} {'moon ' * number}" for number in range(15)]
     file = write_lines(tmp_path / "texts.jsonl", [{"text": text} for text in texts])
     config = tmp_path / "run.toml"
@@ -722,7 +722,7 @@ except ZslError as error:
 
 
 def probe(model: ModelReference, endpoint: str, home: Path, tables: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What `load_data` gives in a process of its own, which looks at this hub and says nothing beside."""
+    """Return the result of `load_data` in a process of its own that uses this hub and prints nothing else."""
     environment = {name: value for name, value in os.environ.items() if name not in ("HF_HUB_OFFLINE", "HF_ENDPOINT")}
     finished = subprocess.run(
         [sys.executable, "-c", PROBE, model.text, *map(json.dumps, tables)],

@@ -1,4 +1,4 @@
-"""What the documentation says is shown by a test, is."""
+"""Tests, links and commands that the documentation names exist."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_bench_says_which_benchmarks_there_are(tmp_path: Path) -> None:
 
 
 def shape_of(page: Path) -> list[tuple[list[str], set[str]]]:
-    """Of each section of a page: the lines of its blocks, without comments, and what is in backticks."""
+    """Collect from each section of a page the lines of its blocks, without comments, and the words in backticks."""
     sections = []
     for section in re.split(r"^##+ ", page.read_text(), flags=re.MULTILINE):
         prose, *blocks = re.split(r"^```", section, flags=re.MULTILINE)

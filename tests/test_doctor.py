@@ -50,7 +50,7 @@ def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Findings:
-    """What the command printed: `state` and `text` of a check by its name."""
+    """Output of the command: `state` and `text` of a check by its name."""
 
     def __init__(self, finished: Result) -> None:
         assert "Traceback" not in finished.output

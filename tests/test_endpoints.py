@@ -1,4 +1,4 @@
-"""Which daemon is tried next, and when: pure, with a clock and chance of the test's own."""
+"""Choice of the next daemon and of the pause before it: pure, with the test's clock and random numbers."""
 
 from __future__ import annotations
 

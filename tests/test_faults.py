@@ -80,7 +80,7 @@ def split_model(path: str, endpoint: str) -> Iterator[PeftModel]:
 
 
 def violations(path: str, endpoint: str, oracle: History) -> list[str]:
-    """What is wrong with a training through a trunk."""
+    """Collect the violations of a training through a trunk."""
     history = History()
     with split_model(path, endpoint) as model:
         train(model, history)

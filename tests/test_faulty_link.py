@@ -317,7 +317,7 @@ class Peers:
         return dealer
 
     def heard(self, count: int) -> list[list[bytes]]:
-        """What the ROUTER is told next, without the names of those who say it."""
+        """Receive the ROUTER's next messages, without their routing ids."""
         return [self.router.recv_multipart()[1:] for _ in range(count)]
 
     def _socket(self, kind: int) -> zmq.Socket[bytes]:

@@ -57,7 +57,7 @@ class Interrupts:
         return self._on_opcode
 
     def _is_a_place(self, code: CodeType, last: int, now: int) -> bool:
-        """Whether a signal would be seen between these two instructions, and handled as if by the second one."""
+        """Return whether a signal would be noticed between these two instructions, in the second one's handlers."""
         if code not in self._places:
             self._places[code] = {one.offset: one.opname for one in dis.get_instructions(code)}
         handlers = dis._parse_exception_table(code)  # type: ignore[attr-defined]

@@ -98,7 +98,7 @@ def come_and_go(endpoint: str, sessions: int) -> None:
 
 @dataclass(frozen=True)
 class Used:
-    """What a process uses, as numbers."""
+    """Numbers of descriptors and threads of a process."""
 
     descriptors: int
     threads: int
@@ -112,7 +112,7 @@ def used_by(pid: int) -> Used:
 
 
 def above(before: Used) -> Used:
-    """How much more this process uses than before. (Less, if something of an earlier test ended meanwhile.)"""
+    """Return the growth of this process since `before`. (Less, if something of an earlier test ended meanwhile.)"""
     now = used_by(os.getpid())
     return Used(max(now.descriptors - before.descriptors, 0), max(now.threads - before.threads, 0))
 
@@ -133,7 +133,7 @@ def comes_to(wanted: Value, of: Callable[[], Value]) -> None:
 
 
 def entries(root: object) -> Counter[str]:
-    """How many entries are in each container that is reached from `root` through objects of zsl's own.
+    """Count the entries of each container reachable from `root` through objects of zsl.
 
     Those of `SWEPT_LATER` are counted, and what is in them is not looked at.
     """

@@ -225,7 +225,7 @@ def test_those_who_shared_a_forward_go_by_its_graph_beside_others_if_that_is_che
 
 
 def costs_of(fixed_seconds: float) -> Costs:
-    """Of a trunk that computes twice as long from products, in passes of so much fixed cost."""
+    """Costs of a trunk that takes twice as long from linear outputs, with this fixed cost a pass."""
     return Costs(PassCost(fixed_seconds, 1e-3), PassCost(fixed_seconds, 1e-3), PassCost(fixed_seconds, 2e-3))
 
 
@@ -261,7 +261,7 @@ def test_a_step_that_is_dropped_costs_its_neighbours_time_and_nothing_else(compu
 def test_one_kernel_for_sequences_of_any_lengths_does_what_one_call_a_group_does(
     family: str, checkpoints: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """That kernel is CUDA's. Here a stand-in takes its arguments, as torch documents them."""
+    """Replace CUDA's kernel by a stand-in with the arguments that torch documents."""
     compute = compute_of(checkpoints(family))
     works = [forward_work(seed, rows, tokens) for seed, (rows, tokens) in enumerate([(1, 7), (2, 3), (1, 3), (1, 12)])]
 

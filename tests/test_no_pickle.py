@@ -26,14 +26,14 @@ ARGUMENTS = {"allow_pickle": False, "weights_only": True, "ext_hook": None}
 
 
 def forbidden(source: str) -> list[str]:
-    """What of it stands in a source, with its line."""
+    """List the forbidden calls and imports of a source, with their lines."""
     tree = ast.parse(source)
     meanings = dict(_imported_names(tree))
     return sorted(f"{line}: {what}" for node in ast.walk(tree) for line, what in _found(node, meanings))
 
 
 def _imported_names(tree: ast.AST) -> Iterator[tuple[str, str]]:
-    """What each imported name stands for: `np` for `numpy`."""
+    """Map each imported name to its module: `np` to `numpy`."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:

@@ -39,7 +39,7 @@ def some(value: float = 0.0, hidden: int = HIDDEN) -> torch.Tensor:
 
 
 def nothing_is_held(server: EchoServer) -> bool:
-    """Whether the daemon comes to hold nothing, in bounded time."""
+    """Return whether the daemon comes to hold nothing, in bounded time."""
     pause = threading.Event()
     for _ in range(500):
         gc.collect()  # exceptions and their frames are cycles

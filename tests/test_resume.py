@@ -75,7 +75,7 @@ def trained(config: Path, directory: Path, *settings: str) -> str:
 
 @contextmanager
 def at_step(number: int, what: Callable[[], Any]) -> Iterator[None]:
-    """When this step has been taken and its line is written, `what` happens."""
+    """Run `what` once the line of this step is written."""
     end_step = RunMetrics.end_step
 
     def ending(metrics: RunMetrics, step: int, epoch: float, measured: Mapping[str, Any]) -> None:

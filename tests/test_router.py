@@ -141,7 +141,7 @@ def exactly(connection: socket.socket, nbytes: int) -> bytes:
 
 
 def was_cut(connection: socket.socket) -> bool:
-    """Whether the other end has ended it; what it said before is read and dropped."""
+    """Return whether the other end has closed the connection; drop what it sent before."""
     connection.setblocking(False)
     try:
         while connection.recv(1 << 16):

@@ -1,4 +1,4 @@
-"""How a request may share a pass is decided once, from what it brings along."""
+"""A request's sharing of a pass is decided once, from its tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a client counts of its connection is what really went over it."""
+"""Traffic that a client counts equals the bytes on its connection."""
 
 from __future__ import annotations
 

@@ -335,7 +335,7 @@ def test_a_run_that_is_stopped_saves_what_it_has(
 
 
 def test_the_synthetic_language_is_seeded_and_learnable() -> None:
-    """What follows a word is mostly certain: its best guess is right far more often than any one word occurs."""
+    """A word mostly determines the next: the best guess is right far more often than any one word occurs."""
     rows = synthetic_rows(50, 100, vocabulary=1000, seed=3)
     assert rows == synthetic_rows(50, 100, vocabulary=1000, seed=3)
     assert rows != synthetic_rows(50, 100, vocabulary=1000, seed=4)

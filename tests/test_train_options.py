@@ -667,7 +667,7 @@ def test_a_run_goes_on_from_another_ones_checkpoint_and_looks_for_its_own_best(
 def test_the_validation_loss_is_the_mean_over_all_tokens_that_are_predicted(
     method: str, smoothing: float, tmp_path: Path
 ) -> None:
-    """Of the cross-entropy, also where the training's loss is smoothed."""
+    """Validation loss is that of the cross-entropy, also where the training's loss is smoothed."""
     config: Any = LoraConfig(r=2, target_modules=["q_proj"])
     if method == "prompt_tuning":
         config = PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")

@@ -71,7 +71,7 @@ class Models:
 
 @dataclass(frozen=True)
 class Trained:
-    """What a training leaves behind."""
+    """Results of a training."""
 
     losses: list[float]
     evaluations: list[float]
@@ -145,7 +145,7 @@ def full_rows(samples: int = 100) -> Dataset:
 
 
 def ragged_rows() -> Dataset:
-    """Of many lengths, so that their batches are padded."""
+    """Rows of many lengths, so that their batches are padded."""
     return Dataset.from_dict({"input_ids": [row[: 3 + 5 * n % 13] for n, row in enumerate(token_rows(40))]})
 
 

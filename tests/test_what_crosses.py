@@ -1,4 +1,4 @@
-"""What leaves the client, and what it never holds."""
+"""Bytes that leave the client, and parameters that it never allocates."""
 
 from __future__ import annotations
 

@@ -359,7 +359,7 @@ MOST_COMPLAINTS = 64  # of pydantic about one header; each is an object
 
 
 def work_of(frames: list[Frame]) -> tuple[int, int]:
-    """What it takes to look at a message: calls, and bytes at the most. (Seconds would be chance.)"""
+    """Measure the decoding of a message: calls, and peak bytes. (Seconds would be chance.)"""
     calls = 0
 
     def count_call(frame: object, event: str, argument: object) -> None:

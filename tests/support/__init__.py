@@ -1,1 +1,1 @@
-"""What the tests share: tiny models, real daemons, comparisons."""
+"""Helpers of the tests: tiny models, real daemons, comparisons."""

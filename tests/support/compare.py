@@ -14,7 +14,7 @@ Same = Callable[[torch.Tensor, torch.Tensor], bool]
 
 @dataclass(frozen=True)
 class Numbers:
-    """What a training step computes."""
+    """Results of a training step."""
 
     logits: torch.Tensor
     loss: torch.Tensor

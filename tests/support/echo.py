@@ -114,12 +114,12 @@ class EchoServer:
 
     @property
     def sessions(self) -> int:
-        """How many are open."""
+        """Number of open sessions."""
         return self.server.stats.sessions
 
     @property
     def connections(self) -> int:
-        """How many are accepted and not gone."""
+        """Number of open connections."""
         return self.server.stats.connections
 
     @property

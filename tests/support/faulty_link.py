@@ -61,7 +61,7 @@ class FaultyLink:
 
     @property
     def to_come(self) -> int:
-        """How many of the faults that were set for after so many bytes wait for these bytes."""
+        """Number of faults that wait for the bytes after which they happen."""
         return sum(len(way.faults.flips_at) + len(way.faults.ends_at) for way in self._ways.values())
 
     def wait_for(self, fault: str, count: int = 1) -> None:
@@ -72,7 +72,7 @@ class FaultyLink:
             )
 
     def retarget(self, port: int) -> None:
-        """Where connections to come lead to."""
+        """Set the port that new connections lead to."""
         self._target_port = port
 
     def next_port(self) -> int:
@@ -102,7 +102,7 @@ class FaultyLink:
             self._on_loop(self._flip(way, after_bytes))
 
     def blackhole(self, way: Way) -> None:
-        """What is sent, and that an end has closed, is lost without a word. To heal the link brings none of it back."""
+        """Drop all bytes and closes silently. Healing the link brings none of them back."""
         self._on_loop(self._set(way, swallows=True))
 
     def hold(self, way: Way) -> None:

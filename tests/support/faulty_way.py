@@ -28,7 +28,7 @@ NO_LINGER = struct.pack("ii", 1, 0)  # a socket that is closed with it sends RST
 
 @dataclass
 class Faults:
-    """What is wrong with the way."""
+    """Faults of one direction."""
 
     delay_seconds: float = 0.0
     jitter_seconds: float = 0.0
@@ -59,7 +59,7 @@ class Connection:
         self.task = asyncio.current_task()
 
     def half_close(self, way: WayName) -> bool:
-        """Whether it was open."""
+        """Close one direction; return whether it was open."""
         if way in self.half_closed:
             return False
         self.half_closed.add(way)
@@ -67,7 +67,7 @@ class Connection:
         return True
 
     def end(self, way: WayName, how: End) -> bool:
-        """Whether it was open."""
+        """End the connection, or close one direction; return whether that was open."""
         if how == "half_close":
             return self.half_close(way)
         if self.over:

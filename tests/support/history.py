@@ -29,7 +29,7 @@ class Event:
 
 
 def digest(gradients: Iterable[bytes | bytearray | memoryview]) -> str:
-    """Of all gradients of a step, in an order that is always the same. One that is missing is an empty buffer."""
+    """Digest of all gradients of a step, in a fixed order. One that is missing is an empty buffer."""
     total = hashlib.sha256()
     for gradient in gradients:
         total.update(memoryview(gradient).nbytes.to_bytes(8))
@@ -48,7 +48,7 @@ class History:
 
     @classmethod
     def read(cls, file: Path) -> Self:
-        """What a file holds. A last line without an end was being written when its process was killed."""
+        """Read the lines of a file. A last line without an end was being written when its process was killed."""
         history = cls()
         *lines, _torn = file.read_bytes().split(b"\n")
         history.events = [Event(**json.loads(line)) for line in lines]

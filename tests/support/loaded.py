@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 
 def zsl_and_what_it_loads(arguments: Sequence[str], modules: set[str]) -> tuple[str, set[str]]:
-    """What `zsl` with these arguments printed, and which of these modules it had loaded when it ended well."""
+    """Run `zsl`; return its output, and those of these modules that it loaded."""
     script = (
         "import sys\n"
         "from zsl.cli.zsl import zsl\n"

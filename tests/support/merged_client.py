@@ -53,7 +53,7 @@ class Client:
 
     @property
     def packs(self) -> bool:
-        """Whether the daemon's trunk packs sequences of any lengths."""
+        """True if the daemon's trunk packs sequences of any lengths."""
         return self._trunk.client.welcome.packs
 
     def run(self, steps: int, barrier: threading.Barrier | None = None) -> Report:
@@ -90,7 +90,7 @@ def run_in_process(arguments: tuple[str, str, Sequence[str], int]) -> Report:
 
 
 def note_merged(client: TrunkClient) -> list[int]:
-    """How many requests shared the pass of each answer that this client gets from now on."""
+    """Record the number of requests in the pass of each following answer."""
     merged: list[int] = []
     forward, backward = client.forward, client.backward
 

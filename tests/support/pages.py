@@ -16,7 +16,7 @@ LANGUAGES = {"sh", "toml", "python", "text"}
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """What stands between two fences."""
+    """Text between two fences."""
 
     language: str
     text: str

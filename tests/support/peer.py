@@ -55,7 +55,7 @@ class Peer:
         return decode(self._socket.recv_multipart(), TO_CLIENT).header
 
     def answers_until_quiet(self) -> int:
-        """How many messages came until the daemon had handled all that was sent."""
+        """Count the messages received until the daemon has handled all that was sent."""
         last = 0xABCDEF
         self.send(StatusRequest(request=last))
         for heard in count(1):

@@ -304,7 +304,7 @@ class RawPeer:
                 return frames
 
     def was_closed(self, *, wait_seconds: float = WAIT_SECONDS) -> bool:
-        """Whether the other end closes the connection in this time; what it says before is dropped."""
+        """Return whether the other end closes the connection in this time; drop what it sends before."""
         give_up_at = time.monotonic() + wait_seconds
         while (left := give_up_at - time.monotonic()) > 0:
             self.socket.settimeout(left)

@@ -138,7 +138,7 @@ class SquareClient:
         return output, self.backward(step, x, gradients)
 
     def is_right(self, x: Array, gradients: Array) -> bool:
-        """Whether a step gives just what it must."""
+        """Return whether a step gives the exact output and gradient."""
         output, at_input = self.step(x, gradients)
         return np.array_equal(output, squared(x)) and np.array_equal(at_input, gradient(x, gradients))
 
@@ -148,7 +148,7 @@ class SquareClient:
 
     @property
     def is_open(self) -> bool:
-        """Whether it has a session at this moment."""
+        """True while a session is open."""
         link = self.connection._link
         return link is not None and isinstance(link.state, Open)
 

@@ -101,7 +101,7 @@ def _common(task: Task) -> dict[str, Any]:
 
 
 def _text(task: Task, number: int, length: int) -> str:
-    """Of many lengths, other words for each task."""
+    """Text of `length` words, with other words for each task."""
     return words(*range(31 * task.seed + number, 31 * task.seed + number + length))
 
 

@@ -216,8 +216,9 @@ class RemoteTrunk(NoWeights):
         if forward_ad.unpack_dual(hidden_states).tangent is not None:
             raise ModelError("forward-mode differentiation does not pass the trunk; use backward")
         self._warn_of_autocast(hidden_states)
-        call = Call(self.client, crossing, self.effective_mode == "exact", self.on_crossing)
-        if not (torch.is_grad_enabled() and hidden_states.requires_grad) or self.effective_mode == "none":
+        mode = self.effective_mode
+        call = Call(self.client, crossing, mode == "exact", self.on_crossing)
+        if not (torch.is_grad_enabled() and hidden_states.requires_grad) or mode == "none":
             return call.without_gradient(hidden_states)
         lane = current_lane()
         return call.with_gradient(hidden_states) if lane is None else call.in_lane(lane, hidden_states)

@@ -54,7 +54,7 @@ class TorchCompute:
 
     def run(self, batch: Batch) -> list[Outcome]:
         outcomes = self._outcomes(batch)
-        if not self._fits(sum((work.shape.lengths for work in batch.works), ())):
+        if not self._fits(_lengths(batch.works)):
             self._trim_over_budget()
         return outcomes
 
@@ -110,11 +110,11 @@ class TorchCompute:
             results.update(zip(group, gradients, strict=True))
         rest = [place for place in range(len(works)) if place not in results]
         if rest:
-            of_rest = [stashes[place] for place in rest]
-            merged = self._merged([works[place] for place in rest], [stash.inputs for stash in of_rest])
+            of_rest, works_of_rest = [stashes[place] for place in rest], [works[place] for place in rest]
+            merged = self._merged(works_of_rest, [stash.inputs for stash in of_rest])
             linear_outputs = take_linear_outputs(of_rest)
             at_output = merged.join([tensors[place] for place in rest])
-            if self._fits(sum((works[place].shape.lengths for place in rest), ())):
+            if self._fits(_lengths(works_of_rest)):
                 graph = self._trunk.graph(
                     merged.inputs, None if linear_outputs is None else merged.join_linear_outputs(linear_outputs)
                 )
@@ -132,7 +132,7 @@ class TorchCompute:
         if self._resident_at_start and resident_bytes() - self._resident_at_start > self._pass_memory_bytes:
             give_back_freed_memory()
 
-    def _fits(self, lengths: tuple[int, ...]) -> bool:
+    def _fits(self, lengths: Sequence[int]) -> bool:
         return self._pass_memory_bytes is None or self.traits.graph_memory.nbytes(lengths) <= self._pass_memory_bytes
 
     def _groups_by_graph(self, works: Sequence[Work], stashes: Sequence[TorchStash]) -> list[list[int]]:
@@ -189,6 +189,10 @@ class TorchCompute:
     def _replies(self, role: Role, tensors: Sequence[torch.Tensor], dtypes: Sequence[torch.dtype]) -> list[Buffers]:
         replies = [_own(tensor.to(dtype)) for tensor, dtype in zip(tensors, dtypes, strict=True)]
         return [{role: encode_tensor(role, tensor)} for tensor in self._transfer.to_host(replies)]
+
+
+def _lengths(works: Sequence[Work]) -> list[int]:
+    return [length for work in works for length in work.shape.lengths]
 
 
 def _sequences(part: Pass, work: Work) -> Sequences:
