@@ -207,6 +207,19 @@ class UnknownStepError(WireError):
     retry = Retry.REPLAY
 
 
+class AdapterError(WireError, ValueError):
+    """An adapter does not fit the trunk: an unknown module, another shape, a rank or a size over the limit."""
+
+    code = "BAD_ADAPTER"
+
+
+class UnknownAdapterError(WireError):
+    """The daemon does not hold this version of the session's adapter."""
+
+    code = "UNKNOWN_ADAPTER"
+    retry = Retry.REPLAY
+
+
 class OverloadedError(WireError):
     """The session has too many requests or bytes in flight."""
 
@@ -265,6 +278,8 @@ WIRE_ERRORS: dict[str, type[WireError]] = {
         UnknownSessionError,
         StaleEpochError,
         UnknownStepError,
+        AdapterError,
+        UnknownAdapterError,
         OverloadedError,
         DeadlineError,
         CancelledByClientError,

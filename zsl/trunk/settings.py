@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from zsl.errors import WrongModelError
 from zsl.trunk.costs import (
@@ -37,7 +38,9 @@ class TrunkTraits:
 
     `merges`: requests may share a pass. `packs`: requests of different lengths may share one too; `packs_masks`,
     `packs_restarts`: also those with a mask, or with positions that start again within a row. `deterministic`: a
-    request's answer is the same bit for bit, whichever requests share its pass.
+    request's answer is the same bit for bit, whichever requests share its pass. `adaptable`: inputs and outputs of the
+    linear modules that may have adapters, by path (`zsl.wire.adapter_layout`); `merges_adapters`: requests with
+    adapters may share a pass.
     """
 
     parameters: int
@@ -50,6 +53,8 @@ class TrunkTraits:
     packs_restarts: bool = False
     graph_memory: GraphMemory = UNKNOWN_GRAPH_MEMORY
     pass_memory: PassMemory = UNKNOWN_PASS_MEMORY
+    adaptable: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    merges_adapters: bool = False
 
 
 @dataclass(frozen=True, slots=True)

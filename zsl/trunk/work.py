@@ -10,6 +10,7 @@ from enum import Enum
 from typing import Protocol
 
 from zsl.errors import WireError
+from zsl.trunk.adapter import AdapterUse
 from zsl.trunk.settings import TrunkTraits
 from zsl.wire.frames import Frame
 from zsl.wire.messages import Role, TensorDescriptor
@@ -110,7 +111,11 @@ class Held:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """The computation of one valid request. A backward has a `stash`, or activations among its buffers."""
+    """The computation of one valid request. A backward has a `stash`, or activations among its buffers.
+
+    The outcome of a backward with `adapter.gradients` has `adapter_gradients` among its buffers: flat, in the dtype of
+    the version's weights.
+    """
 
     kind: Kind
     buffers: Buffers
@@ -118,6 +123,7 @@ class Work:
     sharing: Sharing
     keep: Keep = Keep.NOTHING
     stash: Stash | None = None
+    adapter: AdapterUse | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,7 +38,10 @@ def _refuse_controls(name: str) -> str:
 WireDtypeName = Literal["f32", "f16", "bf16", "i64", "i32", "i16", "i8", "u8", "bool"]
 FloatDtypeName = Literal["f32", "f16", "bf16"]
 # `lengths`: the activations are one row of concatenated sequences of these lengths.
-Role = Literal["activations", "gradients", "attention_mask", "position_ids", "lengths"]
+# `layout`, `weights`, `adapter_gradients`: flat, of an adapter in the trunk's layers (`zsl.wire.adapter_layout`).
+Role = Literal[
+    "activations", "gradients", "attention_mask", "position_ids", "lengths", "layout", "weights", "adapter_gradients"
+]
 
 Count = Annotated[int, Field(ge=0, le=2**53)]
 Dim = Annotated[int, Field(ge=0, le=2**31 - 1)]
@@ -72,6 +75,7 @@ class MessageType(IntEnum):
     GOAWAY = 11
     BYE = 12
     STATUS = 13
+    ADAPTER = 14
 
 
 class _Strict(BaseModel):
@@ -148,6 +152,13 @@ class Limits(_Strict):
     ping_ms: PingMilliseconds
 
 
+class AdapterLimits(_Strict):
+    """Limits of the adapters in the trunk's layers: rank of each module, bytes of a version's weights."""
+
+    max_rank: Positive
+    max_bytes: Annotated[int, Field(ge=1, le=MAX_TENSOR_BYTES)]
+
+
 class Hello(Header):
     """Open a session. A client without a model (`model=None`) accepts any trunk.
 
@@ -179,6 +190,7 @@ class Welcome(Header):
     packs: bool  # accepts sequences of several lengths in one row, with their `lengths`
     deterministic: bool  # an answer has the same bits whatever other clients send
     trunk_parameters: Count
+    adapters: AdapterLimits | None = None  # None: the daemon accepts no adapters
     limits: Limits
 
 
@@ -189,12 +201,36 @@ class InSession(Header):
     epoch: Id16
 
 
+class Adapter(InSession):
+    """A piece of an adapter version: the bytes from `offset` of its flat weights, of `nbytes` in all.
+
+    The first piece brings the layout too. Pieces come in order, before the first request that names the version, on
+    the same connection. Not answered; an error names `request`, the request that they precede.
+    """
+
+    TYPE = MessageType.ADAPTER
+    request: Count
+    version: Id16  # digest of layout, dtype and weights (`zsl.wire.adapter_layout.version_of`)
+    dtype: FloatDtypeName  # of the weights, and of their gradients, on the wire
+    offset: Count
+    nbytes: Positive
+    tensors: Tensors  # weights [bytes], u8; in the first piece also layout [bytes], u8
+
+
+class UsedAdapter(_Strict):
+    """The adapter version that a request runs with. `dropout_seed`: seed of its dropout masks, None for no dropout."""
+
+    version: Id16
+    dropout_seed: Count | None
+
+
 class WorkHeader(InSession):
-    """Base class of FORWARD and BACKWARD."""
+    """Base class of FORWARD and BACKWARD. A BACKWARD names the same adapter as its FORWARD."""
 
     request: Count
     attempt: Annotated[int, Field(ge=0, le=255)]
     budget_ms: Milliseconds  # time left until the request's deadline, when sent
+    adapter: UsedAdapter | None = None
     tensors: Tensors
 
 
@@ -214,11 +250,14 @@ class Backward(WorkHeader):
 
     TYPE = MessageType.BACKWARD
     step: Count
+    adapter_gradients: bool = False  # answer with those of the adapter's weights too
 
 
 class Result(InSession):
-    """Answer to FORWARD (activations) or BACKWARD (gradients). Every client numbers its own requests, so only session
-    and request together identify the request."""
+    """Answer to FORWARD (activations) or BACKWARD (gradients, and adapter_gradients, flat).
+
+    Every client numbers its own requests, so only session and request together identify the request.
+    """
 
     TYPE = MessageType.RESULT
     request: Count
@@ -316,6 +355,6 @@ class Status(Header):
 
 # Messages that each end may receive. STATUS is the one type with a schema for each direction.
 TO_DAEMON: dict[int, type[Header]] = {
-    cls.TYPE: cls for cls in (Hello, Forward, Backward, Release, Cancel, Ping, Bye, StatusRequest)
+    cls.TYPE: cls for cls in (Hello, Adapter, Forward, Backward, Release, Cancel, Ping, Bye, StatusRequest)
 }
 TO_CLIENT: dict[int, type[Header]] = {cls.TYPE: cls for cls in (Welcome, Result, Error, Pong, GoAway, Status)}

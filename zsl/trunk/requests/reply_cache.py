@@ -30,9 +30,10 @@ def asked_by(header: Forward | Backward) -> bytes:
     asked: object
     match header:
         case Backward():
-            asked = "backward", header.step, next((one for one in tensors if one[0] == "gradients"), None)
+            gradients = next((one for one in tensors if one[0] == "gradients"), None)
+            asked = "backward", header.step, gradients, header.adapter, header.adapter_gradients
         case Forward():
-            asked = "forward", header.keep, tensors
+            asked = "forward", header.keep, tensors, header.adapter
     return xxhash.xxh3_128_digest(repr(asked).encode())
 
 

@@ -1,0 +1,109 @@
+"""Layout of an adapter in the trunk's layers: its modules, and the order of their weights in one flat buffer.
+
+    module 0: A [rank, in], B [out, rank], bias [out] if it has one; module 1: …
+
+Sent as JSON, checked once when it is decoded, as the headers are. No sockets and no torch.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import xxhash
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from zsl.errors import MalformedError
+from zsl.wire.frames import Frame
+from zsl.wire.messages import DTYPE_BYTES, MAX_TEXT_CHARS, FloatDtypeName, Name
+
+MAX_LAYOUT_BYTES = 4 << 20
+MAX_MODULES = 16_384
+MAX_RANK = MAX_FEATURES = 2**20
+
+Shape = tuple[int, ...]
+
+
+class AdaptedModule(BaseModel):
+    """LoRA of one linear module. `path`: index of the layer in the whole model and path within it (`7.mlp.up_proj`).
+
+    Its output is `base(x) + B(A(dropout(x))) * scaling` (Hu et al., "LoRA", 2021), computed as PEFT does. A module with
+    several adapters is listed once for each, in the order of their sum.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    path: Name
+    inputs: Annotated[int, Field(ge=1, le=MAX_FEATURES)]
+    outputs: Annotated[int, Field(ge=1, le=MAX_FEATURES)]
+    rank: Annotated[int, Field(ge=1, le=MAX_RANK)]
+    scaling: Annotated[float, Field(allow_inf_nan=False)]
+    dropout: Annotated[float, Field(ge=0, lt=1)]
+    has_bias: bool
+
+    @property
+    def shapes(self) -> tuple[Shape, ...]:
+        """Shapes of A and B, and of B's bias, if any."""
+        matrices: tuple[Shape, ...] = (self.rank, self.inputs), (self.outputs, self.rank)
+        return (*matrices, (self.outputs,)) if self.has_bias else matrices
+
+    @property
+    def elements(self) -> int:
+        return self.rank * (self.inputs + self.outputs) + self.outputs * self.has_bias
+
+
+class AdapterLayout(BaseModel):
+    """Modules of an adapter, in the order of their weights. `dtype`: of the computation with them."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    dtype: FloatDtypeName
+    modules: Annotated[tuple[AdaptedModule, ...], Field(min_length=1, max_length=MAX_MODULES)]
+
+    @property
+    def elements(self) -> int:
+        """Number of weights."""
+        return sum(module.elements for module in self.modules)
+
+    def nbytes(self, dtype: FloatDtypeName) -> int:
+        """Return the bytes of the flat weights in a dtype."""
+        return self.elements * DTYPE_BYTES[dtype]
+
+    def encoded(self) -> bytes:
+        """Return the layout as JSON."""
+        return self.model_dump_json().encode()
+
+
+def decode_layout(frame: Frame) -> AdapterLayout:
+    """Return the layout in a buffer. Raises `MalformedError`."""
+    if len(frame) > MAX_LAYOUT_BYTES:
+        raise MalformedError(f"a layout of {len(frame)} bytes is over {MAX_LAYOUT_BYTES}")
+    try:
+        return AdapterLayout.model_validate_json(bytes(frame))
+    except ValidationError as error:
+        problem = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        where = ".".join(ascii(str(part)[:40])[1:-1] for part in problem["loc"]) or "layout"
+        raise MalformedError(f"layout: {where}: {problem['msg']}"[:MAX_TEXT_CHARS]) from None
+
+
+class VersionDigest:
+    """Incremental digest of an adapter version (xxh3, 128 bits). A session compares its own versions only, so that
+    collisions on purpose harm nobody else."""
+
+    def __init__(self, layout: Frame, dtype: FloatDtypeName) -> None:
+        self._digest = xxhash.xxh3_128(f"{dtype} {len(layout)} ".encode())
+        self._digest.update(layout)
+
+    def update(self, weights: Frame) -> None:
+        """Add the next bytes of the flat weights."""
+        self._digest.update(weights)
+
+    def digest(self) -> bytes:
+        """Return the digest so far, 16 bytes."""
+        return self._digest.digest()
+
+
+def version_of(layout: Frame, dtype: FloatDtypeName, weights: Frame) -> bytes:
+    """Return the digest of an adapter version, 16 bytes."""
+    digest = VersionDigest(layout, dtype)
+    digest.update(weights)
+    return digest.digest()
