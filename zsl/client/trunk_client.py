@@ -172,6 +172,7 @@ class TrunkClient:
                 request=request,
                 attempt=pending.attempt,
                 budget_ms=pending.budget_ms(),
+                adapter=None,
                 keep=keep,
                 tensors=descriptors,
             )
@@ -216,7 +217,9 @@ class TrunkClient:
                 request=request,
                 attempt=pending.attempt,
                 budget_ms=pending.budget_ms(),
+                adapter=None,
                 step=step.request,
+                adapter_gradients=False,
                 tensors=[descriptor for descriptors, _ in sent for descriptor in descriptors],
             )
             return header, [buffer for _, buffers in sent for buffer in buffers]

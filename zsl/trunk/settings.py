@@ -16,9 +16,10 @@ from zsl.trunk.costs import (
     PassMemory,
 )
 from zsl.wire.frames import MAX_HEADER_BYTES
-from zsl.wire.messages import MAX_TENSOR_BYTES, Cut, FloatDtypeName, Hello, Limits, ModelIdentity
+from zsl.wire.messages import MAX_TENSOR_BYTES, AdapterLimits, Cut, FloatDtypeName, Hello, Limits, ModelIdentity
 
 FP32_BYTES = 4
+ADAPTER_SHARE = 1 / 4  # of the memory for adapters, that one version may take
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,8 @@ class ServerSettings:
 
     `stash_memory_bytes`: memory of the stashes of pending backwards; over it, graphs and then inputs are evicted.
     `reply_memory_bytes`: memory of answers that a client may ask for again.
+    `adapter_memory_bytes`: memory of adapters in the trunk's layers, of which a version may take `ADAPTER_SHARE`; 0:
+    none are accepted.
     `max_wait_seconds`: a request that has waited so long runs next, regardless of fairness.
     `stuck_seconds`: a pass that takes longer is considered hung; the daemon exits, so that another can take over.
     A session uses two connections: one for requests, one for heartbeats.
@@ -79,6 +82,8 @@ class ServerSettings:
     max_wait_seconds: float = 10.0
     stash_memory_bytes: int = 4 << 30
     reply_memory_bytes: int = 64 << 20
+    adapter_memory_bytes: int = 1 << 30
+    max_adapter_rank: int = 256
     stuck_seconds: float = 1800.0
     drain_seconds: float = 10.0
 
@@ -94,6 +99,13 @@ class ServerSettings:
             lease_ms=round(self.lease_seconds * 1000),
             ping_ms=round(self.ping_seconds * 1000),
         )
+
+    def adapter_limits(self, traits: TrunkTraits) -> AdapterLimits | None:
+        """Return the limits of an adapter; None if this daemon or its trunk accepts none."""
+        most = min(int(self.adapter_memory_bytes * ADAPTER_SHARE), MAX_TENSOR_BYTES)
+        if not most or not traits.adaptable:
+            return None
+        return AdapterLimits(max_rank=self.max_adapter_rank, max_bytes=most)
 
     def granted_tokens(self, info: TrunkInfo, memory: PassMemory) -> int:
         """Return the tokens of the largest request that fits in memory, at least `MAX_BATCH_TOKENS`."""
