@@ -23,7 +23,7 @@ TOKENS, ROWS = 128, 200
 
 set_seed(0)
 trunk = zsl.RemoteTrunk(options.server)
-base = zsl.load_client(options.model, trunk)  # the daemon reports the trunk's layers
+base = zsl.load_client(options.model, trunk, layers="client")  # the daemon reports the trunk's layers
 tokenizer = AutoTokenizer.from_pretrained(base.name_or_path)
 model = get_peft_model(base, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
 model.print_trainable_parameters()

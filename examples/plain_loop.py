@@ -19,7 +19,8 @@ STEPS, ROWS, TOKENS = 10, 2, 128
 
 torch.manual_seed(0)
 trunk = zsl.RemoteTrunk(options.server)
-base = zsl.load_client("random:gpt2", trunk)  # a real GPT2LMHeadModel; the daemon reports the trunk's layers
+# A real GPT2LMHeadModel. The daemon reports the trunk's layers; the adapter is on the others.
+base = zsl.load_client("random:gpt2", trunk, layers="client")
 model = get_peft_model(
     base, LoraConfig(r=8, target_modules=["c_attn", "c_fc", "c_proj"], fan_in_fan_out=True, task_type="CAUSAL_LM")
 )

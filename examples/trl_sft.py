@@ -21,7 +21,7 @@ parser.add_argument("--steps", type=int, default=20, help="optimizer steps")
 options = parser.parse_args()
 
 trunk = zsl.RemoteTrunk(options.server)
-model = zsl.load_client(options.model, trunk)  # the daemon reports the trunk's layers
+model = zsl.load_client(options.model, trunk, layers="client")  # the daemon reports the trunk's layers
 
 # One question per topic of Python's own documentation, answered with the beginning of the topic.
 data = Dataset.from_dict(

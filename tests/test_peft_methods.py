@@ -160,7 +160,7 @@ def models(checkpoints: Callable[..., Path]) -> Iterator[dict[str, Models]]:
             path = str(checkpoints(family))
             trunk = zsl.RemoteTrunk(stack.enter_context(served(path)))
             stack.callback(trunk.close)
-            made[family] = Models(zsl.load_client(path, trunk), local_model(path))
+            made[family] = Models(zsl.load_client(path, trunk, layers="client"), local_model(path))
         yield made
 
 

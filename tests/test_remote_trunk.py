@@ -66,10 +66,10 @@ def test_the_model_is_the_real_class_with_its_true_layers(path: str, trunk: zsl.
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
-def test_it_has_no_parameters_and_no_buffers_and_says_where_it_leads(path: str, trunk: zsl.RemoteTrunk) -> None:
+def test_it_has_no_weights_and_no_buffers_and_says_where_it_leads(path: str, trunk: zsl.RemoteTrunk) -> None:
     assert "not connected" in repr(trunk)
     zsl.load_client(path, trunk)
-    assert list(trunk.state_dict()) == list(trunk.parameters()) == []
+    assert list(trunk.state_dict()) == list(trunk.buffers()) == []
     assert f"{trunk.endpoint}, mode=exact, cut=2:4, session=" in repr(trunk)
 
 

@@ -58,7 +58,7 @@ class Models:
     trunk: zsl.RemoteTrunk
 
     def bare(self) -> Any:
-        return zsl.load_client(self.path, self.trunk)
+        return zsl.load_client(self.path, self.trunk, layers="client")
 
     def split(self) -> PeftModel:
         set_seed(0)

@@ -45,7 +45,7 @@ def split(path: str) -> Iterator[Callable[..., PreTrainedModel]]:
 
     def made(source: str = path, padding: PaddingMode = "drop") -> PreTrainedModel:
         trunk.padding = padding
-        return zsl.load_client(source, trunk)
+        return zsl.load_client(source, trunk, layers="client")
 
     with served(path) as endpoint, zsl.RemoteTrunk(endpoint) as trunk:
         yield made

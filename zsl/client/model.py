@@ -5,15 +5,15 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from transformers import PreTrainedModel
 
 from zsl.client.remote import RemoteTrunk
-from zsl.errors import ModelError
+from zsl.errors import ConfigError, ModelError
 from zsl.models.identity import identify
-from zsl.models.loading import load_client_part
+from zsl.models.loading import AdaptedLayers, load_client_part
 from zsl.models.quantize import Quantization
 from zsl.models.reference import ModelReference, resolve
 from zsl.split.slots import copy_plain_attributes
@@ -41,27 +41,39 @@ def load_client(
     cut: Cut | None = None,
     dtype: torch.dtype = torch.float32,
     quantize: Quantization | None = None,
+    layers: AdaptedLayers = "all",
 ) -> PreTrainedModel:
     """Load the real class of `model` (`GPT2LMHeadModel`, …) with `trunk` in place of the layers that the daemon holds.
 
     The cut is the daemon's; give `cut` to require one. The daemon must serve the same configuration and weights.
     Only the layers outside the cut are loaded; `model` may be the client's part that `zsl split` wrote.
     `quantize`: load the client's linear layers in 4 or 8 bits, by bitsandbytes; the trunk stays as the daemon has it.
-    Raises `ModelError`, `TrunkUnreachable` or `WrongModelError`.
+    `layers`: those that adapters may be put on. With "all", the modules of the trunk's layers are in their places,
+    without their weights; LoRA on them is sent to the trunk. With "client", only the layers of this process are there.
+    Raises `ConfigError`, `ModelError`, `TrunkUnreachable` or `WrongModelError`.
     """
+    if layers not in get_args(AdaptedLayers):
+        raise ConfigError(f"layers {layers!r}: one of {', '.join(get_args(AdaptedLayers))}")
     reference = resolve(model) if isinstance(model, str) else model
     if reference.part is not None:
         cut = reference.part.cut_for(reference.text, "client", cut)
     welcome = trunk.connect(identify(reference), cut=cut, dtype=dtype)
-    client_model = load_client_part(reference, welcome.cut, dtype, quantize=quantize)
+    client_model = load_client_part(reference, welcome.cut, dtype, quantize=quantize, layers=layers)
     put_trunk(client_model, trunk, welcome.cut)
     return client_model
 
 
 def put_trunk(model: PreTrainedModel, trunk: RemoteTrunk, cut: Cut) -> None:
-    """Put the trunk into the first removed layer's slot, with hooks that pass it mask, positions and labels."""
+    """Put the trunk into the first removed layer's slot, with hooks that pass it mask, positions and labels.
+
+    A trunk with the modules of another model stays there; this one gets a copy, on the same connection.
+    """
     stack = find_stack(model)
-    copy_plain_attributes(stack.layers[cut.start], trunk)
+    slot = stack.layers[cut.start]
+    if trunk.has_modules:
+        trunk = trunk.without_modules()
+    copy_plain_attributes(slot, trunk)
+    trunk.adopt(slot)
     stack.layers[cut.start] = trunk
     trunk.in_model = True
     # The module that runs the layers. A causal language model may call it without its base model in between.

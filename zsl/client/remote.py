@@ -1,10 +1,12 @@
 """`RemoteTrunk`: module that replaces the trunk's layers in a model and computes them on a daemon.
 
-The transformers model calls it as a decoder layer. It has no parameters and no buffers.
+The transformers model calls it as a decoder layer. It has no weights and no buffers, but it may have the modules of the
+layer in whose place it is, for adapters.
 """
 
 from __future__ import annotations
 
+import copy
 import os
 import threading
 import warnings
@@ -242,12 +244,20 @@ class RemoteTrunk(NoWeights):
         welcome = self._client.welcome
         return f"{self.endpoint}, mode={self.effective_mode}, cut={welcome.cut}, session={welcome.session.hex()[:8]}"
 
+    @property
+    def has_modules(self) -> bool:
+        """True if it has the modules of a model's layer, for adapters."""
+        return bool(self._modules or self._parameters)
+
+    def without_modules(self) -> Self:
+        """Return a copy without the modules of a model's layer, on the same connection."""
+        return copy.deepcopy(self, {id(self._modules): {}, id(self._parameters): {}})
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        copy = type(self).__new__(type(self))
-        copy.__setstate__(self.__getstate__())
-        copy._client = self._client
-        memo[id(self)] = copy
-        return copy
+        trunk = memo[id(self)] = type(self).__new__(type(self))
+        trunk.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        trunk._client = self._client
+        return trunk
 
     def __getstate__(self) -> dict[str, Any]:
         """Return all attributes but the connection, which belongs to this process."""

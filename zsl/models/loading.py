@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel
@@ -14,17 +14,25 @@ from zsl.models.random_weights import initialize_by_name
 from zsl.models.reference import ModelReference
 from zsl.split.cut import check_cut
 from zsl.split.parts import PartName
-from zsl.split.slots import middle_only, with_hole
+from zsl.split.slots import middle_only, put_ghosts, with_hole
 from zsl.split.stack import BUILDING, base_class, causal_lm_class, check_can_be_split, layer_count
 from zsl.text.first_line import first_line
 from zsl.wire.messages import Cut
 
+AdaptedLayers = Literal["client", "all"]
+
 
 def load_client_part(
-    reference: ModelReference, cut: Cut, dtype: torch.dtype = torch.float32, *, quantize: Quantization | None = None
+    reference: ModelReference,
+    cut: Cut,
+    dtype: torch.dtype = torch.float32,
+    *,
+    quantize: Quantization | None = None,
+    layers: AdaptedLayers = "client",
 ) -> PreTrainedModel:
     """Load the causal language model with pass-throughs in place of the cut's layers, which are never allocated.
 
+    `layers="all"`: they have those layers' modules, with weights that hold no memory, for adapters.
     `quantize` loads the linear layers in 4 or 8 bits; see `zsl.models.quantize`.
     `use_cache` is off: the trunk keeps no keys and values, so a cached generation would be wrong.
     Raises `ModelError`.
@@ -33,6 +41,9 @@ def load_client_part(
     cls = with_hole(causal_lm_class(reference.config), cut)
     model = _load(cls, reference, dtype, quantization_config(reference, quantize, dtype) if quantize else None)
     keep_as_loaded(model)
+    if layers == "all":
+        put_ghosts(model)
+    del model.layers_in_trunk
     if reference.part is not None:
         model.name_or_path = reference.hub_id or ""  # an adapter is saved for the whole model, not for the part
     model.config.use_cache = False

@@ -17,6 +17,7 @@ from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.utils import ModulesToSaveWrapper
 
 from zsl.errors import ModelError
+from zsl.split.ghosts import GhostWeight
 from zsl.split.stack import embedding_rows
 
 
@@ -81,7 +82,7 @@ def note_loaded_weights(model: Any, state_dict: Mapping[str, Any], prefix: str, 
     """
     for name, parameter in model.named_parameters(remove_duplicate=False):
         new: Any = state_dict.get(prefix + name)
-        fits = isinstance(new, torch.Tensor) and new.shape == parameter.shape
+        fits = isinstance(new, torch.Tensor) and new.shape == parameter.shape and not isinstance(parameter, GhostWeight)
         if fits and not torch.equal(new.to(parameter), parameter.detach()):
             model.loaded_weights.add(_plain(name))
 

@@ -1,6 +1,6 @@
-"""Find the side of each module of a client's model: *bottom* runs before the trunk, *top* after.
+"""Find the side of each module of a client's model: *bottom* runs before the *trunk*, *top* after.
 
-The model runs once on two tokens, with a pass-through in place of the trunk, so that no table of names is needed.
+The model runs once on two tokens, with pass-throughs in place of the trunk, so that no table of names is needed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from zsl.split.slots import PassThrough
 from zsl.split.stack import find_stack
 from zsl.wire.messages import Cut
 
-Side = Literal["bottom", "top"]
+Side = Literal["bottom", "trunk", "top"]
 
 
 class Sides:
@@ -25,9 +25,13 @@ class Sides:
     def __init__(self, model: PreTrainedModel, cut: Cut) -> None:
         self._modules = {name: module for name, module in model.named_modules() if _owns_parameters(module)}
         self._sides: dict[str, Side] = {}
-        layers = find_stack(model).layers
-        in_the_hole = layers[cut.start]
-        layers[cut.start] = PassThrough(in_the_hole)
+        stack = find_stack(model)
+        layers, slots = stack.layers, range(cut.start, cut.stop)
+        self._in_the_trunk = tuple(f"{stack.name}.{index}." for index in slots)
+        self._sides.update((name, "trunk") for name in self._modules if name.startswith(self._in_the_trunk))
+        in_slots = [layers[index] for index in slots]
+        for index in slots:
+            layers[index] = PassThrough(layers[index])
         passed_trunk = False
 
         def pass_trunk(*_: Any) -> None:
@@ -48,7 +52,8 @@ class Sides:
                 model.eval()(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device))
         finally:
             model.train(training)
-            layers[cut.start] = in_the_hole
+            for index, layer in zip(slots, in_slots, strict=True):
+                layers[index] = layer
             for hook in hooks:
                 hook.remove()
 
@@ -59,6 +64,8 @@ class Sides:
 
     def side_of(self, module_path: str) -> Side:
         """Return the side of a module, submodule or parameter, by its path within the model."""
+        if module_path.startswith(self._in_the_trunk):
+            return "trunk"
         path = module_path
         while path not in self._modules and path:
             path = path.rpartition(".")[0]

@@ -1,8 +1,9 @@
 """Replace the modules that a side does not own by modules without weights.
 
 Both sides keep the real transformers class, its configuration and its true layer indices. The client's model has
-pass-throughs in place of the trunk's layers (`RemoteTrunk` replaces the first of them); the trunk's model has them in
-place of all other layers, and `Absent` in place of embeddings and norm.
+pass-throughs in place of the trunk's layers (`RemoteTrunk` replaces the first of them), which may have those layers'
+modules, with ghosts for weights; the trunk's model has them in place of all other layers, and `Absent` in place of
+embeddings and norm.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from zsl.errors import ModelError
-from zsl.split.no_weights import MERGE_FIRST, NoWeights
+from zsl.split.no_weights import MERGE_FIRST, NoWeights, make_ghosts
 from zsl.split.peft_model import note_loaded_weights
 from zsl.split.stack import Stack, embedding_rows, find_stack, layer_count
 from zsl.wire.messages import Cut
@@ -65,8 +66,9 @@ def with_hole(cls: type[PreTrainedModel], cut: Cut) -> type[PreTrainedModel]:
     """
 
     def replace(model: PreTrainedModel, stack: Stack) -> None:
-        _pass_through(stack, range(cut.start, cut.stop))
         built: Any = model
+        built.layers_in_trunk = list(stack.layers[cut.start : cut.stop])  # a list, so that they are no modules of it
+        _pass_through(stack, range(cut.start, cut.stop))
         built.embedding_rows = embedding_rows(model)  # resized embeddings are saved with an adapter
         built.loaded_weights = set()
         model.register_load_state_dict_pre_hook(note_loaded_weights)
@@ -77,6 +79,21 @@ def with_hole(cls: type[PreTrainedModel], cut: Cut) -> type[PreTrainedModel]:
     made.load_adapter = _load_adapter
     split: type[PreTrainedModel] = made
     return split
+
+
+def trunk_slots(stack: Stack) -> list[int]:
+    """Return the indices of the layers that are in the trunk, of a client's model."""
+    return [index for index, layer in enumerate(stack.layers) if isinstance(layer, NoWeights)]
+
+
+def put_ghosts(model: PreTrainedModel) -> None:
+    """Give the pass-throughs of a model of `with_hole` the modules of the trunk's layers, with ghosts for weights."""
+    stack = find_stack(model)
+    built: Any = model
+    for index, layer in zip(trunk_slots(stack), built.layers_in_trunk, strict=True):
+        make_ghosts(layer, f"{stack.name}.{index}", model.device)
+        slot: Any = stack.layers[index]
+        slot.adopt(layer.train(model.training))
 
 
 def middle_only(cls: type[PreTrainedModel], config: PreTrainedConfig, cut: Cut) -> type[PreTrainedModel]:

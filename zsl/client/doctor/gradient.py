@@ -66,7 +66,7 @@ def compare_with_local(reference: ModelReference, trunk: RemoteTrunk, dtype: Flo
     torch_dtype = TORCH_DTYPES[dtype]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about modes and dtypes, which other checks report
-        split = load_client(reference, trunk, dtype=torch_dtype)
+        split = load_client(reference, trunk, dtype=torch_dtype, layers="client")
     welcome = trunk.client.welcome
     tokens = min(TOKENS, welcome.limits.max_row_tokens)
     through = _one_step(split, welcome.cut, tokens)

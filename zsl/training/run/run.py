@@ -79,7 +79,7 @@ def train_from_config(config: TrainConfig, where: str, *, dry_run: bool = False)
         set_seed(arguments.seed)
         trunk, trunk_place = _trunk(config, cut, dtype, stack)
         stack.callback(trunk.close)
-        base = load_client(reference, trunk, cut=cut, dtype=dtype, quantize=config.model.quantize)
+        base = load_client(reference, trunk, cut=cut, dtype=dtype, quantize=config.model.quantize, layers="client")
         sides = Sides(base, trunk.client.welcome.cut)
         try:
             if adapter is not None:
