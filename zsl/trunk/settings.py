@@ -41,7 +41,8 @@ class TrunkTraits:
     `packs_restarts`: also those with a mask, or with positions that start again within a row. `deterministic`: a
     request's answer is the same bit for bit, whichever requests share its pass. `adaptable`: inputs and outputs of the
     linear modules that may have adapters, by path (`zsl.wire.adapter_layout`); `merges_adapters`: requests with
-    adapters may share a pass.
+    adapters may share a pass. `graph_memory_with_adapters`, `pass_memory_with_adapters`: memory of passes of requests
+    with adapters.
     """
 
     parameters: int
@@ -56,6 +57,8 @@ class TrunkTraits:
     pass_memory: PassMemory = UNKNOWN_PASS_MEMORY
     adaptable: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     merges_adapters: bool = False
+    graph_memory_with_adapters: GraphMemory = UNKNOWN_GRAPH_MEMORY
+    pass_memory_with_adapters: PassMemory = UNKNOWN_PASS_MEMORY
 
 
 @dataclass(frozen=True, slots=True)
