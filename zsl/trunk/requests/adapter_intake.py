@@ -112,8 +112,7 @@ class AdapterIntake:
             )
         if header.nbytes > limits.max_bytes:
             raise TooLargeError(f"an adapter of {header.nbytes} bytes is over {limits.max_bytes}")
-        # The computation keeps a copy of its own if it needs another dtype.
-        nbytes = header.nbytes if layout.dtype == header.dtype else header.nbytes + layout.nbytes(layout.dtype)
+        nbytes = header.nbytes + layout.nbytes(layout.dtype)  # the computation keeps a copy of its own
         if not self._store.reserve(session, header.version, nbytes, now):
             return False
         digest = VersionDigest(layout_json, header.dtype)
