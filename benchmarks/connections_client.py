@@ -177,6 +177,7 @@ class ActiveClient:
                 request=request,
                 attempt=pending.attempt,
                 budget_ms=pending.budget_ms(),
+                adapter=None,
                 keep=False,
                 tensors=[descriptor],
             )

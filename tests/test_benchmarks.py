@@ -98,7 +98,7 @@ def test_a_benchmark_writes_its_table_and_its_plot(name: str, checkpoints: Calla
     if name in NEED_MORE and find_spec(NEED_MORE[name]) is None:
         pytest.skip(f"{NEED_MORE[name]} is not installed")
     options, columns, files = RUNS[name]
-    llama, here = str(checkpoints("llama", max_position_embeddings=2048)), str(tmp_path)  # budget has rows of 1,536
+    llama, here = str(checkpoints("llama", max_position_embeddings=4096)), str(tmp_path)  # budget has rows of 4,096
     (tmp_path / "run.toml").write_text(CONFIG.replace("LLAMA", llama))
     command = [sys.executable, str(BENCHMARKS / f"{name}.py"), "--out", str(tmp_path / "out")]
     command += [option.replace("LLAMA", llama).replace("HERE", here) for option in options]

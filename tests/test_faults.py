@@ -18,6 +18,7 @@ from peft import PeftModel
 import zsl
 from support import batches
 from support.daemon import Daemon
+from support.echo import NO_ADAPTER
 from support.faulty_link import FaultyLink
 from support.history import History, check, digest
 from support.models import CUT, local_model, with_lora
@@ -175,8 +176,8 @@ def good_messages(welcome: Welcome) -> list[tuple[Header, list[bytes]]]:
         (Hello(request=9, software="t", dtype="f32", model=welcome.model, cut=welcome.cut, resume=None), []),
         forward(welcome, 1, hidden=HIDDEN, keep=True),
         forward(welcome, 2, rows=2, tokens=3, hidden=HIDDEN),
-        (Backward(**work, request=3, tensors=[gradients]), [bytes(gradients.nbytes)]),
-        (Backward(**work, request=4, tensors=[activations, gradients]), [bytes(gradients.nbytes)] * 2),
+        (Backward(**work, **NO_ADAPTER, request=3, tensors=[gradients]), [bytes(gradients.nbytes)]),
+        (Backward(**work, **NO_ADAPTER, request=4, tensors=[activations, gradients]), [bytes(gradients.nbytes)] * 2),
         (Release(**named, step=1), []),
         (Cancel(**named, request=1), []),
         (Ping(**named, request=5), []),

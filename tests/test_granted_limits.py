@@ -11,7 +11,7 @@ import msgpack
 import numpy as np
 import pytest
 
-from support.echo import HIDDEN, EchoServer
+from support.echo import HIDDEN, NO_ADAPTER, EchoServer
 from support.peer import Peer, forward
 from support.square import SquareClient, some
 from test_access import Keys
@@ -95,8 +95,8 @@ def submit(
     def build(welcome: Welcome, pending: Pending) -> tuple[Header, list[Frame]]:
         fields = client._fields(welcome, pending)
         if complete:
-            return Backward(**fields, step=request, tensors=descriptors), list(buffers)
-        return Forward(**fields, keep=False, tensors=descriptors), list(buffers)
+            return Backward(**fields, **NO_ADAPTER, step=request, tensors=descriptors), list(buffers)
+        return Forward(**fields, adapter=None, keep=False, tensors=descriptors), list(buffers)
 
     return client.connection.submit(request, build, nbytes=sum(map(len, buffers)))
 
@@ -154,7 +154,7 @@ def test_bytes_in_flight_are_taken_up_to_the_limit_and_told_one_over_it(served: 
         served.server.compute.gate.clear()
         try:
             for request in (1, 2):
-                peer.send(Backward(**fields, request=request, step=request, tensors=descriptors), buffers)  # type: ignore[arg-type]
+                peer.send(Backward(**fields, **NO_ADAPTER, request=request, step=request, tensors=descriptors), buffers)  # type: ignore[arg-type]
             peer.send(*forward(welcome, 3, rows=rows, tokens=ROW_TOKENS))
             answer = peer.ask(*forward(welcome, 4, tokens=1))
             assert isinstance(answer, Error) and (answer.code, answer.request) == ("OVERLOADED", 4)

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from support.daemon import Daemon
+from test_merging import forward_work
 from zsl.client.trunk_client import TrunkClient
 from zsl.errors import TooLargeError
 from zsl.split.cut import parse_cut
@@ -105,10 +106,10 @@ def test_the_memory_of_a_graph_is_known_before_its_pass_and_one_too_large_is_com
             module.register_forward_pre_hook(lambda *_, name=name: mlp_calls.update([name]))
     packed_rows = sequences_of(rows, Shape(1, 60, (7, 40, 13)))
     for inputs in (rows, packed_rows):
-        whole, by_layers = mlp_calls.copy(), trunk.gradients_by_layers(inputs, gradients)
+        whole, (by_layers, _) = mlp_calls.copy(), trunk.gradients_by_layers(inputs, gradients)
         assert (mlp_calls - whole).total() == 3, "the first of the two layers is computed again for its gradient"
         assert torch.equal(trunk.graph(inputs).gradients(gradients), by_layers)
-    assert compute._fits((5,)) and not compute._fits((60,))
+    assert compute._fits([forward_work(0, tokens=5)]) and not compute._fits([forward_work(0, tokens=60)])
     most = len(trunk._graph_bytes) + 1
     monkeypatch.setattr("zsl.trunk.compute.trunk_model.MAX_SIZES_REMEMBERED", most)
     for tokens in (11, 12, 13):
@@ -159,12 +160,12 @@ def test_layers_with_something_between_them_are_not_called_separately(checkpoint
     plan = plan_trunk(str(checkpoints("llama")), parse_cut("2:4"), torch.float32, "cpu", forward_only=False)
     trunk = plan.load(max_batch_tokens=256, merge_below_tokens=64)._trunk
     rows, gradients = Rows(torch.randn(1, 9, 32)), torch.randn(1, 9, 32)
-    plain = trunk.gradients_by_layers(rows, gradients)
+    plain, _ = trunk.gradients_by_layers(rows, gradients)
     layers = find_stack(trunk._model).layers
     layers[2].register_forward_hook(lambda layer, args, output: output * 2)
     with trunk.separate_layers(rows) as separate:
         assert separate == []
-    scaled = trunk.gradients_by_layers(rows, gradients)
+    scaled, _ = trunk.gradients_by_layers(rows, gradients)
     assert torch.equal(scaled, trunk.graph(rows).gradients(gradients))
     assert not torch.equal(scaled, plain)
 

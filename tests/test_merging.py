@@ -395,7 +395,7 @@ def test_linear_outputs_that_the_model_has_written_into_are_not_kept() -> None:
             return self.linear(x).add_(1)
 
     model = InPlace().requires_grad_(False)
-    layers = LinearLayers(model.modules())
+    layers = LinearLayers(model.named_modules())
     with layers.recording(1, 3) as linear_outputs, torch.no_grad():
         model(torch.randn(1, 3, 4))
     assert linear_outputs() is None

@@ -8,6 +8,7 @@ from itertools import count
 
 import pytest
 
+from support.echo import NO_ADAPTER
 from zsl.errors import CancelledByClientError, MalformedError, OverloadedError
 from zsl.trunk.access.tenants import Tenant
 from zsl.trunk.requests.credit import Credit
@@ -21,6 +22,7 @@ from zsl.trunk.requests.request_table import (
     RequestTable,
 )
 from zsl.trunk.scheduling.scheduler import Job, Scheduler
+from zsl.trunk.sessions.adapter_store import AdapterStore
 from zsl.trunk.sessions.sessions import Session, Sessions
 from zsl.trunk.work import Alone, Done, Held, Keep, Kind, Shape
 from zsl.wire.messages import Backward, Forward, TensorDescriptor
@@ -69,7 +71,9 @@ class Room:
             "tensors": [TensorDescriptor(role="activations", dtype="u8", shape=(nbytes,), nbytes=nbytes)],
         }
         kind = Kind.FORWARD if step is None else Kind.BACKWARD
-        header = Forward(**common, keep=True) if step is None else Backward(**common, step=step)  # type: ignore[arg-type]
+        header: Forward | Backward = Forward(**common, adapter=None, keep=True)  # type: ignore[arg-type]
+        if step is not None:
+            header = Backward(**common, **NO_ADAPTER, step=step)
         job = Job((session.id, number), session.owner, kind, 1, None, cost_seconds, deadline, session.id)
         held = None if step is None else session.held[step]
         return Request(session, header, kind, {}, Shape(1, 1, (1,)), Alone(), step is None, held, 0.0, nbytes, job)
@@ -91,7 +95,8 @@ def room() -> Room:
         lease_seconds=60, max_sessions=10, stash_memory_bytes=1000, new_id=lambda: next(ids).to_bytes(16, "big")
     )
     credit = Credit(max_requests=2, max_bytes=100, max_all_bytes=150)
-    return Room(sessions, RequestTable(sessions, Scheduler(max_batch_tokens=100), ReplyCache(1 << 20), credit))
+    table = RequestTable(sessions, AdapterStore(100), Scheduler(max_batch_tokens=100), ReplyCache(1 << 20), credit)
+    return Room(sessions, table)
 
 
 def tenant(name: str, max_inflight_bytes: int, weight: float = 1.0) -> Tenant:

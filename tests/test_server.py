@@ -12,7 +12,7 @@ from contextlib import ExitStack
 import numpy as np
 import pytest
 
-from support.echo import HIDDEN, IDENTITY, ROW_TOKENS, EchoServer
+from support.echo import HIDDEN, IDENTITY, NO_ADAPTER, ROW_TOKENS, EchoServer
 from support.faulty_link import FaultyLink
 from support.peer import Peer, forward
 from test_wire_frames import BAD_FRAMES
@@ -67,6 +67,7 @@ def backward(
         request=request,
         attempt=0,
         budget_ms=20_000,
+        **NO_ADAPTER,
         step=step,
         tensors=[
             TensorDescriptor(role=role, dtype="f32", shape=(1, tokens, HIDDEN), nbytes=nbytes)  # type: ignore[arg-type]

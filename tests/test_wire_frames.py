@@ -26,6 +26,8 @@ from zsl.wire.messages import (
     MAX_TEXT_CHARS,
     TO_CLIENT,
     TO_DAEMON,
+    Adapter,
+    AdapterLimits,
     Backward,
     Bye,
     Cancel,
@@ -45,6 +47,7 @@ from zsl.wire.messages import (
     Status,
     StatusRequest,
     TensorDescriptor,
+    UsedAdapter,
     Welcome,
 )
 
@@ -63,10 +66,25 @@ LIMITS = Limits(
 CUT = Cut(start=2, stop=10)
 ACTIVATIONS = TensorDescriptor(role="activations", dtype="f32", shape=(1, 2, 4), nbytes=32)
 
+VERSION = b"v" * 16
+WORK: dict[str, Any] = {"session": SESSION, "epoch": EPOCH, "request": 1, "attempt": 0, "budget_ms": 9}
+WORK["tensors"] = [ACTIVATIONS]
+
 HEADERS: list[Header] = [
     Hello(request=1, software="0", dtype="f32", model=IDENTITY, cut=None, resume=None),
-    Forward(session=SESSION, epoch=EPOCH, request=1, attempt=0, budget_ms=9, keep=True, tensors=[ACTIVATIONS]),
-    Backward(session=SESSION, epoch=EPOCH, request=1, attempt=0, budget_ms=9, step=1, tensors=[ACTIVATIONS]),
+    Forward(**WORK, keep=True, adapter=None),
+    Forward(**WORK, keep=True, adapter=UsedAdapter(version=VERSION, dropout_seed=7)),
+    Backward(**WORK, step=1, adapter=None, adapter_gradients=False),
+    Adapter(
+        session=SESSION,
+        epoch=EPOCH,
+        request=1,
+        version=VERSION,
+        dtype="f32",
+        offset=0,
+        nbytes=32,
+        tensors=[TensorDescriptor(role="weights", dtype="u8", shape=(32,), nbytes=32)],
+    ),
     Release(session=SESSION, epoch=EPOCH, step=1),
     Cancel(session=SESSION, epoch=EPOCH, request=1),
     Ping(session=SESSION, epoch=EPOCH, request=1),
@@ -84,6 +102,7 @@ HEADERS: list[Header] = [
         packs=True,
         deterministic=False,
         trunk_parameters=3,
+        adapters=AdapterLimits(max_rank=8, max_bytes=9),
         limits=LIMITS,
     ),
     Result(session=SESSION, request=1, epoch=EPOCH, merged=1, queue_us=0, compute_us=0, tensors=[ACTIVATIONS]),

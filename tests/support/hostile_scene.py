@@ -189,7 +189,7 @@ def backward(
     **changes: object,
 ) -> list[bytes]:
     """A BACKWARD, as `forward`."""
-    return _work(MessageType.BACKWARD, welcome, tensors, buffers, {"step": step, **changes})
+    return _work(MessageType.BACKWARD, welcome, tensors, buffers, {"step": step, "adapter_gradients": False, **changes})
 
 
 def _work(
@@ -205,6 +205,7 @@ def _work(
         "request": 1,
         "attempt": 0,
         "budget_ms": 20_000,
+        "adapter": None,
         "tensors": list(tensors),
     }
     if buffers is None:

@@ -113,6 +113,7 @@ def forward(
         "request": request,
         "attempt": 0,
         "budget_ms": 20_000,
+        "adapter": None,
         "keep": False,
         "tensors": [activations],
     }

@@ -34,7 +34,7 @@ from zsl.wire.frames import Frame, Message
 from zsl.wire.messages import Backward, Forward, Header, Result, TensorDescriptor, Welcome
 
 from .daemon import Daemon
-from .echo import CUT, HIDDEN, IDENTITY, ROW_TOKENS, TRAITS, EchoServer
+from .echo import CUT, HIDDEN, IDENTITY, NO_ADAPTER, ROW_TOKENS, TRAITS, EchoServer
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -117,7 +117,7 @@ class SquareClient:
 
         def build(welcome: Welcome, pending: Pending) -> tuple[Header, Sequence[Frame]]:
             fields = self._fields(welcome, pending)
-            return Forward(**fields, keep=True, tensors=[_descriptor("activations", x)]), [_bytes(x)]
+            return Forward(**fields, adapter=None, keep=True, tensors=[_descriptor("activations", x)]), [_bytes(x)]
 
         return _array(self.connection.call(request, build, nbytes=x.nbytes)), request
 
@@ -128,7 +128,7 @@ class SquareClient:
         def build(welcome: Welcome, pending: Pending) -> tuple[Header, Sequence[Frame]]:
             named = {"activations": x, "gradients": gradients} if pending.complete else {"gradients": gradients}
             tensors = [_descriptor(role, array) for role, array in named.items()]
-            header = Backward(**self._fields(welcome, pending), step=step, tensors=tensors)
+            header = Backward(**self._fields(welcome, pending), **NO_ADAPTER, step=step, tensors=tensors)
             return header, [_bytes(array) for array in named.values()]
 
         return _array(self.connection.call(request, build, nbytes=gradients.nbytes))

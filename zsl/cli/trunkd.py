@@ -78,6 +78,28 @@ class MemorySize(click.ParamType[int]):
     "recompute their forward; it also bounds the largest request.",
 )
 @click.option(
+    "--adapter-memory",
+    type=MemorySize(),
+    default="1GiB",
+    show_default=True,
+    show_envvar=True,
+    help="Memory for the adapters that clients have in the trunk's layers. One may take a quarter of it.",
+)
+@click.option(
+    "--max-adapter-rank",
+    type=click.IntRange(1),
+    default=256,
+    show_default=True,
+    show_envvar=True,
+    help="Largest rank of an adapter in the trunk's layers.",
+)
+@click.option(
+    "--no-adapters",
+    is_flag=True,
+    show_envvar=True,
+    help="Refuse adapters in the trunk's layers: clients adapt their own.",
+)
+@click.option(
     "--max-batch-tokens",
     type=click.IntRange(1),
     show_envvar=True,
@@ -132,6 +154,9 @@ def trunkd(
     threads: int | None,
     forward_only: bool,
     stash_memory: int,
+    adapter_memory: int,
+    max_adapter_rank: int,
+    no_adapters: bool,
     max_batch_tokens: int | None,
     merge_below_tokens: int | None,
     deterministic: str | None,
@@ -179,6 +204,8 @@ def trunkd(
             threads=threads,
             forward_only=forward_only,
             stash_memory_bytes=stash_memory,
+            adapter_memory_bytes=0 if no_adapters else adapter_memory,
+            max_adapter_rank=max_adapter_rank,
             max_batch_tokens=max_batch_tokens,
             merge_below_tokens=merge_below_tokens,
             deterministic=deterministic == "packed",

@@ -12,9 +12,10 @@ from zsl.errors import ZslError
 from zsl.link.status_client import StatusClient
 from zsl.text.plural import counted
 from zsl.transport.curve_keys import ClientKeys
-from zsl.wire.messages import FloatDtypeName, Status, Welcome
+from zsl.wire.messages import AdapterLimits, FloatDtypeName, Status, Welcome
 
 ROUND_TRIPS = 5
+_OF_SESSION = ("packs", "deterministic", "adapters", "limits")  # what only a WELCOME says
 DIGEST_CHARACTERS = 12  # of a digest that people compare
 DTYPE_WORDS: dict[FloatDtypeName, str] = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 
@@ -49,6 +50,7 @@ class Serving:
             rows += [
                 ("deterministic", "yes" if self.welcome.deterministic else "no"),
                 ("packs", "yes" if self.welcome.packs else "no"),
+                ("adapters", _adapters(self.welcome.adapters)),
                 ("row", f"up to {counted(limits.max_row_tokens, 'token')}"),
                 ("request", f"up to {tokens}, {in_units(limits.max_message_bytes)} a tensor"),
                 ("in flight", f"up to {requests}, {in_units(limits.max_inflight_bytes)} a session"),
@@ -66,7 +68,7 @@ class Serving:
 
     def as_json(self) -> dict[str, Any]:
         """Return the same for programs: whole digests and ids in hex, numbers in the units of their names."""
-        session = {} if self.welcome is None else self.welcome.model_dump(include={"packs", "deterministic", "limits"})
+        session = {} if self.welcome is None else self.welcome.model_dump(include=set(_OF_SESSION))
         return {
             "endpoint": self.endpoint,
             "takes_sessions": self.refusal is None,
@@ -76,6 +78,12 @@ class Serving:
             "epoch": self.status.epoch.hex(),
             "round_trip_seconds": self.round_trip_seconds,
         }
+
+
+def _adapters(limits: AdapterLimits | None) -> str:
+    if limits is None:
+        return "none in the trunk's layers"
+    return f"in the trunk's layers, up to rank {limits.max_rank} and {in_units(limits.max_bytes)}"
 
 
 def ask(endpoint: str, keys: ClientKeys | None) -> Serving:

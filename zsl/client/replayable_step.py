@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from zsl.errors import ChangedError, InternalError
-from zsl.link.adapter_versions import AdapterVersion
+from zsl.link.adapter_versions import EncodedAdapter
 from zsl.link.connection import Connection
 from zsl.wire.frames import Message
 from zsl.wire.messages import Result, Role, UsedAdapter
@@ -35,7 +35,7 @@ class Answer:
 class CallAdapter:
     """Adapter of one forward and its backward. `dropout_seed`: seed of its dropout masks, None for no dropout."""
 
-    version: AdapterVersion
+    version: EncodedAdapter
     dropout_seed: int | None = None
 
     @property

@@ -17,7 +17,7 @@ from torch import nn
 
 from zsl.client.replayable_step import CallAdapter
 from zsl.errors import AdapterError, ModelError
-from zsl.link.adapter_versions import NO_ADAPTERS, AdapterVersion
+from zsl.link.adapter_versions import NO_ADAPTERS, EncodedAdapter
 from zsl.split.ghosts import WAY_OUT, GhostWeight
 from zsl.wire.adapter_layout import AdaptedModule, AdapterLayout, version_of
 from zsl.wire.messages import AdapterLimits, FloatDtypeName
@@ -62,7 +62,7 @@ class TrunkAdapters:
 
     def __init__(self) -> None:
         self._layout: tuple[tuple[object, ...], AdapterLayout, bytes] | None = None
-        self._version: AdapterVersion | None = None
+        self._version: EncodedAdapter | None = None
 
     def find(self, slots: Slots) -> Found | None:
         """Find the active adapters; None without any. Raises `ModelError` for one that cannot be sent."""
@@ -85,14 +85,14 @@ class TrunkAdapters:
         flat = torch.cat([parameter.reshape(-1) for parameter in parameters])
         return Found(layout, encoded, flat, any(drops))
 
-    def version(self, found: Found, wire_dtype: torch.dtype | None) -> AdapterVersion:
+    def version(self, found: Found, wire_dtype: torch.dtype | None) -> EncodedAdapter:
         """Return the version of the weights as they are now: the last one, if they are the same."""
         descriptor, weights = encode_tensor("weights", found.weights.detach().to(wire_dtype or found.weights.dtype))
         dtype: Any = descriptor.dtype
         digest = version_of(found.encoded_layout, dtype, weights)
         last = self._version
         if last is None or last.digest != digest:
-            last = self._version = AdapterVersion(digest, found.encoded_layout, dtype, weights)
+            last = self._version = EncodedAdapter(digest, found.encoded_layout, dtype, weights)
         return last
 
     def for_call(self, found: Found, wire_dtype: torch.dtype | None) -> CallAdapter:

@@ -17,7 +17,7 @@ import torch
 
 from zsl.client.replayable_step import Answer, CallAdapter, Step, read_answer
 from zsl.errors import InternalError
-from zsl.link.adapter_versions import AdapterVersion
+from zsl.link.adapter_versions import EncodedAdapter
 from zsl.link.connection import Connection
 from zsl.link.keys import read_client_keys
 from zsl.link.pending import Build, Pending
@@ -185,8 +185,8 @@ class TrunkClient:
                 request=request,
                 attempt=pending.attempt,
                 budget_ms=pending.budget_ms(),
-                keep=keep,
                 adapter=None if adapter is None else adapter.header,
+                keep=keep,
                 tensors=descriptors,
             )
             return header, buffers
@@ -237,8 +237,8 @@ class TrunkClient:
                 request=request,
                 attempt=pending.attempt,
                 budget_ms=pending.budget_ms(),
-                step=step.request,
                 adapter=None if step.adapter is None else step.adapter.header,
+                step=step.request,
                 adapter_gradients=adapter_gradients,
                 tensors=[descriptor for descriptors, _ in sent for descriptor in descriptors],
             )
@@ -265,5 +265,5 @@ class TrunkClient:
         return f"{type(self).__name__}({self.endpoint!r})"
 
 
-def _version(adapter: CallAdapter | None) -> AdapterVersion | None:
+def _version(adapter: CallAdapter | None) -> EncodedAdapter | None:
     return None if adapter is None else adapter.version

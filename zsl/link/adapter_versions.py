@@ -18,7 +18,7 @@ NO_ADAPTERS = (
 
 
 @dataclass(frozen=True, slots=True)
-class AdapterVersion:
+class EncodedAdapter:
     """Flat weights of an adapter at one moment, as they are sent. `digest` names them and their layout."""
 
     digest: bytes
@@ -65,14 +65,14 @@ class SentVersions:
         self._sent: dict[bytes, int] = {}
         self._messages = 0
 
-    def lacks(self, version: AdapterVersion, session: bytes) -> bool:
+    def lacks(self, version: EncodedAdapter, session: bytes) -> bool:
         """Return whether a version has not been sent in this session."""
         if session != self._session:
             self._sent.clear()
             self._session = session
         return version.digest not in self._sent
 
-    def sent(self, version: AdapterVersion) -> None:
+    def sent(self, version: EncodedAdapter) -> None:
         """Note that all pieces of a version were sent."""
         self._sent[version.digest] = self.next_message()
         if len(self._sent) > MAX_KEPT:
@@ -83,7 +83,7 @@ class SentVersions:
         self._messages += 1
         return self._messages
 
-    def unknown(self, version: AdapterVersion, message: int) -> None:
+    def unknown(self, version: EncodedAdapter, message: int) -> None:
         """Note that the daemon did not know a version when it read a message that names it.
 
         Nothing changes if the version was sent again after that message.

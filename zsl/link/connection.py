@@ -25,7 +25,7 @@ from queue import Empty, SimpleQueue
 from typing import TypeVar
 
 from zsl.errors import ClosedError, InternalError, RequestTimeout, ZslError
-from zsl.link.adapter_versions import AdapterVersion
+from zsl.link.adapter_versions import EncodedAdapter
 from zsl.link.endpoints import parse_endpoints
 from zsl.link.link import Link
 from zsl.link.pending import Build, Pending, check_timeouts
@@ -121,7 +121,7 @@ class Connection:
         return next(self._ids)
 
     def submit(
-        self, request: int, build: Build, *, nbytes: int = 0, adapter: AdapterVersion | None = None
+        self, request: int, build: Build, *, nbytes: int = 0, adapter: EncodedAdapter | None = None
     ) -> Future[Message]:
         """Send a request, after its adapter if the session lacks that.
 
@@ -135,7 +135,7 @@ class Connection:
             self._check_usable()
         return pending.future
 
-    def call(self, request: int, build: Build, *, nbytes: int = 0, adapter: AdapterVersion | None = None) -> Message:
+    def call(self, request: int, build: Build, *, nbytes: int = 0, adapter: EncodedAdapter | None = None) -> Message:
         """Submit a request and wait. This thread drives the link meanwhile if no other does."""
         self._check_usable()  # before any lock: in a forked child a lock may stay locked for ever
         link, this_thread = self._link, threading.get_ident()
@@ -217,7 +217,7 @@ class Connection:
         if self._closing:
             raise self._closed()
 
-    def _pending(self, request: int, build: Build, nbytes: int, adapter: AdapterVersion | None) -> Pending:
+    def _pending(self, request: int, build: Build, nbytes: int, adapter: EncodedAdapter | None) -> Pending:
         return Pending(request, build, time.monotonic() + self._request_timeout_seconds, nbytes, adapter)
 
     def _not_open(self) -> ClosedError:

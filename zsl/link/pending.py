@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from numbers import Real
 
 from zsl.errors import ConfigError, ConnectionLost
-from zsl.link.adapter_versions import AdapterVersion
+from zsl.link.adapter_versions import EncodedAdapter
 from zsl.wire.frames import Frame, Message
 from zsl.wire.messages import Header, Limits, Welcome
 
@@ -49,7 +49,7 @@ class Pending:
     build: Build
     deadline: float
     nbytes: int
-    adapter: AdapterVersion | None = None
+    adapter: EncodedAdapter | None = None
     future: Future[Message] = field(default_factory=Future)
     attempt: int = 0
     complete: bool = False  # include everything that the request needs

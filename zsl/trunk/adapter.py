@@ -10,7 +10,8 @@ from zsl.wire.messages import FloatDtypeName
 
 @dataclass(slots=True, eq=False)
 class AdapterVersion:
-    """A complete and checked version. `weights`: flat, in the order of the layout, in `dtype`; finite.
+    """A complete and checked version. `weights`: flat, in the order of the layout, in `dtype`, finite; writable memory
+    at an address that is aligned as torch's tensors are.
 
     `loaded` is the computation's own form of it, which its thread makes at the first use.
     """
@@ -18,7 +19,7 @@ class AdapterVersion:
     version: bytes
     layout: AdapterLayout
     dtype: FloatDtypeName
-    weights: bytearray
+    weights: bytearray | memoryview
     loaded: object | None = field(default=None, repr=False)
 
     @property

@@ -16,9 +16,10 @@ from zsl.trunk.costs import (
     PassMemory,
 )
 from zsl.wire.frames import MAX_HEADER_BYTES
-from zsl.wire.messages import MAX_TENSOR_BYTES, Cut, FloatDtypeName, Hello, Limits, ModelIdentity
+from zsl.wire.messages import MAX_TENSOR_BYTES, AdapterLimits, Cut, FloatDtypeName, Hello, Limits, ModelIdentity
 
 FP32_BYTES = 4
+ADAPTER_SHARE = 1 / 4  # of the memory for adapters, that one version may take
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,8 @@ class TrunkTraits:
     `packs_restarts`: also those with a mask, or with positions that start again within a row. `deterministic`: a
     request's answer is the same bit for bit, whichever requests share its pass. `adaptable`: inputs and outputs of the
     linear modules that may have adapters, by path (`zsl.wire.adapter_layout`); `merges_adapters`: requests with
-    adapters may share a pass.
+    adapters may share a pass. `graph_memory_with_adapters`, `pass_memory_with_adapters`: memory of passes of requests
+    with adapters.
     """
 
     parameters: int
@@ -55,6 +57,8 @@ class TrunkTraits:
     pass_memory: PassMemory = UNKNOWN_PASS_MEMORY
     adaptable: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     merges_adapters: bool = False
+    graph_memory_with_adapters: GraphMemory = UNKNOWN_GRAPH_MEMORY
+    pass_memory_with_adapters: PassMemory = UNKNOWN_PASS_MEMORY
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +67,8 @@ class ServerSettings:
 
     `stash_memory_bytes`: memory of the stashes of pending backwards; over it, graphs and then inputs are evicted.
     `reply_memory_bytes`: memory of answers that a client may ask for again.
+    `adapter_memory_bytes`: memory of adapters in the trunk's layers, of which a version may take `ADAPTER_SHARE`; 0:
+    none are accepted.
     `max_wait_seconds`: a request that has waited so long runs next, regardless of fairness.
     `stuck_seconds`: a pass that takes longer is considered hung; the daemon exits, so that another can take over.
     A session uses two connections: one for requests, one for heartbeats.
@@ -79,6 +85,8 @@ class ServerSettings:
     max_wait_seconds: float = 10.0
     stash_memory_bytes: int = 4 << 30
     reply_memory_bytes: int = 64 << 20
+    adapter_memory_bytes: int = 1 << 30
+    max_adapter_rank: int = 256
     stuck_seconds: float = 1800.0
     drain_seconds: float = 10.0
 
@@ -94,6 +102,13 @@ class ServerSettings:
             lease_ms=round(self.lease_seconds * 1000),
             ping_ms=round(self.ping_seconds * 1000),
         )
+
+    def adapter_limits(self, traits: TrunkTraits) -> AdapterLimits | None:
+        """Return the limits of an adapter; None if this daemon or its trunk accepts none."""
+        most = min(int(self.adapter_memory_bytes * ADAPTER_SHARE), MAX_TENSOR_BYTES)
+        if not most or not traits.adaptable:
+            return None
+        return AdapterLimits(max_rank=self.max_adapter_rank, max_bytes=most)
 
     def granted_tokens(self, info: TrunkInfo, memory: PassMemory) -> int:
         """Return the tokens of the largest request that fits in memory, at least `MAX_BATCH_TOKENS`."""

@@ -13,7 +13,7 @@ from zsl.errors import WireError
 from zsl.trunk.adapter import AdapterUse
 from zsl.trunk.settings import TrunkTraits
 from zsl.wire.frames import Frame
-from zsl.wire.messages import Role, TensorDescriptor
+from zsl.wire.messages import Role, TensorDescriptor, UsedAdapter
 
 Buffers = dict[Role, tuple[TensorDescriptor, Frame]]
 
@@ -102,11 +102,12 @@ class Stash(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """A stash held in a session, with the shape of its step and the sharing of its backward."""
+    """A stash held in a session, with the shape of its step, the sharing of its backward, and the adapter of both."""
 
     stash: Stash
     shape: Shape
     sharing: Sharing
+    adapter: UsedAdapter | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -190,7 +190,7 @@ class Welcome(Header):
     packs: bool  # accepts sequences of several lengths in one row, with their `lengths`
     deterministic: bool  # an answer has the same bits whatever other clients send
     trunk_parameters: Count
-    adapters: AdapterLimits | None = None  # None: the daemon accepts no adapters
+    adapters: AdapterLimits | None  # None: the daemon accepts no adapters
     limits: Limits
 
 
@@ -230,7 +230,7 @@ class WorkHeader(InSession):
     request: Count
     attempt: Annotated[int, Field(ge=0, le=255)]
     budget_ms: Milliseconds  # time left until the request's deadline, when sent
-    adapter: UsedAdapter | None = None
+    adapter: UsedAdapter | None
     tensors: Tensors
 
 
@@ -250,7 +250,7 @@ class Backward(WorkHeader):
 
     TYPE = MessageType.BACKWARD
     step: Count
-    adapter_gradients: bool = False  # answer with those of the adapter's weights too
+    adapter_gradients: bool  # answer with those of the adapter's weights too
 
 
 class Result(InSession):

@@ -6,6 +6,7 @@
     max_sessions = 64
     max_inflight_bytes = "2GiB"
     max_stash_bytes = "1GiB"     # stashes of pending backwards; default: the daemon's own limit
+    max_adapter_bytes = "1GiB"   # adapters in the trunk's layers; default: the daemon's own limit
 
 Each authenticated key is one tenant: the quotas apply to all of its clients together.
 """
@@ -53,6 +54,7 @@ class _TenantTable(BaseModel):
     max_sessions: int = Field(default=64, ge=1)
     max_inflight_bytes: Annotated[_Bytes, Field(ge=1)] = 2 << 30
     max_stash_bytes: Annotated[_Bytes, Field(ge=0)] | None = None
+    max_adapter_bytes: Annotated[_Bytes, Field(ge=1)] | None = None
 
 
 class _File(BaseModel):
@@ -63,7 +65,7 @@ class _File(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Tenant:
-    """A tenant and its quotas. `max_stash_bytes` None: only the daemon's own limit applies."""
+    """A tenant and its quotas. `max_stash_bytes`, `max_adapter_bytes` None: only the daemon's own limit applies."""
 
     name: str
     public_key: str
@@ -71,6 +73,7 @@ class Tenant:
     max_sessions: int
     max_inflight_bytes: int
     max_stash_bytes: int | None
+    max_adapter_bytes: int | None = None
 
 
 class Tenants:

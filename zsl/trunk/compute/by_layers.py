@@ -13,6 +13,8 @@ from itertools import pairwise
 import torch
 
 Layer = Callable[[torch.Tensor], torch.Tensor]
+# At the input, and at each weight; None for one that was not used.
+Gradients = tuple[torch.Tensor, Sequence[torch.Tensor | None]]
 
 
 def stretch_of(layers: int) -> int:
@@ -28,9 +30,18 @@ def most_kept(layers: int) -> int:
 
 
 def gradients_by_layers(
-    layers: Sequence[Layer], leaf: torch.Tensor, gradient: torch.Tensor, *, after_layer: Callable[[], object]
-) -> torch.Tensor:
-    """Return the vector-Jacobian product of `layers` in sequence at `leaf`. Calls `after_layer` after each layer."""
+    layers: Sequence[Layer],
+    leaf: torch.Tensor,
+    gradient: torch.Tensor,
+    weights: Sequence[torch.Tensor] = (),
+    *,
+    after_layer: Callable[[], object],
+) -> Gradients:
+    """Return the vector-Jacobian products of `layers` in sequence, at `leaf` and at `weights`, each of one layer.
+
+    Calls `after_layer` after each layer.
+    """
+    at_weights: list[torch.Tensor | None] = [None] * len(weights)
     starts = range(0, len(layers), stretch_of(len(layers)))
     inputs = [leaf.detach()]
     with torch.no_grad():
@@ -42,18 +53,28 @@ def gradients_by_layers(
             within = [inputs.pop()]
             within += _through(stretch[:-1], within[0], after_layer, keep=True)
         for layer in reversed(stretch):
-            gradient = layer_gradient(layer, within.pop(), gradient)
+            gradient, of_layer = layer_gradients(layer, within.pop(), gradient, weights)
+            at_weights = [known if new is None else new for known, new in zip(at_weights, of_layer, strict=True)]
             after_layer()
-    return gradient
+    return gradient, at_weights
 
 
-def layer_gradient(layer: Layer, x: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-    """Return the vector-Jacobian product of one layer at `x`."""
+def layer_gradients(
+    layer: Layer, x: torch.Tensor, gradient: torch.Tensor, weights: Sequence[torch.Tensor] = ()
+) -> Gradients:
+    """Return the vector-Jacobian products of one layer at `x` and at `weights`."""
     x = x.detach().requires_grad_()
     with torch.enable_grad():
         output = layer(x)
-    (result,) = torch.autograd.grad(output, x, gradient)
-    return result
+    return gradients_at(output, x, gradient, weights)
+
+
+def gradients_at(
+    output: torch.Tensor, x: torch.Tensor, gradient: torch.Tensor, weights: Sequence[torch.Tensor] = ()
+) -> Gradients:
+    """Return the vector-Jacobian products of a graph at `x`, and at `weights` or None. Consumes the graph."""
+    at_x, *at_weights = torch.autograd.grad(output, [x, *weights], gradient, allow_unused=bool(weights))
+    return at_x, at_weights
 
 
 def _through(

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import torch
 
-from zsl.trunk.compute.by_layers import Layer, layer_gradient, most_kept
+from zsl.trunk.compute.by_layers import Layer, layer_gradients, most_kept
 from zsl.trunk.compute.live_bytes import peak_bytes
 from zsl.trunk.compute.packing import alone, packed
 from zsl.trunk.compute.passes import Rows, sequences_of
@@ -200,7 +200,7 @@ def measure_pass_memory(trunk: TrunkModel, graph_memory: GraphMemory) -> PassMem
 
 
 def _layer_bytes(layer: Layer, x: torch.Tensor) -> int:
-    return peak_bytes(lambda: layer_gradient(layer, x, x))
+    return peak_bytes(lambda: layer_gradients(layer, x, x))
 
 
 def _timed(run: Callable[[], Timed], device: torch.device, clock: Callable[[], float]) -> tuple[Timed, float]:

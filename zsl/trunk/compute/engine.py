@@ -7,11 +7,12 @@ is run again request by request, so that only the bad request fails. Imports no 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 
 from zsl.errors import InternalError, OutOfMemoryError, WireError
+from zsl.trunk.compute.adapters import FlatGradients, PassAdapters, SeparateAdapters, Span, request_adapter
 from zsl.trunk.compute.packing import MergedPass, alone, packed, stacked
 from zsl.trunk.compute.passes import Pass, Rows, Sequences, sequences_of
 from zsl.trunk.compute.stash import (
@@ -54,7 +55,7 @@ class TorchCompute:
 
     def run(self, batch: Batch) -> list[Outcome]:
         outcomes = self._outcomes(batch)
-        if not self._fits(_lengths(batch.works)):
+        if not self._fits(batch.works):
             self._trim_over_budget()
         return outcomes
 
@@ -88,13 +89,17 @@ class TorchCompute:
         keeps = [work.keep for work in works]
         with_linear_outputs = not set(keeps).isdisjoint(_WITH_LINEAR_OUTPUTS)
         graph = linear_outputs = None
-        if set(keeps) <= set(_WITH_GRAPH):
-            graph, linear_outputs = self._trunk.graph_to_keep(merged.inputs, with_linear_outputs=with_linear_outputs)
-            output = graph.output.detach()
-        elif with_linear_outputs:
-            output, linear_outputs = self._trunk.forward_with_linear_outputs(merged.inputs)
-        else:
-            output = self._trunk.forward(merged.inputs)
+        # The backward of a kept graph says whether it needs gradients of adapters.
+        with self._trunk.adapted(self._adapters(works, merged, trained=range(len(works)))):
+            if set(keeps) <= set(_WITH_GRAPH):
+                graph, linear_outputs = self._trunk.graph_to_keep(
+                    merged.inputs, with_linear_outputs=with_linear_outputs
+                )
+                output = graph.output.detach()
+            elif with_linear_outputs:
+                output, linear_outputs = self._trunk.forward_with_linear_outputs(merged.inputs)
+            else:
+                output = self._trunk.forward(merged.inputs)
         dtypes = [_reply_dtype(work) for work in works]
         replies = self._replies("activations", merged.split(output), dtypes)
         stashes = stashes_of(merged, parts, [work.shape for work in works], dtypes, keeps, graph, linear_outputs)
@@ -105,26 +110,65 @@ class TorchCompute:
         tensors = self._transfer.to_device([decode_tensor(*work.buffers["gradients"]) for work in works])
         tensors = [tensor.to(self._trunk.dtype) for tensor in tensors]
         results: dict[int, torch.Tensor] = {}  # by index of the request
-        for group in self._groups_by_graph(works, stashes):
-            gradients = gradients_of_common_graph([stashes[p] for p in group], [tensors[p] for p in group])
-            results.update(zip(group, gradients, strict=True))
+        of_adapters: FlatGradients = {}
+
+        def compute(places: list[int], gradients: Callable[..., tuple[list[torch.Tensor], FlatGradients]]) -> None:
+            at_inputs, flat = gradients(*([values[p] for p in places] for values in (works, stashes, tensors)))
+            results.update(zip(places, at_inputs, strict=True))
+            of_adapters.update({places[index]: gradient for index, gradient in flat.items()})
+
+        groups = self._groups_by_graph(works, stashes)
+        for group in groups:
+            compute(group, _from_common_graph)
         rest = [place for place in range(len(works)) if place not in results]
         if rest:
-            of_rest, works_of_rest = [stashes[place] for place in rest], [works[place] for place in rest]
-            merged = self._merged(works_of_rest, [stash.inputs for stash in of_rest])
-            linear_outputs = take_linear_outputs(of_rest)
-            at_output = merged.join([tensors[place] for place in rest])
-            if self._fits(_lengths(works_of_rest)):
+            compute(rest, self._recomputed)
+        for shared in (*groups, rest):
+            if len(shared) > 1 and not self.traits.deterministic and _leak([of_adapters.get(p) for p in shared]):
+                logger.debug("an adapter gradient of %d requests is not finite; running them one by one", len(shared))
+                for place in shared:
+                    compute([place], self._recomputed)
+        ordered = [results[place] for place in range(len(works))]
+        replies = self._replies("gradients", ordered, [stash.reply_dtype for stash in stashes])
+        trained = sorted(of_adapters)
+        dtypes = [_adapter_dtype(works[place]) for place in trained]
+        flat = self._replies("adapter_gradients", [of_adapters[place] for place in trained], dtypes)
+        for place, reply in zip(trained, flat, strict=True):
+            replies[place].update(reply)
+        return [Done(reply) for reply in replies]
+
+    def _recomputed(
+        self, works: Sequence[Work], stashes: Sequence[TorchStash], tensors: Sequence[torch.Tensor]
+    ) -> tuple[list[torch.Tensor], FlatGradients]:
+        """Return gradients from linear outputs, or from inputs alone, and those of adapters by index of the request."""
+        merged = self._merged(works, [stash.inputs for stash in stashes])
+        linear_outputs = take_linear_outputs(stashes)
+        at_output, trained = merged.join(tensors), _trained(works)
+        with self._trunk.adapted(self._adapters(works, merged, trained=trained)):
+            if self._fits(works):
                 graph = self._trunk.graph(
                     merged.inputs, None if linear_outputs is None else merged.join_linear_outputs(linear_outputs)
                 )
-                at_input = graph.gradients(at_output)
+                at_input, of_adapters = graph.all_gradients(at_output, trained)
             else:
                 del linear_outputs
-                at_input = self._trunk.gradients_by_layers(merged.inputs, at_output, after_layer=self._trim_over_budget)
-            results.update(zip(rest, merged.split(at_input), strict=True))
-        ordered = [results[place] for place in range(len(works))]
-        return [Done(reply) for reply in self._replies("gradients", ordered, [stash.reply_dtype for stash in stashes])]
+                at_input, of_adapters = self._trunk.gradients_by_layers(
+                    merged.inputs, at_output, trained, after_layer=self._trim_over_budget
+                )
+        return merged.split(at_input), of_adapters
+
+    def _adapters(self, works: Sequence[Work], merged: MergedPass, *, trained: Collection[int]) -> PassAdapters | None:
+        """Load the adapters of a pass. `trained`: indices of the requests whose adapters need gradients."""
+        if all(work.adapter is None for work in works):
+            return None
+        spans = []
+        for member, size in zip(merged.order, merged.sizes, strict=True):
+            use = works[member].adapter
+            adapter = None if use is None else request_adapter(use, self._trunk.device, trains=member in trained)
+            spans.append(Span(size, member, adapter))
+        if merged.filling:
+            spans.append(Span(merged.filling, None, None))
+        return SeparateAdapters(spans)
 
     def _trim_over_budget(self) -> None:
         """Trim the heap within and after a pass over the budget, where fragmentation would add up."""
@@ -132,8 +176,13 @@ class TorchCompute:
         if self._resident_at_start and resident_bytes() - self._resident_at_start > self._pass_memory_bytes:
             give_back_freed_memory()
 
-    def _fits(self, lengths: Sequence[int]) -> bool:
-        return self._pass_memory_bytes is None or self.traits.graph_memory.nbytes(lengths) <= self._pass_memory_bytes
+    def _fits(self, works: Sequence[Work]) -> bool:
+        if self._pass_memory_bytes is None:
+            return True
+        memory = self.traits.graph_memory
+        if any(work.adapter is not None for work in works):
+            memory = self.traits.graph_memory_with_adapters
+        return memory.nbytes([length for work in works for length in work.shape.lengths]) <= self._pass_memory_bytes
 
     def _groups_by_graph(self, works: Sequence[Work], stashes: Sequence[TorchStash]) -> list[list[int]]:
         """Return indices of backwards to run on the kept graphs of their forwards, one group per graph.
@@ -191,8 +240,22 @@ class TorchCompute:
         return [{role: encode_tensor(role, tensor)} for tensor in self._transfer.to_host(replies)]
 
 
-def _lengths(works: Sequence[Work]) -> list[int]:
-    return [length for work in works for length in work.shape.lengths]
+def _from_common_graph(
+    works: Sequence[Work], stashes: Sequence[TorchStash], tensors: Sequence[torch.Tensor]
+) -> tuple[list[torch.Tensor], FlatGradients]:
+    return gradients_of_common_graph(stashes, tensors, _trained(works))
+
+
+def _trained(works: Sequence[Work]) -> list[int]:
+    """Return the indices of backwards that ask for the gradients of their adapters."""
+    return [index for index, work in enumerate(works) if work.adapter is not None and work.adapter.gradients]
+
+
+def _leak(gradients: Sequence[torch.Tensor | None]) -> bool:
+    """Return whether a gradient is not finite: in the products of a merged pass, one request's infinite values make
+    those of all adapters NaN."""
+    sums = [gradient.sum(dtype=torch.float32) for gradient in gradients if gradient is not None]
+    return bool(sums) and not bool(torch.stack(sums).isfinite().all())
 
 
 def _sequences(part: Pass, work: Work) -> Sequences:
@@ -208,6 +271,11 @@ def _rows(part: Pass) -> Rows:
 def _own(tensor: torch.Tensor) -> torch.Tensor:
     """Copy a view to its own memory: a cached answer must not keep the memory of its whole pass."""
     return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
+
+
+def _adapter_dtype(work: Work) -> torch.dtype:
+    assert work.adapter is not None
+    return TORCH_DTYPES[work.adapter.version.dtype]
 
 
 def _reply_dtype(work: Work) -> torch.dtype:

@@ -22,6 +22,8 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
+from zsl.trunk.compute.adapters import PassAdapters
+
 # Overhead of a tensor beside its elements, with its references: 1,300 bytes on Linux.
 TENSOR_BYTES = 1408
 
@@ -59,15 +61,22 @@ class LinearOutputs:
 
 
 class LinearLayers:
-    """Linear layers of a model, patched to record and replay their outputs. For one thread."""
+    """Linear layers of a model, patched to record and replay their outputs. For one thread.
 
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
+    Outputs are those of the layers' own weights. Adapters (`adapted`) are added to them and computed anew in a replay.
+    """
+
+    def __init__(self, modules: Iterable[tuple[str, nn.Module]]) -> None:
+        self.features: dict[str, tuple[int, int]] = {}  # inputs and outputs, by path
+        self.adapters: PassAdapters | None = None
         self._layout: tuple[int, int] | None = None  # rows and tokens of the pass; None: compute normally
         self._recorded: list[tuple[torch.Tensor, int]] | None = None
         self._replayed: Iterator[torch.Tensor] = iter(())
-        for module in modules:
+        for path, module in modules:
             if type(module) in (nn.Linear, Conv1D):
-                module.forward = partial(self._forward, module, module.forward)
+                module.forward = partial(self._forward, path, module, module.forward)
+                inputs, outputs = _matrix(module).shape[::-1]
+                self.features[path] = inputs, outputs
 
     @contextmanager
     def recording(self, rows: int, tokens: int) -> Iterator[Callable[[], LinearOutputs | None]]:
@@ -89,7 +98,22 @@ class LinearLayers:
         finally:
             self._layout, self._replayed = None, iter(())
 
+    @contextmanager
+    def adapted(self, adapters: PassAdapters | None) -> Iterator[None]:
+        """Add adapters to the outputs of the linear layers."""
+        self.adapters = adapters
+        try:
+            yield
+        finally:
+            self.adapters = None
+
     def _forward(
+        self, path: str, module: nn.Module, compute: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor
+    ) -> torch.Tensor:
+        output = self._output(module, compute, x)
+        return output if self.adapters is None else self.adapters.added(path, x, output)
+
+    def _output(
         self, module: nn.Module, compute: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor
     ) -> torch.Tensor:
         # An input of another shape than the pass (routed experts) cannot be split by request.
@@ -100,9 +124,15 @@ class LinearLayers:
             self._recorded.append((output.detach(), output._version))
             return output
         product = next(self._replayed).view(*x.shape[:2], -1)
-        weight = module.weight.t() if isinstance(module, Conv1D) else module.weight
-        result: torch.Tensor = _KnownOutput.apply(x, weight, product)  # type: ignore[no-untyped-call]
+        result: torch.Tensor = _KnownOutput.apply(x, _matrix(module), product)  # type: ignore[no-untyped-call]
         return result
+
+
+def _matrix(module: nn.Module) -> torch.Tensor:
+    """Return the weight of a linear layer, `[out, in]`."""
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor)
+    return weight.t() if isinstance(module, Conv1D) else weight
 
 
 def _unchanged(recorded: list[tuple[torch.Tensor, int]]) -> LinearOutputs | None:

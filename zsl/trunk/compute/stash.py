@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from zsl.trunk.compute.adapters import FlatGradients
 from zsl.trunk.compute.linear_outputs import LinearOutputs
 from zsl.trunk.compute.packing import MergedPass
 from zsl.trunk.compute.passes import Pass
@@ -143,15 +144,24 @@ def with_common_graphs(stashes: Sequence[TorchStash]) -> list[list[int]]:
     return groups
 
 
-def gradients_of_common_graph(stashes: Sequence[TorchStash], gradients: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Return the gradients of one such group. Consumes its graph."""
+def gradients_of_common_graph(
+    stashes: Sequence[TorchStash], gradients: Sequence[torch.Tensor], trained: Collection[int]
+) -> tuple[list[torch.Tensor], FlatGradients]:
+    """Return the gradients of one such group, and of the adapters of those in `trained` (indices in the group).
+
+    Consumes its graph.
+    """
     shared = stashes[0].shared
     assert shared is not None and shared.graph is not None and shared.merged is not None
     graph, merged = shared.graph, shared.merged
     shared.graph = None
     by_member = {stash.member: gradient for stash, gradient in zip(stashes, gradients, strict=True)}
-    results = merged.split(graph.gradients(merged.join([by_member[member] for member in range(len(stashes))])))
-    return [results[stash.member] for stash in stashes]
+    at_output = merged.join([by_member[member] for member in range(len(stashes))])
+    at_input, of_adapters = graph.all_gradients(at_output, [stashes[index].member for index in trained])
+    results = merged.split(at_input)
+    return [results[stash.member] for stash in stashes], {
+        index: of_adapters[stashes[index].member] for index in trained
+    }
 
 
 def take_linear_outputs(stashes: Sequence[TorchStash]) -> list[LinearOutputs] | None:

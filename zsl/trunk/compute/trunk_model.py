@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -21,8 +21,9 @@ from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 
 from zsl.split.stack import find_stack
+from zsl.trunk.compute.adapters import FlatGradients, PassAdapters
 from zsl.trunk.compute.attention import flash_is_slow, layout_of, segments_attention
-from zsl.trunk.compute.by_layers import Layer, gradients_by_layers
+from zsl.trunk.compute.by_layers import Layer, gradients_at, gradients_by_layers
 from zsl.trunk.compute.linear_outputs import LinearLayers, LinearOutputs
 from zsl.trunk.compute.passes import Pass, Sequences
 from zsl.wire.messages import Cut
@@ -42,11 +43,19 @@ class Graph:
     leaf: torch.Tensor  # [rows, tokens, hidden]
     output: torch.Tensor  # [rows, tokens, hidden]
     nbytes: int  # of saved tensors, without weights, and nodes
+    adapters: PassAdapters | None = None
 
     def gradients(self, at_output: torch.Tensor) -> torch.Tensor:
         """Return the vector-Jacobian product `[rows, tokens, hidden]`. Call it once."""
-        (result,) = torch.autograd.grad(self.output, self.leaf, at_output)
-        return result
+        at_input, _ = gradients_at(self.output, self.leaf, at_output)
+        return at_input
+
+    def all_gradients(self, at_output: torch.Tensor, members: Collection[int]) -> tuple[torch.Tensor, FlatGradients]:
+        """Return the vector-Jacobian product and the gradients of the members' adapters. Call it once."""
+        if self.adapters is None or not members:
+            return self.gradients(at_output), {}
+        at_input, at_leaves = gradients_at(self.output, self.leaf, at_output, self.adapters.leaves(members))
+        return at_input, self.adapters.flat_gradients(members, at_leaves)
 
 
 @dataclass(slots=True)
@@ -88,7 +97,9 @@ class TrunkModel:
         for index in range(cut.start, cut.stop):
             layers[index].forward = partial(self._layer, layers[index].forward)
         self._linear_layers = LinearLayers(
-            module for index in range(cut.start, cut.stop) for module in layers[index].modules()
+            (f"{index}.{name}", module)
+            for index in range(cut.start, cut.stop)
+            for name, module in layers[index].named_modules()
         )
         self._weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
         self._graph_bytes: dict[tuple[object, ...], int] = {}
@@ -124,6 +135,19 @@ class TrunkModel:
         kinds = {str(getattr(module, "rope_type", "")) for module in self._model.modules()}
         return any(kind in LENGTH_DEPENDENT_ROPE for kind in kinds)
 
+    @property
+    def linear_features(self) -> Mapping[str, tuple[int, int]]:
+        """Inputs and outputs of the linear layers, by path (`zsl.wire.adapter_layout`)."""
+        return self._linear_layers.features
+
+    @property
+    def _adapters(self) -> PassAdapters | None:
+        return self._linear_layers.adapters
+
+    def adapted(self, adapters: PassAdapters | None) -> AbstractContextManager[None]:
+        """Run passes with these adapters in the linear layers."""
+        return self._linear_layers.adapted(adapters)
+
     def forward(self, inputs: Pass) -> torch.Tensor:
         """Compute the output activations `[rows, tokens, hidden]`, without a graph."""
         with torch.no_grad():
@@ -145,17 +169,27 @@ class TrunkModel:
         if linear_outputs is not None:
             linear_layers = self._linear_layers.replaying(inputs.rows, inputs.tokens, linear_outputs)
         with torch.enable_grad(), linear_layers:
-            return Graph(leaf, self._run(inputs, leaf), 0)
+            return Graph(leaf, self._run(inputs, leaf), 0, self._adapters)
 
     def gradients_by_layers(
-        self, inputs: Pass, at_output: torch.Tensor, *, after_layer: Callable[[], object] = lambda: None
-    ) -> torch.Tensor:
-        """Compute `graph(inputs).gradients(at_output)` with the graph of one layer at a time (of all layers if they
-        cannot be called separately)."""
+        self,
+        inputs: Pass,
+        at_output: torch.Tensor,
+        members: Collection[int] = (),
+        *,
+        after_layer: Callable[[], object] = lambda: None,
+    ) -> tuple[torch.Tensor, FlatGradients]:
+        """Compute `graph(inputs).all_gradients(at_output, members)` with the graph of one layer at a time (of all
+        layers if they cannot be called separately)."""
+        adapters = self._adapters
         with self.separate_layers(inputs) as layers:
             if layers:
-                return gradients_by_layers(layers, inputs.activations, at_output, after_layer=after_layer)
-        return self.graph(inputs).gradients(at_output)
+                leaves = adapters.leaves(members) if adapters else []
+                at_input, at_leaves = gradients_by_layers(
+                    layers, inputs.activations, at_output, leaves, after_layer=after_layer
+                )
+                return at_input, adapters.flat_gradients(members, at_leaves) if adapters else {}
+        return self.graph(inputs).all_gradients(at_output, members)
 
     @contextmanager
     def separate_layers(self, inputs: Pass) -> Iterator[list[Layer]]:
@@ -176,6 +210,8 @@ class TrunkModel:
         leaf = inputs.activations.detach().requires_grad_()
         # Measured once per form of input, because hooks on saved tensors slow small passes down.
         form = _form(inputs)
+        if form is not None and self._adapters is not None:
+            form = (*form, self._adapters.form)
         nbytes = None if form is None else self._graph_bytes.get(form)
         with ExitStack() as stack:
             linear_outputs = None
@@ -184,19 +220,22 @@ class TrunkModel:
             stack.enter_context(torch.enable_grad())
             if nbytes is None:
                 output, nbytes = self._measured(lambda: self._run(inputs, leaf))
-                if form is not None and len(self._graph_bytes) < MAX_SIZES_REMEMBERED:
+                if form is not None:
+                    if len(self._graph_bytes) == MAX_SIZES_REMEMBERED:
+                        del self._graph_bytes[next(iter(self._graph_bytes))]
                     self._graph_bytes[form] = nbytes
             else:
                 output = self._run(inputs, leaf)
-        return Graph(leaf, output, nbytes), linear_outputs() if linear_outputs else None
+        return Graph(leaf, output, nbytes, self._adapters), linear_outputs() if linear_outputs else None
 
     def _measured(self, run: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, int]:
         """Return the result of `run`, and the bytes that its graph keeps."""
         kept: dict[int, int] = {}
+        weights = self._weights if self._adapters is None else self._weights.union(self._adapters.storages)
 
         def pack(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
             storage = tensor.untyped_storage()
-            if storage.data_ptr() not in self._weights:
+            if storage.data_ptr() not in weights:
                 kept[storage.data_ptr()] = storage.nbytes()
             # Detached: a saved output that refers to its own graph would never be freed.
             return tensor.detach(), tensor._version

@@ -52,6 +52,8 @@ class DaemonOptions:
     threads: int | None
     forward_only: bool
     stash_memory_bytes: int
+    adapter_memory_bytes: int
+    max_adapter_rank: int
     max_batch_tokens: int | None
     merge_below_tokens: int | None
     deterministic: bool
@@ -79,7 +81,12 @@ def run_daemon(options: DaemonOptions) -> None:
 
 
 async def _serve(plan: TrunkPlan, options: DaemonOptions, loading: Loading, hangup: Hangup) -> None:
-    access, settings = options.access, ServerSettings(stash_memory_bytes=options.stash_memory_bytes)
+    access = options.access
+    settings = ServerSettings(
+        stash_memory_bytes=options.stash_memory_bytes,
+        adapter_memory_bytes=options.adapter_memory_bytes,
+        max_adapter_rank=options.max_adapter_rank,
+    )
     server = TrunkServer(
         plan.info,
         settings,

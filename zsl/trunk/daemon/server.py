@@ -19,6 +19,7 @@ from zsl.transport.router import Router
 from zsl.trunk.access.tenants import Allowlist
 from zsl.trunk.failpoints import Failpoint
 from zsl.trunk.malloc import TrimPolicy, give_back_freed_memory, resident_bytes
+from zsl.trunk.requests.adapter_intake import AdapterIntake
 from zsl.trunk.requests.answers import Answers
 from zsl.trunk.requests.batch_runner import BatchRunner
 from zsl.trunk.requests.credit import Credit
@@ -27,6 +28,7 @@ from zsl.trunk.requests.intake import Intake
 from zsl.trunk.requests.reply_cache import ReplyCache
 from zsl.trunk.requests.request_table import RequestStats, RequestTable
 from zsl.trunk.scheduling.scheduler import Scheduler
+from zsl.trunk.sessions.adapter_store import AdapterStore
 from zsl.trunk.sessions.sessions import Sessions
 from zsl.trunk.settings import ServerSettings, TrunkInfo
 from zsl.trunk.work import Compute
@@ -42,11 +44,12 @@ CONTROL_MESSAGES = 64
 
 @dataclass(frozen=True, slots=True)
 class ServerStats:
-    """Numbers of open sessions and connections, bytes of stashes, and requests by state."""
+    """Numbers of open sessions and connections, bytes of stashes and of adapters, and requests by state."""
 
     sessions: int
     connections: int
     held_bytes: int
+    adapter_bytes: int
     requests: RequestStats
 
 
@@ -99,6 +102,7 @@ class TrunkServer:
             stash_memory_bytes=self._settings.stash_memory_bytes,
             new_id=new_id,
         )
+        self._adapters = AdapterStore(self._settings.adapter_memory_bytes)
         self._running: _Running | None = None
         self._draining_until: float | None = None
         self._stuck = False  # a pass hangs
@@ -116,6 +120,7 @@ class TrunkServer:
             sessions=len(self._sessions),
             connections=self._router.connections,
             held_bytes=self._sessions.held_bytes,
+            adapter_bytes=self._adapters.nbytes,
             requests=RequestStats() if self._running is None else self._running.requests.stats,
         )
 
@@ -182,7 +187,9 @@ class TrunkServer:
             costs=traits.costs,
         )
         credit = Credit(settings.max_inflight_requests, settings.max_inflight_bytes, settings.max_total_inflight_bytes)
-        requests = RequestTable(self._sessions, scheduler, ReplyCache(settings.reply_memory_bytes), credit)
+        replies = ReplyCache(settings.reply_memory_bytes)
+        requests = RequestTable(self._sessions, self._adapters, scheduler, replies, credit)
+        adapters = AdapterIntake(self._adapters, traits.adaptable, settings.adapter_limits(traits))
         trim_policy = TrimPolicy(resident_bytes(), settings.stash_memory_bytes)
         runner = BatchRunner(
             compute,
@@ -196,7 +203,7 @@ class TrunkServer:
             failpoint=self._failpoint,
         )
         handlers = Handlers(
-            Intake(self.info, limits, traits),
+            Intake(self.info, limits, traits, adapters),
             requests,
             self._sessions,
             runner,

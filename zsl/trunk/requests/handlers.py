@@ -33,6 +33,7 @@ from zsl.trunk.settings import check_wanted
 from zsl.wire.frames import MAGIC, Frame, decode
 from zsl.wire.messages import (
     TO_DAEMON,
+    Adapter,
     Backward,
     Bye,
     Cancel,
@@ -112,6 +113,7 @@ class Handlers:
         """Close a session: drop its held steps, and abandon its requests. `why` is logged."""
         self._sessions.close(session.id)
         self._requests.close(session)
+        self._intake.adapters.close(session)
         for peer in session.peers:
             self._router.release(peer)
         self._trim_policy.freed(self._clock())
@@ -136,6 +138,8 @@ class Handlers:
         match header:
             case Hello():
                 self._hello(sender, header, now)
+            case Adapter():
+                self._intake.adapters.receive(self._session(header, sender, now), header, frames, now)
             case Forward() | Backward():
                 self._work(self._session(header, sender, now), header, frames, now)
             case Release():
@@ -158,7 +162,8 @@ class Handlers:
             check_wanted(intake.info, header)
             session = self._resumed(sender, header, now) or self._opened(sender, header, now)
         limits = self._limits_of(sender.tenant)
-        welcome = welcome_to(header, session.id, self._answers.epoch, intake.info, intake.traits, limits)
+        adapters = intake.adapters.limits_of(sender.tenant)
+        welcome = welcome_to(header, session.id, self._answers.epoch, intake.info, intake.traits, adapters, limits)
         self._router.hold(sender.peer)
         if not self._answers.send(sender.peer, welcome):
             self.close_session(session, "its client disconnected before it was open")

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import zsl
 from zsl.trunk.settings import TrunkInfo, TrunkTraits
-from zsl.wire.messages import Hello, Limits, Status, StatusRequest, Welcome
+from zsl.wire.messages import AdapterLimits, Hello, Limits, Status, StatusRequest, Welcome
 
 
 def welcome_to(
-    hello: Hello, session: bytes, epoch: bytes, info: TrunkInfo, traits: TrunkTraits, limits: Limits
+    hello: Hello,
+    session: bytes,
+    epoch: bytes,
+    info: TrunkInfo,
+    traits: TrunkTraits,
+    adapters: AdapterLimits | None,
+    limits: Limits,
 ) -> Welcome:
     """Build the WELCOME of an open session."""
     return Welcome(
@@ -23,6 +29,7 @@ def welcome_to(
         packs=traits.packs,
         deterministic=traits.deterministic,
         trunk_parameters=traits.parameters,
+        adapters=adapters,
         limits=limits,
     )
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from zsl.errors import DrainingError, ForwardOnlyError
+from zsl.errors import DrainingError, ForwardOnlyError, MalformedError
+from zsl.trunk.requests.adapter_intake import AdapterIntake
+from zsl.trunk.requests.finite import not_finite
 from zsl.trunk.requests.request_table import Request
 from zsl.trunk.requests.validate import check_backward, check_forward, sharing_of
 from zsl.trunk.scheduling.scheduler import Job
@@ -26,6 +28,7 @@ class Intake:
     info: TrunkInfo
     limits: Limits
     traits: TrunkTraits
+    adapters: AdapterIntake
 
     def request(
         self, session: Session, header: Forward | Backward, frames: Sequence[Frame], now: float, *, draining: bool
@@ -34,6 +37,7 @@ class Intake:
         buffers: Buffers = {d.role: (d, frame) for d, frame in zip(header.tensors, frames, strict=True)}
         hidden_size = self.info.model.hidden_size
         held = None
+        adapter = self.adapters.use(session, header, now)
         match header:
             case Forward():
                 if draining:
@@ -49,7 +53,11 @@ class Intake:
                 if "activations" not in buffers:
                     held = session.held.get(header.step)
                 shape = check_backward(buffers, held.shape if held else None, hidden_size, self.limits)
+                if held and held.adapter != header.adapter:
+                    raise MalformedError("a backward runs with the adapter of its forward")
         sharing = held.sharing if held else sharing_of(buffers, shape, self.traits)
+        if adapter is not None and not self._may_share(buffers):
+            sharing = Alone()
         job = Job(
             (session.id, header.request),
             tenant=session.owner,
@@ -61,4 +69,14 @@ class Intake:
             deadline=now + header.budget_ms / 1000,
         )
         nbytes = sum(descriptor.nbytes for descriptor in header.tensors)
-        return Request(session, header, kind, buffers, shape, sharing, keep, held, now, nbytes, job)
+        return Request(session, header, kind, buffers, shape, sharing, keep, held, now, nbytes, job, adapter)
+
+    def _may_share(self, buffers: Buffers) -> bool:
+        """Return whether a request with an adapter may share a pass.
+
+        Products with infinite gradients of one request would reach the adapters of others, and they would be run again.
+        """
+        if not self.traits.merges_adapters or "gradients" not in buffers:
+            return self.traits.merges_adapters
+        descriptor, buffer = buffers["gradients"]
+        return not not_finite(descriptor.dtype, buffer)

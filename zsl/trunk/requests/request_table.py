@@ -18,9 +18,11 @@ from enum import Enum
 from typing import cast
 
 from zsl.errors import CancelledByClientError, MalformedError, WireError
+from zsl.trunk.adapter import AdapterUse
 from zsl.trunk.requests.credit import Credit, InFlight
 from zsl.trunk.requests.reply_cache import ReplyCache, asked_by
 from zsl.trunk.scheduling.scheduler import Job, Scheduler
+from zsl.trunk.sessions.adapter_store import AdapterStore
 from zsl.trunk.sessions.sessions import Session, Sessions
 from zsl.trunk.work import Buffers, Held, Kind, Outcome, Shape, Sharing
 from zsl.wire.frames import Frame
@@ -53,6 +55,7 @@ class Request:
     arrived: float
     nbytes: int
     job: Job
+    adapter: AdapterUse | None = None
     state: RequestState = RequestState.QUEUED
     released: bool = False
 
@@ -86,8 +89,11 @@ class RequestTable:
     `take_batch` again if no request arrives before; None unless it delays a queued request.
     """
 
-    def __init__(self, sessions: Sessions, scheduler: Scheduler, replies: ReplyCache, credit: Credit) -> None:
+    def __init__(
+        self, sessions: Sessions, adapters: AdapterStore, scheduler: Scheduler, replies: ReplyCache, credit: Credit
+    ) -> None:
         self._sessions = sessions
+        self._adapters = adapters
         self._scheduler = scheduler
         self._replies = replies
         self._credit = credit
@@ -168,6 +174,8 @@ class RequestTable:
             else:
                 self._sessions.take(session, header.step)
             self._replies.give_up(session.id, header.step)
+        if request.adapter is not None:
+            self._adapters.begin_request(session, request.adapter.version.version)
         self._open.setdefault(session.id, {})[header.request] = request
         self._bytes += request.nbytes
         self.taken_bytes += request.taken_bytes
@@ -193,6 +201,8 @@ class RequestTable:
         if request.state is RequestState.QUEUED:
             self._scheduler.discard(request.job.key)
         self.taken_bytes -= request.taken_bytes
+        if request.adapter is not None:
+            self._adapters.end_request(request.session, request.adapter.version.version)
         if isinstance(outcome, WireError):
             if request.held is not None:
                 request.held.stash.drop()
@@ -200,7 +210,7 @@ class RequestTable:
             if request.released or request.state is RequestState.ABANDONED:
                 outcome.stash.drop()
             else:
-                held = Held(outcome.stash, request.shape, request.sharing)
+                held = Held(outcome.stash, request.shape, request.sharing, request.header.adapter)
                 self._sessions.hold(request.session, request.header.request, held)
         if request.state is RequestState.ABANDONED:
             self._scheduler.forget_client(request.session.id)

@@ -17,12 +17,11 @@ from zsl.errors import (
     TooLargeError,
     UnknownStepError,
 )
+from zsl.trunk.requests.finite import not_finite
 from zsl.trunk.settings import TrunkTraits
 from zsl.trunk.work import Alone, Buffers, Packed, Shape, Sharing, Stacked
 from zsl.wire.messages import FLOAT_DTYPES, Limits, Role, TensorDescriptor
 
-# Exponent bits of infinity and NaN.
-_EXPONENTS = {"f32": (np.uint32, 0x7F80_0000), "f16": (np.uint16, 0x7C00), "bf16": (np.uint16, 0x7F80)}
 _NUMPY_DTYPES = {"i64": np.int64, "i32": np.int32, "i16": np.int16, "i8": np.int8, "u8": np.uint8, "bool": np.uint8}
 
 
@@ -157,16 +156,8 @@ def _check_float(descriptor: TensorDescriptor) -> None:
 def _check_finite(buffers: Buffers) -> None:
     """Raise `NonFiniteError`, with the place of the first one, if activations are infinite or NaN."""
     descriptor, buffer = buffers["activations"]
-    integer, exponent = _EXPONENTS[descriptor.dtype]
-    if descriptor.dtype == "f32":
-        # min and max allocate nothing, and both return NaN if there is one.
-        floats = np.frombuffer(buffer, dtype=np.float32)
-        with np.errstate(invalid="ignore"):
-            if np.isfinite(floats.min()) and np.isfinite(floats.max()):
-                return
-    bits = np.frombuffer(buffer, dtype=integer) & integer(exponent)
-    wrong = np.flatnonzero(bits == exponent)
-    if len(wrong):
+    wrong = not_finite(descriptor.dtype, buffer)
+    if wrong:
         rows, tokens, hidden = descriptor.shape
         row, token, _ = np.unravel_index(wrong[0], (rows, tokens, hidden))
         raise NonFiniteError(

@@ -1,0 +1,137 @@
+"""Adapters in the trunk's layers, computed by the daemon: the numbers of a local PEFT model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+
+from support.adapters import LocalStep, flat_gradients, local_step
+from support.batches import tokens
+from support.models import CUT, tiny_model
+from test_merging import tensors
+from zsl.models.loading import load_whole
+from zsl.models.reference import resolve
+from zsl.split.cut import parse_cut
+from zsl.trunk.adapter import AdapterUse
+from zsl.trunk.compute.engine import TorchCompute
+from zsl.trunk.compute.stash import TorchStash
+from zsl.trunk.compute.trunk_model import TrunkModel
+from zsl.trunk.daemon.load import plan_trunk
+from zsl.trunk.work import Alone, Batch, Done, Keep, Kind, Outcome, Shape, Sharing, Work
+from zsl.wire.tensors import encode_tensor
+
+LAYERS = range(2, 4)
+
+
+def lora(**fields: Any) -> LoraConfig:
+    return LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": "all-linear", **fields})
+
+
+def compute_of(path: Path, dtype: torch.dtype = torch.float32, **how: Any) -> TorchCompute:
+    plan = plan_trunk(str(path), parse_cut(CUT), dtype, "cpu", forward_only=False)
+    return plan.load(**{"max_batch_tokens": 512, "merge_below_tokens": 64, **how})
+
+
+def run(compute: TorchCompute, works: Sequence[Work]) -> list[Outcome]:
+    return compute.run(Batch(tuple(works)))
+
+
+def forward_of(activations: torch.Tensor, use: AdapterUse | None, sharing: Sharing, keep: Keep = Keep.NOTHING) -> Work:
+    rows, length, _ = activations.shape
+    shape = Shape(rows, length, (length,) * rows)
+    buffers = {"activations": encode_tensor("activations", activations)}
+    return Work(Kind.FORWARD, buffers, shape, sharing, keep, adapter=use)  # type: ignore[arg-type]
+
+
+def backward_of(work: Work, outcome: Outcome, at_output: torch.Tensor) -> Work:
+    """The backward of a forward's outcome, which asks for the adapter's gradients."""
+    assert isinstance(outcome, Done), outcome
+    buffers = {"gradients": encode_tensor("gradients", at_output)}
+    use = work.adapter and replace(work.adapter, gradients=True)
+    return replace(work, kind=Kind.BACKWARD, buffers=buffers, stash=outcome.stash, adapter=use)  # type: ignore[arg-type]
+
+
+Gradients = tuple[torch.Tensor, torch.Tensor | None]
+
+
+def gradients_in(outcome: Outcome, work: Work) -> Gradients:
+    """Gradient at the input, and flat gradients of the adapter."""
+    assert isinstance(outcome, Done), outcome
+    buffers = dict(outcome.buffers)
+    of_adapter = None
+    if work.adapter is not None:
+        of_adapter = flat_gradients(buffers, work.adapter.version)  # type: ignore[arg-type]
+        del buffers["adapter_gradients"]
+    return tensors([Done(buffers)])[0], of_adapter
+
+
+CONFIGS = {
+    "plain": [lora()],
+    "patterns and bias": [
+        lora(rank_pattern={"q_proj": 7}, alpha_pattern={"q_proj": 5}, use_rslora=True, lora_bias=True)
+    ],
+    "two active": [lora(), lora(r=3, target_modules=["q_proj", "down_proj"])],
+}
+
+
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
+@pytest.mark.parametrize(
+    ("family", "configs"),
+    [*((family, "plain") for family in ("gpt2", "gemma2", "qwen3", "olmo2")), *(("llama", how) for how in CONFIGS)],
+)
+def test_alone_all_numbers_are_those_of_a_local_peft_model(
+    family: str, configs: str, checkpoints: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = [replace(config, fan_in_fan_out=family == "gpt2") for config in CONFIGS[configs]]
+    step = local_step(tiny_model(family), tokens(2, 9, 3), LAYERS, *chosen)
+    compute = compute_of(checkpoints(family))
+    assert step.gradients.count_nonzero() > step.gradients.numel() / 2
+    check_all_routes(compute, step, monkeypatch)
+
+
+def check_all_routes(compute: TorchCompute, step: LocalStep, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the graph, from linear outputs, from the input, and layer by layer."""
+    for keep in (Keep.GRAPH, Keep.LINEAR_OUTPUTS, Keep.INPUT):
+        work = forward_of(step.activations, AdapterUse(step.version), Alone(), keep)
+        (done,) = run(compute, [work])
+        assert torch.equal(tensors([done])[0], step.output)
+        back = backward_of(work, done, step.at_output)
+        for by_layers in (False, True) if keep is Keep.INPUT else (False,):
+            with monkeypatch.context() as patch:
+                if by_layers:
+                    patch.setattr(compute, "_fits", lambda works: False)
+                    patch.setattr(compute, "_trim_over_budget", lambda: None)
+                    patch.setattr(TrunkModel, "graph_to_keep", lambda *_: pytest.fail("a whole graph"))
+                at_input, of_adapter = gradients_in(run(compute, [back])[0], back)
+            assert of_adapter is not None
+            assert torch.equal(at_input, step.at_input) and torch.equal(of_adapter, step.gradients), (keep, by_layers)
+
+
+def test_half_precision_trunks_compute_with_adapters_in_single_precision(
+    checkpoints: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_whole(resolve(str(checkpoints("llama"))), torch.bfloat16)
+    step = local_step(model, tokens(1, 9, 3), LAYERS, lora())
+    assert step.version.dtype == step.version.layout.dtype == "f32" and step.activations.dtype == torch.bfloat16
+    compute = compute_of(checkpoints("llama"), torch.bfloat16)
+    compute._trunk._own_attention = False  # its attention on a CPU rounds less than the local model's
+    check_all_routes(compute, step, monkeypatch)
+
+
+def test_gradients_of_adapters_are_answered_only_if_asked_for(checkpoints: Callable[..., Path]) -> None:
+    step = local_step(tiny_model("llama"), tokens(1, 9, 3), LAYERS, lora())
+    compute = compute_of(checkpoints("llama"))
+    for keep in (Keep.GRAPH, Keep.INPUT):
+        work = forward_of(step.activations, AdapterUse(step.version), Alone(), keep)
+        (done,) = run(compute, [work])
+        assert isinstance(done, Done) and isinstance(done.stash, TorchStash)
+        back = backward_of(work, done, step.at_output)
+        (answer,) = run(compute, [replace(back, adapter=work.adapter)])
+        assert isinstance(answer, Done) and answer.buffers.keys() == {"gradients"}
+        assert torch.equal(tensors([answer])[0], step.at_input)

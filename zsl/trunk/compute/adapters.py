@@ -1,0 +1,220 @@
+"""Adapters (LoRA) of the requests in a pass, added to the outputs of the trunk's linear layers.
+
+`SeparateAdapters`: each request's low-rank products are computed on its own tokens, in PEFT's order of operations. A
+request that runs alone gets the numbers of a local PEFT model bit for bit; in a deterministic pass a request's numbers
+do not depend on its neighbours. `zsl.trunk.compute.merged_adapters` computes all requests in two products.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count
+from math import prod
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+import xxhash
+
+from zsl.trunk.adapter import AdapterUse, AdapterVersion
+from zsl.wire.tensors import TORCH_DTYPES
+
+# Gradients of the flat weights of each request's adapter, in the dtype of their computation, by index of the request.
+FlatGradients = dict[int, torch.Tensor]
+
+_serials = count()
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """LoRA of one linear layer. `index`: its place in the layout. The weights are leaves of autograd."""
+
+    index: int
+    a: torch.Tensor  # [rank, in]
+    b: torch.Tensor  # [out, rank]
+    bias: torch.Tensor | None  # [out]
+    scaling: float
+    dropout: float
+
+    @property
+    def weights(self) -> tuple[torch.Tensor, ...]:
+        """The weights in the order of the layout."""
+        return (self.a, self.b) if self.bias is None else (self.a, self.b, self.bias)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoadedAdapter:
+    """Weights of an adapter version on the trunk's device, in the dtype of their computation.
+
+    `weights`: all of them, in the order of the layout. `form`: equal for adapters whose graphs have equal sizes.
+    `serial`: unique in the process.
+    """
+
+    by_path: Mapping[str, tuple[LowRank, ...]]
+    weights: tuple[torch.Tensor, ...]
+    dtype: torch.dtype
+    form: tuple[object, ...]
+    serial: int
+
+
+def loaded(version: AdapterVersion, device: torch.device) -> LoadedAdapter:
+    """Return the weights of a version on a device, loaded once. For the compute thread."""
+    if version.loaded is None:
+        version.loaded = _load(version, device)
+    assert isinstance(version.loaded, LoadedAdapter)
+    return version.loaded
+
+
+def _load(version: AdapterVersion, device: torch.device) -> LoadedAdapter:
+    modules = version.layout.modules
+    dtype = TORCH_DTYPES[version.layout.dtype]
+    flat = torch.frombuffer(version.weights, dtype=TORCH_DTYPES[version.dtype]).to(device, dtype)
+    parts = iter(flat.split([prod(shape) for module in modules for shape in module.shapes]))
+    by_path: dict[str, tuple[LowRank, ...]] = {}
+    weights: list[torch.Tensor] = []
+    for index, module in enumerate(modules):
+        # Copies are aligned, as the parameters of a local model are: alignment changes the rounding of some kernels.
+        a, b, *bias = (next(parts).view(shape).clone().requires_grad_() for shape in module.shapes)
+        entry = LowRank(index, a, b, bias[0] if bias else None, module.scaling, module.dropout)
+        by_path[module.path] = (*by_path.get(module.path, ()), entry)
+        weights += entry.weights
+    kinds = tuple((module.path, module.rank, module.has_bias, module.dropout > 0) for module in modules)
+    return LoadedAdapter(by_path, tuple(weights), dtype, (version.layout.dtype, hash(kinds)), next(_serials))
+
+
+class PassAdapters(Protocol):
+    """Adapters of the requests in a pass. A member is a request's index in its batch."""
+
+    @property
+    def form(self) -> tuple[object, ...]:
+        """Key of the size of the pass's graph, beside the form of its inputs."""
+        ...
+
+    @property
+    def storages(self) -> Collection[int]:
+        """Addresses of weights that a graph refers to, and that the versions account for."""
+        ...
+
+    def added(self, path: str, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """Add the low-rank products of the linear layer at `path` to its output."""
+        ...
+
+    def leaves(self, members: Collection[int]) -> list[torch.Tensor]:
+        """Return the leaves of autograd whose gradients make up those of the members' adapters."""
+        ...
+
+    def flat_gradients(self, members: Collection[int], at_leaves: Sequence[torch.Tensor | None]) -> FlatGradients:
+        """Return the flat gradients of the members' adapters. `at_leaves`: gradients of `leaves(members)`, None for
+        zeros."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class RequestAdapter:
+    """Adapter of one request: an `AdapterUse` on the trunk's device."""
+
+    adapter: LoadedAdapter
+    dropout_seed: int | None
+    trains: bool  # its weights need gradients
+
+    @property
+    def drops(self) -> bool:
+        """True if dropout is active."""
+        return self.dropout_seed is not None
+
+    def added(self, path: str, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """Add the low-rank products to `output`, in the order of operations of PEFT's `Linear.forward`."""
+        result = output
+        for entry in self.adapter.by_path.get(path, ()):
+            a, b, bias = entry.a, entry.b, entry.bias
+            if not self.trains:
+                a, b, bias = a.detach(), b.detach(), None if bias is None else bias.detach()
+            x = x.to(a.dtype)
+            noise = self.dropout(entry, x.shape[:-1].numel())
+            dropped = x if noise is None else x * noise.view(x.shape)
+            result = result + F.linear(F.linear(dropped, a), b, bias) * entry.scaling
+        return result.to(output.dtype)
+
+    def dropout(self, entry: LowRank, tokens: int) -> torch.Tensor | None:
+        """Return the factors `[tokens, in]` of the entry's dropout on this request's tokens; None without dropout.
+
+        They depend on the seed and the entry only, so that a recomputation draws the same.
+        """
+        if self.dropout_seed is None or not entry.dropout:
+            return None
+        device, keep = entry.a.device, 1 - entry.dropout
+        seed = xxhash.xxh3_64_intdigest(struct.pack("<QQ", self.dropout_seed, entry.index))
+        random = torch.Generator(device).manual_seed(seed)
+        noise = torch.empty(tokens, entry.a.shape[1], device=device).bernoulli_(keep, generator=random)
+        return noise.div_(keep).to(entry.a.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Adjacent tokens of a pass: those of the request `member`, or padding (`member` is None)."""
+
+    tokens: int
+    member: int | None
+    adapter: RequestAdapter | None
+
+
+class SeparateAdapters:
+    """Adapters of a pass, each computed on its own request's tokens."""
+
+    def __init__(self, spans: Sequence[Span]) -> None:
+        self._spans = spans
+        self._of_members = {
+            span.member: span.adapter for span in spans if span.member is not None and span.adapter is not None
+        }
+
+    @property
+    def form(self) -> tuple[object, ...]:
+        return tuple(span.adapter and (*span.adapter.adapter.form, span.adapter.drops) for span in self._spans)
+
+    @property
+    def storages(self) -> Collection[int]:
+        adapters = self._of_members.values()
+        return {weight.untyped_storage().data_ptr() for of_one in adapters for weight in of_one.adapter.weights}
+
+    def added(self, path: str, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        adapters = [of_one for of_one in self._of_members.values() if path in of_one.adapter.by_path]
+        if not adapters:
+            return output
+        if len(self._of_members) == 1 and (len(self._spans) == 1 or x.ndim != 3):
+            return adapters[0].added(path, x, output)
+        sizes = [span.tokens for span in self._spans]
+        results = []
+        parts = zip(self._spans, x.flatten(0, 1).split(sizes), output.flatten(0, 1).split(sizes), strict=True)
+        for span, part, result in parts:
+            if span.adapter in adapters:
+                # A copy is aligned: a request's rounding must not depend on its place in the pass.
+                result = span.adapter.added(path, part.clone(), result)
+            results.append(result)
+        return torch.cat(results).view(output.shape)
+
+    def leaves(self, members: Collection[int]) -> list[torch.Tensor]:
+        return [weight for member in members for weight in self._of_members[member].adapter.weights]
+
+    def flat_gradients(self, members: Collection[int], at_leaves: Sequence[torch.Tensor | None]) -> FlatGradients:
+        found, rest = {}, iter(at_leaves)
+        for member in members:
+            weights = self._of_members[member].adapter.weights
+            found[member] = flat([gradient_or_zeros(weight, next(rest)) for weight in weights])
+        return found
+
+
+def gradient_or_zeros(weight: torch.Tensor, gradient: torch.Tensor | None) -> torch.Tensor:
+    """Return the gradient of a weight; zeros if it is None, for a layer that was not called."""
+    return torch.zeros_like(weight) if gradient is None else gradient
+
+
+def flat(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Concatenate the elements of tensors."""
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+
+def request_adapter(use: AdapterUse, device: torch.device, *, trains: bool) -> RequestAdapter:
+    """Return the adapter of a request on a device, loaded if it is not yet."""
+    return RequestAdapter(loaded(use.version, device), use.dropout_seed, trains)
