@@ -219,6 +219,7 @@ class TrunkClient:
                 budget_ms=pending.budget_ms(),
                 adapter=None,
                 step=step.request,
+                adapter_sum=None,
                 adapter_gradients=False,
                 tensors=[descriptor for descriptors, _ in sent for descriptor in descriptors],
             )
