@@ -239,6 +239,7 @@ class TrunkClient:
                 budget_ms=pending.budget_ms(),
                 adapter=None if step.adapter is None else step.adapter.header,
                 step=step.request,
+                adapter_sum=None,
                 adapter_gradients=adapter_gradients,
                 tensors=[descriptor for descriptors, _ in sent for descriptor in descriptors],
             )
