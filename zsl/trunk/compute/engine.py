@@ -13,6 +13,7 @@ import torch
 
 from zsl.errors import InternalError, OutOfMemoryError, WireError
 from zsl.trunk.compute.adapters import FlatGradients, PassAdapters, SeparateAdapters, Span, request_adapter
+from zsl.trunk.compute.merged_adapters import Companies, MergedAdapters
 from zsl.trunk.compute.packing import MergedPass, alone, packed, stacked
 from zsl.trunk.compute.passes import Pass, Rows, Sequences, sequences_of
 from zsl.trunk.compute.stash import (
@@ -52,6 +53,7 @@ class TorchCompute:
         self._trunk = trunk
         self._pass_tokens = traits.batch_limits.max_batch_tokens if traits.deterministic else 0
         self._transfer = Transfer(trunk.device)
+        self._companies = Companies()
 
     def run(self, batch: Batch) -> list[Outcome]:
         outcomes = self._outcomes(batch)
@@ -168,7 +170,9 @@ class TorchCompute:
             spans.append(Span(size, member, adapter))
         if merged.filling:
             spans.append(Span(merged.filling, None, None))
-        return SeparateAdapters(spans)
+        if len(works) == 1 or self.traits.deterministic:
+            return SeparateAdapters(spans)
+        return MergedAdapters(spans, self._companies, trains=bool(trained))
 
     def _trim_over_budget(self) -> None:
         """Trim the heap within and after a pass over the budget, where fragmentation would add up."""
