@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -27,7 +28,7 @@ import zsl
 from support.forms import FORMS, Batch, gradients_of, largest_difference
 from support.history import History, digest
 from support.merged_client import note_merged
-from support.models import local_model, with_lora
+from support.models import LAYERS, local_model, with_lora
 from zsl.errors import ZslError
 
 STEPS = 20  # of one round; the next begins where the first began
@@ -63,7 +64,10 @@ def train_rounds(task: Task) -> None:
     trunk = zsl.RemoteTrunk(
         task.endpoint, connect_timeout_seconds=120, request_timeout_seconds=task.request_timeout_seconds
     )
-    split, local = with_lora(zsl.load_client(task.model, trunk)), with_lora(local_model(task.model))
+    # Every other trajectory has adapters on the trunk's layers too, of several ranks.
+    adapted: dict[str, Any] = {"layers": range(LAYERS), "rank": 2 + task.trajectory} if task.trajectory % 2 else {}
+    split = with_lora(zsl.load_client(task.model, trunk), **adapted)
+    local = with_lora(local_model(task.model), **adapted)
     models = _Models(split, local, trunk.client, note_merged(trunk.client))
     start = {name: parameter.detach().clone() for name, parameter in _trainable(split)}
     number = 0

@@ -21,9 +21,10 @@ from support.daemon import Daemon
 from support.echo import NO_ADAPTER
 from support.faulty_link import FaultyLink
 from support.history import History, check, digest
-from support.models import CUT, local_model, with_lora
+from support.models import CUT, LAYERS, local_model, with_lora
 from support.mutations import mutated
 from support.peer import Peer, forward
+from zsl.client.gradient_sum import StepSums, micro_batch
 from zsl.wire.frames import encode
 from zsl.wire.messages import (
     Backward,
@@ -39,6 +40,7 @@ from zsl.wire.messages import (
 )
 
 STEPS = 5
+MICRO_BATCHES = 2  # of a step, whose gradients of the trunk's adapters are summed up at the daemon
 LEARNING_RATE = 1e-2
 HIDDEN = 32
 BAD_MESSAGES = 100_000
@@ -46,13 +48,16 @@ BURST = 500
 
 
 def train(model: PeftModel, history: History, *, steps: int = STEPS) -> None:
-    """Adam on as many batches, each gradient noted when it is used."""
+    """Adam on sums over micro-batches, each gradient noted when it is used."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(trainable, lr=LEARNING_RATE)
     for step in range(steps):
         history.begin("client", step)
         optimizer.zero_grad()
-        model(**batches.plain(seed=step)).loss.backward()
+        sums = StepSums()
+        for number in range(MICRO_BATCHES):
+            with micro_batch(sums, is_last=number == MICRO_BATCHES - 1):
+                model(**batches.plain(seed=MICRO_BATCHES * step + number)).loss.backward()
         gradients = [b"" if parameter.grad is None else parameter.grad.numpy().data for parameter in trainable]
         history.gradient("client", step, digest(gradients))
         optimizer.step()
@@ -67,7 +72,7 @@ def path(checkpoints: Callable[..., Path]) -> str:
 def oracle(path: str) -> History:
     """The whole model on this machine, where nothing can fail."""
     history = History()
-    train(with_lora(local_model(path)), history)
+    train(with_lora(local_model(path), layers=range(LAYERS)), history)
     return history
 
 
@@ -75,7 +80,7 @@ def oracle(path: str) -> History:
 def split_model(path: str, endpoint: str) -> Iterator[PeftModel]:
     trunk = zsl.RemoteTrunk(endpoint, connect_timeout_seconds=60, request_timeout_seconds=60)
     try:
-        yield with_lora(zsl.load_client(path, trunk))
+        yield with_lora(zsl.load_client(path, trunk), layers=range(LAYERS))
     finally:
         trunk.close()
 
@@ -92,9 +97,9 @@ def violations(path: str, endpoint: str, oracle: History) -> list[str]:
 def test_a_daemon_killed_anywhere_in_a_step_leaves_every_gradient_as_it_was(
     path: str, oracle: History, serve: Callable[..., Daemon], tmp_path: Path, place: str
 ) -> None:
-    """In the third step; another daemon is on the list."""
+    """In the second micro-batch of the second step, the sum of whose first is lost; another daemon is on the list."""
     options = ["--model", path, "--cut", CUT, "--max-batch-tokens", "512", "--merge-below-tokens", "64"]
-    fails = {"ZSL_FAILPOINT": f"{place}:kill:3"}
+    fails = {"ZSL_FAILPOINT": f"{place}:kill:4"}
     with Daemon(*options, log=tmp_path / "log", environment=fails) as first:
         assert violations(path, f"{first.endpoint},{serve('llama').endpoint}", oracle) == []
         assert first.wait() == -signal.SIGKILL

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from support.adapters import random_version, version_from
 from support.compare import within
+from test_adapted_passes import Gradients, backward_of, compute_of, forward_of, gradients_in, run
 from test_merging import tensors
-from test_trunk_adapters import Gradients, backward_of, compute_of, forward_of, gradients_in, run
 from zsl.trunk.adapter import AdapterUse, AdapterVersion
 from zsl.trunk.compute.engine import TorchCompute
 from zsl.trunk.compute.merged_adapters import Company

@@ -30,7 +30,7 @@ def check(reports: Sequence[Report], steps: int) -> None:
 
 
 def test_the_clients_send_every_form() -> None:
-    assert set().union(*CLIENTS) == FORMS.keys() >= MASKED | RESTARTING
+    assert {form for way in CLIENTS for form in way.forms} == FORMS.keys() >= MASKED | RESTARTING
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_four_clients_in_threads_get_the_local_gradients(
     family: str, packs: bool, steps: int, serve: Callable[..., Daemon], checkpoints: Callable[..., Path]
 ) -> None:
     endpoint = serve(family).endpoint
-    clients = [Client(str(checkpoints(family)), endpoint, forms) for forms in CLIENTS]
+    clients = [Client(str(checkpoints(family)), endpoint, way) for way in CLIENTS]
     assert {client.packs for client in clients} == {packs}
     barrier = threading.Barrier(len(clients))
     with ThreadPoolExecutor(len(clients)) as threads:
@@ -62,7 +62,7 @@ def test_four_clients_in_processes_get_the_local_gradients(
 ) -> None:
     forks = multiprocessing.get_context("forkserver")
     forks.set_forkserver_preload(["support.merged_client"])
-    tasks = [(str(checkpoints("llama")), serve("llama").endpoint, forms, STEPS) for forms in CLIENTS]
+    tasks = [(str(checkpoints("llama")), serve("llama").endpoint, way, STEPS) for way in CLIENTS]
     with forks.Pool(len(tasks)) as processes:
         reports = processes.map_async(run_in_process, tasks, chunksize=1).get(2 * WAIT_SECONDS)
     check(reports, STEPS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from zlib import crc32
 
@@ -114,8 +115,10 @@ def local_model(reference: str) -> PreTrainedModel:
     return model
 
 
-def with_lora(model: PreTrainedModel, *, seed: int = 1, layers: tuple[int, ...] = (0, 1, 4, 5)) -> PeftModel:
-    """Unmodified PEFT on all linear modules of the outer layers, with nothing at zero."""
+def with_lora(
+    model: PreTrainedModel, *, seed: int = 1, layers: Sequence[int] = (0, 1, 4, 5), rank: int = 4
+) -> PeftModel:
+    """Unmodified PEFT on all linear modules of these layers, with nothing at zero."""
     stack = find_stack(model)
     linear = sorted(
         name
@@ -125,7 +128,7 @@ def with_lora(model: PreTrainedModel, *, seed: int = 1, layers: tuple[int, ...] 
     )
     torch.manual_seed(seed)
     peft_model = get_peft_model(
-        model, LoraConfig(r=4, target_modules=linear, fan_in_fan_out=model.config.model_type == "gpt2")
+        model, LoraConfig(r=rank, target_modules=linear, fan_in_fan_out=model.config.model_type == "gpt2")
     )
     with torch.no_grad():
         for name, parameter in peft_model.named_parameters():
