@@ -171,7 +171,7 @@ def test_several_adapters_of_one_request_and_biases_and_computations_in_other_pr
             assert same(ours, alone(compute, one), within(0.03) if in_half else CLOSE)
 
 
-def test_weights_are_concatenated_once_for_forward_and_backward(
+def test_weights_are_stacked_once_for_forward_and_backward(
     compute: TorchCompute, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[int] = []
@@ -188,7 +188,7 @@ def test_weights_are_concatenated_once_for_forward_and_backward(
     assert made == [3]
 
 
-def test_a_graph_of_a_merged_pass_counts_the_concatenated_weights(compute: TorchCompute) -> None:
+def test_a_graph_of_a_merged_pass_counts_the_stacked_weights(compute: TorchCompute) -> None:
     def stash_bytes(ranks: Sequence[int]) -> int:
         tenants = [tenant(compute, seed, length=6, rank=rank) for seed, rank in enumerate(ranks)]
         works = [forward_of(one.activations, one.use, Packed(), Keep.GRAPH) for one in tenants]
@@ -198,11 +198,12 @@ def test_a_graph_of_a_merged_pass_counts_the_concatenated_weights(compute: Torch
             total += done.stash.nbytes
         return total
 
-    small, large = stash_bytes((4, 4)), stash_bytes((4, 20))
-    per_rank = sum(inputs + outputs + 12 for inputs, outputs in compute.traits.adaptable.values()) * 4
-    masks = 12 * 16  # of bools
-    assert large - small == pytest.approx(16 * per_rank + masks, rel=0.01)
-    assert stash_bytes((20, 4)) == large, "remembered"
+    small, large = stash_bytes((5, 5)), stash_bytes((8, 8))
+    weights_and_products = sum(2 * (inputs + outputs) + 12 for inputs, outputs in compute.traits.adaptable.values())
+    assert large - small == 3 * 4 * weights_and_products
+    mixed = stash_bytes((5, 8))
+    assert mixed == pytest.approx(large, rel=0.01), "padded"
+    assert stash_bytes((8, 5)) == mixed, "remembered"
 
 
 DETERMINISTIC_TOKENS = 64

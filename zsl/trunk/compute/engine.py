@@ -119,17 +119,11 @@ class TorchCompute:
             results.update(zip(places, at_inputs, strict=True))
             of_adapters.update({places[index]: gradient for index, gradient in flat.items()})
 
-        groups = self._groups_by_graph(works, stashes)
-        for group in groups:
+        for group in self._groups_by_graph(works, stashes):
             compute(group, _from_common_graph)
         rest = [place for place in range(len(works)) if place not in results]
         if rest:
             compute(rest, self._recomputed)
-        for shared in (*groups, rest):
-            if len(shared) > 1 and not self.traits.deterministic and _leak([of_adapters.get(p) for p in shared]):
-                logger.debug("an adapter gradient of %d requests is not finite; running them one by one", len(shared))
-                for place in shared:
-                    compute([place], self._recomputed)
         ordered = [results[place] for place in range(len(works))]
         replies = self._replies("gradients", ordered, [stash.reply_dtype for stash in stashes])
         trained = sorted(of_adapters)
@@ -253,13 +247,6 @@ def _from_common_graph(
 def _trained(works: Sequence[Work]) -> list[int]:
     """Return the indices of backwards that ask for the gradients of their adapters."""
     return [index for index, work in enumerate(works) if work.adapter is not None and work.adapter.gradients]
-
-
-def _leak(gradients: Sequence[torch.Tensor | None]) -> bool:
-    """Return whether a gradient is not finite: in the products of a merged pass, one request's infinite values make
-    those of all adapters NaN."""
-    sums = [gradient.sum(dtype=torch.float32) for gradient in gradients if gradient is not None]
-    return bool(sums) and not bool(torch.stack(sums).isfinite().all())
 
 
 def _sequences(part: Pass, work: Work) -> Sequences:
