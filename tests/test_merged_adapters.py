@@ -20,6 +20,7 @@ from test_trunk_adapters import Gradients, backward_of, compute_of, forward_of, 
 from zsl.trunk.adapter import AdapterUse, AdapterVersion
 from zsl.trunk.compute.engine import TorchCompute
 from zsl.trunk.compute.merged_adapters import Company
+from zsl.trunk.compute.rows import TokenRows
 from zsl.trunk.compute.stash import TorchStash
 from zsl.trunk.work import Alone, Done, Keep, Packed, Sharing, Stacked
 
@@ -174,18 +175,29 @@ def test_several_adapters_of_one_request_and_biases_and_computations_in_other_pr
 def test_weights_are_stacked_once_for_forward_and_backward(
     compute: TorchCompute, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And the tokens of requests of equal length are taken as they are, in whatever order the requests come."""
     made: list[int] = []
-    make = Company.__init__
+    whole: list[bool] = []
+    make, rows_of = Company.__init__, TokenRows.of
 
     def note(company: Company, adapters: Any) -> None:
         made.append(len(adapters))
         make(company, adapters)
 
+    def note_rows(*of: Any) -> TokenRows:
+        rows = rows_of(*of)
+        whole.append(rows.is_whole)
+        return rows
+
     monkeypatch.setattr(Company, "__init__", note)
-    tenants = [tenant(compute, seed, length=5 + seed) for seed in range(3)]
+    monkeypatch.setattr(TokenRows, "of", note_rows)
+    tenants = [tenant(compute, seed, length=5) for seed in range(3)]
+    expected = [alone(compute, one) for one in tenants]
     for order in ([0, 1, 2], [2, 0, 1]):
-        steps_of(compute, [tenants[index] for index in order], [[1, 2, 0]], keep=Keep.LINEAR_OUTPUTS)
+        found = steps_of(compute, [tenants[index] for index in order], [[1, 2, 0]], keep=Keep.LINEAR_OUTPUTS)
+        assert all(same(ours, expected[index]) for index, ours in zip(order, found, strict=True))
     assert made == [3]
+    assert len(whole) == 4 and all(whole)
 
 
 def test_a_graph_of_a_merged_pass_counts_the_stacked_weights(compute: TorchCompute) -> None:

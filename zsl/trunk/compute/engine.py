@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Sequence
 import torch
 
 from zsl.errors import InternalError, OutOfMemoryError, WireError
-from zsl.trunk.compute.adapters import FlatGradients, PassAdapters, SeparateAdapters, Span, request_adapter
+from zsl.trunk.compute.adapters import FlatGradients, PassAdapters, SeparateAdapters, Span, loaded, request_adapter
 from zsl.trunk.compute.merged_adapters import Companies, MergedAdapters
 from zsl.trunk.compute.packing import MergedPass, alone, packed, stacked
 from zsl.trunk.compute.passes import Pass, Rows, Sequences, sequences_of
@@ -83,7 +83,15 @@ class TorchCompute:
             return InternalError(f"the trunk failed in this {work.kind.value}; its log says why")
 
     def _run(self, batch: Batch) -> list[Done]:
-        return self._forward(batch.works) if batch.kind is Kind.FORWARD else self._backward(batch.works)
+        # In the order in which merged adapters are stacked, so that the tokens of equal requests need no reordering.
+        order = sorted(range(len(batch.works)), key=lambda index: self._serial(batch.works[index]))
+        works = [batch.works[index] for index in order]
+        done = self._forward(works) if batch.kind is Kind.FORWARD else self._backward(works)
+        by_index = dict(zip(order, done, strict=True))
+        return [by_index[index] for index in range(len(order))]
+
+    def _serial(self, work: Work) -> int:
+        return -1 if work.adapter is None else loaded(work.adapter.version, self._trunk.device).serial
 
     def _forward(self, works: Sequence[Work]) -> list[Done]:
         parts = [self._inputs(work) for work in works]
