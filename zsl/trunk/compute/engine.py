@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Sequence
 import torch
 
 from zsl.errors import InternalError, OutOfMemoryError, UnknownSumError, WireError
-from zsl.trunk.compute.adapters import FlatGradients, PassAdapters, SeparateAdapters, Span, request_adapter
+from zsl.trunk.compute.adapters import FlatGradients, PassAdapters, SeparateAdapters, Span, loaded, request_adapter
 from zsl.trunk.compute.gradient_sums import add_to_sums
 from zsl.trunk.compute.merged_adapters import Companies, MergedAdapters
 from zsl.trunk.compute.packing import MergedPass, alone, packed, stacked
@@ -83,8 +83,16 @@ class TorchCompute:
             logger.exception("a %s failed", work.kind.value)
             return InternalError(f"the trunk failed in this {work.kind.value}; its log says why")
 
-    def _run(self, batch: Batch) -> Sequence[Outcome]:
-        return self._forward(batch.works) if batch.kind is Kind.FORWARD else self._backward(batch.works)
+    def _run(self, batch: Batch) -> list[Outcome]:
+        # In the order in which merged adapters are stacked, so that the tokens of equal requests need no reordering.
+        order = sorted(range(len(batch.works)), key=lambda index: self._serial(batch.works[index]))
+        works = [batch.works[index] for index in order]
+        done: Sequence[Outcome] = self._forward(works) if batch.kind is Kind.FORWARD else self._backward(works)
+        by_index = dict(zip(order, done, strict=True))
+        return [by_index[index] for index in range(len(order))]
+
+    def _serial(self, work: Work) -> int:
+        return -1 if work.adapter is None else loaded(work.adapter.version, self._trunk.device).serial
 
     def _forward(self, works: Sequence[Work]) -> list[Done]:
         parts = [self._inputs(work) for work in works]
@@ -120,17 +128,11 @@ class TorchCompute:
             results.update(zip(places, at_inputs, strict=True))
             of_adapters.update({places[index]: gradient for index, gradient in flat.items()})
 
-        groups = self._groups_by_graph(works, stashes)
-        for group in groups:
+        for group in self._groups_by_graph(works, stashes):
             compute(group, _from_common_graph)
         rest = [place for place in range(len(works)) if place not in results]
         if rest:
             compute(rest, self._recomputed)
-        for shared in (*groups, rest):
-            if len(shared) > 1 and not self.traits.deterministic and _leak([of_adapters.get(p) for p in shared]):
-                logger.debug("an adapter gradient of %d requests is not finite; running them one by one", len(shared))
-                for place in shared:
-                    compute([place], self._recomputed)
         ordered = [results[place] for place in range(len(works))]
         replies = self._replies("gradients", ordered, [stash.reply_dtype for stash in stashes])
         answers = add_to_sums([work.adapter for work in works], of_adapters)
@@ -256,13 +258,6 @@ def _from_common_graph(
 def _trained(works: Sequence[Work]) -> list[int]:
     """Return the indices of backwards that ask for the gradients of their adapters."""
     return [index for index, work in enumerate(works) if work.adapter is not None and work.adapter.trains]
-
-
-def _leak(gradients: Sequence[torch.Tensor | None]) -> bool:
-    """Return whether a gradient is not finite: in the products of a merged pass, one request's infinite values make
-    those of all adapters NaN."""
-    sums = [gradient.sum(dtype=torch.float32) for gradient in gradients if gradient is not None]
-    return bool(sums) and not bool(torch.stack(sums).isfinite().all())
 
 
 def _sequences(part: Pass, work: Work) -> Sequences:
