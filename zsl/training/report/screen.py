@@ -32,12 +32,12 @@ def parts_table(parts: Sequence[Part]) -> str:
 
 
 def trainable_table(parts: Sequence[Part]) -> str:
-    """Format the trainable parameters of the client's parts."""
+    """Format the trainable parameters of the client's parts, and of the trunk's if it has any."""
     lines = ["Trainable parameters"]
     lines += [
         f"  {part.name:<7} {part.trainable:>13,} of {part.parameters:,} ({part.trainable / part.parameters:.2%})"
         for part in parts
-        if part.place == "this process" and part.parameters
+        if part.parameters and (part.trainable or part.place == "this process")
     ]
     return "\n".join(lines)
 
