@@ -69,8 +69,8 @@ def test_clients_that_train_at_once_get_the_losses_that_they_get_alone(
     alone = [train(client_model(path, endpoint, seed), seed) for seed in seeds]
     merged = []
 
-    def note(message: Message, role: Role) -> Answer:
-        answer = read_answer(message, role)
+    def note(message: Message, role: Role, **how: bool) -> Answer:
+        answer = read_answer(message, role, **how)
         merged.append(answer.merged)
         return answer
 

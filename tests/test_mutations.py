@@ -24,7 +24,9 @@ MESSAGES = [
     for header in (
         Hello(request=1, software="0", dtype="f32", model=MODEL, cut=Cut(start=2, stop=4), resume=None),
         Forward(request=2, adapter=None, keep=True, tensors=[ACTIVATIONS, MASK], **WORK),
-        Backward(request=3, step=2, adapter=None, adapter_gradients=False, tensors=[GRADIENTS], **WORK),
+        Backward(
+            request=3, step=2, adapter=None, adapter_sum=None, adapter_gradients=False, tensors=[GRADIENTS], **WORK
+        ),
         Ping(session=SESSION, epoch=EPOCH, request=4),
         Bye(session=SESSION, epoch=EPOCH),
     )

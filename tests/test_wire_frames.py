@@ -28,6 +28,7 @@ from zsl.wire.messages import (
     TO_DAEMON,
     Adapter,
     AdapterLimits,
+    AdapterSum,
     Backward,
     Bye,
     Cancel,
@@ -74,7 +75,8 @@ HEADERS: list[Header] = [
     Hello(request=1, software="0", dtype="f32", model=IDENTITY, cut=None, resume=None),
     Forward(**WORK, keep=True, adapter=None),
     Forward(**WORK, keep=True, adapter=UsedAdapter(version=VERSION, dropout_seed=7)),
-    Backward(**WORK, step=1, adapter=None, adapter_gradients=False),
+    Backward(**WORK, step=1, adapter=None, adapter_sum=None, adapter_gradients=False),
+    Backward(**WORK, step=1, adapter=None, adapter_sum=AdapterSum(name=1, position=0), adapter_gradients=True),
     Adapter(
         session=SESSION,
         epoch=EPOCH,

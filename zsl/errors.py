@@ -220,6 +220,12 @@ class UnknownAdapterError(WireError):
     retry = Retry.REPLAY
 
 
+class UnknownSumError(WireError):
+    """The daemon does not hold the sum of adapter gradients that this backward is to be added to."""
+
+    code = "UNKNOWN_SUM"
+
+
 class OverloadedError(WireError):
     """The session has too many requests or bytes in flight."""
 
@@ -280,6 +286,7 @@ WIRE_ERRORS: dict[str, type[WireError]] = {
         UnknownStepError,
         AdapterError,
         UnknownAdapterError,
+        UnknownSumError,
         OverloadedError,
         DeadlineError,
         CancelledByClientError,

@@ -28,7 +28,7 @@ IDENTITY = ModelIdentity(
     model_type="echo", layers=6, hidden_size=HIDDEN, config_digest="c" * 64, weights_digest="d" * 64
 )
 CUT = Cut(start=2, stop=4)
-NO_ADAPTER: dict[str, Any] = {"adapter": None, "adapter_gradients": False}  # fields of a BACKWARD
+NO_ADAPTER: dict[str, Any] = {"adapter": None, "adapter_sum": None, "adapter_gradients": False}  # fields of a BACKWARD
 TRAITS = TrunkTraits(
     parameters=0, merges=True, packs=True, deterministic=False, costs=UNKNOWN_COSTS, batch_limits=BatchLimits()
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from .hostile_adapters import adapters
 from .hostile_bytes import before_ready
 from .hostile_frames import frames
 from .hostile_messages import messages
@@ -13,6 +14,6 @@ from .hostile_sessions import sessions
 
 def forms() -> Iterator[Form]:
     for keyed in (False, True):
-        acts = {**dict(before_ready(keyed=keyed)), **frames(), **messages(), **sessions()}
+        acts = {**dict(before_ready(keyed=keyed)), **frames(), **messages(), **sessions(), **adapters()}
         for name, act in acts.items():
             yield Form(name, keyed, act)

@@ -189,7 +189,13 @@ def backward(
     **changes: object,
 ) -> list[bytes]:
     """A BACKWARD, as `forward`."""
-    return _work(MessageType.BACKWARD, welcome, tensors, buffers, {"step": step, "adapter_gradients": False, **changes})
+    return _work(
+        MessageType.BACKWARD,
+        welcome,
+        tensors,
+        buffers,
+        {"step": step, "adapter_sum": None, "adapter_gradients": False, **changes},
+    )
 
 
 def _work(

@@ -37,11 +37,11 @@ def integers() -> Acts:
             activations = tensor((1, tokens, scene.place.hidden))
             buffers = [bytes(activations["nbytes"]), buffer]  # type: ignore[call-overload]
             peer.send_message(forward(welcome, [activations, described], buffers, keep=True))
-            _answered(peer, 1, code)
+            answered(peer, 1, code)
             if code is None:
                 gradients = tensor((1, tokens, scene.place.hidden), "gradients")
                 peer.send_message(backward(welcome, 1, [gradients], request=2))
-                _answered(peer, 2, None)
+                answered(peer, 2, None)
 
         return act
 
@@ -153,12 +153,12 @@ def _ids(of: Welcome | Victim) -> dict[str, object]:
     return {"session": of.session, "epoch": of.epoch}
 
 
-def _answered(peer: RawPeer, request: int, code: str | None) -> None:
-    """Wait for the answer to a request, and see that it is this one: an ERROR's code, or None for a RESULT."""
+def answered(peer: RawPeer, request: int, *codes: str | None) -> None:
+    """Wait for the answer to a request, and see that it is one of these: an ERROR's code, or None for a RESULT."""
     while not isinstance(answer := heard(peer), (Result, Error)) or answer.request != request:
         pass
     found = answer.code if isinstance(answer, Error) else None
-    assert found == code, f"{found} in place of {code}"
+    assert found in codes, f"{found} in place of {codes}"
 
 
 # --- steps -----------------------------------------------------------------------------------------------------------
@@ -174,7 +174,7 @@ def _held(scene: Scene, steps: int = 1, rows: int = 1) -> tuple[RawPeer, Welcome
     peer, welcome = scene.opened()
     for step in range(1, steps + 1):
         peer.send_message(forward(welcome, [tensor((rows, ROW, scene.place.hidden))], request=step, keep=True))
-        _answered(peer, step, None)
+        answered(peer, step, None)
     return peer, welcome
 
 
@@ -185,17 +185,17 @@ def _gradients(scene: Scene, tokens: int = ROW, *, rows: int = 1, hidden: int | 
 def _backward_without(scene: Scene) -> None:
     peer, welcome = scene.opened()
     peer.send_message(backward(welcome, 7, _gradients(scene, 2)))
-    _answered(peer, 1, "UNKNOWN_STEP")
+    answered(peer, 1, "UNKNOWN_STEP")
 
 
 def _backward_of_another_session(scene: Scene) -> None:
     (first, one), (second, two) = _held(scene), scene.opened()
     second.send_message(backward(two, 1, _gradients(scene)))
-    _answered(second, 1, "UNKNOWN_STEP")
+    answered(second, 1, "UNKNOWN_STEP")
     second.send_message(backward(one, 1, _gradients(scene), request=2))
-    _answered(second, 2, "UNKNOWN_SESSION")
+    answered(second, 2, "UNKNOWN_SESSION")
     first.send_message(backward(one, 1, _gradients(scene), request=3))
-    _answered(first, 3, None)
+    answered(first, 3, None)
 
 
 def _backward_too_soon(scene: Scene) -> None:
@@ -206,7 +206,7 @@ def _backward_too_soon(scene: Scene) -> None:
     for _ in range(4):
         heard(peer)  # in whatever order, as the FORWARD was faster or not
     peer.send_message(backward(welcome, 1, _gradients(scene), request=5))
-    _answered(peer, 5, None)
+    answered(peer, 5, None)
 
 
 def _backward_twice(scene: Scene) -> None:
@@ -217,7 +217,7 @@ def _backward_twice(scene: Scene) -> None:
     peer.send_message(backward(welcome, 1, _gradients(scene), [b"\1" * 4 * ROW * scene.place.hidden], request=2))
     peer.send_message(backward(welcome, 1, _gradients(scene, 3), request=2))
     peer.send_message(backward(welcome, 9, _gradients(scene), request=2))
-    _answered(peer, 3, "UNKNOWN_STEP")
+    answered(peer, 3, "UNKNOWN_STEP")
 
 
 def _gradients_of_other_sizes(scene: Scene) -> None:
@@ -225,12 +225,12 @@ def _gradients_of_other_sizes(scene: Scene) -> None:
     others = [_gradients(scene, 1), _gradients(scene, rows=2), _gradients(scene, hidden=scene.place.hidden + 1)]
     for request, wrong in enumerate(others, start=2):
         peer.send_message(backward(welcome, 1, wrong, request=request))
-        _answered(peer, request, "BAD_SHAPE")
+        answered(peer, request, "BAD_SHAPE")
     both = [tensor((1, 2, scene.place.hidden)), *_gradients(scene)]
     peer.send_message(backward(welcome, 1, both, request=9))
-    _answered(peer, 9, "BAD_SHAPE")
+    answered(peer, 9, "BAD_SHAPE")
     peer.send_message(backward(welcome, 1, _gradients(scene), request=10))
-    _answered(peer, 10, None)
+    answered(peer, 10, None)
 
 
 def _released_while_queued(scene: Scene) -> None:
@@ -239,7 +239,7 @@ def _released_while_queued(scene: Scene) -> None:
         peer.send_message(backward(welcome, step, _gradients(scene), request=SOME + step))
         for number in (step, SOME + step):
             _ask((peer, welcome), KINDS.RELEASE, step=number)
-    _answered(peer, 2 * SOME, None)
+    answered(peer, 2 * SOME, None)
 
 
 def _cancelled_backwards(scene: Scene) -> None:
@@ -269,9 +269,9 @@ def _backward_of_others(scene: Scene) -> None:
     for more in range(4):
         step = scene.victim.request + more
         peer.send_message(backward(welcome, step, _gradients(scene), request=2 * more))
-        _answered(peer, 2 * more, "UNKNOWN_STEP")
+        answered(peer, 2 * more, "UNKNOWN_STEP")
         peer.send_message(backward(scene.victim, step, _gradients(scene), request=2 * more + 1))
-        _answered(peer, 2 * more + 1, "UNKNOWN_SESSION")
+        answered(peer, 2 * more + 1, "UNKNOWN_SESSION")
 
 
 def _forward_of_others(scene: Scene) -> None:
@@ -279,7 +279,7 @@ def _forward_of_others(scene: Scene) -> None:
     for more in range(6):
         request = scene.victim.request + more
         peer.send_message(forward(scene.victim, [tensor((1, ROW, scene.place.hidden))], request=request))
-        _answered(peer, request, "UNKNOWN_SESSION")
+        answered(peer, request, "UNKNOWN_SESSION")
 
 
 def _takes_the_session(scene: Scene, *, ends: bool) -> None:

@@ -8,7 +8,7 @@ from typing import Self
 
 import torch
 
-from zsl.client.replayable_step import Answer, Step, read_answer
+from zsl.client.replayable_step import Answer, CallAdapter, Step, read_answer
 from zsl.client.trunk_client import CONNECT_TIMEOUT_SECONDS, REQUEST_TIMEOUT_SECONDS, TrunkClient
 from zsl.link.traffic import Traffic
 from zsl.wire.messages import Cut, FloatDtypeName, ModelIdentity, Status, Welcome
@@ -76,18 +76,33 @@ class AsyncTrunkClient:
         position_ids: torch.Tensor | None = None,
         lengths: torch.Tensor | None = None,
         keep: bool = False,
+        adapter: CallAdapter | None = None,
     ) -> Step:
         """Run the trunk on activations `[rows, tokens, hidden]`."""
         step, future = self._client.submit_forward(
-            activations, attention_mask=attention_mask, position_ids=position_ids, lengths=lengths, keep=keep
+            activations,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            lengths=lengths,
+            keep=keep,
+            adapter=adapter,
         )
         self._client.finish_forward(step, await asyncio.wrap_future(future))
         return step
 
-    async def backward(self, step: Step, gradients: torch.Tensor, *, activations: torch.Tensor | None = None) -> Answer:
+    async def backward(
+        self,
+        step: Step,
+        gradients: torch.Tensor,
+        *,
+        activations: torch.Tensor | None = None,
+        adapter_gradients: bool = False,
+    ) -> Answer:
         """Return the gradient at the trunk's input, `[rows, tokens, hidden]`."""
-        future = self._client.submit_backward(step, gradients, activations=activations)
-        return read_answer(await asyncio.wrap_future(future), "gradients")
+        future = self._client.submit_backward(
+            step, gradients, activations=activations, adapter_gradients=adapter_gradients
+        )
+        return read_answer(await asyncio.wrap_future(future), "gradients", adapter_gradients=adapter_gradients)
 
     async def status(self) -> Status:
         """Return the model that the daemon serves, and its load."""

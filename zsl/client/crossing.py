@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from zsl.client.padding import RealTokens, find_real_tokens, has_labels_on_padding
-from zsl.client.replayable_step import Step
+from zsl.client.replayable_step import CallAdapter, Step
 from zsl.client.trunk_client import TrunkClient
 from zsl.errors import InternalError, ModelError
 from zsl.wire.frames import Message
@@ -74,7 +74,7 @@ class Crossing:
             self.real.check_padding_has_no_gradient(gradients)
 
     @property
-    def _beside(self) -> dict[str, torch.Tensor | None]:
+    def _beside(self) -> dict[str, Any]:
         """Tensors that are sent with the activations."""
         return {
             "attention_mask": self.attention_mask,
@@ -83,12 +83,14 @@ class Crossing:
         }
 
     def submit_forward(
-        self, client: TrunkClient, activations: torch.Tensor, *, keep: bool
+        self, client: TrunkClient, activations: torch.Tensor, *, keep: bool, adapter: CallAdapter | None
     ) -> tuple[Step, Future[Message]]:
-        return client.submit_forward(activations, keep=keep, **self._beside)
+        return client.submit_forward(activations, keep=keep, adapter=adapter, **self._beside)
 
-    def forward(self, client: TrunkClient, activations: torch.Tensor, *, keep: bool) -> Step:
-        return client.forward(activations, keep=keep, **self._beside)
+    def forward(
+        self, client: TrunkClient, activations: torch.Tensor, *, keep: bool, adapter: CallAdapter | None
+    ) -> Step:
+        return client.forward(activations, keep=keep, adapter=adapter, **self._beside)
 
 
 def crossing_of(

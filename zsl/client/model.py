@@ -93,9 +93,15 @@ def put_trunk(model: PreTrainedModel, trunk: RemoteTrunk, cut: Cut) -> None:
             if asked or (asked is None and getattr(module.config, name, False)):
                 raise ModelError(f"{name}={asked or True!r:.40} is not supported by a split model: {reason}")
         # Looked up in each call: a copy of the model has a copy of the trunk.
-        in_slot = getattr(module, stack.leaf_name)[cut.start]
+        layers = getattr(module, stack.leaf_name)
+        in_slot = layers[cut.start]
         if isinstance(in_slot, RemoteTrunk):  # `Sides` runs the model without a trunk
-            in_slot.observe_inputs(arguments.get("attention_mask"), arguments.get("position_ids"), labels)
+            in_slot.observe_inputs(
+                arguments.get("attention_mask"),
+                arguments.get("position_ids"),
+                labels,
+                {index: layers[index] for index in range(cut.start, cut.stop)},
+            )
 
     model.register_forward_pre_hook(note_labels, with_kwargs=True)
     runner.register_forward_pre_hook(observe, with_kwargs=True)

@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 
 from zsl.client.crossing import CallInputs, PaddingMode, crossing_of
 from zsl.client.overlap import current_lane
+from zsl.client.trunk_adapters import Found, Slots, TrunkAdapters
 from zsl.client.trunk_client import CONNECT_TIMEOUT_SECONDS, REQUEST_TIMEOUT_SECONDS, TrunkClient
 from zsl.client.trunk_function import Call, CrossingEvent
 from zsl.errors import ConfigError, ModelError, WrongModelError
@@ -25,6 +26,7 @@ from zsl.link.connection import after_fork
 from zsl.link.endpoints import parse_endpoints
 from zsl.link.keys import read_client_keys
 from zsl.link.pending import check_timeouts
+from zsl.split.ghosts import WAY_OUT
 from zsl.split.no_weights import NoWeights
 from zsl.wire.messages import Cut, ModelIdentity, Welcome
 from zsl.wire.tensors import TORCH_DTYPES, float_wire_name
@@ -49,7 +51,8 @@ class RemoteTrunk(NoWeights):
     A daemon that serves forward only has `none` in force where `exact` was asked for (`effective_mode`).
 
     `wire_dtype`: dtype of sent activations and gradients, by default the model's: bfloat16 halves the bytes of float32,
-    at the price of its precision. `deterministic="packed"`: refuse a daemon whose answers may depend, by rounding, on
+    at the price of its precision. `adapter_wire_dtype`: dtype of sent adapters on the trunk's layers, and of their
+    gradients, by default their own. `deterministic="packed"`: refuse a daemon whose answers may depend, by rounding, on
     the requests of other clients. `padding="send"`: send padding behind real tokens too, so that a padded batch has the
     local model's bits, and its logits at padded positions; "drop" leaves it out.
 
@@ -64,6 +67,7 @@ class RemoteTrunk(NoWeights):
         client_key: str | None = None,
         mode: GradientMode = "exact",
         wire_dtype: torch.dtype | None = None,
+        adapter_wire_dtype: torch.dtype | None = None,
         deterministic: Literal["packed"] | None = None,
         padding: PaddingMode = "drop",
         connect_timeout_seconds: float = CONNECT_TIMEOUT_SECONDS,
@@ -77,8 +81,10 @@ class RemoteTrunk(NoWeights):
         self.endpoint = ",".join(parse_endpoints(endpoint))
         self.mode: GradientMode = mode
         self.wire_dtype = wire_dtype
-        if wire_dtype is not None:
-            float_wire_name(wire_dtype)  # raises for a dtype without a wire name
+        self.adapter_wire_dtype = adapter_wire_dtype
+        for dtype in (wire_dtype, adapter_wire_dtype):
+            if dtype is not None:
+                float_wire_name(dtype)  # raises for a dtype without a wire name
         self.deterministic = deterministic
         self.padding: PaddingMode = padding
         self._how: dict[str, Any] = {
@@ -95,6 +101,7 @@ class RemoteTrunk(NoWeights):
         self._connecting = threading.Lock()
         self._pid: int | None = None  # of the process that first connected, or began to
         self._call = threading.local()
+        self._adapters = TrunkAdapters()
         # Called when a batch is ready to be sent and when it has come back, forward and backward, by the thread that
         # waits for it; not for overlapped micro-batches.
         self.on_crossing: Callable[[CrossingEvent], None] = _nothing
@@ -189,12 +196,15 @@ class RemoteTrunk(NoWeights):
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
         labels: tuple[torch.Tensor, ...] = (),
+        slots: Slots | None = None,
     ) -> None:
         """Keep arguments of the model's call for this thread's next `forward`: the trunk rebuilds mask and positions.
 
         The mask `[rows, tokens]` is not passed to layers, so a hook on the model calls this; see `load_client`.
+        `slots`: the modules in the places of the trunk's layers, whose adapters are sent.
         """
         self._call.inputs = CallInputs(attention_mask, position_ids, labels)
+        self._call.slots = slots
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # waiting for a daemon cannot be traced
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -208,6 +218,7 @@ class RemoteTrunk(NoWeights):
             raise ModelError(
                 "the model ran its layers without the call that brings mask and positions; zsl cannot split it"
             )
+        adapters = self._found_adapters(self._call.__dict__.pop("slots", None))
         crossing = crossing_of(
             inputs or CallInputs(),
             hidden_states,
@@ -219,11 +230,30 @@ class RemoteTrunk(NoWeights):
             raise ModelError("forward-mode differentiation does not pass the trunk; use backward")
         self._warn_of_autocast(hidden_states)
         mode = self.effective_mode
-        call = Call(self.client, crossing, mode == "exact", self.on_crossing)
-        if not (torch.is_grad_enabled() and hidden_states.requires_grad) or mode == "none":
+        adapter = None if adapters is None else self._adapters.for_call(adapters, self.adapter_wire_dtype)
+        call = Call(self.client, crossing, mode == "exact", self.on_crossing, adapter)
+        weights = None if adapters is None or mode != "exact" else adapters.weights
+        learns = hidden_states.requires_grad or (weights is not None and weights.requires_grad)
+        if not (torch.is_grad_enabled() and learns) or mode == "none":
             return call.without_gradient(hidden_states)
         lane = current_lane()
-        return call.with_gradient(hidden_states) if lane is None else call.in_lane(lane, hidden_states)
+        if lane is None:
+            return call.with_gradient(hidden_states, weights)
+        return call.in_lane(lane, hidden_states, weights)
+
+    def _found_adapters(self, slots: Slots | None) -> Found | None:
+        """Return the adapters on the trunk's layers. Raises `ZslError` for those that the daemon would not train."""
+        found = None if slots is None else self._adapters.find(slots)
+        if found is None:
+            return None
+        found.check_limits(self.client.welcome.adapters, self.adapter_wire_dtype)
+        if self.training and found.weights.requires_grad and self.effective_mode != "exact":
+            why = "its mode" if self.mode != "exact" else "the daemon serves forward only, so the mode in force"
+            raise ModelError(
+                f"the adapters on the trunk's layers would learn nothing, as {why} is {self.effective_mode!r}: use a "
+                f"daemon with gradients and mode='exact', or {WAY_OUT}"
+            )
+        return found
 
     def _warn_of_autocast(self, hidden_states: torch.Tensor) -> None:
         """Warn, once, that the trunk does not compute under the caller's autocast."""
@@ -267,6 +297,7 @@ class RemoteTrunk(NoWeights):
             "_pid": None,
             "_connecting": None,
             "_call": None,
+            "_adapters": None,
             "on_crossing": _nothing,
         }
 
@@ -274,6 +305,7 @@ class RemoteTrunk(NoWeights):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._connecting = threading.Lock()
         self._call = threading.local()
+        self._adapters = TrunkAdapters()
 
 
 def _nothing(event: CrossingEvent) -> None:

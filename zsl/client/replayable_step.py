@@ -10,23 +10,37 @@ from dataclasses import dataclass
 import torch
 
 from zsl.errors import ChangedError, InternalError
+from zsl.link.adapter_versions import EncodedAdapter
 from zsl.link.connection import Connection
 from zsl.wire.frames import Message
-from zsl.wire.messages import (
-    Result,
-    Role,
-)
+from zsl.wire.messages import Result, Role, UsedAdapter
 from zsl.wire.tensors import decode_tensor
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Tensor of a RESULT, number of requests in its pass, and the daemon's times."""
+    """Tensor of a RESULT, number of requests in its pass, and the daemon's times.
+
+    `adapter_gradients`: of a backward that asked for them, flat, in the dtype of the version.
+    """
 
     tensor: torch.Tensor
     merged: int
     queue_seconds: float
     compute_seconds: float
+    adapter_gradients: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CallAdapter:
+    """Adapter of one forward and its backward. `dropout_seed`: seed of its dropout masks, None for no dropout."""
+
+    version: EncodedAdapter
+    dropout_seed: int | None = None
+
+    @property
+    def header(self) -> UsedAdapter:
+        return UsedAdapter(version=self.version.digest, dropout_seed=self.dropout_seed)
 
 
 class Step:
@@ -43,10 +57,12 @@ class Step:
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
         lengths: torch.Tensor | None,
+        adapter: CallAdapter | None = None,
     ) -> None:
         self.request = connection.new_request_id()
         self.held_in_session: bytes | None = None  # session in which the daemon may hold the step
         self.answer: Answer | None = None
+        self.adapter = adapter
         self._connection = connection
         self._activations: torch.Tensor | None = activations
         self._version = _version(activations)
@@ -95,14 +111,19 @@ def _version(tensor: torch.Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
-def read_answer(message: Message, role: Role) -> Answer:
-    """Return the answer in a RESULT. Its tensor may share the message's memory. Raises `InternalError`."""
+def read_answer(message: Message, role: Role, *, adapter_gradients: bool = False) -> Answer:
+    """Return the answer in a RESULT. Its tensors may share the message's memory. Raises `InternalError`."""
     header = message.header
-    if not isinstance(header, Result) or [descriptor.role for descriptor in header.tensors] != [role]:
-        raise InternalError(f"the trunk answered with {type(header).__name__} where a RESULT with {role} is due")
+    due: list[Role] = [role, "adapter_gradients"] if adapter_gradients else [role]
+    if not isinstance(header, Result) or [descriptor.role for descriptor in header.tensors] != due:
+        raise InternalError(
+            f"the trunk answered with {type(header).__name__} where a RESULT with {' and '.join(due)} is due"
+        )
+    tensors = [decode_tensor(*pair) for pair in zip(header.tensors, message.buffers, strict=True)]
     return Answer(
-        tensor=decode_tensor(header.tensors[0], message.buffers[0]),
+        tensor=tensors[0],
         merged=header.merged,
         queue_seconds=header.queue_us / 1e6,
         compute_seconds=header.compute_us / 1e6,
+        adapter_gradients=tensors[1] if adapter_gradients else None,
     )

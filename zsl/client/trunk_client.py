@@ -15,8 +15,9 @@ from typing import Self
 
 import torch
 
-from zsl.client.replayable_step import Answer, Step, read_answer
+from zsl.client.replayable_step import Answer, CallAdapter, Step, read_answer
 from zsl.errors import InternalError
+from zsl.link.adapter_versions import EncodedAdapter
 from zsl.link.connection import Connection
 from zsl.link.keys import read_client_keys
 from zsl.link.pending import Build, Pending
@@ -106,27 +107,37 @@ class TrunkClient:
         position_ids: torch.Tensor | None = None,
         lengths: torch.Tensor | None = None,
         keep: bool = False,
+        adapter: CallAdapter | None = None,
     ) -> Step:
         """Run the trunk on activations `[rows, tokens, hidden]`; `keep` if a backward will follow.
 
         Optional: a mask `[rows, tokens]`, positions `[rows or 1, tokens]`; for one row of several concatenated
-        sequences their lengths `[sequences]` (if `welcome.packs`).
+        sequences their lengths `[sequences]` (if `welcome.packs`); an adapter in the trunk's layers (if
+        `welcome.adapters`).
 
         Raises `ZslError`: the request was refused, timed out, or the connection was lost for good.
         """
-        step, build, nbytes = self._forward(activations, attention_mask, position_ids, lengths, keep)
-        self.finish_forward(step, self._connection.call(step.request, build, nbytes=nbytes))
+        step, build, nbytes = self._forward(activations, attention_mask, position_ids, lengths, keep, adapter)
+        self.finish_forward(step, self._connection.call(step.request, build, nbytes=nbytes, adapter=_version(adapter)))
         return step
 
-    def backward(self, step: Step, gradients: torch.Tensor, *, activations: torch.Tensor | None = None) -> Answer:
+    def backward(
+        self,
+        step: Step,
+        gradients: torch.Tensor,
+        *,
+        activations: torch.Tensor | None = None,
+        adapter_gradients: bool = False,
+    ) -> Answer:
         """Return the gradient at the trunk's input for the gradient `[rows, tokens, hidden]` at its output.
 
-        `activations`: those of the forward, needed after `Step.forget_tensors`.
+        `activations`: those of the forward, needed after `Step.forget_tensors`. `adapter_gradients`: return those of
+        the forward's adapter too.
         """
-        request, build = self._backward(step, gradients, activations)
-        message = self._connection.call(request, build, nbytes=gradients.nbytes)
+        request, build = self._backward(step, gradients, activations, adapter_gradients)
+        message = self._connection.call(request, build, nbytes=gradients.nbytes, adapter=_version(step.adapter))
         step.held_in_session = None
-        return read_answer(message, "gradients")
+        return read_answer(message, "gradients", adapter_gradients=adapter_gradients)
 
     def status(self) -> Status:
         """Return the model that the daemon serves, and its load."""
@@ -143,10 +154,11 @@ class TrunkClient:
         position_ids: torch.Tensor | None = None,
         lengths: torch.Tensor | None = None,
         keep: bool = False,
+        adapter: CallAdapter | None = None,
     ) -> tuple[Step, Future[Message]]:
         """Send a forward without waiting. Return the step, and the future of the message for `finish_forward`."""
-        step, build, nbytes = self._forward(activations, attention_mask, position_ids, lengths, keep)
-        return step, self._connection.submit(step.request, build, nbytes=nbytes)
+        step, build, nbytes = self._forward(activations, attention_mask, position_ids, lengths, keep, adapter)
+        return step, self._connection.submit(step.request, build, nbytes=nbytes, adapter=_version(adapter))
 
     def _forward(
         self,
@@ -155,11 +167,12 @@ class TrunkClient:
         position_ids: torch.Tensor | None,
         lengths: torch.Tensor | None,
         keep: bool,
+        adapter: CallAdapter | None,
     ) -> tuple[Step, Build, int]:
         """Return a step, the builder of its FORWARD message, and the bytes of its tensors."""
         if keep and activations.is_inference():
             activations = activations.clone()  # it has no version counter to detect in-place changes
-        step = Step(self._connection, activations, attention_mask, position_ids, lengths)
+        step = Step(self._connection, activations, attention_mask, position_ids, lengths, adapter)
         request = step.request
         encoded = encode_tensors(step.inputs())
 
@@ -172,7 +185,7 @@ class TrunkClient:
                 request=request,
                 attempt=pending.attempt,
                 budget_ms=pending.budget_ms(),
-                adapter=None,
+                adapter=None if adapter is None else adapter.header,
                 keep=keep,
                 tensors=descriptors,
             )
@@ -194,15 +207,22 @@ class TrunkClient:
         step.answer = read_answer(message, "activations")
 
     def submit_backward(
-        self, step: Step, gradients: torch.Tensor, *, activations: torch.Tensor | None = None
+        self,
+        step: Step,
+        gradients: torch.Tensor,
+        *,
+        activations: torch.Tensor | None = None,
+        adapter_gradients: bool = False,
     ) -> Future[Message]:
-        """Send a backward without waiting. The message's tensor is the gradient."""
-        request, build = self._backward(step, gradients, activations)
-        future = self._connection.submit(request, build, nbytes=gradients.nbytes)
+        """Send a backward without waiting. The message's tensors are the gradient, and that of the adapter if asked."""
+        request, build = self._backward(step, gradients, activations, adapter_gradients)
+        future = self._connection.submit(request, build, nbytes=gradients.nbytes, adapter=_version(step.adapter))
         future.add_done_callback(step.went_back)
         return future
 
-    def _backward(self, step: Step, gradients: torch.Tensor, activations: torch.Tensor | None) -> tuple[int, Build]:
+    def _backward(
+        self, step: Step, gradients: torch.Tensor, activations: torch.Tensor | None, adapter_gradients: bool
+    ) -> tuple[int, Build]:
         """Return the request id of a step's backward, and the builder of its message."""
         request = self._connection.new_request_id()
         # Encoded in the caller's thread, so that a copy from a GPU follows the computation of the gradients.
@@ -217,9 +237,10 @@ class TrunkClient:
                 request=request,
                 attempt=pending.attempt,
                 budget_ms=pending.budget_ms(),
-                adapter=None,
+                adapter=None if step.adapter is None else step.adapter.header,
                 step=step.request,
-                adapter_gradients=False,
+                adapter_sum=None,
+                adapter_gradients=adapter_gradients,
                 tensors=[descriptor for descriptors, _ in sent for descriptor in descriptors],
             )
             return header, [buffer for _, buffers in sent for buffer in buffers]
@@ -243,3 +264,7 @@ class TrunkClient:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.endpoint!r})"
+
+
+def _version(adapter: CallAdapter | None) -> EncodedAdapter | None:
+    return None if adapter is None else adapter.version

@@ -13,8 +13,9 @@ from torch.autograd.function import once_differentiable
 
 from zsl.client.crossing import Crossing
 from zsl.client.overlap import Deferred, Lane
-from zsl.client.replayable_step import read_answer
+from zsl.client.replayable_step import Answer, CallAdapter, read_answer
 from zsl.client.trunk_client import TrunkClient
+from zsl.errors import InternalError
 
 CrossingEvent = tuple[Literal["forward", "backward"], Literal["begins", "ended"]]
 
@@ -23,6 +24,7 @@ CrossingEvent = tuple[Literal["forward", "backward"], Literal["begins", "ended"]
 class Call:
     """One call of the trunk. `exact`: the gradient is the trunk's own; otherwise it passes unchanged.
 
+    `adapter`: the one on the trunk's layers. Its flat `weights` `[elements]` are given for their gradient only.
     `on_crossing` is called when a batch is ready to be sent and when it has come back, forward and backward.
     """
 
@@ -30,24 +32,28 @@ class Call:
     crossing: Crossing
     exact: bool
     on_crossing: Callable[[CrossingEvent], None]
+    adapter: CallAdapter | None = None
 
     def without_gradient(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Run activations `[rows, tokens, hidden]` through the trunk, without a backward."""
         activations = self.crossing.sent(hidden_states.detach())
         with self._noted("forward"):
-            step = self.crossing.forward(self.client, activations, keep=False)
+            step = self.crossing.forward(self.client, activations, keep=False, adapter=self.adapter)
             return self.crossing.received(step.output, hidden_states)
 
-    def with_gradient(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def with_gradient(self, hidden_states: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
         """Run activations `[rows, tokens, hidden]` through the trunk, as an operation of autograd."""
-        output: torch.Tensor = _TrunkFunction.apply(hidden_states, self)  # type: ignore[no-untyped-call]
+        output: torch.Tensor = _TrunkFunction.apply(hidden_states, weights, self)  # type: ignore[no-untyped-call]
         return output
 
-    def in_lane(self, lane: Lane[Any], hidden_states: torch.Tensor) -> torch.Tensor:
+    def in_lane(self, lane: Lane[Any], hidden_states: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
         """Run one of several overlapped micro-batches. Return a leaf, whose gradient is sent to the trunk later."""
         crossing, client = self.crossing, self.client
+        trained = weights is not None and weights.requires_grad
         lane.check_not_given_up()
-        step, future = crossing.submit_forward(client, crossing.sent(hidden_states.detach()), keep=self.exact)
+        step, future = crossing.submit_forward(
+            client, crossing.sent(hidden_states.detach()), keep=self.exact, adapter=self.adapter
+        )
         lane.wait(future, client.longest_wait_seconds)
         client.finish_forward(step, client.wait(future))
         output = crossing.received(step.output, hidden_states).requires_grad_()
@@ -55,16 +61,24 @@ class Call:
         def submit(gradients: torch.Tensor) -> Future[Any]:
             crossing.check_gradients(gradients)
             if self.exact:
-                return client.submit_backward(step, crossing.sent(gradients))
+                return client.submit_backward(step, crossing.sent(gradients), adapter_gradients=trained)
             passed: Future[Any] = Future()
             passed.set_result(gradients)
             return passed
 
         def finish(answer: Any) -> None:
-            gradients = answer
-            if self.exact:
-                gradients = crossing.received(read_answer(answer, "gradients").tensor, hidden_states)
-            hidden_states.backward(gradients)
+            if not self.exact:
+                hidden_states.backward(answer)
+                return
+            read = read_answer(answer, "gradients", adapter_gradients=trained)
+            inputs, at_inputs = [], []
+            if hidden_states.requires_grad:
+                inputs.append(hidden_states)
+                at_inputs.append(crossing.received(read.tensor, hidden_states))
+            if weights is not None and trained:
+                inputs.append(weights)
+                at_inputs.append(_received(read, weights.shape, weights.dtype, weights.device))
+            torch.autograd.backward(inputs, at_inputs)
 
         lane.deferred.append(Deferred(output, submit, finish))
         return output
@@ -77,32 +91,49 @@ class Call:
 
 
 class _TrunkFunction(torch.autograd.Function):
-    """Trunk as an operation of autograd. Its input is saved by autograd, so `retain_graph`, a second backward and the
-    freeing of memory work as for any other operation."""
+    """Trunk as an operation of autograd on activations and the flat weights of its adapter.
+
+    The activations are saved by autograd, so `retain_graph`, a second backward and the freeing of memory work as for
+    any other operation. The step keeps the version of the weights.
+    """
 
     @staticmethod
-    def forward(ctx: Any, hidden_states: torch.Tensor, call: Call) -> torch.Tensor:
+    def forward(ctx: Any, hidden_states: torch.Tensor, weights: torch.Tensor | None, call: Call) -> torch.Tensor:
         ctx.call = call
         activations = call.crossing.sent(hidden_states.detach())
         with call._noted("forward"):
-            step = call.crossing.forward(call.client, activations, keep=call.exact)
+            step = call.crossing.forward(call.client, activations, keep=call.exact, adapter=call.adapter)
             output = call.crossing.received(step.output, hidden_states)
         if call.exact:
             ctx.save_for_backward(hidden_states)
             step.forget_tensors()
             ctx.step = step
+            ctx.flat = None if weights is None else (weights.shape, weights.dtype, weights.device)
         return output
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: Any, gradients: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
         call: Call = ctx.call
         call.crossing.check_gradients(gradients)
         if not call.exact:
             call.on_crossing(("backward", "ended"))
-            return gradients, None
+            return gradients, None, None
         (hidden_states,) = ctx.saved_tensors
+        to_input, to_weights = ctx.needs_input_grad[:2]
         sent, activations = call.crossing.sent(gradients), call.crossing.sent(hidden_states.detach())
         with call._noted("backward"):
-            answer = call.client.backward(ctx.step, sent, activations=activations)
-            return call.crossing.received(answer.tensor, hidden_states), None
+            answer = call.client.backward(ctx.step, sent, activations=activations, adapter_gradients=to_weights)
+            return (
+                call.crossing.received(answer.tensor, hidden_states) if to_input else None,
+                _received(answer, *ctx.flat) if to_weights else None,
+                None,
+            )
+
+
+def _received(answer: Answer, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return the adapter's gradient like its weights. Raises `InternalError` for a wrong shape."""
+    found = answer.adapter_gradients
+    if found is None or found.shape != shape:
+        raise InternalError(f"the trunk answered with adapter gradients of another shape than {tuple(shape)}")
+    return found.to(device, dtype)

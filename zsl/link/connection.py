@@ -25,6 +25,7 @@ from queue import Empty, SimpleQueue
 from typing import TypeVar
 
 from zsl.errors import ClosedError, InternalError, RequestTimeout, ZslError
+from zsl.link.adapter_versions import EncodedAdapter
 from zsl.link.endpoints import parse_endpoints
 from zsl.link.link import Link
 from zsl.link.pending import Build, Pending, check_timeouts
@@ -119,28 +120,33 @@ class Connection:
         """Return an unused request id, larger than all before it."""
         return next(self._ids)
 
-    def submit(self, request: int, build: Build, *, nbytes: int = 0) -> Future[Message]:
-        """Send a request; the future brings the RESULT (or STATUS), or raises a `ZslError`."""
+    def submit(
+        self, request: int, build: Build, *, nbytes: int = 0, adapter: EncodedAdapter | None = None
+    ) -> Future[Message]:
+        """Send a request, after its adapter if the session lacks that.
+
+        The future brings the RESULT (or STATUS), or raises a `ZslError`.
+        """
         self._check_usable()
         if self._thread is None:
             raise self._not_open()
-        pending = self._pending(request, build, nbytes)
+        pending = self._pending(request, build, nbytes, adapter)
         if not self._command(lambda link: link.add(pending)):
             self._check_usable()
         return pending.future
 
-    def call(self, request: int, build: Build, *, nbytes: int = 0) -> Message:
+    def call(self, request: int, build: Build, *, nbytes: int = 0, adapter: EncodedAdapter | None = None) -> Message:
         """Submit a request and wait. This thread drives the link meanwhile if no other does."""
         self._check_usable()  # before any lock: in a forked child a lock may stay locked for ever
         link, this_thread = self._link, threading.get_ident()
         if self._welcome is None or link is None or self._driver == this_thread:
-            return self.wait(self.submit(request, build, nbytes=nbytes))
+            return self.wait(self.submit(request, build, nbytes=nbytes, adapter=adapter))
         pending: Pending | None = None
         try:
             if self._driving.acquire(blocking=False):
                 self._driver = this_thread
                 self._check_usable()
-                pending = self._pending(request, build, nbytes)
+                pending = self._pending(request, build, nbytes, adapter)
                 self._drive(link, pending)
         except BaseException:
             if pending is not None:
@@ -155,7 +161,9 @@ class Connection:
                 pass  # another thread drives
             if self._closing or self._commands or self._torn or link.busy:
                 self._wanted.put(None)
-        return self.wait(self.submit(request, build, nbytes=nbytes) if pending is None else pending.future)
+        return self.wait(
+            self.submit(request, build, nbytes=nbytes, adapter=adapter) if pending is None else pending.future
+        )
 
     def submit_status(self) -> Future[Message]:
         """Send a STATUS request. The future's message has a `Status` header."""
@@ -209,8 +217,8 @@ class Connection:
         if self._closing:
             raise self._closed()
 
-    def _pending(self, request: int, build: Build, nbytes: int) -> Pending:
-        return Pending(request, build, time.monotonic() + self._request_timeout_seconds, nbytes)
+    def _pending(self, request: int, build: Build, nbytes: int, adapter: EncodedAdapter | None) -> Pending:
+        return Pending(request, build, time.monotonic() + self._request_timeout_seconds, nbytes, adapter)
 
     def _not_open(self) -> ClosedError:
         return ClosedError(f"the connection to {self.endpoint} is not open; call connect() first")

@@ -8,7 +8,16 @@ from collections.abc import Sequence
 
 import zmq
 
-from zsl.errors import CorruptError, DeadlineError, ForbiddenError, RequestTimeout, Retry, TooLargeError, WireError
+from zsl.errors import (
+    CorruptError,
+    DeadlineError,
+    ForbiddenError,
+    RequestTimeout,
+    Retry,
+    TooLargeError,
+    UnknownAdapterError,
+    WireError,
+)
 from zsl.link.heartbeat import Heartbeat, Progress
 from zsl.link.opening import DRAINING_RETRY_SECONDS
 from zsl.link.path_check import PathCheck
@@ -138,7 +147,7 @@ class Open:
             return Lost(f"silent for {heartbeat.silent_seconds:.0f} s")
         if heartbeat is not None and heartbeat.session_is_gone:
             return Lost("the session is not known there any more")
-        if self._path.is_broken(self._shared.requests.under_way_bytes):
+        if self._path.is_broken(self._shared.requests.transferred_bytes):
             return Lost("the connection carries nothing")
         if (under_way or heartbeat is None) and now >= self._path.next_ping:
             self._say(self._path.ping(self._shared.new_request_id(), under_way, now))
@@ -202,11 +211,30 @@ class Open:
                 )
             frames = encode(header, buffers)
             pending.nbytes = sum(len(buffer) for buffer in buffers)
+            if not self._send_adapter(pending):
+                return False
         except Exception as error:
             self._shared.requests.ended(pending.request)
             pending.fail(error)
             return True
         return self._put(frames)
+
+    def _send_adapter(self, pending: Pending) -> bool:
+        """Send the version of a request's adapter, unless the session has it. Return False if not connected."""
+        version, sent_versions = pending.adapter, self._shared.adapters
+        pending.adapter_bytes = 0
+        if version is None:
+            return True
+        if sent_versions.lacks(version, self.welcome.session):
+            for header, buffers in version.pieces(self.welcome, pending.request):
+                frames = encode(header, buffers)
+                if not self._put(frames):
+                    return False
+                pending.adapter_bytes += sum(map(len, frames))
+            self._shared.traffic.sent_adapter(pending.adapter_bytes)
+            sent_versions.sent(version)
+        pending.message = sent_versions.next_message()
+        return True
 
     def _on_frames(self, frames: list[Frame]) -> Event | None:
         try:
@@ -272,6 +300,8 @@ class Open:
         elif isinstance(error, DeadlineError):
             pending.fail(self.timeout())  # the daemon noticed first
         elif header.retry is Retry.REPLAY:
+            if isinstance(error, UnknownAdapterError) and pending.adapter is not None:
+                self._shared.adapters.unknown(pending.adapter, pending.message)
             requests.refused(pending, error)
         elif header.retry is Retry.SAME:
             requests.later(pending, now + header.retry_after_ms / 1000, now)

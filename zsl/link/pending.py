@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from numbers import Real
 
 from zsl.errors import ConfigError, ConnectionLost
+from zsl.link.adapter_versions import EncodedAdapter
 from zsl.wire.frames import Frame, Message
 from zsl.wire.messages import Header, Limits, Welcome
 
@@ -39,12 +40,16 @@ Build = Callable[[Welcome, "Pending"], tuple[Header, Sequence[Frame]]]
 
 @dataclass(slots=True)
 class Pending:
-    """Unanswered request. `build` makes its message for the session that is open when it is sent."""
+    """Unanswered request. `build` makes its message for the session that is open when it is sent.
+
+    `adapter`: the version that it runs with, sent before it to a session that lacks it.
+    """
 
     request: int
     build: Build
     deadline: float
     nbytes: int
+    adapter: EncodedAdapter | None = None
     future: Future[Message] = field(default_factory=Future)
     attempt: int = 0
     complete: bool = False  # include everything that the request needs
@@ -52,6 +57,8 @@ class Pending:
     not_before: float = 0.0
     refusals: int = 0
     sent_to: set[bytes] = field(default_factory=set)  # epochs of daemon processes
+    adapter_bytes: int = 0  # sent before the message
+    message: int = 0  # its number among those that name adapters
 
     def budget_ms(self) -> int:
         return max(1, round(min(self.deadline - time.monotonic(), MAX_BUDGET_SECONDS) * 1000))
@@ -83,7 +90,13 @@ class Requests:
 
     @property
     def under_way_bytes(self) -> int:
+        """Bytes of their tensors, which the daemon's limit is for."""
         return sum(pending.nbytes for pending in self._sent.values())
+
+    @property
+    def transferred_bytes(self) -> int:
+        """Bytes of their tensors and of the adapters sent before them."""
+        return self.under_way_bytes + sum(pending.adapter_bytes for pending in self._sent.values())
 
     def add(self, pending: Pending) -> None:
         """Queue a request, unless it is queued already."""

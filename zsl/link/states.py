@@ -16,6 +16,7 @@ from typing import Protocol
 import zmq
 
 from zsl.errors import WIRE_ERRORS, InternalError, WireError, ZslError
+from zsl.link.adapter_versions import SentVersions
 from zsl.link.endpoints import Endpoints
 from zsl.link.pending import Requests
 from zsl.link.traffic import TrafficCounter
@@ -178,6 +179,7 @@ class Shared:
     requests: Requests = field(default_factory=Requests)
     traffic: TrafficCounter = field(default_factory=TrafficCounter)
     last: LastSession = field(default_factory=LastSession)
+    adapters: SentVersions = field(default_factory=SentVersions)
     # Endpoints behind a balancer: a session there sends its pings on its only connection.
     balanced: set[str] = field(default_factory=set)
 

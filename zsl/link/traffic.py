@@ -16,6 +16,7 @@ class Traffic:
 
     `bytes_up` and `bytes_down` count all frames of zsl's messages (preamble, header, tensors), including messages sent
     again, but neither the overhead of ZeroMQ, TCP and encryption nor the heartbeat, which has its own connection.
+    `adapter_bytes_up` and `adapter_bytes_down` are their part for adapters on the trunk's layers and their gradients.
     `queue_seconds` and `compute_seconds` are the daemon's, summed over answered requests: a pass for several requests
     counts in full for each.
     """
@@ -24,6 +25,8 @@ class Traffic:
     replays: int = 0
     bytes_up: int = 0
     bytes_down: int = 0
+    adapter_bytes_up: int = 0
+    adapter_bytes_down: int = 0
     queue_seconds: float = 0.0
     compute_seconds: float = 0.0
 
@@ -39,6 +42,7 @@ class TrafficCounter:
 
     def __init__(self) -> None:
         self._answers = self._bytes_up = self._bytes_down = self._queue_us = self._compute_us = 0
+        self._adapter_bytes_up = self._adapter_bytes_down = 0
 
     def sent(self, frames: Sequence[Frame | bytes]) -> None:
         self._bytes_up += sum(map(len, frames))
@@ -46,9 +50,14 @@ class TrafficCounter:
     def received(self, frames: Sequence[Frame | bytes]) -> None:
         self._bytes_down += sum(map(len, frames))
 
+    def sent_adapter(self, nbytes: int) -> None:
+        """Count the bytes of messages that brought an adapter; `sent` counts them too."""
+        self._adapter_bytes_up += nbytes
+
     def answered(self, header: Header) -> None:
         """Count an answered request."""
         if isinstance(header, Result):
+            self._adapter_bytes_down += sum(one.nbytes for one in header.tensors if one.role == "adapter_gradients")
             self._answers += 1
             self._queue_us += header.queue_us
             self._compute_us += header.compute_us
@@ -59,6 +68,8 @@ class TrafficCounter:
             replays=replays,
             bytes_up=self._bytes_up,
             bytes_down=self._bytes_down,
+            adapter_bytes_up=self._adapter_bytes_up,
+            adapter_bytes_down=self._adapter_bytes_down,
             queue_seconds=self._queue_us / 1e6,
             compute_seconds=self._compute_us / 1e6,
         )

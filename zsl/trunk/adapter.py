@@ -5,7 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from zsl.wire.adapter_layout import AdapterLayout
-from zsl.wire.messages import FloatDtypeName
+from zsl.wire.messages import AdapterSum, FloatDtypeName
+
+
+@dataclass(slots=True, eq=False)
+class GradientSum:
+    """Sum of the gradients of `added` backwards. `total` is the computation's."""
+
+    name: int
+    added: int
+    total: object = field(repr=False)
 
 
 @dataclass(slots=True, eq=False)
@@ -13,7 +22,8 @@ class AdapterVersion:
     """A complete and checked version. `weights`: flat, in the order of the layout, in `dtype`, finite; writable memory
     at an address that is aligned as torch's tensors are.
 
-    `loaded` is the computation's own form of it, which its thread makes at the first use.
+    `loaded` is the computation's own form of it, which its thread makes at the first use; `sum` is the last sum of its
+    gradients.
     """
 
     version: bytes
@@ -21,6 +31,7 @@ class AdapterVersion:
     dtype: FloatDtypeName
     weights: bytearray | memoryview
     loaded: object | None = field(default=None, repr=False)
+    sum: GradientSum | None = None
 
     @property
     def nbytes(self) -> int:
@@ -29,8 +40,17 @@ class AdapterVersion:
 
 @dataclass(frozen=True, slots=True)
 class AdapterUse:
-    """An adapter version as a request runs with it. `gradients`: the backward answers with those of its weights."""
+    """An adapter version as a request runs with it.
+
+    `gradients`: the backward answers with those of its weights. `sum`: it adds them to this sum, and answers with that.
+    """
 
     version: AdapterVersion
     dropout_seed: int | None = None
     gradients: bool = False
+    sum: AdapterSum | None = None
+
+    @property
+    def trains(self) -> bool:
+        """True if the gradients of the weights are computed."""
+        return self.gradients or self.sum is not None

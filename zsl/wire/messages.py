@@ -224,6 +224,17 @@ class UsedAdapter(_Strict):
     dropout_seed: Count | None
 
 
+class AdapterSum(_Strict):
+    """Sum of the adapter's gradients over several backwards with one version, kept by the daemon.
+
+    `name` is the client's. `position`: the number of backwards that have been added before. A cache: a backward whose
+    predecessors are not in the sum is answered with UNKNOWN_SUM, and the client starts a new sum.
+    """
+
+    name: Count
+    position: Annotated[int, Field(ge=0, le=2**20)]
+
+
 class WorkHeader(InSession):
     """Base class of FORWARD and BACKWARD. A BACKWARD names the same adapter as its FORWARD."""
 
@@ -250,7 +261,8 @@ class Backward(WorkHeader):
 
     TYPE = MessageType.BACKWARD
     step: Count
-    adapter_gradients: bool  # answer with those of the adapter's weights too
+    adapter_sum: AdapterSum | None  # add the gradients of the adapter's weights to this sum
+    adapter_gradients: bool  # answer with those of the adapter's weights too: with the sum, if one is named
 
 
 class Result(InSession):

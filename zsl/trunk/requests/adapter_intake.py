@@ -79,13 +79,15 @@ class AdapterIntake:
 
     def use(self, session: Session, header: Forward | Backward, now: float) -> AdapterUse | None:
         """Return the adapter that a request runs with. Raises `UnknownAdapterError` or `MalformedError`."""
-        gradients = isinstance(header, Backward) and header.adapter_gradients
+        gradients, sum_of_steps = False, None
+        if isinstance(header, Backward):
+            gradients, sum_of_steps = header.adapter_gradients, header.adapter_sum
         if header.adapter is None:
-            if gradients:
+            if gradients or sum_of_steps:
                 raise MalformedError("the gradients of an adapter are asked for, and none is named")
             return None
         version = self._store.get(session, header.adapter.version, now)
-        return AdapterUse(version, header.adapter.dropout_seed, gradients)
+        return AdapterUse(version, header.adapter.dropout_seed, gradients, sum_of_steps)
 
     def close(self, session: Session) -> None:
         """Forget the versions of a closed session."""
@@ -112,8 +114,7 @@ class AdapterIntake:
             )
         if header.nbytes > limits.max_bytes:
             raise TooLargeError(f"an adapter of {header.nbytes} bytes is over {limits.max_bytes}")
-        # The computation keeps a copy of its own if it needs another dtype.
-        nbytes = header.nbytes if layout.dtype == header.dtype else header.nbytes + layout.nbytes(layout.dtype)
+        nbytes = header.nbytes + 2 * layout.nbytes(layout.dtype)  # the computation keeps a copy, and a sum of gradients
         if not self._store.reserve(session, header.version, nbytes, now):
             return False
         digest = VersionDigest(layout_json, header.dtype)

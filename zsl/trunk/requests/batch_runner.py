@@ -109,12 +109,15 @@ class BatchRunner:
         """Evict stashes to make room for the graph of a pass. If it is too large, make room for a pass layer by layer,
         and return False."""
         lengths = [length for request in requests for length in request.shape.lengths]
-        taken = self._requests.taken_bytes
+        taken, traits = self._requests.taken_bytes, self._traits
+        graph_memory, pass_memory = traits.graph_memory, traits.pass_memory
+        if any(request.adapter is not None for request in requests):
+            graph_memory, pass_memory = traits.graph_memory_with_adapters, traits.pass_memory_with_adapters
         if any(request.keep or _makes_graph(request) for request in requests) and self._sessions.make_room(
-            self._traits.graph_memory.nbytes(lengths) + taken
+            graph_memory.nbytes(lengths) + taken
         ):
             return True
-        needed = self._traits.pass_memory.nbytes(lengths) + taken
+        needed = pass_memory.nbytes(lengths) + taken
         self._sessions.make_room(min(needed, self._stash_memory_bytes - 1))
         return False
 

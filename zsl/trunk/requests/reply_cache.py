@@ -31,7 +31,7 @@ def asked_by(header: Forward | Backward) -> bytes:
     match header:
         case Backward():
             gradients = next((one for one in tensors if one[0] == "gradients"), None)
-            asked = "backward", header.step, gradients, header.adapter, header.adapter_gradients
+            asked = "backward", header.step, gradients, header.adapter, header.adapter_sum, header.adapter_gradients
         case Forward():
             asked = "forward", header.keep, tensors, header.adapter
     return xxhash.xxh3_128_digest(repr(asked).encode())

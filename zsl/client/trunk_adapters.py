@@ -1,0 +1,172 @@
+"""Find the LoRA adapters on the trunk's layers of a client's model, and make the version that is sent of their weights.
+
+PEFT's modules are read, not run: the daemon computes what they would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import torch
+from peft.tuners.lora.layer import Linear
+from peft.tuners.tuners_utils import BaseTunerLayer
+from pydantic import ValidationError
+from torch import nn
+
+from zsl.client.replayable_step import CallAdapter
+from zsl.errors import AdapterError, ModelError
+from zsl.link.adapter_versions import NO_ADAPTERS, EncodedAdapter
+from zsl.split.ghosts import WAY_OUT, GhostWeight
+from zsl.wire.adapter_layout import AdaptedModule, AdapterLayout, version_of
+from zsl.wire.messages import AdapterLimits, FloatDtypeName
+from zsl.wire.tensors import TORCH_DTYPES, encode_tensor, float_wire_name
+
+MAX_SEED = 2**53
+FLOAT_DTYPES = {TORCH_DTYPES[name] for name in get_args(FloatDtypeName)}
+
+Slots = Mapping[int, nn.Module]  # modules in the trunk's slots, by the index of their layer
+Module = tuple[str, int, int, int, float, float, bool]  # fields of an `AdaptedModule`, in their order
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Active adapters on the trunk's layers. `weights`: flat `[elements]`, in the layout's order, differentiable."""
+
+    layout: AdapterLayout
+    encoded_layout: bytes
+    weights: torch.Tensor
+    has_dropout: bool  # in force now
+
+    def check_limits(self, limits: AdapterLimits | None, wire_dtype: torch.dtype | None) -> None:
+        """Raise `ModelError` if the daemon accepts no adapters, `AdapterError` for one over its limits."""
+        if limits is None:
+            raise ModelError(NO_ADAPTERS)
+        for module in self.layout.modules:
+            if module.rank > limits.max_rank:
+                raise AdapterError(
+                    f"the adapter on {module.path} has rank {module.rank}, over the daemon's limit of "
+                    f"{limits.max_rank}: choose a smaller r, or start the daemon with a larger --max-adapter-rank"
+                )
+        nbytes = self.layout.elements * (wire_dtype or self.weights.dtype).itemsize
+        if nbytes > limits.max_bytes:
+            raise AdapterError(
+                f"the adapter on the trunk's layers has {nbytes:,} bytes, over the daemon's limit of "
+                f"{limits.max_bytes:,}: choose a smaller r, fewer modules, or adapter_wire_dtype=torch.bfloat16"
+            )
+
+
+class TrunkAdapters:
+    """Adapters of one model's trunk. Keeps the newest layout and version, which most calls have again."""
+
+    def __init__(self) -> None:
+        self._layout: tuple[tuple[object, ...], AdapterLayout, bytes] | None = None
+        self._version: EncodedAdapter | None = None
+
+    def find(self, slots: Slots) -> Found | None:
+        """Find the active adapters; None without any. Raises `ModelError` for one that cannot be sent."""
+        modules: list[Module] = []
+        parameters: list[torch.Tensor] = []
+        drops: list[bool] = []
+        for tuner, adapter, path in _active_adapters(slots):
+            drops.append(_add(tuner, adapter, path, modules, parameters))
+        if not parameters:
+            return None
+        if any(drops):
+            # Those in evaluation mode beside others have none. (If all are, the seed says so: the version stays.)
+            modules = [
+                module if drop else (*module[:5], 0.0, module[6]) for module, drop in zip(modules, drops, strict=True)
+            ]
+        dtypes = {parameter.dtype for parameter in parameters}
+        if len(dtypes) > 1 or not dtypes <= FLOAT_DTYPES:
+            raise _refused("the trunk", f"weights of {' and '.join(sorted(map(str, dtypes)))}")
+        layout, encoded = self._layout_of(tuple(modules), dtypes.pop())
+        flat = torch.cat([parameter.reshape(-1) for parameter in parameters])
+        return Found(layout, encoded, flat, any(drops))
+
+    def version(self, found: Found, wire_dtype: torch.dtype | None) -> EncodedAdapter:
+        """Return the version of the weights as they are now: the last one, if they are the same."""
+        descriptor, weights = encode_tensor("weights", found.weights.detach().to(wire_dtype or found.weights.dtype))
+        dtype: Any = descriptor.dtype
+        digest = version_of(found.encoded_layout, dtype, weights)
+        last = self._version
+        if last is None or last.digest != digest:
+            last = self._version = EncodedAdapter(digest, found.encoded_layout, dtype, weights)
+        return last
+
+    def for_call(self, found: Found, wire_dtype: torch.dtype | None) -> CallAdapter:
+        """Return the adapter of one forward, with a seed drawn by torch's generator if a dropout is in force."""
+        seed = int(torch.randint(0, MAX_SEED, ())) if found.has_dropout else None
+        return CallAdapter(self.version(found, wire_dtype), seed)
+
+    def _layout_of(self, modules: tuple[Module, ...], dtype: torch.dtype) -> tuple[AdapterLayout, bytes]:
+        key, last = (dtype, *modules), self._layout
+        if last is not None and last[0] == key:
+            return last[1:]
+        names = tuple(AdaptedModule.model_fields)
+        try:
+            adapted = tuple(AdaptedModule.model_validate(dict(zip(names, module, strict=True))) for module in modules)
+            layout = AdapterLayout(dtype=float_wire_name(dtype), modules=adapted)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_context=False)[0]
+            raise ModelError(
+                f"an adapter on the trunk's layers cannot be sent there: {'.'.join(map(str, first['loc']))}: "
+                f"{first['msg']} ({first['input']!r}); {WAY_OUT}"
+            ) from None
+        encoded = layout.encoded()
+        self._layout = key, layout, encoded
+        return layout, encoded
+
+
+def _active_adapters(slots: Slots) -> Iterator[tuple[Linear, str, str]]:
+    """Yield each active adapter's PEFT layer, its name and its path, in the order of layers and modules."""
+    for index, slot in slots.items():
+        for tuner, path in _tuners(slot, str(index)):
+            if tuner.disable_adapters:
+                continue
+            if type(tuner) is not Linear or isinstance(tuner.base_layer, BaseTunerLayer):
+                raise _refused(path, f"{type(tuner).__module__}.{type(tuner).__name__} of PEFT")
+            if tuner.merged:
+                raise _refused(path, "a merged adapter")
+            known = tuner._modules["lora_A"]._modules  # type: ignore[union-attr]
+            active = [name for name in tuner.active_adapters if name in known]
+            if active and (tuner._forward_pre_hooks or tuner._forward_hooks):
+                raise _refused(path, "hooks (adapter_names of a mixed batch are hooks)")
+            for name in active:
+                yield tuner, name, path
+
+
+def _tuners(module: nn.Module, path: str) -> Iterator[tuple[Any, str]]:
+    """Yield PEFT's layers within a module, and their paths. Raises `ModelError` for other trained weights."""
+    for name, parameter in module._parameters.items():
+        if parameter is not None and not isinstance(parameter, GhostWeight):
+            raise _refused(f"{path}.{name}", "a weight of its own")
+    for name, child in module._modules.items():
+        if isinstance(child, BaseTunerLayer):
+            yield child, f"{path}.{name}"
+        elif child is not None:
+            yield from _tuners(child, f"{path}.{name}")
+
+
+def _add(tuner: Linear, adapter: str, path: str, modules: list[Module], parameters: list[torch.Tensor]) -> bool:
+    """Add one adapter's module and parameters. Return whether its dropout is in force."""
+    if adapter in tuner.lora_variant:
+        raise _refused(path, type(tuner.lora_variant[adapter]).__name__)
+    named: Any = tuner._modules
+    a, b, dropout = (named[name]._modules[adapter] for name in ("lora_A", "lora_B", "lora_dropout"))
+    down, up, bias = (layer._parameters.get(name) for layer, name in ((a, "weight"), (b, "weight"), (b, "bias")))
+    if down is None or up is None:
+        raise _refused(path, "a parametrized adapter")
+    probability = float(getattr(dropout, "p", 0.0))
+    (rank, inputs), outputs = down.shape, up.shape[0]
+    modules.append((path, inputs, outputs, rank, float(tuner.scaling[adapter]), probability, bias is not None))
+    parameters += (down, up) if bias is None else (down, up, bias)
+    return probability > 0 and dropout.training
+
+
+def _refused(path: str, what: str) -> ModelError:
+    return ModelError(
+        f"the adapter on {path} has {what}, and cannot be sent to the trunk: use plain LoRA there, of one dtype, or "
+        f"{WAY_OUT}"
+    )
