@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import click
 import torch
@@ -32,7 +32,7 @@ class Case(NamedTuple):
     lengths: tuple[int, ...] = ()
     masked: bool = False
 
-    def beside(self) -> dict[str, torch.Tensor]:
+    def beside(self) -> dict[str, Any]:
         """Return the masks and other tensors that are sent with the activations."""
         if self.lengths:
             return {"lengths": torch.tensor(self.lengths * (self.tokens // sum(self.lengths)))}

@@ -9,15 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 
-from support.adapters import LocalStep, flat_gradients, local_step
+from support.adapters import LocalStep, adapted_modules, flat_gradients, local_step, random_version
 from support.batches import tokens
 from support.models import CUT, tiny_model
 from test_merging import tensors
 from zsl.models.loading import load_whole
 from zsl.models.reference import resolve
 from zsl.split.cut import parse_cut
+from zsl.split.stack import find_stack
 from zsl.trunk.adapter import AdapterUse
 from zsl.trunk.compute.engine import TorchCompute
 from zsl.trunk.compute.stash import TorchStash
@@ -135,3 +136,39 @@ def test_gradients_of_adapters_are_answered_only_if_asked_for(checkpoints: Calla
         (answer,) = run(compute, [replace(back, adapter=work.adapter)])
         assert isinstance(answer, Done) and answer.buffers.keys() == {"gradients"}
         assert torch.equal(tensors([answer])[0], step.at_input)
+
+
+@pytest.mark.parametrize(("family", "merges"), [("gpt2", True), ("llama", True), ("opt", False)])
+def test_a_trunk_says_which_modules_may_have_adapters_and_whether_their_requests_may_share_a_pass(
+    family: str, merges: bool, checkpoints: Callable[..., Path]
+) -> None:
+    """OPT's feed-forward layers get the tokens of all rows as one matrix."""
+    traits = compute_of(checkpoints(family)).traits
+    model = get_peft_model(tiny_model(family), lora(fan_in_fan_out=family == "gpt2"))
+    modules, _ = adapted_modules(find_stack(model.get_base_model()).layers, LAYERS)
+    assert traits.adaptable == {module.path: (module.inputs, module.outputs) for module in modules}
+    assert traits.merges and traits.merges_adapters is merges
+
+
+def test_the_memory_of_a_graph_with_adapters_is_known_before_its_pass_and_counted_for_its_stash(
+    checkpoints: Callable[..., Path],
+) -> None:
+    compute = compute_of(checkpoints("llama"))
+    activations = torch.randn(1, 60, 32)
+
+    def stash_bytes(use: AdapterUse | None) -> int:
+        (done,) = run(compute, [forward_of(activations, use, Alone(), Keep.GRAPH)])
+        assert isinstance(done, Done) and isinstance(done.stash, TorchStash)
+        return done.stash.nbytes - done.stash.inputs_bytes
+
+    ranks = {rank: AdapterUse(random_version(compute.traits.adaptable, 1, rank=rank)) for rank in (8, 64)}
+    plain, small, large = stash_bytes(None), stash_bytes(ranks[8]), stash_bytes(ranks[64])
+    assert [stash_bytes(None), stash_bytes(ranks[8])] == [plain, small], "remembered"
+    modules = len(compute.traits.adaptable)
+    assert large - small == modules * 60 * (64 - 8) * 4, "what the second product of each adapter needs"
+    assert stash_bytes(AdapterUse(random_version(compute.traits.adaptable, 1, dropout=0.1), 7)) > small
+    linear_outputs = 60 * 4 * sum(outputs for _, outputs in compute.traits.adaptable.values())
+    expected = compute.traits.graph_memory_with_adapters.nbytes((60,)) - linear_outputs
+    assert small == pytest.approx(expected, rel=0.1)
+    assert compute.traits.graph_memory.nbytes((60,)) < compute.traits.graph_memory_with_adapters.nbytes((60,))
+    assert compute.traits.pass_memory.nbytes((60,)) < compute.traits.pass_memory_with_adapters.nbytes((60,))

@@ -11,7 +11,7 @@ import torch
 from zsl.client.replayable_step import Answer, CallAdapter, Step, read_answer
 from zsl.client.trunk_client import CONNECT_TIMEOUT_SECONDS, REQUEST_TIMEOUT_SECONDS, TrunkClient
 from zsl.link.traffic import Traffic
-from zsl.wire.messages import Cut, FloatDtypeName, ModelIdentity, Status, Welcome
+from zsl.wire.messages import AdapterSum, Cut, FloatDtypeName, ModelIdentity, Status, Welcome
 
 
 class AsyncTrunkClient:
@@ -97,10 +97,11 @@ class AsyncTrunkClient:
         *,
         activations: torch.Tensor | None = None,
         adapter_gradients: bool = False,
+        adapter_sum: AdapterSum | None = None,
     ) -> Answer:
         """Return the gradient at the trunk's input, `[rows, tokens, hidden]`."""
         future = self._client.submit_backward(
-            step, gradients, activations=activations, adapter_gradients=adapter_gradients
+            step, gradients, activations=activations, adapter_gradients=adapter_gradients, adapter_sum=adapter_sum
         )
         return read_answer(await asyncio.wrap_future(future), "gradients", adapter_gradients=adapter_gradients)
 

@@ -18,12 +18,14 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 from queue import SimpleQueue
 from typing import Any, Generic, TypeVar
 
 import torch
 
+from zsl.client.gradient_sum import StepSums, micro_batch
 from zsl.errors import InternalError
 
 logger = logging.getLogger(__name__)
@@ -51,7 +53,7 @@ class Deferred:
 
     output: torch.Tensor
     submit: Callable[[torch.Tensor], Future[Any]]  # sends the gradient at the output
-    finish: Callable[[Any], None]  # runs the bottom's backward with the answer
+    finish: Callable[[Future[Any]], None]  # runs the bottom's backward with the answer
 
 
 class Lane(Generic[T]):
@@ -146,12 +148,15 @@ class _Returning(Generic[T]):
 def run_overlapped(tasks: Sequence[Callable[[], T]], *, in_flight: int) -> list[T]:
     """Run tasks, each the forward and backward of one micro-batch, at most `in_flight` at a time. Return their results.
 
-    An error of one task, or Ctrl-C, ends all tasks, is raised, and restores the random number states.
+    An error of one task, or Ctrl-C, ends all tasks, is raised, and restores the random number states. The gradients of
+    adapters on the trunk's layers are summed up at the daemon.
     """
+    sums = StepSums()
     waiting: deque[Lane[T]] = deque()  # for the trunk's forward, in order
     returning: deque[_Returning[T]] = deque()  # for its backward, in order
     results: list[T] = []
-    upcoming = deque(zip(tasks, _seeds(), strict=False))
+    summed = [partial(_summed, task, sums, is_last=number == len(tasks)) for number, task in enumerate(tasks, 1)]
+    upcoming = deque(zip(summed, _seeds(), strict=False))
     drew = False
     before = _random_states()
     try:
@@ -181,9 +186,15 @@ def run_overlapped(tasks: Sequence[Callable[[], T]], *, in_flight: int) -> list[
         finally:
             _set_random_states(before)
         raise
+    sums.close()
     if drew:
         torch.rand(())  # so that the next step draws other numbers
     return results
+
+
+def _summed(task: Callable[[], T], sums: StepSums, *, is_last: bool) -> T:
+    with micro_batch(sums, is_last=is_last):
+        return task()
 
 
 def _seeds() -> Iterator[int]:
@@ -230,7 +241,7 @@ def _turned_back(lane: Lane[T]) -> _Returning[T]:
 
 def _finish(returning: _Returning[Any]) -> None:
     for deferred, answer in returning.answers:
-        deferred.finish(answer.result())
+        deferred.finish(answer)
 
 
 def _wait_for_any(waiting: deque[Lane[Any]], returning: deque[_Returning[Any]]) -> None:

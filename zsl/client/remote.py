@@ -17,6 +17,7 @@ import torch
 from torch.autograd import forward_ad
 
 from zsl.client.crossing import CallInputs, PaddingMode, crossing_of
+from zsl.client.gradient_sum import current_micro_batch
 from zsl.client.overlap import current_lane
 from zsl.client.trunk_adapters import Found, Slots, TrunkAdapters
 from zsl.client.trunk_client import CONNECT_TIMEOUT_SECONDS, REQUEST_TIMEOUT_SECONDS, TrunkClient
@@ -231,7 +232,7 @@ class RemoteTrunk(NoWeights):
         self._warn_of_autocast(hidden_states)
         mode = self.effective_mode
         adapter = None if adapters is None else self._adapters.for_call(adapters, self.adapter_wire_dtype)
-        call = Call(self.client, crossing, mode == "exact", self.on_crossing, adapter)
+        call = Call(self.client, crossing, mode == "exact", self.on_crossing, adapter, current_micro_batch())
         weights = None if adapters is None or mode != "exact" else adapters.weights
         learns = hidden_states.requires_grad or (weights is not None and weights.requires_grad)
         if not (torch.is_grad_enabled() and learns) or mode == "none":

@@ -24,6 +24,7 @@ from zsl.link.pending import Build, Pending
 from zsl.link.traffic import Traffic
 from zsl.wire.frames import Frame, Message
 from zsl.wire.messages import (
+    AdapterSum,
     Backward,
     Cut,
     FloatDtypeName,
@@ -128,13 +129,14 @@ class TrunkClient:
         *,
         activations: torch.Tensor | None = None,
         adapter_gradients: bool = False,
+        adapter_sum: AdapterSum | None = None,
     ) -> Answer:
         """Return the gradient at the trunk's input for the gradient `[rows, tokens, hidden]` at its output.
 
         `activations`: those of the forward, needed after `Step.forget_tensors`. `adapter_gradients`: return those of
-        the forward's adapter too.
+        the forward's adapter too. `adapter_sum`: add them to this sum at the daemon, and return that.
         """
-        request, build = self._backward(step, gradients, activations, adapter_gradients)
+        request, build = self._backward(step, gradients, activations, adapter_gradients, adapter_sum)
         message = self._connection.call(request, build, nbytes=gradients.nbytes, adapter=_version(step.adapter))
         step.held_in_session = None
         return read_answer(message, "gradients", adapter_gradients=adapter_gradients)
@@ -213,15 +215,21 @@ class TrunkClient:
         *,
         activations: torch.Tensor | None = None,
         adapter_gradients: bool = False,
+        adapter_sum: AdapterSum | None = None,
     ) -> Future[Message]:
         """Send a backward without waiting. The message's tensors are the gradient, and that of the adapter if asked."""
-        request, build = self._backward(step, gradients, activations, adapter_gradients)
+        request, build = self._backward(step, gradients, activations, adapter_gradients, adapter_sum)
         future = self._connection.submit(request, build, nbytes=gradients.nbytes, adapter=_version(step.adapter))
         future.add_done_callback(step.went_back)
         return future
 
     def _backward(
-        self, step: Step, gradients: torch.Tensor, activations: torch.Tensor | None, adapter_gradients: bool
+        self,
+        step: Step,
+        gradients: torch.Tensor,
+        activations: torch.Tensor | None,
+        adapter_gradients: bool,
+        adapter_sum: AdapterSum | None,
     ) -> tuple[int, Build]:
         """Return the request id of a step's backward, and the builder of its message."""
         request = self._connection.new_request_id()
@@ -239,7 +247,7 @@ class TrunkClient:
                 budget_ms=pending.budget_ms(),
                 adapter=None if step.adapter is None else step.adapter.header,
                 step=step.request,
-                adapter_sum=None,
+                adapter_sum=adapter_sum,
                 adapter_gradients=adapter_gradients,
                 tensors=[descriptor for descriptors, _ in sent for descriptor in descriptors],
             )

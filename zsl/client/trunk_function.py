@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,8 +12,9 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from zsl.client.crossing import Crossing
+from zsl.client.gradient_sum import MicroBatch, Summand
 from zsl.client.overlap import Deferred, Lane
-from zsl.client.replayable_step import Answer, CallAdapter, read_answer
+from zsl.client.replayable_step import Answer, CallAdapter, Step, read_answer
 from zsl.client.trunk_client import TrunkClient
 from zsl.errors import InternalError
 
@@ -25,6 +26,7 @@ class Call:
     """One call of the trunk. `exact`: the gradient is the trunk's own; otherwise it passes unchanged.
 
     `adapter`: the one on the trunk's layers. Its flat `weights` `[elements]` are given for their gradient only.
+    `micro_batch`: the one whose step sums up the adapter's gradients at the daemon.
     `on_crossing` is called when a batch is ready to be sent and when it has come back, forward and backward.
     """
 
@@ -33,6 +35,7 @@ class Call:
     exact: bool
     on_crossing: Callable[[CrossingEvent], None]
     adapter: CallAdapter | None = None
+    micro_batch: MicroBatch | None = None
 
     def without_gradient(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Run activations `[rows, tokens, hidden]` through the trunk, without a backward."""
@@ -50,6 +53,7 @@ class Call:
         """Run one of several overlapped micro-batches. Return a leaf, whose gradient is sent to the trunk later."""
         crossing, client = self.crossing, self.client
         trained = weights is not None and weights.requires_grad
+        summand: Summand | None = None
         lane.check_not_given_up()
         step, future = crossing.submit_forward(
             client, crossing.sent(hidden_states.detach()), keep=self.exact, adapter=self.adapter
@@ -60,28 +64,44 @@ class Call:
 
         def submit(gradients: torch.Tensor) -> Future[Any]:
             crossing.check_gradients(gradients)
-            if self.exact:
-                return client.submit_backward(step, crossing.sent(gradients), adapter_gradients=trained)
-            passed: Future[Any] = Future()
-            passed.set_result(gradients)
-            return passed
-
-        def finish(answer: Any) -> None:
             if not self.exact:
-                hidden_states.backward(answer)
+                passed: Future[Any] = Future()
+                passed.set_result(gradients)
+                return passed
+            sent = crossing.sent(gradients)
+            if self.micro_batch is None or weights is None or not trained:
+                return client.submit_backward(step, sent, adapter_gradients=trained)
+            nonlocal summand
+            summand = self._submit_to_sum(step, sent, crossing.sent(hidden_states.detach()), weights)
+            return summand.future
+
+        def finish(message: Future[Any]) -> None:
+            if not self.exact:
+                hidden_states.backward(message.result())
                 return
-            read = read_answer(answer, "gradients", adapter_gradients=trained)
+            if summand is not None:
+                read = summand.answer(message)
+            else:
+                read = read_answer(message.result(), "gradients", adapter_gradients=trained)
             inputs, at_inputs = [], []
             if hidden_states.requires_grad:
                 inputs.append(hidden_states)
                 at_inputs.append(crossing.received(read.tensor, hidden_states))
-            if weights is not None and trained:
+            if weights is not None and trained and (summand is None or summand.closes):
                 inputs.append(weights)
                 at_inputs.append(_received(read, weights.shape, weights.dtype, weights.device))
             torch.autograd.backward(inputs, at_inputs)
 
         lane.deferred.append(Deferred(output, submit, finish))
         return output
+
+    def _submit_to_sum(
+        self, step: Step, gradients: torch.Tensor, activations: torch.Tensor, weights: torch.Tensor
+    ) -> Summand:
+        """Send a backward whose adapter gradients are added to the sum of its step."""
+        assert self.micro_batch is not None
+        of = self.micro_batch.sums.of(self.client, step)
+        return of.submit(step, gradients, activations, weights, closes=self.micro_batch.is_last)
 
     @contextmanager
     def _noted(self, direction: Literal["forward", "backward"]) -> Iterator[None]:
@@ -109,6 +129,7 @@ class _TrunkFunction(torch.autograd.Function):
             step.forget_tensors()
             ctx.step = step
             ctx.flat = None if weights is None else (weights.shape, weights.dtype, weights.device)
+            ctx.weights = weights if call.micro_batch is not None else None
         return output
 
     @staticmethod
@@ -123,7 +144,12 @@ class _TrunkFunction(torch.autograd.Function):
         to_input, to_weights = ctx.needs_input_grad[:2]
         sent, activations = call.crossing.sent(gradients), call.crossing.sent(hidden_states.detach())
         with call._noted("backward"):
-            answer = call.client.backward(ctx.step, sent, activations=activations, adapter_gradients=to_weights)
+            if call.micro_batch is not None and to_weights:
+                summand = call._submit_to_sum(ctx.step, sent, activations, ctx.weights)
+                wait([summand.future], call.client.longest_wait_seconds)
+                answer, to_weights = summand.answer(summand.future), summand.closes
+            else:
+                answer = call.client.backward(ctx.step, sent, activations=activations, adapter_gradients=to_weights)
             return (
                 call.crossing.received(answer.tensor, hidden_states) if to_input else None,
                 _received(answer, *ctx.flat) if to_weights else None,

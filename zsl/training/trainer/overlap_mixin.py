@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from zsl.client.gradient_sum import StepSums, micro_batch
 from zsl.client.overlap import run_overlapped
 from zsl.errors import ConfigError
 
@@ -27,7 +28,8 @@ else:
 class OverlapMixin(_Base):
     """Mixin before `Trainer`: runs `overlap` of a step's `gradient_accumulation_steps` micro-batches concurrently.
 
-    The gradients are the same as without it. Raises `ConfigError` if `overlap` exceeds the number of micro-batches.
+    The gradients of adapters on the trunk's layers are summed up at the daemon, and cross once a step. All gradients
+    are the same as without it. Raises `ConfigError` if `overlap` exceeds the number of micro-batches.
     """
 
     def __init__(self, *arguments: Any, overlap: int = 1, **options: Any) -> None:
@@ -41,18 +43,27 @@ class OverlapMixin(_Base):
         self.overlap = overlap
         self._samples: list[Any] = []
         self._micro_losses: deque[torch.Tensor] = deque()
+        self._sums, self._begun = StepSums(), 0  # of this step
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
         self._samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._micro_losses.clear()
+        self._sums, self._begun = StepSums(), 0
         return self._samples, num_items
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         step = super().training_step
+        if self.overlap == 1 and len(self._samples) <= 1:
+            return step(model, inputs, num_items_in_batch)
         if self.overlap == 1:
-            loss: torch.Tensor = step(model, inputs, num_items_in_batch)
+            self._begun += 1
+            is_last = self._begun >= len(self._samples)
+            with micro_batch(self._sums, is_last=is_last):
+                loss: torch.Tensor = step(model, inputs, num_items_in_batch)
+            if is_last:
+                self._sums.close()
             return loss
         if not self._micro_losses:
             # The first call of a step runs all its micro-batches; the later calls return their losses.

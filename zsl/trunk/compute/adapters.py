@@ -132,23 +132,23 @@ class RequestAdapter:
             if not self.trains:
                 a, b, bias = a.detach(), b.detach(), None if bias is None else bias.detach()
             x = x.to(a.dtype)
-            noise = self.dropout(entry, x.shape[:-1].numel())
-            dropped = x if noise is None else x * noise.view(x.shape)
+            factors = self.dropout(entry.index, entry.dropout, x.shape[:-1].numel(), x.shape[-1])
+            dropped = x if factors is None else x * factors.view(x.shape)
             result = result + F.linear(F.linear(dropped, a), b, bias) * entry.scaling
         return result.to(output.dtype)
 
-    def dropout(self, entry: LowRank, tokens: int) -> torch.Tensor | None:
-        """Return the factors `[tokens, in]` of the entry's dropout on this request's tokens; None without dropout.
+    def dropout(self, index: int, dropout: float, tokens: int, inputs: int) -> torch.Tensor | None:
+        """Return the factors `[tokens, inputs]` of a module's dropout on this request's tokens; None without dropout.
 
-        They depend on the seed and the entry only, so that a recomputation draws the same.
+        They depend on the seed and the module's index in the layout only, so that a recomputation draws the same.
         """
-        if self.dropout_seed is None or not entry.dropout:
+        if self.dropout_seed is None or not dropout:
             return None
-        device, keep = entry.a.device, 1 - entry.dropout
-        seed = xxhash.xxh3_64_intdigest(struct.pack("<QQ", self.dropout_seed, entry.index))
+        device, keep = self.adapter.weights[0].device, 1 - dropout
+        seed = xxhash.xxh3_64_intdigest(struct.pack("<QQ", self.dropout_seed, index))
         random = torch.Generator(device).manual_seed(seed)
-        noise = torch.empty(tokens, entry.a.shape[1], device=device).bernoulli_(keep, generator=random)
-        return noise.div_(keep).to(entry.a.dtype)
+        factors = torch.empty(tokens, inputs, device=device).bernoulli_(keep, generator=random).div_(keep)
+        return factors.to(self.adapter.dtype)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,8 @@ from typing import TypeVar
 
 import torch
 
+from zsl.trunk.adapter import AdapterUse, AdapterVersion
+from zsl.trunk.compute.adapters import PassAdapters, RequestAdapter, SeparateAdapters, Span, request_adapter
 from zsl.trunk.compute.by_layers import Layer, layer_gradients, most_kept
 from zsl.trunk.compute.live_bytes import peak_bytes
 from zsl.trunk.compute.packing import alone, packed
@@ -20,6 +22,7 @@ from zsl.trunk.compute.passes import Rows, sequences_of
 from zsl.trunk.compute.trunk_model import TrunkModel
 from zsl.trunk.costs import Costs, GraphMemory, PassMemory, fit_cost, fit_graph_memory
 from zsl.trunk.work import Shape
+from zsl.wire.adapter_layout import AdaptedModule, AdapterLayout
 
 COST_TOKENS = (8, 96)
 MEMORY_TOKENS = (8, 48, 96)
@@ -32,6 +35,7 @@ COST_REPEATS = 3
 COST_SECONDS = 0.2
 COMPOSITIONS, COMPOSITIONS_OF_A_FORM = 12, 4
 SEED = 0
+TYPICAL_RANK = 8  # of the adapter whose memory is measured
 
 Timed = TypeVar("Timed")
 Result = tuple[torch.Tensor, torch.Tensor]  # output and gradient at the input, [rows, tokens, hidden]
@@ -174,33 +178,85 @@ def measure_costs(trunk: TrunkModel, clock: Callable[[], float] = time.perf_coun
     return Costs(forward, backward, from_linear_outputs)
 
 
-def measure_graph_memory(trunk: TrunkModel) -> GraphMemory:
-    """Measure three graphs, and fit the memory that a graph of this trunk keeps."""
+def measure_graph_memory(trunk: TrunkModel, adapter: RequestAdapter | None = None) -> GraphMemory:
+    """Measure three graphs, and fit the memory that a graph of this trunk keeps, without or with an adapter."""
     random, samples = torch.Generator().manual_seed(SEED), []
     for tokens in MEMORY_TOKENS:
-        graph, linear_outputs = trunk.graph_to_keep(_request(trunk, plain(1, tokens), random), with_linear_outputs=True)
+        request = _request(trunk, plain(1, tokens), random)
+        with trunk.adapted(_adapters_of_one(adapter, tokens)):
+            graph, linear_outputs = trunk.graph_to_keep(request, with_linear_outputs=True)
         samples.append((tokens, graph.nbytes + (0 if linear_outputs is None else linear_outputs.nbytes)))
     return fit_graph_memory(samples)
 
 
-def measure_pass_memory(trunk: TrunkModel, graph_memory: GraphMemory) -> PassMemory:
+def measure_pass_memory(
+    trunk: TrunkModel, graph_memory: GraphMemory, adapter: RequestAdapter | None = None
+) -> PassMemory:
     """Measure the first and last layer, and fit the peak memory of a backward computed layer by layer."""
     random, samples, kept = torch.Generator().manual_seed(SEED), [], 0
     for tokens in LAYER_TOKENS:
         # A mask with a hole: the mask that families build from it is quadratic in the row length.
         mask = ((0, *(1,) * (tokens - 1)),)
         rows = _request(trunk, Form(Shape(1, tokens, (tokens,), frozenset({0})), mask), random)
-        with trunk.separate_layers(rows) as layers:
+        adapters = _adapters_of_one(adapter, tokens)
+        leaves = adapters.leaves([0]) if adapters else []
+        with trunk.adapted(adapters), trunk.separate_layers(rows) as layers:
             if not layers:
                 return PassMemory(graph_memory, 0)
             kept = most_kept(len(layers)) * trunk.hidden_size * trunk.dtype.itemsize
-            nbytes = max(_layer_bytes(layer, rows.activations) for layer in (layers[0], layers[-1]))
+            nbytes = max(_layer_bytes(layer, rows.activations, leaves) for layer in (layers[0], layers[-1]))
         samples.append((tokens, round(nbytes * BESIDE_TENSORS)))
     return PassMemory(fit_graph_memory(samples), kept)
 
 
-def _layer_bytes(layer: Layer, x: torch.Tensor) -> int:
-    return peak_bytes(lambda: layer_gradients(layer, x, x))
+def typical_adapter(trunk: TrunkModel) -> RequestAdapter | None:
+    """Make an adapter of `TYPICAL_RANK` on all linear layers; None for a trunk without linear layers."""
+    modules = tuple(
+        AdaptedModule(
+            path=path, inputs=inputs, outputs=outputs, rank=TYPICAL_RANK, scaling=1.0, dropout=0.0, has_bias=False
+        )
+        for path, (inputs, outputs) in trunk.linear_features.items()
+    )
+    if not modules:
+        return None
+    # In single precision, as PEFT makes the adapters of a model in half precision.
+    layout = AdapterLayout(dtype="f32", modules=modules)
+    version = AdapterVersion(bytes(16), layout, "f32", bytearray(layout.nbytes("f32")))
+    return request_adapter(AdapterUse(version), trunk.device, trains=True)
+
+
+def merges_adapters(trunk: TrunkModel) -> bool:
+    """Test that every linear layer gets the tokens of the pass in their order, `[rows, tokens, features]`.
+
+    The tokens of a layer that gets others, such as a routed expert, cannot be told apart by request; nor those of one
+    that is not called in the test.
+    """
+    request = _request(trunk, plain(2, 3), torch.Generator().manual_seed(SEED))
+    seen = _SeenInputs()
+    with trunk.adapted(seen):
+        trunk.forward(request)
+    shapes = seen.shapes
+    return shapes.keys() == trunk.linear_features.keys() and all(shape == {(2, 3)} for shape in shapes.values())
+
+
+class _SeenInputs(SeparateAdapters):
+    """No adapters: notes the shapes of the linear layers' inputs, without their features, by path."""
+
+    def __init__(self) -> None:
+        super().__init__([])
+        self.shapes: dict[str, set[tuple[int, ...]]] = {}
+
+    def added(self, path: str, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        self.shapes.setdefault(path, set()).add(tuple(x.shape[:-1]))
+        return output
+
+
+def _adapters_of_one(adapter: RequestAdapter | None, tokens: int) -> PassAdapters | None:
+    return None if adapter is None else SeparateAdapters([Span(tokens, 0, adapter)])
+
+
+def _layer_bytes(layer: Layer, x: torch.Tensor, weights: Sequence[torch.Tensor]) -> int:
+    return peak_bytes(lambda: layer_gradients(layer, x, x, weights))
 
 
 def _timed(run: Callable[[], Timed], device: torch.device, clock: Callable[[], float]) -> tuple[Timed, float]:

@@ -11,8 +11,10 @@ from collections.abc import Callable, Collection, Sequence
 
 import torch
 
-from zsl.errors import InternalError, OutOfMemoryError, WireError
+from zsl.errors import InternalError, OutOfMemoryError, UnknownSumError, WireError
 from zsl.trunk.compute.adapters import FlatGradients, PassAdapters, SeparateAdapters, Span, request_adapter
+from zsl.trunk.compute.gradient_sums import add_to_sums
+from zsl.trunk.compute.merged_adapters import Companies, MergedAdapters
 from zsl.trunk.compute.packing import MergedPass, alone, packed, stacked
 from zsl.trunk.compute.passes import Pass, Rows, Sequences, sequences_of
 from zsl.trunk.compute.stash import (
@@ -52,6 +54,7 @@ class TorchCompute:
         self._trunk = trunk
         self._pass_tokens = traits.batch_limits.max_batch_tokens if traits.deterministic else 0
         self._transfer = Transfer(trunk.device)
+        self._companies = Companies()
 
     def run(self, batch: Batch) -> list[Outcome]:
         outcomes = self._outcomes(batch)
@@ -80,7 +83,7 @@ class TorchCompute:
             logger.exception("a %s failed", work.kind.value)
             return InternalError(f"the trunk failed in this {work.kind.value}; its log says why")
 
-    def _run(self, batch: Batch) -> list[Done]:
+    def _run(self, batch: Batch) -> Sequence[Outcome]:
         return self._forward(batch.works) if batch.kind is Kind.FORWARD else self._backward(batch.works)
 
     def _forward(self, works: Sequence[Work]) -> list[Done]:
@@ -105,7 +108,7 @@ class TorchCompute:
         stashes = stashes_of(merged, parts, [work.shape for work in works], dtypes, keeps, graph, linear_outputs)
         return [Done(reply, stash) for reply, stash in zip(replies, stashes, strict=True)]
 
-    def _backward(self, works: Sequence[Work]) -> list[Done]:
+    def _backward(self, works: Sequence[Work]) -> list[Outcome]:
         stashes = [self._stash(work) for work in works]
         tensors = self._transfer.to_device([decode_tensor(*work.buffers["gradients"]) for work in works])
         tensors = [tensor.to(self._trunk.dtype) for tensor in tensors]
@@ -130,12 +133,14 @@ class TorchCompute:
                     compute([place], self._recomputed)
         ordered = [results[place] for place in range(len(works))]
         replies = self._replies("gradients", ordered, [stash.reply_dtype for stash in stashes])
-        trained = sorted(of_adapters)
-        dtypes = [_adapter_dtype(works[place]) for place in trained]
-        flat = self._replies("adapter_gradients", [of_adapters[place] for place in trained], dtypes)
-        for place, reply in zip(trained, flat, strict=True):
+        answers = add_to_sums([work.adapter for work in works], of_adapters)
+        sums = {place: answer for place, answer in answers.items() if isinstance(answer, torch.Tensor)}
+        dtypes = [_adapter_dtype(works[place]) for place in sums]
+        flat = self._replies("adapter_gradients", list(sums.values()), dtypes)
+        for place, reply in zip(sums, flat, strict=True):
             replies[place].update(reply)
-        return [Done(reply) for reply in replies]
+        unknown = {place: answer for place, answer in answers.items() if isinstance(answer, UnknownSumError)}
+        return [unknown.get(place) or Done(reply) for place, reply in enumerate(replies)]
 
     def _recomputed(
         self, works: Sequence[Work], stashes: Sequence[TorchStash], tensors: Sequence[torch.Tensor]
@@ -168,7 +173,9 @@ class TorchCompute:
             spans.append(Span(size, member, adapter))
         if merged.filling:
             spans.append(Span(merged.filling, None, None))
-        return SeparateAdapters(spans)
+        if len(works) == 1 or self.traits.deterministic:
+            return SeparateAdapters(spans)
+        return MergedAdapters(spans, self._companies, trains=bool(trained))
 
     def _trim_over_budget(self) -> None:
         """Trim the heap within and after a pass over the budget, where fragmentation would add up."""
@@ -248,7 +255,7 @@ def _from_common_graph(
 
 def _trained(works: Sequence[Work]) -> list[int]:
     """Return the indices of backwards that ask for the gradients of their adapters."""
-    return [index for index, work in enumerate(works) if work.adapter is not None and work.adapter.gradients]
+    return [index for index, work in enumerate(works) if work.adapter is not None and work.adapter.trains]
 
 
 def _leak(gradients: Sequence[torch.Tensor | None]) -> bool:

@@ -22,6 +22,8 @@ from zsl.trunk.compute.calibrate import (
     measure_costs,
     measure_graph_memory,
     measure_pass_memory,
+    merges_adapters,
+    typical_adapter,
 )
 from zsl.trunk.compute.engine import TorchCompute
 from zsl.trunk.compute.trunk_model import TrunkModel
@@ -82,10 +84,12 @@ class TrunkPlan:
             limits.merge_below_tokens if merge_below_tokens is None else merge_below_tokens,
         )
         graph_memory = measure_graph_memory(trunk)
-        pass_memory = measure_pass_memory(trunk, graph_memory)
+        adapter = typical_adapter(trunk)
+        with_adapters = measure_graph_memory(trunk, adapter)
+        merges = not trunk.mixes_rows and limits.merge_below_tokens > 0
         traits = TrunkTraits(
             parameters=trunk.parameter_count,
-            merges=not trunk.mixes_rows and limits.merge_below_tokens > 0,
+            merges=merges,
             packs=forms.plain,
             packs_masks=forms.masks,
             packs_restarts=forms.restarts,
@@ -93,7 +97,11 @@ class TrunkPlan:
             costs=costs,
             batch_limits=limits,
             graph_memory=graph_memory,
-            pass_memory=pass_memory,
+            pass_memory=measure_pass_memory(trunk, graph_memory),
+            adaptable=trunk.linear_features,
+            merges_adapters=merges and merges_adapters(trunk),
+            graph_memory_with_adapters=with_adapters,
+            pass_memory_with_adapters=measure_pass_memory(trunk, with_adapters, adapter),
         )
         if pass_memory_bytes is not None:
             # The resident size is the baseline of the growth: free what loading and calibration left.
