@@ -39,6 +39,8 @@ def communication(measured: StepMeasure, model: PeftModel, trunk: RemoteTrunk) -
     return communication_table(
         bytes_up=measured.traffic.bytes_up / measured.steps,
         bytes_down=measured.traffic.bytes_down / measured.steps,
+        adapter_bytes_up=measured.traffic.adapter_bytes_up / measured.steps,
+        adapter_bytes_down=measured.traffic.adapter_bytes_down / measured.steps,
         adapter_bytes=trainable,
         gradient_bytes=numbers * item_size,
         tokens=measured.tokens / measured.steps,
