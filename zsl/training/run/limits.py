@@ -11,8 +11,7 @@ from peft import PeftModel
 from zsl.client.remote import RemoteTrunk
 from zsl.client.trunk_adapters import TrunkAdapters
 from zsl.errors import ConfigError, ZslError
-from zsl.split.slots import trunk_slots
-from zsl.split.stack import find_stack
+from zsl.split.trunk_lora import slots_of
 from zsl.wire.messages import Limits
 
 
@@ -49,8 +48,7 @@ def check_limits(
 def check_adapters(where: str, model: PeftModel, trunk: RemoteTrunk) -> None:
     """Raise `ConfigError` if the daemon would refuse the adapters on the trunk's layers, or not train them."""
     base: Any = model.get_base_model()
-    stack = find_stack(base)
-    adapters = TrunkAdapters().find({index: stack.layers[index] for index in trunk_slots(stack)})
+    adapters = TrunkAdapters().find(slots_of(base))
     if adapters is None:
         return
     try:
