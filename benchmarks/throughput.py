@@ -262,8 +262,8 @@ def comma_list(parse: Callable[[str], Value]) -> Callable[..., list[Value]]:
     "--adapter-rank",
     default=0,
     show_default=True,
-    help="Rank of adapters on all linear layers of the trunk, for further variants of trunk clients: other weights at each "
-    "step, whose gradients come back.",
+    help="Add variants of trunk clients with adapters of this rank on all linear layers of the trunk: other weights at "
+    "each step, whose gradients come back.",
 )
 @click.option("--seconds", default=10.0, show_default=True, help="Duration of one measurement; longer for long steps.")
 @click.option("--repeats", default=3, show_default=True, help="Rounds of each cell.")
