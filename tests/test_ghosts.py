@@ -201,6 +201,18 @@ def test_a_weight_that_the_model_would_drop_is_refused(name: str, checkpoints: C
         split.load_state_dict({f"model.layers.{name}": torch.zeros(64, 32)}, strict=False)
 
 
+def test_distributed_data_parallel_does_not_send_them(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
+    adapted = on_all_layers(client(str(checkpoints("llama"))))
+    store = f"file://{tmp_path / 'store'}"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        parallel = nn.parallel.DistributedDataParallel(adapted)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert len(parallel.parameters_to_ignore) == 2 * len(ghosts(adapted))
+    assert held_bytes(ghosts(parallel)) == 4 * len(ghosts(adapted))
+
+
 def test_the_trunks_modules_are_neither_bottom_nor_top(path: str) -> None:
     model = client(path)
     sides, without = Sides(model, parse_cut(CUT)), Sides(client(path, "client"), parse_cut(CUT))

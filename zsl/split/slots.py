@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from zsl.errors import ModelError
+from zsl.split.ghosts import GhostWeight
 from zsl.split.no_weights import FOR_ALL_LAYERS, NoWeights, make_ghosts
 from zsl.split.peft_model import note_loaded_weights
 from zsl.split.stack import Stack, embedding_rows, find_stack, layer_count
@@ -77,6 +78,8 @@ def with_hole(cls: type[PreTrainedModel], cut: Cut) -> type[PreTrainedModel]:
     made.save_pretrained = made.push_to_hub = _refuse_to_save
     made.init_continuous_batching = _refuse_continuous_batching
     made.load_adapter = _load_adapter
+    # Read by DistributedDataParallel, which would send these to the other processes.
+    made._ddp_params_and_buffers_to_ignore = property(_names_of_ghosts)
     split: type[PreTrainedModel] = made
     return split
 
@@ -149,6 +152,12 @@ def _refuse_to_save(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
         "with `zsl export` or `zsl merge`. Without PEFT: save model.state_dict() with safetensors, and give a Trainer "
         "save_strategy='no'"
     )
+
+
+def _names_of_ghosts(self: PreTrainedModel) -> list[str]:
+    """Return the names of ghosts in this model, and in a PEFT model of it."""
+    names = [name for name, parameter in self.named_parameters() if isinstance(parameter, GhostWeight)]
+    return [*names, *(f"base_model.model.{name}" for name in names)]
 
 
 def _load_adapter(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
