@@ -25,6 +25,7 @@ from zsl.errors import EXIT_USAGE, ConfigError
 from zsl.models.reference import resolve
 from zsl.training.config.arguments import trainer_arguments
 from zsl.training.config.config import read_config
+from zsl.training.config.peft_table import peft_config
 from zsl.training.data.load import load_data
 from zsl.training.directory.record import RECORD, as_bytes, configuration_of, read_record
 from zsl.trunk.settings import ServerSettings
@@ -225,6 +226,8 @@ def test_layers_is_a_key_of_its_own(config: Path) -> None:
     ]
     with pytest.raises(ConfigError, match=r"peft\.layers = 'some': client or all"):
         read_config(None, settings=["peft.layers=some"], overrides={})
+    with pytest.raises(ConfigError, match=r"peft\.layer; did you mean peft\.layers\?"):
+        peft_config("run.toml", {"layer": "all"})
     named, unnamed = (
         configuration_of(read_config(None, settings=settings, overrides={}))
         for settings in (["peft.layers=client"], [])

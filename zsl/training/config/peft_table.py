@@ -87,7 +87,7 @@ def peft_config(where: str, table: Mapping[str, Any], *, checkpoints: bool = Tru
         raise ConfigError(f"{where}: peft.method = {method!r} does not work here: {reason}")
     if "r" in values and "r" not in fields:
         raise ConfigError(f"{where}: unknown key peft.r (--lora-rank); peft.method = {method!r} has none")
-    check_keys(where, "peft", values, fields - _NOT_A_USERS)
+    check_keys(where, "peft", values, fields - _NOT_A_USERS | {LAYERS})
     for key in _NEEDED.get(kind, ()):
         if values.get(key) is None:
             raise ConfigError(f"{where}: peft.{key} is needed for peft.method = {method!r}")
