@@ -1,12 +1,13 @@
 """Attach an adapter to a split model: a new one, or one from a file.
 
 PEFT does the work. The checks that it lacks are added: that the modules named in the configuration, and the weights in
-the file, are outside the trunk.
+the file, are in this model, and that the trunk computes the adapters on its layers.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import re
 import warnings
 from collections.abc import Iterable
@@ -24,12 +25,17 @@ from zsl.adapters.embeddings import SAVE_BY_ZSL, own_weights, without_copies
 from zsl.adapters.save import ONLY_TO_USE
 from zsl.errors import ConfigError, ModelError, ZslError
 from zsl.models.hub import why_offline
-from zsl.split.no_weights import MERGE_FIRST
+from zsl.split.no_weights import FOR_ALL_LAYERS, MERGE_FIRST
 from zsl.split.peft_model import active_adapter, unwrapped
+from zsl.split.slots import empty_slots, trunk_slots
 from zsl.split.stack import Stack, find_stack
+from zsl.split.trunk_lora import check_adapters_in_trunk
 from zsl.text.first_line import first_line
 
 _LIKE_AN_ADAPTERS_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
+_ALL = 'for adapters on its layers set layers="all"'
+# Keys of LoRA that read or train weights of the base model, or have variants.
+_BEYOND_PLAIN_LORA = ("bias", "init_lora_weights", "modules_to_save", "target_parameters", "use_dora")
 # Exceptions that PEFT, and torch below it, raise for a configuration that does not match the model.
 _FOREIGN = (ValueError, TypeError, AttributeError, LookupError, RuntimeError, ImportError, re.error)
 
@@ -37,8 +43,9 @@ _FOREIGN = (ValueError, TypeError, AttributeError, LookupError, RuntimeError, Im
 def with_adapter(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
     """Attach a new adapter to the model and freeze the rest. Changes the model in place, but not `config`.
 
-    Raises `ConfigError` for a configuration that names layers or modules of the trunk, that matches no module outside
-    it, or that PEFT cannot apply to this model or its quantized weights.
+    Raises `ConfigError` for a configuration that names layers or modules of the trunk that are not in this model, that
+    matches no module, that needs the trunk's weights or puts there what the trunk does not compute, or that PEFT cannot
+    apply to this model or its quantized weights.
     """
     made: Any = copy.deepcopy(config)
     if hasattr(made, "fan_in_fan_out") and not getattr(made, "target_parameters", None):
@@ -49,6 +56,9 @@ def with_adapter(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "fan_in_fan_out is set to")  # PEFT corrects it for each module
             adapted: PeftModel = get_peft_model(model, made)
+        check_adapters_in_trunk(model)
+    except ModelError as error:
+        raise ConfigError(f"{_as_configured(config)}: {error}") from error
     except _FOREIGN as error:
         if isinstance(error, ZslError):
             raise
@@ -70,14 +80,15 @@ def with_adapter(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
 def load_adapter(model: PreTrainedModel, directory: str | Path, *, is_trainable: bool = False) -> PeftModel:
     """Attach the adapter in `directory`, as `PeftModel.from_pretrained` does for a whole model.
 
-    Changes the model in place. Raises `ModelError` if the adapter has weights on the trunk's layers, which PEFT would
-    drop silently, if weights are missing, or if it cannot be read, or not be trained although `is_trainable`.
+    Changes the model in place. Raises `ModelError` if the adapter has weights on layers of the trunk that are not in
+    this model, which PEFT would drop silently, or adapters there that the trunk does not compute, if weights are
+    missing, or if it cannot be read, or not be trained although `is_trainable`.
     """
     model = unwrapped(model)
     place = str(directory)
     config: Any = read_adapter_config(place)
     stack = find_stack(model)
-    inside = tuple(f".{stack.name}.{index}." for index in trunk_layers(stack))
+    inside = tuple(f".{stack.name}.{index}." for index in empty_slots(stack))
     try:
         if is_trainable and config.peft_type in ONLY_TO_USE:
             raise ModelError(f"the adapter in {place} does not hold all that {config.peft_type.value} trains")
@@ -86,7 +97,7 @@ def load_adapter(model: PreTrainedModel, directory: str | Path, *, is_trainable:
             place,
             "weights on the trunk's layers",
             {name for name in weights if any(map(name.__contains__, inside))},
-            MERGE_FIRST,
+            FOR_ALL_LAYERS,
         )
         own = own_weights(weights, config, model)
         resized = own.rows - {getattr(model, "embedding_rows", None)}
@@ -96,7 +107,11 @@ def load_adapter(model: PreTrainedModel, directory: str | Path, *, is_trainable:
                 f"{own.lacking}: {SAVE_BY_ZSL}"
             )
         config.inference_mode = not is_trainable
-        adapted: PeftModel = get_peft_model(model, config)
+        try:
+            adapted: PeftModel = get_peft_model(model, config)
+            check_adapters_in_trunk(model)
+        except ModelError as error:
+            raise ModelError(f"the adapter in {place} cannot be loaded: {error}; {MERGE_FIRST}") from error
         name = active_adapter(adapted)
         wanted = get_peft_model_state_dict(adapted, adapter_name=name, save_embedding_layers=False)
         weights = without_copies(weights, wanted)
@@ -126,17 +141,12 @@ def read_adapter_config(place: str) -> PeftConfig:
     return config
 
 
-def trunk_layers(stack: Stack) -> list[int]:
-    """Return the indices of the layers in the trunk, whose replacements have no parameters."""
-    return [index for index, layer in enumerate(stack.layers) if not any(True for _ in layer.parameters())]
-
-
 def _check_names(model: PreTrainedModel, config: Any) -> None:
-    """Raise `ConfigError` for names of the trunk's layers and modules, and if no other module is named."""
+    """Raise `ConfigError` for names of layers and modules that are in the trunk only, and if no other is named."""
     stack = find_stack(model)
-    trunk = trunk_layers(stack)
+    trunk = empty_slots(stack)
     if config.is_adaption_prompt:
-        behind = len(stack.layers) - 1 - max(trunk, default=-1)
+        behind = len(stack.layers) - 1 - max(trunk_slots(stack), default=-1)
         if (config.adapter_layers or 0) > behind:  # counted from the end, it would reach into the trunk
             raise ConfigError(f"adapter_layers = {config.adapter_layers}: {behind} layers are behind the trunk")
         return
@@ -144,14 +154,14 @@ def _check_names(model: PreTrainedModel, config: Any) -> None:
     layers = {asked} if isinstance(asked, int) else set(asked or ())
     inside = sorted(layers.intersection(trunk))
     if inside:
-        raise ConfigError(f"layers_to_transform = {asked}: {inside} are in the trunk, which accepts no adapters")
+        raise ConfigError(f"layers_to_transform = {asked}: {inside} are in the trunk; {_ALL}")
     here = [name for name, _ in model.named_modules() if name]
     there = _names_in_the_trunk(stack, trunk)
     for key in ("target_modules", "modules_to_save"):
         names = getattr(config, key, None) or ()
         for name in () if isinstance(names, str) else sorted(names):
             if _fits(name, there) and not _fits(name, here):
-                raise ConfigError(f"{key}: {name!r} is in the trunk, which accepts no adapters")
+                raise ConfigError(f"{key}: {name!r} is in the trunk; {_ALL}")
             if key == "modules_to_save" and not _fits(name, here):
                 raise ConfigError(f"{key}: there is no {name!r}; there are {', '.join(_modules(model))}")
     targets = getattr(config, "target_modules", None)
@@ -160,14 +170,22 @@ def _check_names(model: PreTrainedModel, config: Any) -> None:
         hint = f"there are {', '.join(known)}"
         if shown in known:
             hint = f'a string is a pattern for whole paths; write ["{shown}"]'
-        raise ConfigError(f"target_modules = {shown} matches no module outside the trunk; {hint}")
+        raise ConfigError(f"target_modules = {shown} matches no module{' outside the trunk' if trunk else ''}; {hint}")
 
 
 def _adapts_layers_of_the_trunk_only(model: PreTrainedModel, config: Any) -> bool:
     """Return whether PEFT chooses the modules, which it looks for in layers, and the trunk has all layers."""
     stack = find_stack(model)
     left_to_peft = getattr(config, "target_modules", ()) in (None, "all-linear")
-    return left_to_peft and len(trunk_layers(stack)) == len(stack.layers)
+    return left_to_peft and len(empty_slots(stack)) == len(stack.layers)
+
+
+def _as_configured(config: Any) -> str:
+    """Return the name of the method, with the keys by which it is more than plain LoRA."""
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    values = {key: getattr(config, key) for key in _BEYOND_PLAIN_LORA if key in defaults}
+    said = [f"{key} = {value!r}" for key, value in values.items() if value != defaults[key]]
+    return f"{config.peft_type.value}{' with ' if said else ''}{', '.join(said)}"
 
 
 def _in_words(error: BaseException) -> str:

@@ -38,8 +38,8 @@ CARD = """\
 
 # Adapter for {base_model}
 
-Its first and last layers were trained on one machine while another one held the layers between them: split learning,
-with zsl. It is an adapter of the whole model, and needs no more than PEFT:
+It was trained by split learning, with zsl: one machine held the first and last layers, another one those between them.
+It is an adapter of the whole model, and needs no more than PEFT:
 
 ```python
 from peft import PeftModel

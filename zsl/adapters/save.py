@@ -1,7 +1,8 @@
 """Save the adapter of a split model as a PEFT adapter of the whole model.
 
 A split model keeps the true layer indices, so no key is renamed. The configuration is narrowed to the modules that
-have weights, so that PEFT adds no empty adapters to the trunk's layers when it loads the file on the whole model.
+have weights, if some that it names have none, so that PEFT adds no empty adapters to the trunk's layers when it loads
+the file on the whole model.
 tests/test_peft_methods.py checks this for every PEFT method that `zsl.training.config.peft_table` accepts.
 """
 
@@ -24,6 +25,7 @@ from zsl.errors import ModelError, RunFailed
 from zsl.files.durable import aside, reason, sync, sync_tree
 from zsl.split.peft_model import active_adapter, base_weights, unwrapped
 from zsl.split.sides import Side, Sides
+from zsl.split.slots import empty_slots
 from zsl.split.stack import Stack, find_stack
 
 # Methods whose file holds the output of an encoder, not the encoder: it can be used, but not trained further.
@@ -104,8 +106,8 @@ def write_adapter(
 
     if only and not config.is_prompt_learning and not all(name.startswith(name_prefix(config)) for name in state):
         raise ModelError(f"the layers of a {config.peft_type.value} adapter share weights: it has no {only} part")
-    if only == "top" and config.is_prompt_learning:
-        raise ModelError(f"a {config.peft_type.value} adapter is useless without its prompts: it has no top part")
+    if only in ("trunk", "top") and config.is_prompt_learning:
+        raise ModelError(f"a {config.peft_type.value} adapter is useless without its prompts: it has no {only} part")
     state = {name: tensor for name, tensor in state.items() if wanted(name)}
     if not state:
         raise ModelError(f"the adapter has no weights on the {only} side" if only else "the adapter has no weights")
@@ -123,7 +125,8 @@ def write_adapter(
 def name_adapted_modules(config: Any, model: PeftModel, keys: Iterable[str], wanted: Callable[[str], bool]) -> None:
     """Narrow the configuration to the modules that have weights in the file.
 
-    The names that the user gave also match modules of the trunk's layers in the whole model.
+    The names that the user gave also match modules in the whole model that have none: of the trunk's layers, if they
+    are not in this model, or of other sides than the one that is saved.
     """
     base: Any = model.get_base_model()
     tuner: Any = model.base_model
@@ -145,6 +148,8 @@ def _name_modules(config: Any, base: Any, adapted: list[str], wanted: Callable[[
     named = {name: base.get_submodule(name) for name in adapted if wanted(name)}
     if any(getattr(module, "fan_in_fan_out", False) for module in named.values()):
         config.fan_in_fan_out = True
+    if len(named) == len(adapted) and not empty_slots(stack):
+        return
     if getattr(config, "feedforward_modules", None):  # of IA3
         config.feedforward_modules = {name for name, module in named.items() if module.is_feedforward}
     targets = config.target_modules

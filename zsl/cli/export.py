@@ -34,11 +34,11 @@ from zsl.cli.quiet import quiet_libraries
 )
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
 def export(adapters: tuple[Path, ...], out: Path, model: str | None, base_model: str | None, debug: bool) -> None:
-    """Write the adapters of the first and last layers as one PEFT adapter of the whole model.
+    """Write the adapters of a run as one PEFT adapter of the whole model.
 
-    Accepts the directory of a zsl-train run, one of its checkpoints, bottom_lora and top_lora, or an adapter that
-    PEFT's own save_pretrained wrote for a split model. PEFT loads the result on the whole model, and every tensor is
-    compared, before it is moved to DIR.
+    Accepts the directory of a zsl-train run, one of its checkpoints, bottom_lora, trunk_lora and top_lora, or an
+    adapter that PEFT's own save_pretrained wrote for a split model. PEFT loads the result on the whole model, and
+    every tensor is compared, before it is moved to DIR.
 
     \b
       zsl export runs/synthetic --out adapter

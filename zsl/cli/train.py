@@ -35,6 +35,7 @@ FLAGS = {
     "steps": ("train", "max_steps"),
     "seed": ("train", "seed"),
     "lora_rank": ("peft", "r"),
+    "adapt": ("peft", "layers"),
     "adapter": ("peft", "adapter"),
     "lr": ("train", "learning_rate"),
     "save_dir": ("train", "output_dir"),
@@ -107,6 +108,11 @@ class ShareOrPlace(click.ParamType[float | str]):
     help="Seeds the adapters' first values and the rows' order.  [default: 0; with CONFIG 42]",
 )
 @click.option("--lora-rank", type=click.IntRange(1), help="Rank of the LoRA adapters.  [default: 8]")
+@click.option(
+    "--adapt",
+    type=click.Choice(["client", "all"]),
+    help="Layers that adapters are put on: those of this process, or the trunk's too.  [default: client]",
+)
 @click.option("--adapter", metavar="DIR", help="Start from this adapter, or that of this run, instead of a new one.")
 @click.option("--lr", type=click.FloatRange(0), help="Learning rate.  [default: 1e-4]")
 @click.option(
@@ -135,10 +141,11 @@ def train(
     debug: bool,
     **flags: Any,
 ) -> None:
-    """Fine-tune the first and last layers of a model through a trunk.
+    """Fine-tune the first and last layers of a model, or all, through a trunk.
 
     CONFIG is a TOML file; options override it. Without one, trains LoRA on a GPT-2 with random weights and made-up
-    sentences, which options change. The data, the labels and the adapters stay in this process.
+    sentences, which options change. The data and the labels stay in this process, and so do the adapters without
+    --adapt all.
 
     \b
       zsl-train

@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 from zsl.client.crossing import CallInputs, PaddingMode, crossing_of
 from zsl.client.gradient_sum import current_micro_batch
 from zsl.client.overlap import current_lane
-from zsl.client.trunk_adapters import Found, Slots, TrunkAdapters
+from zsl.client.trunk_adapters import Found, TrunkAdapters
 from zsl.client.trunk_client import CONNECT_TIMEOUT_SECONDS, REQUEST_TIMEOUT_SECONDS, TrunkClient
 from zsl.client.trunk_function import Call, CrossingEvent
 from zsl.errors import ConfigError, ModelError, WrongModelError
@@ -29,6 +29,7 @@ from zsl.link.keys import read_client_keys
 from zsl.link.pending import check_timeouts
 from zsl.split.ghosts import WAY_OUT
 from zsl.split.no_weights import NoWeights
+from zsl.split.trunk_lora import Slots
 from zsl.wire.messages import Cut, ModelIdentity, Welcome
 from zsl.wire.tensors import TORCH_DTYPES, float_wire_name
 

@@ -5,21 +5,18 @@ PEFT's modules are read, not run: the daemon computes what they would.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, get_args
 
 import torch
 from peft.tuners.lora.layer import Linear
-from peft.tuners.tuners_utils import BaseTunerLayer
 from pydantic import ValidationError
-from torch import nn
 
 from zsl.client.replayable_step import CallAdapter
 from zsl.errors import AdapterError, ModelError
 from zsl.link.adapter_versions import NO_ADAPTERS, EncodedAdapter
-from zsl.split.ghosts import WAY_OUT, GhostWeight
+from zsl.split.ghosts import WAY_OUT
+from zsl.split.trunk_lora import Slots, active_adapters, not_sent
 from zsl.wire.adapter_layout import AdaptedModule, AdapterLayout, version_of
 from zsl.wire.messages import AdapterLimits, FloatDtypeName
 from zsl.wire.tensors import TORCH_DTYPES, encode_tensor, float_wire_name
@@ -27,7 +24,6 @@ from zsl.wire.tensors import TORCH_DTYPES, encode_tensor, float_wire_name
 MAX_SEED = 2**53
 FLOAT_DTYPES = {TORCH_DTYPES[name] for name in get_args(FloatDtypeName)}
 
-Slots = Mapping[int, nn.Module]  # modules in the trunk's slots, by the index of their layer
 Module = tuple[str, int, int, int, float, float, bool]  # fields of an `AdaptedModule`, in their order
 
 
@@ -70,7 +66,7 @@ class TrunkAdapters:
         modules: list[Module] = []
         parameters: list[torch.Tensor] = []
         drops: list[bool] = []
-        for tuner, adapter, path in _active_adapters(slots):
+        for tuner, adapter, path in active_adapters(slots):
             drops.append(_add(tuner, adapter, path, modules, parameters))
         if not parameters:
             return None
@@ -81,7 +77,7 @@ class TrunkAdapters:
             ]
         dtypes = {parameter.dtype for parameter in parameters}
         if len(dtypes) > 1 or not dtypes <= FLOAT_DTYPES:
-            raise _refused("the trunk", f"weights of {' and '.join(sorted(map(str, dtypes)))}")
+            raise not_sent("the trunk", f"weights of {' and '.join(sorted(map(str, dtypes)))}")
         layout, encoded = self._layout_of(tuple(modules), dtypes.pop())
         flat = torch.cat([parameter.reshape(-1) for parameter in parameters])
         return Found(layout, encoded, flat, any(drops))
@@ -120,65 +116,16 @@ class TrunkAdapters:
         return layout, encoded
 
 
-def _active_adapters(slots: Slots) -> Iterator[tuple[Linear, str, str]]:
-    """Yield each active adapter's PEFT layer, its name and its path, in the order of layers and modules."""
-    tuners: list[tuple[Any, str]] = []
-    for index, slot in slots.items():
-        _add_tuners(slot, str(index), tuners)
-    for tuner, path in tuners:
-        if tuner.disable_adapters:
-            continue
-        if type(tuner) is not Linear or _is_tuner(type(tuner._modules["base_layer"])):  # type: ignore[arg-type]
-            raise _refused(path, f"{type(tuner).__module__}.{type(tuner).__name__} of PEFT")
-        if tuner.merged_adapters:
-            raise _refused(path, "a merged adapter")
-        known: Any = tuner._modules["lora_A"]
-        for name in tuner.active_adapters:
-            if name in known._modules:
-                if tuner._forward_pre_hooks or tuner._forward_hooks:
-                    raise _refused(path, "hooks, as adapter_names sets them for a mixed batch")
-                yield tuner, name, path
-
-
-def _add_tuners(module: nn.Module, path: str, tuners: list[tuple[Any, str]]) -> None:
-    """Add PEFT's layers within a module, and their paths. Raises `ModelError` for other weights."""
-    # Plain types and dicts, because this runs in each forward: isinstance is slow for these classes.
-    for name, parameter in module._parameters.items():
-        if parameter is not None and type(parameter) is not GhostWeight:
-            raise _refused(f"{path}.{name}", "a weight of its own")
-    for name, child in module._modules.items():
-        if child is None:
-            continue
-        if _is_tuner(type(child)):  # type: ignore[arg-type]
-            tuners.append((child, f"{path}.{name}"))
-        elif child._modules or child._parameters:
-            _add_tuners(child, f"{path}.{name}", tuners)
-
-
-@cache
-def _is_tuner(cls: Any) -> bool:
-    return issubclass(cls, BaseTunerLayer)
-
-
 def _add(tuner: Linear, adapter: str, path: str, modules: list[Module], parameters: list[torch.Tensor]) -> bool:
     """Add one adapter's module and parameters. Return whether its dropout is in force."""
-    if adapter in tuner.lora_variant:
-        raise _refused(path, type(tuner.lora_variant[adapter]).__name__)
     named: Any = tuner._modules
     of_a, of_b = (named[name]._modules[adapter]._parameters for name in ("lora_A", "lora_B"))
     dropout = named["lora_dropout"]._modules[adapter]
     a, b, bias = of_a.get("weight"), of_b.get("weight"), of_b.get("bias")
     if a is None or b is None:
-        raise _refused(path, "a parametrized adapter")
+        raise not_sent(path, "a parametrized adapter")
     (rank, inputs), outputs = a.shape, b.shape[0]
     probability = float(vars(dropout).get("p", 0.0))  # an Identity has none
     modules.append((path, inputs, outputs, rank, float(tuner.scaling[adapter]), probability, bias is not None))
     parameters += (a, b) if bias is None else (a, b, bias)
     return probability > 0 and dropout.training
-
-
-def _refused(path: str, what: str) -> ModelError:
-    return ModelError(
-        f"the adapter on {path} has {what}, and cannot be sent to the trunk: use plain LoRA there, of one dtype, or "
-        f"{WAY_OUT}"
-    )

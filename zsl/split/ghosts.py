@@ -10,7 +10,9 @@ from torch import nn
 
 from zsl.errors import ModelError
 
-WAY_OUT = 'leave the trunk\'s layers out with load_client(..., layers="client"), or layers_to_transform in LoRA'
+WAY_OUT = (
+    'leave the trunk\'s layers out with layers="client" (of load_client, or in [peft]), or layers_to_transform in LoRA'
+)
 
 # Methods and functions that read no values, by name.
 _METADATA = {

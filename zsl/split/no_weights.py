@@ -11,6 +11,7 @@ from zsl.errors import ModelError
 from zsl.split.ghosts import GhostWeight
 
 MERGE_FIRST = "merge the adapter into the whole model with `zsl merge`, and split that"
+FOR_ALL_LAYERS = f'for an adapter of all layers: set layers="all" (of load_client, or in [peft]), or {MERGE_FIRST}'
 
 
 class NoWeights(nn.Module):
@@ -61,7 +62,7 @@ def _refuse_weights(module: nn.Module, state_dict: dict[str, Any], prefix: str, 
     """
     for name in state_dict:
         if name.startswith(prefix) and name[len(prefix) :].partition(".")[0] not in module._modules:
-            instead = f"for an adapter of all layers: {MERGE_FIRST}"
+            instead = FOR_ALL_LAYERS
             if any(True for _ in module.parameters()):
                 instead = "leave out the base model's weights, and give those of an adapter after get_peft_model"
             raise ModelError(f"{name} is of a layer that is not in this process, and would be dropped; {instead}")

@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from zsl.errors import ModelError
 from zsl.split.ghosts import GhostWeight
-from zsl.split.no_weights import MERGE_FIRST, NoWeights, make_ghosts
+from zsl.split.no_weights import FOR_ALL_LAYERS, NoWeights, make_ghosts
 from zsl.split.peft_model import note_loaded_weights
 from zsl.split.stack import Stack, embedding_rows, find_stack, layer_count
 from zsl.wire.messages import Cut
@@ -87,6 +87,11 @@ def with_hole(cls: type[PreTrainedModel], cut: Cut) -> type[PreTrainedModel]:
 def trunk_slots(stack: Stack) -> list[int]:
     """Return the indices of the layers that are in the trunk, of a client's model."""
     return [index for index, layer in enumerate(stack.layers) if isinstance(layer, NoWeights)]
+
+
+def empty_slots(stack: Stack) -> list[int]:
+    """Return the indices of the layers that are in the trunk, and whose modules are not in this model."""
+    return [index for index in trunk_slots(stack) if not any(True for _ in stack.layers[index].parameters())]
 
 
 def put_ghosts(model: PreTrainedModel) -> None:
@@ -164,7 +169,7 @@ def _load_adapter(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
             self.delete_adapter(name)
         raise ModelError(
             f"{lost[0]} is of a layer that is not in this process, or matches no module, and would be dropped; "
-            f"for an adapter of all layers: {MERGE_FIRST}"
+            f"{FOR_ALL_LAYERS}"
         )
     return loaded
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, Field, ValidationError
 
@@ -24,7 +24,10 @@ from zsl.training.config.unknown_keys import unknown_key, unknown_table
 
 LONGEST_TIMEOUT_SECONDS = 7 * 24 * 3600.0
 
-ADAPTER = "adapter"  # a key of `[peft]`
+# Keys of `[peft]` that zsl adds.
+ADAPTER = "adapter"
+LAYERS = "layers"
+AdaptedLayers = Literal["client", "all"]  # as `load_client` takes them
 PEFT_DEFAULTS: dict[str, Any] = {"method": "lora"}
 # Settings of a run without a configuration file.
 WITHOUT_A_FILE: dict[str, dict[str, Any]] = {
@@ -71,6 +74,11 @@ class TrunkTable(Table):
     )
     wire_dtype: DtypeName | None = Field(
         default=None, description="The dtype of activations and gradients on the wire; without it, the model's dtype."
+    )
+    adapter_wire_dtype: DtypeName | None = Field(
+        default=None,
+        description="The dtype of adapters on the trunk's layers, and of their gradients, on the wire; without it, "
+        "their own.",
     )
     deterministic: Literal["packed"] | None = Field(
         default=None, description="`packed`: refuse a daemon whose answers may depend on its other clients' requests."
@@ -135,6 +143,11 @@ class TrainConfig(Table):
         return named
 
     @property
+    def layers(self) -> AdaptedLayers:
+        """The layers that adapters are put on: those of the client, or all."""
+        return self.peft.get(LAYERS, "client")  # type: ignore[no-any-return]
+
+    @property
     def resume_from(self) -> str | bool | None:
         """The value of `train.resume_from_checkpoint`: a path, a bool or None. Raises `ConfigError`."""
         asked = self.train.get("resume_from_checkpoint")
@@ -178,8 +191,12 @@ def read_config(
     for table, values in overrides.items():
         _lay_over(where, tables, table, values)
     peft = _table(where, tables, "peft")
-    if ADAPTER in peft and len(peft) > 1:
-        others = ", ".join(f"peft.{key}" for key in peft if key != ADAPTER)
+    if peft.get(LAYERS, "client") not in get_args(AdaptedLayers):
+        raise ConfigError(
+            f"{where}: peft.{LAYERS} = {peft[LAYERS]!r}: {' or '.join(get_args(AdaptedLayers))} is needed"
+        )
+    if ADAPTER in peft and peft.keys() - {ADAPTER, LAYERS}:
+        others = ", ".join(f"peft.{key}" for key in peft if key not in (ADAPTER, LAYERS))
         raise ConfigError(f"{where}: peft.{ADAPTER} goes on from an adapter as that is: leave out {others}, or it")
     tables["peft"] = peft if ADAPTER in peft else {**PEFT_DEFAULTS, **peft}
     for table, values in {} if file else WITHOUT_A_FILE.items():

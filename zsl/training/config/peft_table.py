@@ -18,6 +18,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
 from zsl.adapters.save import ONLY_TO_USE
 from zsl.errors import ConfigError
+from zsl.training.config.config import LAYERS
 from zsl.training.config.third_party import make_foreign
 from zsl.training.config.unknown_keys import check_keys
 
@@ -74,6 +75,7 @@ def peft_config(where: str, table: Mapping[str, Any], *, checkpoints: bool = Tru
     key, for a value that PEFT refuses, and for a setting that does not work through a trunk.
     """
     values = copy.deepcopy({"task_type": "CAUSAL_LM", **table})  # PEFT modifies lists passed to it
+    values.pop(LAYERS, None)
     method = str(values.pop("method", "lora"))
     kind = method.upper().replace("-", "_")
     cls = {str(key.value): found for key, found in PEFT_TYPE_TO_CONFIG_MAPPING.items()}.get(kind)
@@ -85,7 +87,7 @@ def peft_config(where: str, table: Mapping[str, Any], *, checkpoints: bool = Tru
         raise ConfigError(f"{where}: peft.method = {method!r} does not work here: {reason}")
     if "r" in values and "r" not in fields:
         raise ConfigError(f"{where}: unknown key peft.r (--lora-rank); peft.method = {method!r} has none")
-    check_keys(where, "peft", values, fields - _NOT_A_USERS)
+    check_keys(where, "peft", values, fields - _NOT_A_USERS | {LAYERS})
     for key in _NEEDED.get(kind, ()):
         if values.get(key) is None:
             raise ConfigError(f"{where}: peft.{key} is needed for peft.method = {method!r}")

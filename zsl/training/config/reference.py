@@ -39,9 +39,13 @@ are those of that method's configuration class (`LoraConfig`, `IA3Config`, …),
 `method = "lora"` with `use_dora = true`, rsLoRA the same with `use_rslora = true`. A method that cannot work through a
 trunk is refused with a reason.
 
-`adapter` continues the training of an existing adapter, and is then the only key: the directory of a run or of an
-adapter, or a hub id. On the command line that is `--adapter`. Steps, optimizer and learning rate begin anew; to resume
-an interrupted run, leave it out.
+`layers` (`--adapt` on the command line) names the layers that adapters are put on: `client`, the default, those of this
+process; `all`, the trunk's too. LoRA on the trunk's layers is sent to the daemon in each step, and its gradients come
+back; other methods are for `client`. [guide.md](guide.md#which-layers-to-adapt) has the price and the gain.
+
+`adapter` continues the training of an existing adapter, and is then the only key besides `layers`: the directory of a
+run or of an adapter, or a hub id. On the command line that is `--adapter`. Steps, optimizer and learning rate begin
+anew; to resume an interrupted run, leave it out.
 
 """
 TRAIN = """\

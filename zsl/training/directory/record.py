@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from zsl.training.config.config import TrainConfig
+from zsl.training.config.config import LAYERS, TrainConfig
 
 RECORD = "run.json"
 MODEL_NAME = "model.name"  # a key of `RunRecord.configuration`
@@ -82,6 +82,8 @@ def configuration_of(config: TrainConfig) -> dict[str, Any]:
     keys = {f"{table}.{key}": value for table, fields in tables.items() for key, value in fields.items()}
     if isinstance(config.resume_from, bool):
         keys.pop("train.resume_from_checkpoint", None)  # a bool names no checkpoint
+    if config.layers == "client":
+        keys.pop(f"peft.{LAYERS}", None)  # the default, which older records do not name
     return {k: v for k, v in keys.items() if k not in _MAY_DIFFER and not k.startswith(_MAY_DIFFER_PREFIXES)}
 
 

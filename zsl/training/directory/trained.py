@@ -14,7 +14,7 @@ from zsl.training.directory.checkpoints import checkpoints_in
 from zsl.training.directory.record import MODEL_CONFIGURATION, MODEL_NAME, WEIGHTS, read_record
 
 _ADAPTER = "adapter_config.json"
-_SIDES = ("bottom_lora", "top_lora")
+_SIDES = ("bottom_lora", "trunk_lora", "top_lora")
 # Facts of a run's record, and their names in an adapter's description.
 _SHOWN = {"the trunk's layers": "cut", "the trunk's mode": "gradient mode"}
 

@@ -32,12 +32,12 @@ def parts_table(parts: Sequence[Part]) -> str:
 
 
 def trainable_table(parts: Sequence[Part]) -> str:
-    """Format the trainable parameters of the client's parts."""
+    """Format the trainable parameters of the client's parts, and of the trunk's if it has any."""
     lines = ["Trainable parameters"]
     lines += [
         f"  {part.name:<7} {part.trainable:>13,} of {part.parameters:,} ({part.trainable / part.parameters:.2%})"
         for part in parts
-        if part.place == "this process" and part.parameters
+        if part.parameters and (part.trainable or part.place == "this process")
     ]
     return "\n".join(lines)
 
@@ -87,15 +87,29 @@ def duration(seconds: float) -> str:
 
 
 def communication_table(
-    *, bytes_up: float, bytes_down: float, adapter_bytes: int, gradient_bytes: int, tokens: float
+    *,
+    bytes_up: float,
+    bytes_down: float,
+    adapter_bytes_up: float = 0.0,
+    adapter_bytes_down: float = 0.0,
+    adapter_bytes: int,
+    gradient_bytes: int,
+    tokens: float,
 ) -> str:
     """Format the measured bytes per step beside those of other methods of distributed training.
 
+    `adapter_bytes_up` and `adapter_bytes_down` are the measured bytes of adapters on the trunk's layers and of their
+    gradients; the rest are activations and theirs.
     Averaging adapters (federated LoRA) sends the adapter both ways once in a round of many steps; exchanging gradients
     sends the whole model's in each step.
     """
+    activations_and_adapters = [
+        ("  activations", bytes_up - adapter_bytes_up, bytes_down - adapter_bytes_down),
+        ("  adapters on the trunk", adapter_bytes_up, adapter_bytes_down),
+    ]
     rows = [
         ("this run, measured", bytes_up, bytes_down),
+        *(activations_and_adapters if adapter_bytes_up else ()),
         ("the adapter, once a round", adapter_bytes, adapter_bytes),
         ("the whole model's gradient", gradient_bytes, gradient_bytes),
     ]

@@ -60,11 +60,18 @@ class StepMeasure:
             "other": self.other_seconds,
         }
 
+    @property
+    def _adapter_bytes(self) -> dict[str, int]:
+        """Bytes of adapters on the trunk's layers and of their gradients, by name; empty without any."""
+        up, down = self.traffic.adapter_bytes_up, self.traffic.adapter_bytes_down
+        return {"adapter_bytes_up": up, "adapter_bytes_down": down} if up or down else {}
+
     def as_line(self) -> dict[str, Any]:
         """Return the values for a line of `metrics.jsonl`."""
         seconds = {f"{part}_seconds": round(value, 6) for part, value in self.part_seconds.items()}
         line = {"tokens": self.tokens, "seconds": round(self.seconds, 6), **seconds}
         line |= {"bytes_up": self.traffic.bytes_up, "bytes_down": self.traffic.bytes_down}
+        line |= self._adapter_bytes
         return {**line, "replays": self.traffic.replays} if self.traffic.replays else line
 
     def as_log(self) -> dict[str, float]:
@@ -75,6 +82,7 @@ class StepMeasure:
             "tokens_per_second": self.tokens_per_second,
             "trunk/bytes_up": self.traffic.bytes_up / steps,
             "trunk/bytes_down": self.traffic.bytes_down / steps,
+            **{f"trunk/{name}": value / steps for name, value in self._adapter_bytes.items()},
             "trunk/queue_seconds": self.traffic.queue_seconds / steps,
             "trunk/compute_seconds": self.traffic.compute_seconds / steps,
             "trunk/replays": self.traffic.replays,

@@ -32,7 +32,7 @@ class EarlierAdapter:
             return cls(named)
         trained = find_trained([Path(named)])
         if len(trained.adapters) > 1:
-            raise ConfigError(f"peft.adapter = {named!r} holds two sides: make one adapter of them with `zsl export`")
+            raise ConfigError(f"peft.adapter = {named!r} holds several sides: join them with `zsl export`")
         (place,) = trained.adapters
         file = place / SAFETENSORS_WEIGHTS_NAME
         content = {"the adapter that it began with": checksum(file)} if file.is_file() else {}

@@ -10,10 +10,10 @@ from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
-from zsl.adapters.attach import trunk_layers
 from zsl.errors import ConfigError
-from zsl.split.no_weights import MERGE_FIRST
+from zsl.split.no_weights import FOR_ALL_LAYERS
 from zsl.split.peft_model import active_adapter
+from zsl.split.slots import empty_slots
 from zsl.split.stack import find_stack
 from zsl.text.first_line import first_line
 
@@ -27,7 +27,7 @@ def check_fits(checkpoint: Path, model: PeftModel) -> None:
     here = {name: list(tensor.shape) for name, tensor in state.items()}
     base: Any = model.get_base_model()
     stack = find_stack(base)
-    in_the_trunk = tuple(f".{stack.name}.{index}." for index in trunk_layers(stack))
+    in_the_trunk = tuple(f".{stack.name}.{index}." for index in empty_slots(stack))
     own = model.state_dict()
     try:
         with safe_open(file, "pt") as tensors:
@@ -44,7 +44,7 @@ def check_fits(checkpoint: Path, model: PeftModel) -> None:
     if whole := sorted(name for name in names if any(map(name.__contains__, in_the_trunk))):
         raise ConfigError(
             f"{checkpoint} has weights on the trunk's layers, {len(whole)} of {len(there)}, as {whole[0]}: "
-            f"{MERGE_FIRST}"
+            f"{FOR_ALL_LAYERS}"
         )
     for name in sorted(names):
         if here.get(name) != there.get(name):

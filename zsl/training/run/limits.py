@@ -1,4 +1,4 @@
-"""Check the lengths of rows and batches against the daemon's limits, before the first step."""
+"""Check rows, batches and adapters against the daemon's limits, before the first step."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
+from peft import PeftModel
 
-from zsl.errors import ConfigError
+from zsl.client.remote import RemoteTrunk
+from zsl.client.trunk_adapters import TrunkAdapters
+from zsl.errors import ConfigError, ZslError
+from zsl.split.trunk_lora import slots_of
 from zsl.wire.messages import Limits
 
 
@@ -38,4 +42,21 @@ def check_limits(
             f"a batch of {len(longest):,} rows can have {tokens:,} tokens, and the daemon takes "
             f"{limits.max_request_tokens:,} at once: lower train.{key}"
             + (", and raise train.gradient_accumulation_steps for steps of the same size" if "train" in key else "")
+        )
+
+
+def check_adapters(where: str, model: PeftModel, trunk: RemoteTrunk) -> None:
+    """Raise `ConfigError` if the daemon would refuse the adapters on the trunk's layers, or not train them."""
+    base: Any = model.get_base_model()
+    adapters = TrunkAdapters().find(slots_of(base))
+    if adapters is None:
+        return
+    try:
+        adapters.check_limits(trunk.client.welcome.adapters, trunk.adapter_wire_dtype)
+    except ZslError as error:
+        raise ConfigError(f'{where}: peft.layers = "all" (--adapt): {error}') from error
+    if trunk.effective_mode != "exact":
+        raise ConfigError(
+            f'{where}: peft.layers = "all" (--adapt): in mode {trunk.effective_mode} adapters on the trunk\'s layers '
+            'learn nothing: set layers = "client", or train in mode exact, through a daemon that serves backward'
         )

@@ -36,7 +36,7 @@ class Results:
     record: RunRecord
 
     def save(self) -> list[str]:
-        """Write `adapter/`, `bottom_lora/`, `top_lora/` and `loss.png`; return a line for each. Raises `RunFailed`."""
+        """Write `adapter/`, the adapter of each side and `loss.png`; return a line for each. Raises `RunFailed`."""
         base_model = self.reference.hub_id
         # A copy of the record with each adapter survives a move, and another run in this directory.
         beside = {RECORD: as_bytes(self.record.of_adapter())}

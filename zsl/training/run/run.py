@@ -36,7 +36,7 @@ from zsl.training.report.overview import communication, overview
 from zsl.training.report.screen import final_summary
 from zsl.training.run.earlier_adapter import EarlierAdapter
 from zsl.training.run.fits import check_fits
-from zsl.training.run.limits import check_limits
+from zsl.training.run.limits import check_adapters, check_limits
 from zsl.training.run.results import Results
 from zsl.training.trainer.trainer import SplitTrainer
 from zsl.trunk.daemon.embedded import EmbeddedTrunk
@@ -79,7 +79,7 @@ def train_from_config(config: TrainConfig, where: str, *, dry_run: bool = False)
         set_seed(arguments.seed)
         trunk, trunk_place = _trunk(config, cut, dtype, stack)
         stack.callback(trunk.close)
-        base = load_client(reference, trunk, cut=cut, dtype=dtype, quantize=config.model.quantize, layers="client")
+        base = load_client(reference, trunk, cut=cut, dtype=dtype, quantize=config.model.quantize, layers=config.layers)
         sides = Sides(base, trunk.client.welcome.cut)
         try:
             if adapter is not None:
@@ -89,6 +89,7 @@ def train_from_config(config: TrainConfig, where: str, *, dry_run: bool = False)
                 model = with_adapter(base, peft)
         except ConfigError as error:
             raise ConfigError(f"{where}: [peft]: {error}") from error
+        check_adapters(where, model, trunk)
         if trunk.effective_mode == "none" and not adapter_parameters(model, sides, "top"):
             raise ConfigError(
                 f"{where}: no gradient comes back from the trunk (mode none), and no layer behind it is trained: "
@@ -246,6 +247,7 @@ def _trunk(config: TrainConfig, cut: Cut | None, dtype: torch.dtype, stack: Exit
         client_key=table.client_key,
         mode=table.mode,
         wire_dtype=getattr(torch, table.wire_dtype) if table.wire_dtype else None,
+        adapter_wire_dtype=getattr(torch, table.adapter_wire_dtype) if table.adapter_wire_dtype else None,
         deterministic=table.deterministic,
         padding=table.padding,
         connect_timeout_seconds=table.connect_timeout_seconds,
