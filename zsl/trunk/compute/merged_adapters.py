@@ -160,7 +160,7 @@ class MergedAdapters:
     def storages(self) -> Collection[int]:
         return ()  # a graph keeps the concatenated weights
 
-    def added(self, path: str, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    def added(self, path: str, x: torch.Tensor, output: torch.Tensor, *, quantized: bool) -> torch.Tensor:
         blocks, dtype = self._company.blocks.get(path), self._company.dtype
         if blocks is None:
             return output
