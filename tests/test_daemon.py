@@ -211,6 +211,7 @@ def test_before_it_knows_its_model_and_while_it_reads_the_weights_it_says_that_i
         host="127.0.0.1",
         port=port,
         dtype=torch.float32,
+        quantize=None,
         device="cpu",
         threads=None,
         forward_only=False,

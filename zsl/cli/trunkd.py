@@ -60,6 +60,12 @@ class MemorySize(click.ParamType[int]):
     show_envvar=True,
     help="Dtype of the layers and of the computation.",
 )
+@click.option(
+    "--quantize",
+    type=click.Choice(["4bit", "8bit"]),
+    show_envvar=True,
+    help="The linear layers in 4 or 8 bits; needs bitsandbytes.",
+)
 @click.option("--device", default="cpu", show_default=True, show_envvar=True, help="cpu, cuda, cuda:1, …")
 @click.option("--threads", type=click.IntRange(1), show_envvar=True, help="CPU threads.  [default: torch's own choice]")
 @click.option(
@@ -150,6 +156,7 @@ def trunkd(
     host: str,
     port: int,
     dtype: str,
+    quantize: str | None,
     device: str,
     threads: int | None,
     forward_only: bool,
@@ -200,6 +207,7 @@ def trunkd(
             host=host,
             port=port,
             dtype=getattr(torch, dtype),
+            quantize=quantize,  # type: ignore[arg-type]
             device=device,
             threads=threads,
             forward_only=forward_only,

@@ -40,7 +40,7 @@ class Serving:
             ("weights", model.weights_digest[:DIGEST_CHARACTERS]),
             ("configuration", model.config_digest[:DIGEST_CHARACTERS]),
             ("cut", f"{status.cut} ({status.cut.stop - status.cut.start} of {counted(model.layers, 'layer')})"),
-            ("trunk", f"{counted(status.trunk_parameters, 'parameter')} in {DTYPE_WORDS[status.dtype]}"),
+            ("trunk", f"{counted(status.trunk_parameters, 'parameter')} in {trunk_dtype(status)}"),
             ("gradient", "none: it serves forward only" if status.forward_only else "exact: forward and backward"),
         ]
         if self.welcome is not None:
@@ -78,6 +78,12 @@ class Serving:
             "epoch": self.status.epoch.hex(),
             "round_trip_seconds": self.round_trip_seconds,
         }
+
+
+def trunk_dtype(status: Status) -> str:
+    """Return the dtype of the trunk's computation, and the bits of its linear layers if they are quantized."""
+    dtype = DTYPE_WORDS[status.dtype]
+    return dtype if status.quantization is None else f"{dtype}, linear layers in {status.quantization}"
 
 
 def _adapters(limits: AdapterLimits | None) -> str:

@@ -14,11 +14,10 @@ from zsl.client.remote import RemoteTrunk
 from zsl.errors import ConfigError, ModelError
 from zsl.models.identity import identify
 from zsl.models.loading import AdaptedLayers, load_client_part
-from zsl.models.quantize import Quantization
 from zsl.models.reference import ModelReference, resolve
 from zsl.split.slots import copy_plain_attributes
 from zsl.split.stack import find_stack
-from zsl.wire.messages import Cut
+from zsl.wire.messages import Cut, Quantization
 
 # Arguments of a model that need data from inside the trunk that the daemon does not send.
 _REFUSED = {
@@ -57,7 +56,7 @@ def load_client(
     reference = resolve(model) if isinstance(model, str) else model
     if reference.part is not None:
         cut = reference.part.cut_for(reference.text, "client", cut)
-    welcome = trunk.connect(identify(reference), cut=cut, dtype=dtype)
+    welcome = trunk.connect(identify(reference), cut=cut, dtype=dtype, quantize=quantize)
     client_model = load_client_part(reference, welcome.cut, dtype, quantize=quantize, layers=layers)
     put_trunk(client_model, trunk, welcome.cut)
     return client_model

@@ -30,7 +30,7 @@ from zsl.link.pending import check_timeouts
 from zsl.split.ghosts import WAY_OUT
 from zsl.split.no_weights import NoWeights
 from zsl.split.trunk_lora import Slots
-from zsl.wire.messages import Cut, ModelIdentity, Welcome
+from zsl.wire.messages import Cut, ModelIdentity, Quantization, Welcome
 from zsl.wire.tensors import TORCH_DTYPES, float_wire_name
 
 GradientMode = Literal["exact", "straight-through", "none"]
@@ -111,11 +111,16 @@ class RemoteTrunk(NoWeights):
     # --- the connection ----------------------------------------------------------------------------------------
 
     def connect(
-        self, model: ModelIdentity | None = None, *, cut: Cut | None = None, dtype: torch.dtype = torch.float32
+        self,
+        model: ModelIdentity | None = None,
+        *,
+        cut: Cut | None = None,
+        dtype: torch.dtype = torch.float32,
+        quantize: Quantization | None = None,
     ) -> Welcome:
         """Open the session for this model, cut and dtype of activations. Called by `load_client`.
 
-        Warns if no gradient will pass the trunk.
+        Warns if no gradient will pass the trunk, or if it has another dtype or other bits than this model (`quantize`).
         Raises `TrunkUnreachable`, `TrunkAuthError`, `WrongModelError` or another `WireError`.
         """
         if self._client is None:
@@ -148,6 +153,13 @@ class RemoteTrunk(NoWeights):
             warnings.warn(
                 f"the trunk at {self.endpoint} computes in {TORCH_DTYPES[welcome.dtype]}, this model in {dtype}: "
                 "losses will differ from the local model's",
+                stacklevel=2,
+            )
+        if welcome.quantization not in (None, quantize):
+            warnings.warn(
+                f"the linear layers of the trunk at {self.endpoint} are in {welcome.quantization}, those of this model "
+                f"{'are not quantized' if quantize is None else f'in {quantize}'}: losses will differ from the local "
+                "model's",
                 stacklevel=2,
             )
         return welcome

@@ -9,7 +9,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from zsl.errors import ModelError
 from zsl.models.identity import RANDOM_SEED
-from zsl.models.quantize import Quantization, keep_as_loaded, quantization_config
+from zsl.models.quantize import compute_as_in_training, keep_as_loaded, quantization_config
 from zsl.models.random_weights import initialize_by_name
 from zsl.models.reference import ModelReference
 from zsl.split.cut import check_cut
@@ -17,7 +17,7 @@ from zsl.split.parts import PartName
 from zsl.split.slots import middle_only, put_ghosts, with_hole
 from zsl.split.stack import BUILDING, base_class, causal_lm_class, check_can_be_split, layer_count
 from zsl.text.first_line import first_line
-from zsl.wire.messages import Cut
+from zsl.wire.messages import Cut, Quantization
 
 AdaptedLayers = Literal["client", "all"]
 
@@ -52,12 +52,28 @@ def load_client_part(
     return model
 
 
-def load_trunk_part(reference: ModelReference, cut: Cut, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Load the base model with the cut's layers only, frozen and in eval mode. Raises `ModelError`."""
+def load_trunk_part(
+    reference: ModelReference,
+    cut: Cut,
+    dtype: torch.dtype = torch.float32,
+    *,
+    quantize: Quantization | None = None,
+    device: torch.device | str = "cpu",
+) -> PreTrainedModel:
+    """Load the base model with the cut's layers only, frozen and in eval mode. Raises `ModelError`.
+
+    `quantize`: load the linear layers in 4 or 8 bits; see `zsl.models.quantize`. `device`: where that is done.
+    """
     _check(reference, "trunk", cut)
-    model = _load(middle_only(base_class(reference.config), reference.config, cut), reference, dtype)
+    cls = middle_only(base_class(reference.config), reference.config, cut)
+    if quantize is None:
+        model = _load(cls, reference, dtype)
+    else:
+        model = _load(cls, reference, dtype, quantization_config(reference, quantize, dtype), device=str(device))
     model.config.use_cache = False
     model.eval().requires_grad_(False)
+    keep_as_loaded(model)
+    compute_as_in_training(model)
     return model
 
 

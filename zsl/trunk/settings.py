@@ -16,7 +16,16 @@ from zsl.trunk.costs import (
     PassMemory,
 )
 from zsl.wire.frames import MAX_HEADER_BYTES
-from zsl.wire.messages import MAX_TENSOR_BYTES, AdapterLimits, Cut, FloatDtypeName, Hello, Limits, ModelIdentity
+from zsl.wire.messages import (
+    MAX_TENSOR_BYTES,
+    AdapterLimits,
+    Cut,
+    FloatDtypeName,
+    Hello,
+    Limits,
+    ModelIdentity,
+    Quantization,
+)
 
 FP32_BYTES = 4
 ADAPTER_SHARE = 1 / 4  # of the memory for adapters, that one version may take
@@ -31,6 +40,7 @@ class TrunkInfo:
     dtype: FloatDtypeName
     forward_only: bool
     max_row_tokens: int
+    quantization: Quantization | None = None
 
 
 @dataclass(frozen=True, slots=True)

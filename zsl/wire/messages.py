@@ -37,6 +37,8 @@ def _refuse_controls(name: str) -> str:
 
 WireDtypeName = Literal["f32", "f16", "bf16", "i64", "i32", "i16", "i8", "u8", "bool"]
 FloatDtypeName = Literal["f32", "f16", "bf16"]
+# Bits of the weights of linear layers, by bitsandbytes.
+Quantization = Literal["4bit", "8bit"]
 # `lengths`: the activations are one row of concatenated sequences of these lengths.
 # `layout`, `weights`, `adapter_gradients`: flat, of an adapter in the trunk's layers (`zsl.wire.adapter_layout`).
 Role = Literal[
@@ -186,6 +188,7 @@ class Welcome(Header):
     model: ModelIdentity
     cut: Cut
     dtype: FloatDtypeName  # of the trunk's computation
+    quantization: Quantization | None  # of the trunk's linear layers
     forward_only: bool
     packs: bool  # accepts sequences of several lengths in one row, with their `lengths`
     deterministic: bool  # an answer has the same bits whatever other clients send
@@ -358,6 +361,7 @@ class Status(Header):
     model: ModelIdentity
     cut: Cut
     dtype: FloatDtypeName
+    quantization: Quantization | None
     forward_only: bool
     trunk_parameters: Count
     sessions: Count

@@ -8,7 +8,7 @@ import torch
 
 import zsl
 from zsl.client.doctor.check import Check, State
-from zsl.client.info_lines import DIGEST_CHARACTERS, DTYPE_WORDS, in_units
+from zsl.client.info_lines import DIGEST_CHARACTERS, DTYPE_WORDS, in_units, trunk_dtype
 from zsl.client.trunk_client import TrunkClient
 from zsl.link.status_client import StatusClient
 from zsl.models.reference import ModelReference
@@ -38,8 +38,11 @@ def check_versions(status: Status) -> Check:
 
 
 def check_dtype(status: Status) -> Check:
-    """Check that the trunk's dtype is float32, the default of a client's model."""
+    """Check that the trunk's dtype is float32, the default of a client's model, and that it is not quantized."""
     dtype = DTYPE_WORDS[status.dtype]
+    if status.quantization is not None:
+        to_do = "know that losses differ from those of a model that is not quantized"
+        return Check("dtype", State.WARN, f"the trunk computes in {trunk_dtype(status)}", to_do)
     if status.dtype != "f32":
         to_do = f'set model.dtype = "{dtype}", or know that losses differ from those of a float32 model'
         return Check("dtype", State.WARN, f"the trunk computes in {dtype}, a model here by default in float32", to_do)

@@ -185,6 +185,8 @@ class Examination:
             return "the client's part of the model has no trunk"
         if not self._local_trunk:
             return "no local trunk is wanted"
+        if status.quantization is not None:
+            return "the daemon's linear layers are quantized"
         return does_not_fit(self._reference, TORCH_DTYPES[status.dtype])
 
     def _against_local(self, endpoint: str, dtype: FloatDtypeName) -> Check:

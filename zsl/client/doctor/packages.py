@@ -17,7 +17,7 @@ DISTRIBUTION = "zsl-split"  # on PyPI, `zsl` is another project
 # Extras for users; the others are for work on zsl itself.
 NEEDED_FOR = {
     "gguf": "models in .gguf files",
-    "quantized": "4- and 8-bit layers at the client",
+    "quantized": "4- and 8-bit layers",
     "train": "zsl-train",
     "tensorboard": "report_to = tensorboard",
     "trl": "SFTTrainer",

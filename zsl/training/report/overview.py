@@ -20,10 +20,11 @@ def overview(model: PeftModel, sides: Sides, reference: ModelReference, trunk: R
     """Return the model's parts, trainable parameters and connection as text."""
     welcome = trunk.client.welcome
     parts = _parts(model, sides, reference, trunk, trunk_place)
+    bits = "" if welcome.quantization is None else f" ({welcome.quantization})"
     connection = (
         f"Connection\n  {trunk.endpoint}\n  {welcome.model.model_type} "
         f"({welcome.model.layers} layers, weights {welcome.model.weights_digest[:12]}), cut {welcome.cut}, "
-        f"{welcome.dtype}, mode {trunk.effective_mode}"
+        f"{welcome.dtype}{bits}, mode {trunk.effective_mode}"
     )
     return f"{parts_table(parts)}\n\n{trainable_table(parts)}\n\n{connection}"
 

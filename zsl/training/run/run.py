@@ -214,6 +214,7 @@ def _facts(data: TrainingData, trunk: RemoteTrunk) -> dict[str, str]:
         WEIGHTS: welcome.model.weights_digest,
         "the trunk's layers": str(welcome.cut),
         "the trunk's dtype": str(welcome.dtype),
+        "the trunk's quantization": str(welcome.quantization),
         "the trunk's mode": str(trunk.effective_mode),
     }
 

@@ -97,8 +97,8 @@ class PassAdapters(Protocol):
         """Addresses of weights that a graph refers to, and that the versions account for."""
         ...
 
-    def added(self, path: str, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        """Add the low-rank products of the linear layer at `path` to its output."""
+    def added(self, path: str, x: torch.Tensor, output: torch.Tensor, *, quantized: bool) -> torch.Tensor:
+        """Add the low-rank products of the linear layer at `path` to its output. `quantized`: it is of bitsandbytes."""
         ...
 
     def leaves(self, members: Collection[int]) -> list[torch.Tensor]:
@@ -124,8 +124,11 @@ class RequestAdapter:
         """True if dropout is active."""
         return self.dropout_seed is not None
 
-    def added(self, path: str, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        """Add the low-rank products to `output`, in the order of operations of PEFT's `Linear.forward`."""
+    def added(self, path: str, x: torch.Tensor, output: torch.Tensor, *, quantized: bool) -> torch.Tensor:
+        """Add the low-rank products to `output`, in the order of operations of PEFT's `Linear.forward`.
+
+        PEFT's layers for bitsandbytes (`quantized`) convert a product to the dtype of the output before they add it.
+        """
         result = output
         for entry in self.adapter.by_path.get(path, ()):
             a, b, bias = entry.a, entry.b, entry.bias
@@ -134,7 +137,8 @@ class RequestAdapter:
             x = x.to(a.dtype)
             factors = self.dropout(entry.index, entry.dropout, x.shape[:-1].numel(), x.shape[-1])
             dropped = x if factors is None else x * factors.view(x.shape)
-            result = result + F.linear(F.linear(dropped, a), b, bias) * entry.scaling
+            product = F.linear(F.linear(dropped, a), b, bias) * entry.scaling
+            result = result + (product.to(output.dtype) if quantized else product)
         return result.to(output.dtype)
 
     def dropout(self, index: int, dropout: float, tokens: int, inputs: int) -> torch.Tensor | None:
@@ -178,19 +182,19 @@ class SeparateAdapters:
         adapters = self._of_members.values()
         return {weight.untyped_storage().data_ptr() for of_one in adapters for weight in of_one.adapter.weights}
 
-    def added(self, path: str, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    def added(self, path: str, x: torch.Tensor, output: torch.Tensor, *, quantized: bool) -> torch.Tensor:
         adapters = [of_one for of_one in self._of_members.values() if path in of_one.adapter.by_path]
         if not adapters:
             return output
         if len(self._of_members) == 1 and (len(self._spans) == 1 or x.ndim != 3):
-            return adapters[0].added(path, x, output)
+            return adapters[0].added(path, x, output, quantized=quantized)
         sizes = [span.tokens for span in self._spans]
         results = []
         parts = zip(self._spans, x.flatten(0, 1).split(sizes), output.flatten(0, 1).split(sizes), strict=True)
         for span, part, result in parts:
             if span.adapter in adapters:
                 # A copy is aligned: a request's rounding must not depend on its place in the pass.
-                result = span.adapter.added(path, part.clone(), result)
+                result = span.adapter.added(path, part.clone(), result, quantized=quantized)
             results.append(result)
         return torch.cat(results).view(output.shape)
 

@@ -246,7 +246,7 @@ class _SeenInputs(SeparateAdapters):
         super().__init__([])
         self.shapes: dict[str, set[tuple[int, ...]]] = {}
 
-    def added(self, path: str, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    def added(self, path: str, x: torch.Tensor, output: torch.Tensor, *, quantized: bool) -> torch.Tensor:
         self.shapes.setdefault(path, set()).add(tuple(x.shape[:-1]))
         return output
 

@@ -5,8 +5,8 @@ for the operations between linear layers. With the outputs of the linear layers,
 operations, at little cost and in any batch. So a request can share its forward and its backward with different
 requests, without a second forward.
 
-Patches modules by type (`nn.Linear`, transformers' `Conv1D`), not by architecture. Other matrix products (experts,
-quantized layers) are recomputed.
+Patches modules by type (`nn.Linear`, transformers' `Conv1D`, the quantized layers of bitsandbytes), not by
+architecture. Other matrix products (experts) are recomputed.
 """
 
 from __future__ import annotations
@@ -22,10 +22,14 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
+from zsl.models.quantize import bits_of, gradient_at_input
 from zsl.trunk.compute.adapters import PassAdapters
 
 # Overhead of a tensor beside its elements, with its references: 1,300 bytes on Linux.
 TENSOR_BYTES = 1408
+
+# Of a linear layer: the output of an input, or the gradient at the input of one at the output.
+Product = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,15 +72,24 @@ class LinearLayers:
 
     def __init__(self, modules: Iterable[tuple[str, nn.Module]]) -> None:
         self.features: dict[str, tuple[int, int]] = {}  # inputs and outputs, by path
+        self._quantized: set[str] = set()
         self.adapters: PassAdapters | None = None
         self._layout: tuple[int, int] | None = None  # rows and tokens of the pass; None: compute normally
         self._recorded: list[tuple[torch.Tensor, int]] | None = None
         self._replayed: Iterator[torch.Tensor] = iter(())
         for path, module in modules:
+            layer: Any = module
             if type(module) in (nn.Linear, Conv1D):
-                module.forward = partial(self._forward, path, module, module.forward)
-                inputs, outputs = _matrix(module).shape[::-1]
-                self.features[path] = inputs, outputs
+                compute, at_input = layer.forward, partial(_gradient_at_input, module)
+                self.features[path] = _matrix(module).shape[1], _matrix(module).shape[0]
+            elif bits_of(module):
+                self._quantized.add(path)
+                at_input = partial(gradient_at_input, module)
+                compute = partial(_without_input, layer.forward, at_input)
+                self.features[path] = layer.in_features, layer.out_features
+            else:
+                continue
+            layer.forward = partial(self._forward, path, compute, at_input)
 
     @contextmanager
     def recording(self, rows: int, tokens: int) -> Iterator[Callable[[], LinearOutputs | None]]:
@@ -107,15 +120,13 @@ class LinearLayers:
         finally:
             self.adapters = None
 
-    def _forward(
-        self, path: str, module: nn.Module, compute: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor
-    ) -> torch.Tensor:
-        output = self._output(module, compute, x)
-        return output if self.adapters is None else self.adapters.added(path, x, output)
+    def _forward(self, path: str, compute: Product, at_input: Product, x: torch.Tensor) -> torch.Tensor:
+        output = self._output(compute, at_input, x)
+        if self.adapters is None:
+            return output
+        return self.adapters.added(path, x, output, quantized=path in self._quantized)
 
-    def _output(
-        self, module: nn.Module, compute: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor
-    ) -> torch.Tensor:
+    def _output(self, compute: Product, at_input: Product, x: torch.Tensor) -> torch.Tensor:
         # An input of another shape than the pass (routed experts) cannot be split by request.
         if self._layout is None or x.ndim != 3 or x.shape[:2] != self._layout:
             return compute(x)
@@ -124,7 +135,7 @@ class LinearLayers:
             self._recorded.append((output.detach(), output._version))
             return output
         product = next(self._replayed).view(*x.shape[:2], -1)
-        result: torch.Tensor = _KnownOutput.apply(x, _matrix(module), product)  # type: ignore[no-untyped-call]
+        result: torch.Tensor = _KnownOutput.apply(x, at_input, product)  # type: ignore[no-untyped-call]
         return result
 
 
@@ -133,6 +144,16 @@ def _matrix(module: nn.Module) -> torch.Tensor:
     weight = module.weight
     assert isinstance(weight, torch.Tensor)
     return weight.t() if isinstance(module, Conv1D) else weight
+
+
+def _gradient_at_input(module: nn.Module, gradient: torch.Tensor) -> torch.Tensor:
+    return gradient @ _matrix(module)
+
+
+def _without_input(compute: Product, at_input: Product, x: torch.Tensor) -> torch.Tensor:
+    """Compute a quantized layer whose graph does not keep its input, which that of bitsandbytes does for nothing."""
+    output: torch.Tensor = _KnownOutput.apply(x, at_input, compute(x.detach()))  # type: ignore[no-untyped-call]
+    return output
 
 
 def _unchanged(recorded: list[tuple[torch.Tensor, int]]) -> LinearOutputs | None:
@@ -145,11 +166,11 @@ class _KnownOutput(torch.autograd.Function):
     """Linear layer with a known output: only its backward computes."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, product: torch.Tensor) -> torch.Tensor:
-        ctx.weight = weight  # [out, in]; frozen, so it is not saved for autograd
+    def forward(ctx: Any, x: torch.Tensor, at_input: Product, product: torch.Tensor) -> torch.Tensor:
+        ctx.at_input = at_input
         return product.detach()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return gradient @ ctx.weight, None, None
+        return ctx.at_input(gradient), None, None

@@ -153,7 +153,7 @@ class MergedAdapters:
     def storages(self) -> Collection[int]:
         return ()  # a graph keeps the stacked weights
 
-    def added(self, path: str, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    def added(self, path: str, x: torch.Tensor, output: torch.Tensor, *, quantized: bool) -> torch.Tensor:
         blocks = self._company.blocks.get(path)
         if blocks is None:
             return output

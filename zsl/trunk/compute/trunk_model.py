@@ -20,6 +20,8 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 
+from zsl.models.quantize import bits_of
+from zsl.split.sides import numbers_in
 from zsl.split.stack import find_stack
 from zsl.trunk.compute.adapters import FlatGradients, PassAdapters
 from zsl.trunk.compute.attention import flash_is_slow, layout_of, segments_attention
@@ -122,7 +124,7 @@ class TrunkModel:
 
     @property
     def parameter_count(self) -> int:
-        return sum(parameter.numel() for parameter in self._model.parameters())
+        return sum(numbers_in(parameter) for parameter in self._model.parameters())
 
     @property
     def masks_by_padding(self) -> bool:
@@ -133,7 +135,10 @@ class TrunkModel:
     def mixes_rows(self) -> bool:
         """True if a row's result depends on other rows of its pass, so that requests may not be merged."""
         kinds = {str(getattr(module, "rope_type", "")) for module in self._model.modules()}
-        return any(kind in LENGTH_DEPENDENT_ROPE for kind in kinds)
+        if any(kind in LENGTH_DEPENDENT_ROPE for kind in kinds):
+            return True
+        # On a GPU, the features of 8-bit layers that are not quantized are those with an outlier in any token.
+        return self.device.type != "cpu" and any(bits_of(module) == "8bit" for module in self._model.modules())
 
     @property
     def linear_features(self) -> Mapping[str, tuple[int, int]]:

@@ -13,6 +13,7 @@ import torch
 from zsl.errors import ModelError, StartupError
 from zsl.models.identity import identify
 from zsl.models.loading import load_trunk_part
+from zsl.models.quantize import check_can_be_quantized
 from zsl.models.reference import ModelReference, resolve
 from zsl.split.cut import check_cut
 from zsl.split.stack import check_can_be_split, layer_count
@@ -30,7 +31,7 @@ from zsl.trunk.compute.trunk_model import TrunkModel
 from zsl.trunk.costs import UNKNOWN_COSTS, BatchLimits, batch_limits
 from zsl.trunk.malloc import give_back_freed_memory
 from zsl.trunk.settings import TrunkInfo, TrunkTraits
-from zsl.wire.messages import Cut
+from zsl.wire.messages import Cut, Quantization
 from zsl.wire.tensors import float_wire_name
 
 # For a model whose configuration states no maximum position.
@@ -63,7 +64,8 @@ class TrunkPlan:
         `max_batch_tokens` tokens; `traits.deterministic` of the result tells whether the self-test passed.
         A backward whose graph would take more than `pass_memory_bytes` is computed layer by layer.
         """
-        model = load_trunk_part(self.reference, self.cut, self.dtype)
+        bits = self.info.quantization
+        model = load_trunk_part(self.reference, self.cut, self.dtype, quantize=bits, device=self.device)
         try:
             model.to(self.device)  # type: ignore[arg-type]
         except RuntimeError as error:
@@ -110,10 +112,20 @@ class TrunkPlan:
         return TorchCompute(trunk, traits, pass_memory_bytes=pass_memory_bytes)
 
 
-def plan_trunk(model: str, cut: Cut | None, dtype: torch.dtype, device: str, *, forward_only: bool) -> TrunkPlan:
+def plan_trunk(
+    model: str,
+    cut: Cut | None,
+    dtype: torch.dtype,
+    device: str,
+    *,
+    forward_only: bool,
+    quantize: Quantization | None = None,
+) -> TrunkPlan:
     """Resolve and check model, cut and device, without weights. Raises `ModelError` or `StartupError`."""
     reference = resolve(model)
     check_can_be_split(reference.config)  # before its files are read
+    if quantize is not None:
+        check_can_be_quantized(reference, quantize)
     layers = layer_count(reference.config)
     if reference.part is not None:
         cut = reference.part.cut_for(model, "trunk", cut)
@@ -126,6 +138,7 @@ def plan_trunk(model: str, cut: Cut | None, dtype: torch.dtype, device: str, *, 
         forward_only=forward_only,
         max_row_tokens=getattr(reference.config.get_text_config(), "max_position_embeddings", None)
         or DEFAULT_ROW_TOKENS,
+        quantization=quantize,
     )
     return TrunkPlan(reference, cut, dtype, checked_device(device), info)
 

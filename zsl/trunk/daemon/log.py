@@ -94,7 +94,7 @@ def set_up_logging(log_format: LogFormat, *, debug: bool) -> None:
     handler.setFormatter(formatter_for(log_format))
     if not debug:
         handler.addFilter(FewAlike())
-        # On import it warns of a missing kernel for 4-bit layers, which a trunk does not have.
+        # On import it warns of a missing kernel for 4-bit layers, which a trunk does not use.
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("zsl").setLevel(logging.DEBUG if debug else logging.INFO)

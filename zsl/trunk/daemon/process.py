@@ -31,7 +31,7 @@ from zsl.trunk.daemon.standard_streams import check_output, drain_output
 from zsl.trunk.failpoints import Failpoint
 from zsl.trunk.malloc import keep_freed_memory
 from zsl.trunk.settings import ServerSettings, TrunkInfo, TrunkTraits
-from zsl.wire.messages import Cut
+from zsl.wire.messages import Cut, Quantization
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +48,7 @@ class DaemonOptions:
     host: str
     port: int
     dtype: torch.dtype
+    quantize: Quantization | None
     device: str
     threads: int | None
     forward_only: bool
@@ -76,7 +77,14 @@ def run_daemon(options: DaemonOptions) -> None:
         signal.signal(signal.SIGHUP, hangup)
     with Loading(options.host, options.port, options.access) as loading:  # a port in use fails before loading
         logger.info("%s: clients are told to wait while %s is loaded", loading.endpoint, options.model)
-        plan = plan_trunk(options.model, options.cut, options.dtype, options.device, forward_only=options.forward_only)
+        plan = plan_trunk(
+            options.model,
+            options.cut,
+            options.dtype,
+            options.device,
+            forward_only=options.forward_only,
+            quantize=options.quantize,
+        )
         asyncio.run(_serve(plan, options, loading, hangup))
 
 
@@ -193,6 +201,7 @@ def _ready(endpoint: str, plan: TrunkPlan, traits: TrunkTraits, options: DaemonO
         "cut": str(plan.cut),
         "parameters": traits.parameters,
         "dtype": str(plan.dtype).removeprefix("torch."),
+        "quantization": plan.info.quantization,
         "device": str(plan.device),
         "threads": torch.get_num_threads(),
         "forward_only": plan.info.forward_only,
@@ -214,9 +223,10 @@ def _ready(endpoint: str, plan: TrunkPlan, traits: TrunkTraits, options: DaemonO
         )
     secured = "encrypted" if options.access is not None else "not encrypted, open to whoever reaches it"
     parameters = counted(traits.parameters, "parameter")
+    dtype = facts["dtype"] if plan.info.quantization is None else f"{plan.info.quantization}, {facts['dtype']}"
     lines = [
         f"zsl-trunkd {zsl.__version__} ready on {endpoint}",
-        f"{options.model}, layers {plan.cut}, {parameters}, {facts['dtype']} on {plan.device}",
+        f"{options.model}, layers {plan.cut}, {parameters}, {dtype} on {plan.device}",
         f"{what}, {merging}",
         secured,
     ]
