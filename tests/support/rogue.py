@@ -6,14 +6,14 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import zmq
 
 from zsl.trunk.requests.handshake import welcome_to
 from zsl.trunk.settings import ServerSettings, TrunkInfo
-from zsl.wire.frames import Frame, decode, encode
-from zsl.wire.messages import TO_DAEMON, Header, Hello, Ping, Pong, Welcome, WorkHeader
+from zsl.wire.frames import Frame, Message, decode, encode
+from zsl.wire.messages import TO_DAEMON, Adapter, Header, Hello, Ping, Pong, Welcome, WorkHeader
 
 from .echo import CUT, IDENTITY, ROW_TOKENS, TRAITS
 
@@ -26,12 +26,13 @@ Answer = tuple[Header, Sequence[Frame]]
 class Rogue:
     """Opens every session as `SESSION`, answers pings, and requests with what `answers` returns for a header.
 
-    `hello`, if it is given, returns what is said to HELLO before the WELCOME. `heard` are the headers so far.
+    `hello`, if it is given, returns what is said to HELLO before the WELCOME. `heard` are the headers so far,
+    `last` is the whole message that is being answered.
     """
 
     def __init__(
         self,
-        answers: Callable[[WorkHeader], Sequence[Answer]],
+        answers: Callable[[Any], Sequence[Answer]],
         *,
         hello: Callable[[Hello, Welcome], Sequence[Header]] = lambda hello, welcome: (),
     ) -> None:
@@ -42,6 +43,7 @@ class Rogue:
         self._router.linger = 0
         self.endpoint = f"tcp://127.0.0.1:{self._router.bind_to_random_port('tcp://127.0.0.1')}"
         self.heard: list[Header] = []
+        self.last: Message
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -49,7 +51,8 @@ class Rogue:
         while not self._over.is_set():
             if self._router.poll(20):
                 peer, *frames = self._router.recv_multipart()
-                header = decode(frames, TO_DAEMON).header
+                self.last = decode(frames, TO_DAEMON)
+                header = self.last.header
                 self.heard.append(header)
                 for answer, buffers in self._to(header):
                     self._router.send_multipart([peer, *encode(answer, buffers)])
@@ -61,7 +64,7 @@ class Rogue:
             return [(answer, ()) for answer in (*self._hello(header, welcome), welcome)]
         if isinstance(header, Ping):
             return [(pong_to(header), ())]
-        return self._answers(header) if isinstance(header, WorkHeader) else ()
+        return self._answers(header) if isinstance(header, WorkHeader | Adapter) else ()
 
     def __enter__(self) -> Self:
         self._thread.start()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, get_args
 
 import torch
@@ -121,32 +122,42 @@ class TrunkAdapters:
 
 def _active_adapters(slots: Slots) -> Iterator[tuple[Linear, str, str]]:
     """Yield each active adapter's PEFT layer, its name and its path, in the order of layers and modules."""
+    tuners: list[tuple[Any, str]] = []
     for index, slot in slots.items():
-        for tuner, path in _tuners(slot, str(index)):
-            if tuner.disable_adapters:
-                continue
-            if type(tuner) is not Linear or isinstance(tuner.base_layer, BaseTunerLayer):
-                raise _refused(path, f"{type(tuner).__module__}.{type(tuner).__name__} of PEFT")
-            if tuner.merged:
-                raise _refused(path, "a merged adapter")
-            known = tuner._modules["lora_A"]._modules  # type: ignore[union-attr]
-            active = [name for name in tuner.active_adapters if name in known]
-            if active and (tuner._forward_pre_hooks or tuner._forward_hooks):
-                raise _refused(path, "hooks (adapter_names of a mixed batch are hooks)")
-            for name in active:
+        _add_tuners(slot, str(index), tuners)
+    for tuner, path in tuners:
+        if tuner.disable_adapters:
+            continue
+        if type(tuner) is not Linear or _is_tuner(type(tuner._modules["base_layer"])):  # type: ignore[arg-type]
+            raise _refused(path, f"{type(tuner).__module__}.{type(tuner).__name__} of PEFT")
+        if tuner.merged_adapters:
+            raise _refused(path, "a merged adapter")
+        known: Any = tuner._modules["lora_A"]
+        for name in tuner.active_adapters:
+            if name in known._modules:
+                if tuner._forward_pre_hooks or tuner._forward_hooks:
+                    raise _refused(path, "hooks, as adapter_names sets them for a mixed batch")
                 yield tuner, name, path
 
 
-def _tuners(module: nn.Module, path: str) -> Iterator[tuple[Any, str]]:
-    """Yield PEFT's layers within a module, and their paths. Raises `ModelError` for other trained weights."""
+def _add_tuners(module: nn.Module, path: str, tuners: list[tuple[Any, str]]) -> None:
+    """Add PEFT's layers within a module, and their paths. Raises `ModelError` for other weights."""
+    # Plain types and dicts, because this runs in each forward: isinstance is slow for these classes.
     for name, parameter in module._parameters.items():
-        if parameter is not None and not isinstance(parameter, GhostWeight):
+        if parameter is not None and type(parameter) is not GhostWeight:
             raise _refused(f"{path}.{name}", "a weight of its own")
     for name, child in module._modules.items():
-        if isinstance(child, BaseTunerLayer):
-            yield child, f"{path}.{name}"
-        elif child is not None:
-            yield from _tuners(child, f"{path}.{name}")
+        if child is None:
+            continue
+        if _is_tuner(type(child)):  # type: ignore[arg-type]
+            tuners.append((child, f"{path}.{name}"))
+        elif child._modules or child._parameters:
+            _add_tuners(child, f"{path}.{name}", tuners)
+
+
+@cache
+def _is_tuner(cls: Any) -> bool:
+    return issubclass(cls, BaseTunerLayer)
 
 
 def _add(tuner: Linear, adapter: str, path: str, modules: list[Module], parameters: list[torch.Tensor]) -> bool:
@@ -154,14 +165,15 @@ def _add(tuner: Linear, adapter: str, path: str, modules: list[Module], paramete
     if adapter in tuner.lora_variant:
         raise _refused(path, type(tuner.lora_variant[adapter]).__name__)
     named: Any = tuner._modules
-    a, b, dropout = (named[name]._modules[adapter] for name in ("lora_A", "lora_B", "lora_dropout"))
-    down, up, bias = (layer._parameters.get(name) for layer, name in ((a, "weight"), (b, "weight"), (b, "bias")))
-    if down is None or up is None:
+    of_a, of_b = (named[name]._modules[adapter]._parameters for name in ("lora_A", "lora_B"))
+    dropout = named["lora_dropout"]._modules[adapter]
+    a, b, bias = of_a.get("weight"), of_b.get("weight"), of_b.get("bias")
+    if a is None or b is None:
         raise _refused(path, "a parametrized adapter")
-    probability = float(getattr(dropout, "p", 0.0))
-    (rank, inputs), outputs = down.shape, up.shape[0]
+    (rank, inputs), outputs = a.shape, b.shape[0]
+    probability = float(vars(dropout).get("p", 0.0))  # an Identity has none
     modules.append((path, inputs, outputs, rank, float(tuner.scaling[adapter]), probability, bias is not None))
-    parameters += (down, up) if bias is None else (down, up, bias)
+    parameters += (a, b) if bias is None else (a, b, bias)
     return probability > 0 and dropout.training
 
 

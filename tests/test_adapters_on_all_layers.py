@@ -1,0 +1,181 @@
+"""LoRA on all layers of a split model, through a daemon: every number is the local model's, bit for bit."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import get_cosine_schedule_with_warmup
+
+import zsl
+from support import batches
+from support.compare import differing, numbers_of, within
+from support.embedded import served
+from support.models import local_model
+from zsl.errors import ModelError
+
+pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to")
+FAMILIES = ("gpt2", "llama", "qwen3", "gemma2", "olmo2")
+STEPS, MICRO_BATCHES = 20, 4
+
+
+def adapted(model: Any, **keys: Any) -> PeftModel:
+    """The same adapter on each model, with nothing at zero."""
+    torch.manual_seed(1)
+    made = get_peft_model(model, LoraConfig(**{"r": 4, "target_modules": "all-linear", **keys}))
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.05)
+    return made
+
+
+def train(model: PeftModel) -> list[torch.Tensor]:
+    """Losses of AdamW with clipping by the global norm, a cosine schedule, and accumulation."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=5e-3)
+    schedule = get_cosine_schedule_with_warmup(optimizer, 2, STEPS)
+    losses = []
+    for _ in range(STEPS):
+        for micro_batch in range(MICRO_BATCHES):
+            ids = batches.tokens(1, 8, seed=micro_batch)
+            loss = model(input_ids=ids, labels=ids).loss
+            (loss / MICRO_BATCHES).backward()
+            losses.append(loss.detach())
+        torch.nn.utils.clip_grad_norm_(parameters, 0.5)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    return losses
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_training_is_the_local_one(family: str, checkpoints: Callable[..., Path]) -> None:
+    path = str(checkpoints(family))
+    with served(path) as endpoint, zsl.RemoteTrunk(endpoint) as trunk:
+        split, whole = adapted(zsl.load_client(path, trunk)), adapted(local_model(path))
+        for batch in (batches.plain(), batches.padded("left")):
+            assert differing(numbers_of(split, batch), numbers_of(whole, batch)) == []
+        before = trunk.client.traffic
+        losses = train(split.train())
+        assert losses[-1] < losses[0]
+        assert all(map(torch.equal, losses, train(whole.train())))
+        expected = whole.state_dict()
+        assert all(torch.equal(one, expected[name]) for name, one in split.state_dict().items())
+        traffic = trunk.client.traffic - before
+        elements = of_the_trunk(split).numel()
+        versions = STEPS - 1  # the first was sent before
+        assert 0 < traffic.adapter_bytes_up - versions * elements * 4 < versions * 3000
+        assert traffic.adapter_bytes_down == STEPS * MICRO_BATCHES * elements * 4
+
+
+def of_the_trunk(model: PeftModel) -> torch.Tensor:
+    """Weights of the adapters on the trunk's layers, flat."""
+    named = model.named_parameters()
+    return torch.cat([one.detach().flatten() for name, one in named if ".lora_" in name and name.split(".")[4] in "23"])
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=batches.tokens(2, 16)).logits  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module")
+def path(checkpoints: Callable[..., Path]) -> str:
+    return str(checkpoints("llama"))
+
+
+@pytest.fixture(scope="module")
+def trunk(path: str) -> Iterator[zsl.RemoteTrunk]:
+    with served(path) as endpoint, zsl.RemoteTrunk(endpoint) as trunk:
+        yield trunk
+
+
+def test_the_active_adapters_are_those_that_run(path: str, trunk: zsl.RemoteTrunk) -> None:
+    split, whole = adapted(zsl.load_client(path, trunk)), adapted(local_model(path))
+    bare = logits(local_model(path))
+    more = LoraConfig(
+        r=2, target_modules=["up_proj", "v_proj"], use_rslora=True, init_lora_weights=False, lora_bias=False
+    )
+    for model in (split, whole):
+        torch.manual_seed(2)
+        model.add_adapter("more", more)
+
+    def both(model: Any) -> Any:
+        model.base_model.set_adapter(["default", "more"])
+        return model
+
+    seen = [bare]
+    for chosen in (lambda model: model.set_adapter("more"), both, lambda model: model.set_adapter("default")):
+        chosen(split), chosen(whole)
+        assert torch.equal(logits(split), logits(whole))
+        assert not any(torch.equal(logits(split), earlier) for earlier in seen)
+        seen.append(logits(split))
+    with split.disable_adapter():
+        assert torch.equal(logits(split), bare)
+    both(split), both(whole)
+    assert differing(numbers_of(split, batches.plain()), numbers_of(whole, batches.plain())) == []
+    copied = copy.deepcopy(split)
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            if parameter.requires_grad:
+                parameter.zero_()
+    assert torch.equal(logits(copied), bare)
+    assert torch.equal(logits(split), logits(whole))
+
+
+def test_an_adapter_of_a_local_model_loads_and_one_that_was_trained_here_loads_there(
+    path: str, trunk: zsl.RemoteTrunk, tmp_path: Path
+) -> None:
+    adapted(local_model(path), use_rslora=True, rank_pattern={"q_proj": 2}).save_pretrained(str(tmp_path / "whole"))
+    split = PeftModel.from_pretrained(zsl.load_client(path, trunk), str(tmp_path / "whole"), is_trainable=True)
+    whole = PeftModel.from_pretrained(local_model(path), str(tmp_path / "whole"), is_trainable=True)
+    assert differing(numbers_of(split, batches.plain()), numbers_of(whole, batches.plain())) == []
+    with torch.no_grad():
+        for parameter in split.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.01)
+    split.save_pretrained(str(tmp_path / "split"))
+    loaded = PeftModel.from_pretrained(local_model(path), str(tmp_path / "split"))
+    assert torch.equal(logits(loaded), logits(split))
+    assert not torch.equal(logits(loaded), logits(local_model(path)))
+
+
+def test_a_frozen_bottom_and_a_cut_at_the_first_layer_learn_too(path: str) -> None:
+    for cut, layers in (("2:4", [2, 3, 4]), ("0:6", None)):
+        with served(path, cut=cut) as endpoint, zsl.RemoteTrunk(endpoint) as trunk:
+            keys = {"target_modules": ["q_proj", "down_proj"], "layers_to_transform": layers}
+            split, whole = adapted(zsl.load_client(path, trunk), **keys), adapted(local_model(path), **keys)
+            assert differing(numbers_of(split, batches.plain()), numbers_of(whole, batches.plain())) == []
+
+
+def test_a_forward_only_daemon_runs_adapters_and_trains_none(path: str) -> None:
+    with served(path, forward_only=True) as endpoint, zsl.RemoteTrunk(endpoint) as trunk:
+        with pytest.warns(UserWarning, match="forward only"):
+            split = adapted(zsl.load_client(path, trunk))
+        assert torch.equal(logits(split), logits(adapted(local_model(path))))
+        with pytest.raises(ModelError, match=r"learn nothing.*forward only"):
+            split.train()(**batches.plain())
+
+
+def test_in_bfloat16_on_the_wire_the_numbers_are_near(path: str, trunk: zsl.RemoteTrunk) -> None:
+    with zsl.RemoteTrunk(trunk.endpoint, adapter_wire_dtype=torch.bfloat16) as narrow:
+        split, whole = adapted(zsl.load_client(path, narrow)), adapted(local_model(path))
+        found, expected = numbers_of(split, batches.plain()), numbers_of(whole, batches.plain())
+        assert differing(found, expected, within(0.05)) == []
+        assert differing(found, expected) != []
+        assert narrow.client.traffic.adapter_bytes_down == of_the_trunk(split).numel() * 2
+
+
+def test_an_adapter_computes_in_its_own_dtype_whatever_the_trunks_is(path: str, trunk: zsl.RemoteTrunk) -> None:
+    split, whole = adapted(zsl.load_client(path, trunk)), adapted(local_model(path))
+    for model in (split, whole):
+        for name, parameter in model.named_parameters():
+            if ".lora_" in name:
+                parameter.data = parameter.data.bfloat16()
+    assert differing(numbers_of(split, batches.plain()), numbers_of(whole, batches.plain())) == []
