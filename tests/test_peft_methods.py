@@ -34,7 +34,7 @@ from zsl.models.quantize import quantization_config
 from zsl.models.reference import resolve
 from zsl.split.cut import parse_cut
 from zsl.split.sides import Sides
-from zsl.split.stack import causal_lm_class
+from zsl.split.stack import whole_class
 from zsl.training.config.peft_table import SHOWN, peft_config
 from zsl.training.report.overview import communication
 from zsl.training.report.step_measure import StepMeasure
@@ -474,7 +474,7 @@ def quantized(checkpoints: Callable[..., Path]) -> Iterator[Quantized]:
             put_trunk(client, trunk, welcome.cut)
             quantization = quantization_config(reference, bits, torch.float32)
             quantization.llm_int8_skip_modules = ["lm_head", "model.layers.2", "model.layers.3"]
-            whole = causal_lm_class(reference.config).from_pretrained(
+            whole = whole_class(reference.config).from_pretrained(
                 reference.location, dtype=torch.float32, quantization_config=quantization
             )
             split, local = with_adapter(client, config), get_peft_model(whole, config)

@@ -151,7 +151,6 @@ def test_a_classifier_is_not_taken_for_a_language_model(tmp_path: Path) -> None:
     AutoModelForSequenceClassification.from_config(tiny_model("gpt2").config).save_pretrained(path)
     for load in (
         lambda: load_client_part(resolve(str(path)), HOLE),
-        lambda: load_trunk_part(resolve(str(path)), HOLE),
         lambda: load_whole(resolve(str(path))),
     ):
         with pytest.raises(ModelError, match="GPT2ForSequenceClassification"):

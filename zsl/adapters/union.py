@@ -32,6 +32,7 @@ _IGNORED = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_v
 # Fields that are joined. Ranks and alphas are a number for all modules, and a table of exceptions.
 _NAMES = {"exclude_modules", "layers_pattern", "layers_to_transform", "target_modules"}
 _LISTS = {"feedforward_modules", "modules_to_save", "target_parameters"}
+_OTHER_HEADS = {"SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"}
 _TOKENS = "trainable_token_indices"
 _PATTERNS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern", "alpha": "alpha_pattern"}
 
@@ -65,6 +66,11 @@ def read_adapter(directory: Path) -> Adapter:
     """Read the adapter in a directory. Raises `ModelError`."""
     try:
         config = PeftConfig.from_pretrained(str(directory))
+        if config.task_type in _OTHER_HEADS:
+            raise ModelError(
+                f"the adapter in {directory} is of a {config.task_type} model, and only those of language models "
+                "are exported and merged: PEFT loads it as it is on the whole model with that head, and merges it there"
+            )
         return Adapter(str(directory), config, load_file(directory / SAFETENSORS_WEIGHTS_NAME))
     except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         raise ModelError(f"the adapter in {directory} cannot be read: {first_line(error)}") from error

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, get_args
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from zsl.client.remote import RemoteTrunk
 from zsl.errors import ConfigError, ModelError
@@ -16,7 +16,7 @@ from zsl.models.identity import identify
 from zsl.models.loading import AdaptedLayers, load_client_part
 from zsl.models.reference import ModelReference, resolve
 from zsl.split.slots import copy_plain_attributes
-from zsl.split.stack import find_stack
+from zsl.split.stack import find_stack, whole_class
 from zsl.wire.messages import Cut, Quantization
 
 # Arguments of a model that need data from inside the trunk that the daemon does not send.
@@ -30,7 +30,7 @@ _REFUSED = {
     "output_router_logits": "the routers inside the trunk stay there, and the loss would lack their share; "
     "leave it out, and for TRL's trainers set router_aux_loss_coef=0.0",
 }
-_LABELS = ("labels", "shift_labels")  # names in the losses of transformers
+_LABELS = ("labels", "shift_labels", "start_positions", "end_positions")  # names in the losses of transformers
 
 
 def load_client(
@@ -41,6 +41,8 @@ def load_client(
     dtype: torch.dtype = torch.float32,
     quantize: Quantization | None = None,
     layers: AdaptedLayers = "all",
+    auto_class: Any = AutoModelForCausalLM,
+    **config: Any,
 ) -> PreTrainedModel:
     """Load the real class of `model` (`GPT2LMHeadModel`, …) with `trunk` in place of the layers that the daemon holds.
 
@@ -49,15 +51,23 @@ def load_client(
     `quantize`: load the client's linear layers in 4 or 8 bits, by bitsandbytes; the trunk stays as the daemon has it.
     `layers`: those that adapters may be put on. With "all", the modules of the trunk's layers are in their places,
     without their weights; LoRA on them is sent to the trunk. With "client", only the layers of this process are there.
+    `auto_class`: the class of transformers that picks the head, such as `AutoModelForSequenceClassification`. One that
+    the checkpoint lacks is initialized as on the local model.
+    `config`: fields of the configuration to replace, as in `from_pretrained`: `num_labels=3`.
     Raises `ConfigError`, `ModelError`, `TrunkUnreachable` or `WrongModelError`.
     """
     if layers not in get_args(AdaptedLayers):
         raise ConfigError(f"layers {layers!r}: one of {', '.join(get_args(AdaptedLayers))}")
     reference = resolve(model) if isinstance(model, str) else model
+    if config:
+        reference = reference.with_config(config)
+    whole_class(reference.config, auto_class)  # raises before the connection is opened
     if reference.part is not None:
         cut = reference.part.cut_for(reference.text, "client", cut)
     welcome = trunk.connect(identify(reference), cut=cut, dtype=dtype, quantize=quantize)
-    client_model = load_client_part(reference, welcome.cut, dtype, quantize=quantize, layers=layers)
+    client_model = load_client_part(
+        reference, welcome.cut, dtype, quantize=quantize, layers=layers, auto_class=auto_class
+    )
     put_trunk(client_model, trunk, welcome.cut)
     return client_model
 

@@ -20,7 +20,7 @@ from transformers.utils.hub import cached_file
 from zsl.errors import ModelError, RunFailed
 from zsl.files.durable import aside
 from zsl.files.new_directory import new_directory
-from zsl.models.identity import identify, part_digest
+from zsl.models.identity import base_digest, identify, part_digest
 from zsl.models.loading import check_part_loads, load_whole
 from zsl.models.reference import ModelReference, resolve, write_tokenizer
 from zsl.models.tensor_files import TensorFiles, weight_files
@@ -65,7 +65,7 @@ def divide(
         source = TensorFiles(location, dtype)
         model = identify(reference)
         if dtype is not None and _changes(TensorFiles(location), dtype):
-            model = model.model_copy(update={"weights_digest": source.digest()})
+            model = model.model_copy(update={"weights_digest": base_digest(source, reference.config)})
         pattern = re.compile(
             layers_pattern(find_stack(meta_model(reference.config)).leaf_name, range(cut.start, cut.stop))
         )

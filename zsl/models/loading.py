@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from zsl.errors import ModelError
 from zsl.models.identity import RANDOM_SEED
@@ -15,7 +15,7 @@ from zsl.models.reference import ModelReference
 from zsl.split.cut import check_cut
 from zsl.split.parts import PartName
 from zsl.split.slots import middle_only, put_ghosts, with_hole
-from zsl.split.stack import BUILDING, base_class, causal_lm_class, check_can_be_split, layer_count
+from zsl.split.stack import BUILDING, base_class, check_can_be_split, layer_count, whole_class
 from zsl.text.first_line import first_line
 from zsl.wire.messages import Cut, Quantization
 
@@ -29,17 +29,20 @@ def load_client_part(
     *,
     quantize: Quantization | None = None,
     layers: AdaptedLayers = "client",
+    auto_class: Any = AutoModelForCausalLM,
 ) -> PreTrainedModel:
-    """Load the causal language model with pass-throughs in place of the cut's layers, which are never allocated.
+    """Load the model that `auto_class` picks, with pass-throughs in place of the cut's layers, which need no memory.
 
+    A head that the checkpoint lacks is initialized as transformers does, except that of a causal language model.
     `layers="all"`: they have those layers' modules, with weights that hold no memory, for adapters.
     `quantize` loads the linear layers in 4 or 8 bits; see `zsl.models.quantize`.
     `use_cache` is off: the trunk keeps no keys and values, so a cached generation would be wrong.
     Raises `ModelError`.
     """
     _check(reference, "client", cut)
-    cls = with_hole(causal_lm_class(reference.config), cut)
-    model = _load(cls, reference, dtype, quantization_config(reference, quantize, dtype) if quantize else None)
+    cls = with_hole(whole_class(reference.config, auto_class), cut)
+    quantization = quantization_config(reference, quantize, dtype) if quantize else None
+    model = _load(cls, reference, dtype, quantization, may_lack_head=auto_class is not AutoModelForCausalLM)
     keep_as_loaded(model)
     if layers == "all":
         put_ghosts(model)
@@ -47,7 +50,7 @@ def load_client_part(
     if reference.part is not None:
         model.name_or_path = reference.hub_id or ""  # an adapter is saved for the whole model, not for the part
     model.config.use_cache = False
-    if model.generation_config is not None:
+    if getattr(model, "generation_config", None) is not None:  # a classifier has none
         model.generation_config.use_cache = False
     return model
 
@@ -81,7 +84,7 @@ def load_whole(reference: ModelReference, dtype: torch.dtype = torch.float32) ->
     """Load the whole model, with the same weights as the two parts. Raises `ModelError`."""
     if reference.part is not None:
         raise ModelError(f"{reference.part.described(reference.text)}: the whole model is needed here")
-    return _load(causal_lm_class(reference.config), reference, dtype)
+    return _load(whole_class(reference.config), reference, dtype)
 
 
 def _check(reference: ModelReference, part: PartName, cut: Cut) -> None:
@@ -97,7 +100,7 @@ def check_part_loads(reference: ModelReference) -> None:
     if part is None:
         return
     if part.part == "client":
-        cls = with_hole(causal_lm_class(config), part.cut)
+        cls = with_hole(whole_class(config), part.cut)
     else:
         cls = middle_only(base_class(config), config, part.cut)
     _load(cls, reference, torch.float32, device="meta")
@@ -110,6 +113,7 @@ def _load(
     quantization: BitsAndBytesConfig | None = None,
     *,
     device: str | None = None,
+    may_lack_head: bool = False,
 ) -> PreTrainedModel:
     if reference.location is None:
         return _build_random(cls, reference, dtype)
@@ -127,10 +131,12 @@ def _load(
             )
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise ModelError(f"model {reference.text!r} cannot be loaded: {first_line(error)}") from error
-    if loading["missing_keys"]:
-        missing = ", ".join(sorted(loading["missing_keys"])[:3])
-        raise ModelError(f"model {reference.text!r}: the checkpoint lacks {missing}")
     loaded: PreTrainedModel = model
+    missing = sorted(loading["missing_keys"])
+    if may_lack_head and loaded.base_model is not loaded:
+        missing = [name for name in missing if name.startswith(f"{loaded.base_model_prefix}.")]
+    if missing:
+        raise ModelError(f"model {reference.text!r}: the checkpoint lacks {', '.join(missing[:3])}")
     return loaded
 
 

@@ -8,17 +8,20 @@ random:<model_type>         transformers' default configuration of that type, wi
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any, Self
 
 from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
-from zsl.errors import ModelError, RunFailed
+from zsl.errors import ConfigError, ModelError, RunFailed
 from zsl.models.gguf import dequantized_directory
 from zsl.models.hub import why_offline
 from zsl.split.parts import Part, read_part
@@ -60,6 +63,18 @@ class ModelReference:
         if self.part is not None:
             return self.part.hub_id
         return self.text if self.location == self.text and not Path(self.text).exists() else None
+
+    def with_config(self, fields: Mapping[str, Any]) -> Self:
+        """Return a copy with these fields of the configuration replaced. Raises `ConfigError`."""
+        config = copy.deepcopy(self.config)
+        for name, value in fields.items():
+            if name.startswith("_") or not hasattr(config, name) or callable(getattr(config, name)):
+                raise ConfigError(f"{name}: the configuration of a {config.model_type} model has no such field")
+            try:
+                setattr(config, name, value)
+            except (TypeError, ValueError, AttributeError) as error:
+                raise ConfigError(f"{name} = {value!r:.100}: {first_line(error)}") from error
+        return dataclasses.replace(self, config=config)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Load the model's tokenizer, with a padding token. Raises `ModelError` if it is missing."""

@@ -45,12 +45,15 @@ class TensorFiles:
             dtype = weights.get_tensor(name).dtype if not found.get_shape() else found[:0].dtype
             return self._cast(torch.empty(found.get_shape(), dtype=dtype, device="meta"))
 
-    def digest(self, names: Iterable[str] | None = None) -> str:
-        """Return a SHA-256 digest of name, dtype, shape and bytes of these tensors, or all. Raises `ModelError`."""
+    def digest(self, names: Iterable[str] | None = None, *, without_prefix: str = "") -> str:
+        """Return a SHA-256 digest of name, dtype, shape and bytes of these tensors, or all. Raises `ModelError`.
+
+        `without_prefix` is removed from the names in the digest.
+        """
         digest = hashlib.sha256()
         for name in self.names if names is None else sorted(names):
             tensor: Any = self.read(name)
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(f"{name.removeprefix(without_prefix)} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             if tensor.numel():
                 digest.update(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
         return digest.hexdigest()

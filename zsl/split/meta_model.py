@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from zsl.split.stack import BUILDING, causal_lm_class
+from zsl.split.stack import BUILDING, whole_class
 
 
 def meta_model(config: PreTrainedConfig, *, rows: int | None = None, loadable: Collection[str] = ()) -> PreTrainedModel:
@@ -23,7 +23,7 @@ def meta_model(config: PreTrainedConfig, *, rows: int | None = None, loadable: C
     if rows is not None:
         config.get_text_config().vocab_size = rows
     with BUILDING, torch.device("meta"):
-        model: PreTrainedModel = causal_lm_class(config)._from_config(config, dtype=torch.float32)
+        model: PreTrainedModel = whole_class(config)._from_config(config, dtype=torch.float32)
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             real = f"{path}.{name}" in loadable

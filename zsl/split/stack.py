@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from zsl.errors import ModelError
+from zsl.errors import ConfigError, ModelError
 
 # Held while transformers builds or loads a model: it changes torch's default dtype and its own initialization for all
 # threads, which would affect a model that another thread builds.
@@ -76,23 +76,32 @@ def embedding_rows(model: Any) -> int | None:
     return None if weight is None else int(weight.shape[0])
 
 
-def causal_lm_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """Return the class of the whole model, as `AutoModelForCausalLM` picks it. Raises `ModelError`."""
-    return _mapped(MODEL_FOR_CAUSAL_LM_MAPPING, config, "causal language model")
+def whole_class(config: PreTrainedConfig, auto_class: Any = AutoModelForCausalLM) -> type[PreTrainedModel]:
+    """Return the class of the whole model, as `auto_class` picks it. Raises `ConfigError` or `ModelError`.
+
+    `AutoModelForCausalLM` is refused for a checkpoint with another head.
+    """
+    mapping = getattr(auto_class, "_model_mapping", None)
+    if mapping is None:
+        name = getattr(auto_class, "__name__", repr(auto_class))
+        raise ConfigError(f"auto_class {name}: one of transformers' AutoModelFor… classes is needed")
+    found = _mapped(mapping, config, auto_class.__name__)
+    if auto_class is AutoModelForCausalLM:
+        _check_is_language_model(config)
+    return found
 
 
 def base_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """Return the class of the model without its head, as `AutoModel` picks it. Raises `ModelError`."""
-    return _mapped(MODEL_MAPPING, config, "base model")
+    return _mapped(MODEL_MAPPING, config, "AutoModel")
 
 
 def _mapped(mapping: Any, config: PreTrainedConfig, kind: str) -> type[PreTrainedModel]:
     try:
         found = mapping[type(config)]
     except KeyError:
-        raise ModelError(f"{config.model_type}: transformers has no {kind} class for this type") from None
+        raise ModelError(f"{config.model_type}: transformers' {kind} has no class for this type") from None
     cls: type[PreTrainedModel] = found[0] if isinstance(found, tuple | list) else found
-    _check_is_language_model(config)
     return cls
 
 
@@ -104,7 +113,7 @@ def _check_is_language_model(config: PreTrainedConfig) -> None:
     if said and not any(name.endswith(_LANGUAGE_MODELS) or name in bases for name in said):
         raise ModelError(
             f"the checkpoint is of a {', '.join(said)}, whose head zsl would leave out: name one of a causal language "
-            "model"
+            "model, or give load_client the auto_class of its head"
         )
 
 

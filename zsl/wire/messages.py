@@ -121,7 +121,7 @@ class ModelIdentity(_Strict):
     """Identity of a model: type and sizes to read, and two digests to compare.
 
     `config_digest` covers the configuration (as `save_pretrained` writes it, without names and versions),
-    `weights_digest` every tensor of the checkpoint.
+    `weights_digest` every tensor of the base model: a head belongs to the client.
     """
 
     model_type: Name

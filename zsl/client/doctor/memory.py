@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from zsl.models.reference import ModelReference
-from zsl.split.stack import causal_lm_class
+from zsl.split.stack import whole_class
 
 HEADROOM = 1.2  # for loading, and a step of few tokens
 
@@ -15,7 +15,7 @@ HEADROOM = 1.2  # for loading, and a step of few tokens
 def whole_model_bytes(reference: ModelReference, dtype: torch.dtype) -> int:
     """Return the bytes of the whole model's parameters, without allocating them. Raises `ModelError`."""
     with torch.device("meta"):
-        model = causal_lm_class(reference.config)(reference.config)
+        model = whole_class(reference.config)(reference.config)
     return sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
 
 
