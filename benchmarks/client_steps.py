@@ -20,7 +20,7 @@ from zsl.models.reference import resolve
 from zsl.split.cut import parse_cut
 from zsl.split.meta_model import meta_model
 from zsl.split.stack import find_stack, layer_count
-from zsl.wire.adapter_layout import AdaptedModule, AdapterLayout, version_of
+from zsl.wire.adapter_layout import AdapterLayout, LoraModule, version_of
 from zsl.wire.tensors import encode_tensor
 
 Step = Callable[[], StepSeconds]
@@ -86,7 +86,7 @@ def _adapter_versions(turn: Turn, seed: int) -> Iterator[CallAdapter]:
                 outputs, inputs = module.weight.shape[:: -1 if type(module).__name__ == "Conv1D" else 1]
                 fields = {"inputs": inputs, "outputs": outputs, "rank": turn.adapter_rank}
                 sizes = {**fields, "scaling": 2.0, "dropout": 0.0, "has_bias": False}
-                modules.append(AdaptedModule.model_validate({"path": f"{index}.{path}", **sizes}))
+                modules.append(LoraModule.model_validate({"path": f"{index}.{path}", **sizes}))
     layout = AdapterLayout(dtype="f32", modules=tuple(modules))
     encoded = layout.encoded()
     weights = torch.randn(layout.elements, generator=torch.Generator().manual_seed(seed)) * 0.01

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, PeftConfig, get_peft_model
 
 from support.adapters import LocalStep, adapted_modules, flat_gradients, local_step, random_version
 from support.batches import tokens
@@ -72,12 +72,19 @@ def gradients_in(outcome: Outcome, work: Work) -> Gradients:
     return tensors([Done(buffers)])[0], of_adapter
 
 
-CONFIGS = {
+def ia3() -> IA3Config:
+    inward = ["down_proj", "o_proj", "up_proj"]
+    return IA3Config(target_modules=["q_proj", "v_proj", *inward], feedforward_modules=inward)
+
+
+CONFIGS: dict[str, list[PeftConfig]] = {
     "plain": [lora()],
     "patterns and bias": [
         lora(rank_pattern={"q_proj": 7}, alpha_pattern={"q_proj": 5}, use_rslora=True, lora_bias=True)
     ],
     "two active": [lora(), lora(r=3, target_modules=["q_proj", "down_proj"])],
+    "ia3": [ia3()],
+    "two of ia3": [ia3(), ia3()],
 }
 
 

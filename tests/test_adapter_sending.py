@@ -406,9 +406,6 @@ def test_adapters_outside_the_trunk_are_not_sent(base: Any) -> None:
 
 
 OTHERS: dict[str, Callable[[Any], Any]] = {
-    "ia3": lambda model: get_peft_model(
-        model, CONFIGS["IA3"](target_modules=["up_proj"], feedforward_modules=["up_proj"])
-    ),
     "vera": lambda model: get_peft_model(model, CONFIGS["VERA"](target_modules=["q_proj"], r=4)),
     "adalora": lambda model: get_peft_model(model, CONFIGS["ADALORA"](target_modules=["q_proj"], total_step=9)),
     "alora": lambda model: get_peft_model(

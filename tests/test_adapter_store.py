@@ -25,7 +25,7 @@ from zsl.trunk.adapter import AdapterVersion
 from zsl.trunk.requests.adapter_intake import AdapterIntake
 from zsl.trunk.sessions.adapter_store import MAX_VERSIONS_PER_SESSION, QUIET_SECONDS, AdapterStore
 from zsl.trunk.sessions.sessions import Session, Sessions
-from zsl.wire.adapter_layout import AdaptedModule, AdapterLayout, version_of
+from zsl.wire.adapter_layout import AdaptedModule, AdapterLayout, Ia3Module, LoraModule, version_of
 from zsl.wire.frames import Frame, decode, encode
 from zsl.wire.messages import TO_DAEMON, Adapter, AdapterLimits, FloatDtypeName, Forward, TensorDescriptor, UsedAdapter
 
@@ -33,10 +33,15 @@ ADAPTABLE = {"2.up": (6, 8), "3.down": (8, 6)}
 LIMITS = AdapterLimits(max_rank=4, max_bytes=4000)
 
 
-def module(path: str = "2.up", **changes: object) -> AdaptedModule:
+def module(path: str = "2.up", **changes: object) -> LoraModule:
     inputs, outputs = ADAPTABLE.get(path, (6, 8))
     fields = {"path": path, "inputs": inputs, "outputs": outputs, "rank": 2, "scaling": 2 / 3, "dropout": 0.0}
-    return AdaptedModule(**{**fields, "has_bias": False, **changes})  # type: ignore[arg-type]
+    return LoraModule(**{**fields, "has_bias": False, **changes})  # type: ignore[arg-type]
+
+
+def vector(path: str = "2.up", **changes: object) -> Ia3Module:
+    inputs, outputs = ADAPTABLE.get(path, (6, 8))
+    return Ia3Module(**{"path": path, "inputs": inputs, "outputs": outputs, "at_input": False, **changes})  # type: ignore[arg-type]
 
 
 def sessions() -> Sessions:
@@ -131,11 +136,11 @@ def _bytes(role: str, nbytes: int) -> TensorDescriptor:
 @given(st.integers(1, 300), st.sampled_from([("f32", np.float32), ("f16", np.float16)]))
 def test_a_version_in_pieces_is_the_one_that_was_sent(piece_bytes: int, dtype: tuple[FloatDtypeName, type]) -> None:
     place = Place()
-    modules = [module(), module("3.down", rank=4, has_bias=True)]
+    modules: list[AdaptedModule] = [module(), module("3.down", rank=4, has_bias=True), vector(), vector(at_input=True)]
     weights = np.arange(sum(one.elements for one in modules), dtype=dtype[1])
     found = place.get(place.upload(modules, piece_bytes=piece_bytes, weights=weights, dtype=dtype[0]))
     assert np.array_equal(np.frombuffer(found.weights, dtype[1]), weights)
-    assert found.layout.modules == tuple(modules) and found.layout.modules[0].scaling == 2 / 3
+    assert found.layout.modules == tuple(modules) and module().scaling == 2 / 3
     assert place.store.nbytes == weights.nbytes + 2 * weights.size * 4
     assert np.frombuffer(found.weights, np.uint8).ctypes.data % 64 == 0
 
@@ -148,6 +153,8 @@ def test_a_version_in_pieces_is_the_one_that_was_sent(piece_bytes: int, dtype: t
         ([module(inputs=5)], {}, AdapterError),
         ([module(outputs=9)], {}, AdapterError),
         ([module(rank=5)], {}, AdapterError),
+        ([vector(), vector("9.up")], {}, AdapterError),
+        ([vector(inputs=8)], {}, AdapterError),
         ([module()], {"nbytes": 100}, BadShapeError),
         ([module()], {"dtype": "f16"}, BadShapeError),
         ([module()] * 40, {}, TooLargeError),
@@ -165,7 +172,22 @@ def test_a_version_that_does_not_fit_the_trunk_is_refused_by_a_typed_error(
     assert len(place.store) == 1 and place.get(kept), "only the new one is refused"
 
 
-@pytest.mark.parametrize("layout", [b"", b"{", b"[]", b'{"dtype":"i8","modules":[]}', b"x" * (5 << 20)])
+SIZES = b'"path":"2.up","inputs":6,"outputs":8'
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        *(b"", b"{", b"[]", b'{"dtype":"i8","modules":[]}', b"x" * (5 << 20)),
+        *(
+            b'{"dtype":"f32","modules":[{%b,%b}]}' % (SIZES, more)
+            for more in (
+                *(b'"at_input":true', b'"method":"oft","at_input":true', b'"method":"ia3","at_input":1'),
+                *(b'"method":"ia3","at_input":true,"rank":2', b'"method":"ia3"', b'"method":"lora","at_input":true'),
+            )
+        ),
+    ],
+)
 def test_a_layout_that_is_none_is_malformed(layout: bytes) -> None:
     place = Place()
     with pytest.raises(MalformedError):

@@ -1,4 +1,4 @@
-"""LoRA on all layers of a split model, through a daemon: every number is the local model's, bit for bit."""
+"""LoRA and IA³ on all layers of a split model, through a daemon: every number is the local model's, bit for bit."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from transformers import get_cosine_schedule_with_warmup
 
 import zsl
@@ -144,6 +144,39 @@ def test_an_adapter_of_a_local_model_loads_and_one_that_was_trained_here_loads_t
     loaded = PeftModel.from_pretrained(local_model(path), str(tmp_path / "split"))
     assert torch.equal(logits(loaded), logits(split))
     assert not torch.equal(logits(loaded), logits(local_model(path)))
+
+
+def test_ia3_is_trained_saved_and_loaded_as_on_the_local_model(
+    path: str, trunk: zsl.RemoteTrunk, tmp_path: Path
+) -> None:
+    inward = ["o_proj", "down_proj", "gate_proj"]
+    config = IA3Config(target_modules=[*inward, "q_proj", "v_proj", "up_proj"], feedforward_modules=inward)
+    split, whole = (get_peft_model(model, config) for model in (zsl.load_client(path, trunk), local_model(path)))
+    for model in (split, whole):
+        torch.manual_seed(1)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data.normal_(1, 0.2)
+    before = trunk.client.traffic
+    for batch in (batches.plain(), batches.padded("left")):
+        assert differing(numbers_of(split, batch), numbers_of(whole, batch)) == []
+    elements = sum(
+        one.numel() for name, one in split.named_parameters() if ".ia3_" in name and name.split(".")[4] in "23"
+    )
+    assert (trunk.client.traffic - before).adapter_bytes_down == 2 * elements * 4
+    for model in (split, whole):
+        optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=1e-2)
+        for seed in range(3):
+            ids = batches.tokens(1, 8, seed=seed)
+            optimizer.zero_grad()
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+    expected = whole.state_dict()
+    assert all(torch.equal(one, expected[name]) for name, one in split.state_dict().items())
+    zsl.save_adapter(split, tmp_path)
+    for base in (local_model(path), zsl.load_client(path, trunk)):
+        assert torch.equal(logits(PeftModel.from_pretrained(base, str(tmp_path))), logits(whole))
+    assert torch.equal(logits(zsl.load_adapter(zsl.load_client(path, trunk), tmp_path)), logits(whole))
 
 
 def test_a_frozen_bottom_and_a_cut_at_the_first_layer_learn_too(path: str) -> None:

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from zsl.errors import UnknownSumError
 from zsl.trunk.adapter import AdapterUse, AdapterVersion
 from zsl.trunk.compute.gradient_sums import add_to_sums
-from zsl.wire.adapter_layout import AdaptedModule, AdapterLayout
+from zsl.wire.adapter_layout import AdapterLayout, LoraModule
 from zsl.wire.messages import AdapterSum
 
-MODULE = AdaptedModule(path="2.up", inputs=3, outputs=4, rank=1, scaling=1.0, dropout=0.0, has_bias=False)
+MODULE = LoraModule(path="2.up", inputs=3, outputs=4, rank=1, scaling=1.0, dropout=0.0, has_bias=False)
 
 
 def version() -> AdapterVersion:

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from support.adapters import random_version, version_from
+from support.adapters import random_ia3, random_version, version_from
 from support.compare import within
 from test_adapted_passes import Gradients, backward_of, compute_of, forward_of, gradients_in, run
 from test_merging import tensors
@@ -23,6 +23,7 @@ from zsl.trunk.compute.merged_adapters import Company
 from zsl.trunk.compute.rows import TokenRows
 from zsl.trunk.compute.stash import TorchStash
 from zsl.trunk.work import Alone, Done, Keep, Packed, Sharing, Stacked
+from zsl.wire.adapter_layout import LoraModule
 
 HIDDEN = 32
 CLOSE = within(1e-5)
@@ -31,6 +32,7 @@ TARGETS: list[Callable[[str], bool]] = [
     lambda path: path.endswith(("q_proj", "v_proj")),
     lambda path: "mlp" in path and path.startswith("3."),
 ]
+IA3 = len(TARGETS)
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,11 @@ def tenant(compute: TorchCompute, seed: int, length: int = 8, seed_of_dropout: i
     activations, at_output = (torch.randn(1, length, HIDDEN, generator=source) for _ in range(2))
     use = AdapterUse(random_version(compute.traits.adaptable, seed, **how), seed_of_dropout)
     return Tenant(activations, at_output, use)
+
+
+def with_ia3(compute: TorchCompute, one: Tenant, seed: int, **how: Any) -> Tenant:
+    """The request with IA³ instead."""
+    return replace(one, use=AdapterUse(random_ia3(compute.traits.adaptable, seed, **how)))
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +104,10 @@ def poisoned(one: Tenant, how: str) -> Tenant:
         return replace(one, activations=one.activations * 1e30)
     layout = one.use.version.layout
     if how == "huge scaling":
-        modules = [module.model_copy(update={"scaling": 1e300}) for module in layout.modules]
+        modules = [
+            module.model_copy(update={"scaling": 1e300}) if isinstance(module, LoraModule) else module
+            for module in layout.modules
+        ]
         version = AdapterVersion(bytes(16), layout.model_copy(update={"modules": tuple(modules)}), "f32", bytearray())
         return replace(one, use=replace(one.use, version=replace(version, weights=one.use.version.weights)))
     flat = torch.frombuffer(one.use.version.weights, dtype=torch.float32)
@@ -109,7 +119,7 @@ drawn_tenants = st.lists(
     st.tuples(
         st.integers(1, 12),  # length
         st.integers(2, 64),  # rank
-        st.integers(0, len(TARGETS) - 1),
+        st.integers(0, IA3),  # target
         st.booleans(),  # without an adapter
         st.sampled_from((None, None, None, *POISONS)),
         st.sampled_from((0.0, 0.3)),  # dropout
@@ -126,7 +136,10 @@ def test_company_changes_no_number_of_a_request(
 ) -> None:
     tenants, bad = [], set()
     for seed, (length, rank, target, bare, poison, dropout) in enumerate(drawn):
-        one = tenant(compute, seed, length, seed, rank=rank, chosen=TARGETS[target], dropout=dropout)
+        if target == IA3:
+            one = with_ia3(compute, tenant(compute, seed, length), seed, twice=rank % 2 > 0)
+        else:
+            one = tenant(compute, seed, length, seed, rank=rank, chosen=TARGETS[target], dropout=dropout)
         if poison:
             bad.add(seed)
             one = poisoned(one, poison)
@@ -190,10 +203,11 @@ def test_several_adapters_of_one_request_and_biases_and_computations_in_other_pr
     tenants[0] = replace(tenants[0], use=replace(first, version=twice))
     half = random_version(compute.traits.adaptable, 2, rank=4, dtype=torch.bfloat16)
     tenants.append(replace(tenants[2], use=AdapterUse(half)))
+    tenants.append(with_ia3(compute, tenants[2], 4, dtype=torch.bfloat16))
     for group in (tenants[:3], tenants[1:]):
-        found = steps_of(compute, group, [range(3)])
+        found = steps_of(compute, group, [range(len(group))])
         for one, ours in zip(group, found, strict=True):
-            in_half = one.use is not None and one.use.version is half
+            in_half = one.use is not None and one.use.version.layout.dtype == "bf16"
             assert same(ours, alone(compute, one), within(0.03) if in_half else CLOSE)
 
 
@@ -256,8 +270,8 @@ def test_a_deterministic_trunk_gives_the_same_bits_in_any_company(
         checkpoints("llama"), dtype, max_batch_tokens=DETERMINISTIC_TOKENS, merge_below_tokens=64, deterministic=True
     )
     assert compute.traits.deterministic and compute.traits.merges_adapters
-    mine = tenant(compute, 1, 9, 4, rank=6, dropout=0.1)
-    (expected,) = steps_of(compute, [mine], [[0]], keep=keep)
+    mine = [tenant(compute, 1, 9, 4, rank=6, dropout=0.1), with_ia3(compute, tenant(compute, 2, 7), 2, twice=True)]
+    expected = [steps_of(compute, [one], [[0]], keep=keep)[0] for one in mine]
     source = random.Random(0)
     for composition in range(8):
         tenants = [
@@ -267,9 +281,10 @@ def test_a_deterministic_trunk_gives_the_same_bits_in_any_company(
         if composition % 2:
             tenants[0] = poisoned(tenants[0], POISONS[composition // 2])
             tenants[-1] = replace(tenants[-1], use=None)
-        place = source.randint(0, len(tenants))
-        tenants.insert(place, mine)
+        places = sorted(source.sample(range(len(tenants) + 2), 2))
+        for place, one in zip(places, mine, strict=True):
+            tenants.insert(place, one)
         order = source.sample(range(len(tenants)), len(tenants))
         cut = source.randint(0, len(order))
         found = steps_of(compute, tenants, [group for group in (order[:cut], order[cut:]) if group], keep=keep)
-        assert same(found[place], expected, torch.equal), composition
+        assert all(same(found[at], want, torch.equal) for at, want in zip(places, expected, strict=True)), composition

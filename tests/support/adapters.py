@@ -6,14 +6,15 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
+from peft.tuners.ia3.layer import IA3Layer
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
 
 from zsl.split.stack import find_stack
 from zsl.trunk.adapter import AdapterVersion
-from zsl.wire.adapter_layout import AdaptedModule, AdapterLayout, version_of
+from zsl.wire.adapter_layout import AdaptedModule, AdapterLayout, Ia3Module, LoraModule, version_of
 from zsl.wire.tensors import TORCH_DTYPES, encode_tensor, float_wire_name
 
 
@@ -45,13 +46,27 @@ def random_version(
     """A version with random weights for the `chosen` modules of a trunk; every third has a bias."""
     random = torch.Generator().manual_seed(seed)
     modules = [
-        AdaptedModule(
+        LoraModule(
             path=path, inputs=size[0], outputs=size[1], rank=rank, scaling=scaling, dropout=dropout, has_bias=not at % 3
         )
         for at, (path, size) in enumerate(adaptable.items())
         if chosen(path)
     ]
     weights = [torch.randn(shape, generator=random) * 0.1 for module in modules for shape in module.shapes]
+    return version_from(modules, weights, dtype=dtype)
+
+
+def random_ia3(
+    adaptable: Mapping[str, tuple[int, int]], seed: int, *, twice: bool = False, dtype: torch.dtype = torch.float32
+) -> AdapterVersion:
+    """A version of IA³ with random vectors for the modules of a trunk, on the inputs of every second."""
+    random = torch.Generator().manual_seed(seed)
+    modules = [
+        Ia3Module(path=path, inputs=size[0], outputs=size[1], at_input=bool(at % 2))
+        for _ in range(1 + twice)
+        for at, (path, size) in enumerate(adaptable.items())
+    ]
+    weights = [1 + torch.randn(shape, generator=random) * 0.3 for module in modules for shape in module.shapes]
     return version_from(modules, weights, dtype=dtype)
 
 
@@ -67,7 +82,7 @@ class LocalStep:
     gradients: torch.Tensor  # flat, in the order of the version's layout
 
 
-def local_step(model: PreTrainedModel, ids: torch.Tensor, layers: range, *configs: LoraConfig) -> LocalStep:
+def local_step(model: PreTrainedModel, ids: torch.Tensor, layers: range, *configs: PeftConfig) -> LocalStep:
     """One step of a model with adapters of these configurations, all active, seen at the edges of `layers`."""
     peft_model = get_peft_model(model, configs[0], "0", autocast_adapter_dtype=True)
     for index, config in enumerate(configs[1:], 1):
@@ -77,6 +92,8 @@ def local_step(model: PreTrainedModel, ids: torch.Tensor, layers: range, *config
         for name, parameter in peft_model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.1)
+            elif "ia3_l" in name:
+                parameter.normal_(1, 0.3)
     return step_of(peft_model, ids, layers)
 
 
@@ -101,11 +118,16 @@ def step_of(peft_model: PeftModel, ids: torch.Tensor, layers: range) -> LocalSte
 
 
 def adapted_modules(stack: nn.ModuleList, layers: range) -> tuple[list[AdaptedModule], list[torch.Tensor]]:
-    """The active LoRA modules of these layers of a PEFT model, and their weights in the order of the layout."""
+    """The active adapters of these layers of a PEFT model, and their weights in the order of the layout."""
     modules: list[AdaptedModule] = []
     weights: list[torch.Tensor] = []
     for index in layers:
         for name, module in stack[index].named_modules():
+            if isinstance(module, IA3Layer):
+                for adapter in module.active_adapters:
+                    sizes = {"inputs": module.in_features, "outputs": module.out_features}
+                    modules.append(Ia3Module(path=f"{index}.{name}", at_input=module.is_feedforward, **sizes))
+                    weights.append(module.ia3_l[adapter])
             if isinstance(module, LoraLayer):
                 for adapter in module.active_adapters:
                     if adapter not in module.lora_A:
@@ -113,7 +135,7 @@ def adapted_modules(stack: nn.ModuleList, layers: range) -> tuple[list[AdaptedMo
                     a, b = module.lora_A[adapter], module.lora_B[adapter]
                     assert isinstance(a, nn.Linear) and isinstance(b, nn.Linear)
                     modules.append(
-                        AdaptedModule(
+                        LoraModule(
                             path=f"{index}.{name}",
                             inputs=a.in_features,
                             outputs=b.out_features,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from zsl.wire.adapter_layout import AdaptedModule, AdapterLayout, version_of
+from zsl.wire.adapter_layout import AdapterLayout, LoraModule, version_of
 from zsl.wire.messages import MessageType, Welcome
 
 from .hostile_scene import Act, Acts, Scene, backward, forward, packed, tensor
@@ -56,12 +56,12 @@ def adapters() -> Acts:
     }
 
 
-def _module(scene_hidden: int, **changes: object) -> AdaptedModule:
+def _module(scene_hidden: int, **changes: object) -> LoraModule:
     fields: dict[str, object] = {"path": PATH, "inputs": scene_hidden, "outputs": scene_hidden, "rank": 2}
-    return AdaptedModule.model_construct(**{**fields, "scaling": 2.0, "dropout": 0.0, "has_bias": False, **changes})  # type: ignore[arg-type]
+    return LoraModule.model_construct(**{**fields, "scaling": 2.0, "dropout": 0.0, "has_bias": False, **changes})  # type: ignore[arg-type]
 
 
-def _layout(modules: list[AdaptedModule]) -> bytes:
+def _layout(modules: list[LoraModule]) -> bytes:
     return AdapterLayout.model_construct(dtype="f32", modules=tuple(modules)).encoded()
 
 

@@ -1,4 +1,4 @@
-"""Find the LoRA adapters on the trunk's layers of a client's model, and make the version that is sent of their weights.
+"""Find the adapters (LoRA, IA³) on the trunk's layers of a client's model, and make versions of their weights.
 
 PEFT's modules are read, not run: the daemon computes what they would.
 """
@@ -9,22 +9,25 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 import torch
-from peft.tuners.lora.layer import Linear
+from peft.tuners.ia3.layer import Linear as Ia3Linear
 from pydantic import ValidationError
 
 from zsl.client.replayable_step import CallAdapter
 from zsl.errors import AdapterError, ModelError
 from zsl.link.adapter_versions import NO_ADAPTERS, EncodedAdapter
 from zsl.split.ghosts import WAY_OUT
-from zsl.split.trunk_lora import Slots, active_adapters, not_sent
-from zsl.wire.adapter_layout import AdaptedModule, AdapterLayout, version_of
+from zsl.split.trunk_lora import Computed, Slots, active_adapters, not_sent
+from zsl.wire.adapter_layout import AdaptedModule, AdapterLayout, Ia3Module, LoraModule, version_of
 from zsl.wire.messages import AdapterLimits, FloatDtypeName
 from zsl.wire.tensors import TORCH_DTYPES, encode_tensor, float_wire_name
 
 MAX_SEED = 2**53
 FLOAT_DTYPES = {TORCH_DTYPES[name] for name in get_args(FloatDtypeName)}
 
-Module = tuple[str, int, int, int, float, float, bool]  # fields of an `AdaptedModule`, in their order
+MODULES: dict[str, type[LoraModule] | type[Ia3Module]] = {"lora": LoraModule, "ia3": Ia3Module}
+DROPOUT = tuple(LoraModule.model_fields).index("dropout")
+
+Module = tuple[Any, ...]  # fields of an `AdaptedModule`, in their order: the method is the first
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +44,7 @@ class Found:
         if limits is None:
             raise ModelError(NO_ADAPTERS)
         for module in self.layout.modules:
-            if module.rank > limits.max_rank:
+            if isinstance(module, LoraModule) and module.rank > limits.max_rank:
                 raise AdapterError(
                     f"the adapter on {module.path} has rank {module.rank}, over the daemon's limit of "
                     f"{limits.max_rank}: choose a smaller r, or start the daemon with a larger --max-adapter-rank"
@@ -73,7 +76,8 @@ class TrunkAdapters:
         if any(drops):
             # Those in evaluation mode beside others have none. (If all are, the seed says so: the version stays.)
             modules = [
-                module if drop else (*module[:5], 0.0, module[6]) for module, drop in zip(modules, drops, strict=True)
+                module if drop or module[0] != "lora" else (*module[:DROPOUT], 0.0, *module[DROPOUT + 1 :])
+                for module, drop in zip(modules, drops, strict=True)
             ]
         dtypes = {parameter.dtype for parameter in parameters}
         if len(dtypes) > 1 or not dtypes <= FLOAT_DTYPES:
@@ -101,9 +105,8 @@ class TrunkAdapters:
         key, last = (dtype, *modules), self._layout
         if last is not None and last[0] == key:
             return last[1:]
-        names = tuple(AdaptedModule.model_fields)
         try:
-            adapted = tuple(AdaptedModule.model_validate(dict(zip(names, module, strict=True))) for module in modules)
+            adapted = tuple(map(_validated, modules))
             layout = AdapterLayout(dtype=float_wire_name(dtype), modules=adapted)
         except ValidationError as error:
             first = error.errors(include_url=False, include_context=False)[0]
@@ -116,9 +119,21 @@ class TrunkAdapters:
         return layout, encoded
 
 
-def _add(tuner: Linear, adapter: str, path: str, modules: list[Module], parameters: list[torch.Tensor]) -> bool:
+def _validated(module: Module) -> AdaptedModule:
+    cls = MODULES[module[0]]
+    return cls.model_validate(dict(zip(cls.model_fields, module, strict=True)))
+
+
+def _add(tuner: Computed, adapter: str, path: str, modules: list[Module], parameters: list[torch.Tensor]) -> bool:
     """Add one adapter's module and parameters. Return whether its dropout is in force."""
     named: Any = tuner._modules
+    if isinstance(tuner, Ia3Linear):
+        vector = named["ia3_l"]._parameters.get(adapter)
+        if vector is None:
+            raise not_sent(path, "a parametrized adapter")
+        modules.append(("ia3", path, tuner.in_features, tuner.out_features, bool(tuner.is_feedforward)))
+        parameters.append(vector)
+        return False
     of_a, of_b = (named[name]._modules[adapter]._parameters for name in ("lora_A", "lora_B"))
     dropout = named["lora_dropout"]._modules[adapter]
     a, b, bias = of_a.get("weight"), of_b.get("weight"), of_b.get("bias")
@@ -126,6 +141,6 @@ def _add(tuner: Linear, adapter: str, path: str, modules: list[Module], paramete
         raise not_sent(path, "a parametrized adapter")
     (rank, inputs), outputs = a.shape, b.shape[0]
     probability = float(vars(dropout).get("p", 0.0))  # an Identity has none
-    modules.append((path, inputs, outputs, rank, float(tuner.scaling[adapter]), probability, bias is not None))
+    modules.append(("lora", path, inputs, outputs, rank, float(tuner.scaling[adapter]), probability, bias is not None))
     parameters += (a, b) if bias is None else (a, b, bias)
     return probability > 0 and dropout.training

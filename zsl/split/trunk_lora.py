@@ -1,7 +1,7 @@
 """Find the adapters on the modules of the trunk's layers, and refuse those that the trunk does not compute.
 
-It computes LoRA without variants on linear modules, as `zsl.wire.adapter_layout` describes it. PEFT's modules are read,
-not run.
+It computes LoRA without variants and IA³ on linear modules, as `zsl.wire.adapter_layout` describes them. PEFT's modules
+are read, not run.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
 
-from peft.tuners.lora.layer import Linear
+from peft.tuners.ia3.layer import Linear as Ia3Linear
+from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
@@ -19,6 +20,9 @@ from zsl.errors import ModelError
 from zsl.split.ghosts import WAY_OUT, GhostWeight
 from zsl.split.slots import trunk_slots
 from zsl.split.stack import find_stack
+
+Computed = LoraLinear | Ia3Linear  # PEFT's layers that the trunk computes
+_WEIGHTS: dict[Any, str] = {LoraLinear: "lora_A", Ia3Linear: "ia3_l"}  # of one adapter each, by its name
 
 Slots = Mapping[int, nn.Module]  # modules in the trunk's slots, by the index of their layer
 
@@ -35,7 +39,7 @@ def check_adapters_in_trunk(model: PreTrainedModel) -> None:
         pass
 
 
-def active_adapters(slots: Slots) -> Iterator[tuple[Linear, str, str]]:
+def active_adapters(slots: Slots) -> Iterator[tuple[Computed, str, str]]:
     """Yield each active adapter's PEFT layer, its name and its path within the trunk (`7.mlp.up_proj`).
 
     In the order of layers and modules. Raises `ModelError` for one that the trunk does not compute.
@@ -46,25 +50,26 @@ def active_adapters(slots: Slots) -> Iterator[tuple[Linear, str, str]]:
     for tuner, path in tuners:
         if tuner.disable_adapters:
             continue
-        if type(tuner) is not Linear or _is_tuner(type(tuner._modules["base_layer"])):  # type: ignore[arg-type]
+        if type(tuner) not in _WEIGHTS or _is_tuner(type(tuner._modules["base_layer"])):  # type: ignore[arg-type]
             raise not_sent(path, f"{type(tuner).__module__}.{type(tuner).__name__} of PEFT")
         if tuner.merged_adapters:
             raise not_sent(path, "a merged adapter")
-        known: Any = tuner._modules["lora_A"]
+        known: Any = tuner._modules[_WEIGHTS[type(tuner)]]
         for name in tuner.active_adapters:
-            if name in known._modules:
+            if name in known:
                 if tuner._forward_pre_hooks or tuner._forward_hooks:
                     raise not_sent(path, "hooks, as adapter_names sets them for a mixed batch")
-                if name in tuner.lora_variant:
-                    raise not_sent(path, type(tuner.lora_variant[name]).__name__)
+                variant = vars(tuner).get("lora_variant", {}).get(name)
+                if variant is not None:
+                    raise not_sent(path, type(variant).__name__)
                 yield tuner, name, path
 
 
 def not_sent(path: str, what: str) -> ModelError:
     """Return the error of an adapter that cannot be sent to the trunk."""
     return ModelError(
-        f"the adapter on {path} has {what}, and cannot be sent to the trunk: use plain LoRA there, of one dtype, or "
-        f"{WAY_OUT}"
+        f"the adapter on {path} has {what}, and cannot be sent to the trunk: use plain LoRA there, or IA³, of one "
+        f"dtype, or {WAY_OUT}"
     )
 
 

@@ -1,13 +1,15 @@
 """Layout of an adapter in the trunk's layers: its modules, and the order of their weights in one flat buffer.
 
-    module 0: A [rank, in], B [out, rank], bias [out] if it has one; module 1: …
+    LoRA: A [rank, in], B [out, rank], bias [out] if it has one
+    IA³:  vector [in] or [out]
 
 Sent as JSON, checked once when it is decoded, as the headers are. No sockets and no torch.
 """
 
 from __future__ import annotations
 
-from typing import Annotated
+from math import prod
+from typing import Annotated, Literal
 
 import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -23,18 +25,35 @@ MAX_RANK = MAX_FEATURES = 2**20
 Shape = tuple[int, ...]
 
 
-class AdaptedModule(BaseModel):
-    """LoRA of one linear module. `path`: index of the layer in the whole model and path within it (`7.mlp.up_proj`).
+class _Module(BaseModel):
+    """One linear module. `path`: index of the layer in the whole model and path within it (`7.mlp.up_proj`).
 
-    Its output is `base(x) + B(A(dropout(x))) * scaling` (Hu et al., "LoRA", 2021), computed as PEFT does. A module with
-    several adapters is listed once for each, in the order of their sum.
+    A module with several adapters is listed once for each, in the order of their sum or product. If it has adapters of
+    both methods, those of IA³ scale the input before, and the output after LoRA.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
+    method: str
     path: Name
     inputs: Annotated[int, Field(ge=1, le=MAX_FEATURES)]
     outputs: Annotated[int, Field(ge=1, le=MAX_FEATURES)]
+
+    @property
+    def shapes(self) -> tuple[Shape, ...]:
+        """Shapes of the weights, in their order."""
+        raise NotImplementedError
+
+    @property
+    def elements(self) -> int:
+        """Number of weights."""
+        return sum(map(prod, self.shapes))
+
+
+class LoraModule(_Module):
+    """LoRA: the output is `base(x) + B(A(dropout(x))) * scaling` (Hu et al., "LoRA", 2021), computed as PEFT does."""
+
+    method: Literal["lora"] = "lora"
     rank: Annotated[int, Field(ge=1, le=MAX_RANK)]
     scaling: Annotated[float, Field(allow_inf_nan=False)]
     dropout: Annotated[float, Field(ge=0, lt=1)]
@@ -46,9 +65,20 @@ class AdaptedModule(BaseModel):
         matrices: tuple[Shape, ...] = (self.rank, self.inputs), (self.outputs, self.rank)
         return (*matrices, (self.outputs,)) if self.has_bias else matrices
 
+
+class Ia3Module(_Module):
+    """IA³: the output is `base(x * vector)` if `at_input`, `base(x) * vector` otherwise (Liu et al., 2022)."""
+
+    method: Literal["ia3"] = "ia3"
+    at_input: bool
+
     @property
-    def elements(self) -> int:
-        return self.rank * (self.inputs + self.outputs) + self.outputs * self.has_bias
+    def shapes(self) -> tuple[Shape, ...]:
+        """Shape of the vector."""
+        return ((self.inputs if self.at_input else self.outputs,),)
+
+
+AdaptedModule = Annotated[LoraModule | Ia3Module, Field(discriminator="method")]
 
 
 class AdapterLayout(BaseModel):

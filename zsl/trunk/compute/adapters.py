@@ -1,8 +1,8 @@
-"""Adapters (LoRA) of the requests in a pass, added to the outputs of the trunk's linear layers.
+"""Adapters (LoRA, IA³) of the requests in a pass, applied to the inputs and outputs of the trunk's linear layers.
 
-`SeparateAdapters`: each request's low-rank products are computed on its own tokens, in PEFT's order of operations. A
+`SeparateAdapters`: each request's adapter is computed on its own tokens, in PEFT's order of operations. A
 request that runs alone gets the numbers of a local PEFT model bit for bit; in a deterministic pass a request's numbers
-do not depend on its neighbours. `zsl.trunk.compute.merged_adapters` computes all requests in two products.
+do not depend on its neighbours. `zsl.trunk.compute.merged_adapters` computes all requests at once.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 import xxhash
 
 from zsl.trunk.adapter import AdapterUse, AdapterVersion
+from zsl.wire.adapter_layout import LoraModule
 from zsl.wire.tensors import TORCH_DTYPES
 
 # Gradients of the flat weights of each request's adapter, in the dtype of their computation, by index of the request.
@@ -38,10 +39,16 @@ class LowRank:
     scaling: float
     dropout: float
 
-    @property
-    def weights(self) -> tuple[torch.Tensor, ...]:
-        """The weights in the order of the layout."""
-        return (self.a, self.b) if self.bias is None else (self.a, self.b, self.bias)
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """IA³ of one linear layer's inputs or outputs. `index`: its place in the layout."""
+
+    index: int
+    vector: torch.Tensor  # [features], a leaf of autograd
+
+
+Scaled = tuple[str, bool]  # path of a linear layer, and whether its inputs are scaled or its outputs
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,6 +60,7 @@ class LoadedAdapter:
     """
 
     by_path: Mapping[str, tuple[LowRank, ...]]
+    scales: Mapping[Scaled, tuple[Scale, ...]]
     weights: tuple[torch.Tensor, ...]
     dtype: torch.dtype
     form: tuple[object, ...]
@@ -73,15 +81,24 @@ def _load(version: AdapterVersion, device: torch.device) -> LoadedAdapter:
     flat = torch.frombuffer(version.weights, dtype=TORCH_DTYPES[version.dtype]).to(device, dtype)
     parts = iter(flat.split([prod(shape) for module in modules for shape in module.shapes]))
     by_path: dict[str, tuple[LowRank, ...]] = {}
+    scales: dict[Scaled, tuple[Scale, ...]] = {}
+    kinds: list[tuple[object, ...]] = []
     weights: list[torch.Tensor] = []
     for index, module in enumerate(modules):
         # Copies are aligned, as the parameters of a local model are: alignment changes the rounding of some kernels.
-        a, b, *bias = (next(parts).view(shape).clone().requires_grad_() for shape in module.shapes)
-        entry = LowRank(index, a, b, bias[0] if bias else None, module.scaling, module.dropout)
-        by_path[module.path] = (*by_path.get(module.path, ()), entry)
-        weights += entry.weights
-    kinds = tuple((module.path, module.rank, module.has_bias, module.dropout > 0) for module in modules)
-    return LoadedAdapter(by_path, tuple(weights), dtype, (version.layout.dtype, hash(kinds)), next(_serials))
+        own = [next(parts).view(shape).clone().requires_grad_() for shape in module.shapes]
+        weights += own
+        if isinstance(module, LoraModule):
+            a, b, *bias = own
+            entry = LowRank(index, a, b, bias[0] if bias else None, module.scaling, module.dropout)
+            by_path[module.path] = (*by_path.get(module.path, ()), entry)
+            kinds.append((module.path, module.rank, module.has_bias, module.dropout > 0))
+        else:
+            scaled = (module.path, module.at_input)
+            scales[scaled] = (*scales.get(scaled, ()), Scale(index, own[0]))
+            kinds.append(scaled)
+    form = (version.layout.dtype, hash(tuple(kinds)))
+    return LoadedAdapter(by_path, scales, tuple(weights), dtype, form, next(_serials))
 
 
 class PassAdapters(Protocol):
@@ -97,8 +114,13 @@ class PassAdapters(Protocol):
         """Addresses of weights that a graph refers to, and that the versions account for."""
         ...
 
-    def added(self, path: str, x: torch.Tensor, output: torch.Tensor, *, quantized: bool) -> torch.Tensor:
-        """Add the low-rank products of the linear layer at `path` to its output. `quantized`: it is of bitsandbytes."""
+    def adapted_input(self, path: str, x: torch.Tensor) -> torch.Tensor:
+        """Return the input that the linear layer at `path` computes with."""
+        ...
+
+    def adapted_output(self, path: str, x: torch.Tensor, output: torch.Tensor, *, quantized: bool) -> torch.Tensor:
+        """Return the adapted output of the linear layer at `path`. `x`: the input that it computed `output` with;
+        `quantized`: it is of bitsandbytes."""
         ...
 
     def leaves(self, members: Collection[int]) -> list[torch.Tensor]:
@@ -124,8 +146,18 @@ class RequestAdapter:
         """True if dropout is active."""
         return self.dropout_seed is not None
 
-    def added(self, path: str, x: torch.Tensor, output: torch.Tensor, *, quantized: bool) -> torch.Tensor:
-        """Add the low-rank products to `output`, in the order of operations of PEFT's `Linear.forward`.
+    def adapts_output(self, path: str) -> bool:
+        """Return whether `adapted_output` changes the output of the layer at `path`."""
+        return path in self.adapter.by_path or (path, False) in self.adapter.scales
+
+    def adapted_input(self, path: str, x: torch.Tensor) -> torch.Tensor:
+        """Scale the input, in the order of operations of PEFT's IA³."""
+        if (path, True) not in self.adapter.scales:
+            return x
+        return (x.to(self.adapter.dtype) * self._factor(path, at_input=True)).to(x.dtype)
+
+    def adapted_output(self, path: str, x: torch.Tensor, output: torch.Tensor, *, quantized: bool) -> torch.Tensor:
+        """Add the low-rank products, and scale, in the orders of operations of PEFT's LoRA and IA³.
 
         PEFT's layers for bitsandbytes (`quantized`) convert a product to the dtype of the output before they add it.
         """
@@ -139,7 +171,16 @@ class RequestAdapter:
             dropped = x if factors is None else x * factors.view(x.shape)
             product = F.linear(F.linear(dropped, a), b, bias) * entry.scaling
             result = result + (product.to(output.dtype) if quantized else product)
-        return result.to(output.dtype)
+        result = result.to(output.dtype)
+        if (path, False) in self.adapter.scales:
+            result = (result * self._factor(path, at_input=False)).to(output.dtype)
+        return result
+
+    def _factor(self, path: str, *, at_input: bool) -> torch.Tensor:
+        """Return the product of the vectors `[features]` on inputs or outputs of a layer."""
+        vectors = [scale.vector for scale in self.adapter.scales[path, at_input]]
+        product = prod(vectors[1:], start=vectors[0])
+        return product if self.trains else product.detach()
 
     def dropout(self, index: int, dropout: float, tokens: int, inputs: int) -> torch.Tensor | None:
         """Return the factors `[tokens, inputs]` of a module's dropout on this request's tokens; None without dropout.
@@ -182,21 +223,36 @@ class SeparateAdapters:
         adapters = self._of_members.values()
         return {weight.untyped_storage().data_ptr() for of_one in adapters for weight in of_one.adapter.weights}
 
-    def added(self, path: str, x: torch.Tensor, output: torch.Tensor, *, quantized: bool) -> torch.Tensor:
-        adapters = [of_one for of_one in self._of_members.values() if path in of_one.adapter.by_path]
+    def adapted_input(self, path: str, x: torch.Tensor) -> torch.Tensor:
+        adapters = [of_one for of_one in self._of_members.values() if (path, True) in of_one.adapter.scales]
+        if self._is_of_one(x):
+            return adapters[0].adapted_input(path, x) if adapters else x
+        if not adapters:
+            # A node of its own, as with a neighbour's IA³: gradients at a shared input are added in the same order.
+            return x.view_as(x)
+        parts = zip(self._spans, x.flatten(0, 1).split([span.tokens for span in self._spans]), strict=True)
+        results = [span.adapter.adapted_input(path, part.clone()) if span.adapter else part for span, part in parts]
+        return torch.cat(results).view(x.shape)
+
+    def adapted_output(self, path: str, x: torch.Tensor, output: torch.Tensor, *, quantized: bool) -> torch.Tensor:
+        adapters = [of_one for of_one in self._of_members.values() if of_one.adapts_output(path)]
         if not adapters:
             return output
-        if len(self._of_members) == 1 and (len(self._spans) == 1 or x.ndim != 3):
-            return adapters[0].added(path, x, output, quantized=quantized)
+        if self._is_of_one(x):
+            return adapters[0].adapted_output(path, x, output, quantized=quantized)
         sizes = [span.tokens for span in self._spans]
         results = []
         parts = zip(self._spans, x.flatten(0, 1).split(sizes), output.flatten(0, 1).split(sizes), strict=True)
         for span, part, result in parts:
             if span.adapter in adapters:
                 # A copy is aligned: a request's rounding must not depend on its place in the pass.
-                result = span.adapter.added(path, part.clone(), result, quantized=quantized)
+                result = span.adapter.adapted_output(path, part.clone(), result, quantized=quantized)
             results.append(result)
         return torch.cat(results).view(output.shape)
+
+    def _is_of_one(self, x: torch.Tensor) -> bool:
+        """Return whether all tokens of a layer's input are of the one request with an adapter."""
+        return len(self._of_members) == 1 and (len(self._spans) == 1 or x.ndim != 3)
 
     def leaves(self, members: Collection[int]) -> list[torch.Tensor]:
         return [weight for member in members for weight in self._of_members[member].adapter.weights]

@@ -22,7 +22,7 @@ from zsl.trunk.compute.passes import Rows, sequences_of
 from zsl.trunk.compute.trunk_model import TrunkModel
 from zsl.trunk.costs import Costs, GraphMemory, PassMemory, fit_cost, fit_graph_memory
 from zsl.trunk.work import Shape
-from zsl.wire.adapter_layout import AdaptedModule, AdapterLayout
+from zsl.wire.adapter_layout import AdapterLayout, LoraModule
 
 COST_TOKENS = (8, 96)
 MEMORY_TOKENS = (8, 48, 96)
@@ -212,7 +212,7 @@ def measure_pass_memory(
 def typical_adapter(trunk: TrunkModel) -> RequestAdapter | None:
     """Make an adapter of `TYPICAL_RANK` on all linear layers; None for a trunk without linear layers."""
     modules = tuple(
-        AdaptedModule(
+        LoraModule(
             path=path, inputs=inputs, outputs=outputs, rank=TYPICAL_RANK, scaling=1.0, dropout=0.0, has_bias=False
         )
         for path, (inputs, outputs) in trunk.linear_features.items()
@@ -246,7 +246,7 @@ class _SeenInputs(SeparateAdapters):
         super().__init__([])
         self.shapes: dict[str, set[tuple[int, ...]]] = {}
 
-    def added(self, path: str, x: torch.Tensor, output: torch.Tensor, *, quantized: bool) -> torch.Tensor:
+    def adapted_output(self, path: str, x: torch.Tensor, output: torch.Tensor, *, quantized: bool) -> torch.Tensor:
         self.shapes.setdefault(path, set()).add(tuple(x.shape[:-1]))
         return output
 

@@ -67,7 +67,8 @@ class LinearOutputs:
 class LinearLayers:
     """Linear layers of a model, patched to record and replay their outputs. For one thread.
 
-    Outputs are those of the layers' own weights. Adapters (`adapted`) are added to them and computed anew in a replay.
+    Outputs are those of the layers' own weights, for the inputs that adapters (`adapted`) give them. What adapters do
+    before and after is computed anew in a replay.
     """
 
     def __init__(self, modules: Iterable[tuple[str, nn.Module]]) -> None:
@@ -113,7 +114,7 @@ class LinearLayers:
 
     @contextmanager
     def adapted(self, adapters: PassAdapters | None) -> Iterator[None]:
-        """Add adapters to the outputs of the linear layers."""
+        """Apply adapters to the inputs and outputs of the linear layers."""
         self.adapters = adapters
         try:
             yield
@@ -121,10 +122,11 @@ class LinearLayers:
             self.adapters = None
 
     def _forward(self, path: str, compute: Product, at_input: Product, x: torch.Tensor) -> torch.Tensor:
-        output = self._output(compute, at_input, x)
         if self.adapters is None:
-            return output
-        return self.adapters.added(path, x, output, quantized=path in self._quantized)
+            return self._output(compute, at_input, x)
+        x = self.adapters.adapted_input(path, x)
+        output = self._output(compute, at_input, x)
+        return self.adapters.adapted_output(path, x, output, quantized=path in self._quantized)
 
     def _output(self, compute: Product, at_input: Product, x: torch.Tensor) -> torch.Tensor:
         # An input of another shape than the pass (routed experts) cannot be split by request.

@@ -1,22 +1,31 @@
-"""Adapters (LoRA) of the requests in a merged pass, of any ranks and targets, in batched products.
+"""Adapters (LoRA, IA³) of the requests in a merged pass, of any ranks and targets, in batched products.
 
 For each linear layer the weights of the requests' adapters are stacked, and their tokens too: `x @ A.T` and `@ B.T` are
-batched products, with one matrix of each request. So a request's numbers are those that it gets alone, up to rounding,
-whatever values its neighbours have. The stacked weights are the leaves of autograd: each request's gradient is a slice
-of theirs.
+batched products, with one matrix of each request, and vectors of IA³ multiply each request's rows. So a request's
+numbers are those that it gets alone, up to rounding, whatever values its neighbours have. The stacked weights are the
+leaves of autograd: each request's gradient is a slice of theirs.
 """
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-from zsl.trunk.compute.adapters import FlatGradients, LoadedAdapter, LowRank, Span, flat, gradient_or_zeros
-from zsl.trunk.compute.rows import TokenRows, add_rows, take_rows
+from zsl.trunk.compute.adapters import (
+    FlatGradients,
+    LoadedAdapter,
+    LowRank,
+    Scale,
+    Scaled,
+    Span,
+    flat,
+    gradient_or_zeros,
+)
+from zsl.trunk.compute.rows import TokenRows, add_rows, put_rows, take_rows
 
 # Companies whose stacked weights are kept: those of a forward serve its backward.
 MAX_COMPANIES = 2
@@ -59,6 +68,15 @@ class Block:
         return of_parts
 
 
+@dataclass(frozen=True, slots=True)
+class ScaleBlock:
+    """Stacked vectors of IA³ on the inputs or outputs of one linear layer."""
+
+    parts: tuple[tuple[int, int], ...]  # the request's index in its company, the module's in its layout
+    slots: tuple[int, ...]
+    vectors: torch.Tensor  # [parts, 1, features], a leaf of autograd
+
+
 class Company:
     """Stacked weights of the adapters of a pass."""
 
@@ -71,13 +89,34 @@ class Company:
                 for place, entry in enumerate(of_path):
                     kind = (place, adapter.dtype, (entry.a.shape[0] - 1).bit_length())
                     blocks.setdefault(kind, []).append((slot, entry))
+        scales: dict[Scaled, dict[tuple[int, torch.dtype], list[tuple[int, Scale]]]] = {}
+        for slot, adapter in enumerate(adapters):
+            for scaled, of_scaled in adapter.scales.items():
+                for place, scale in enumerate(of_scaled):
+                    scales.setdefault(scaled, {}).setdefault((place, adapter.dtype), []).append((slot, scale))
         self._scalings: dict[tuple[float, ...], torch.Tensor] = {}
         with torch.no_grad():
             self.blocks = {
                 path: [self._block(blocks[kind]) for kind in sorted(blocks, key=repr)]
                 for path, blocks in entries.items()
             }
+            self.scales = {
+                scaled: [_scale_block(blocks[kind]) for kind in sorted(blocks, key=repr)]
+                for scaled, blocks in scales.items()
+            }
         self.leaves = [leaf for blocks in self.blocks.values() for block in blocks for leaf in block.leaves]
+        self.leaves += [block.vectors for blocks in self.scales.values() for block in blocks]
+
+    def split(self, at_leaves: Sequence[torch.Tensor]) -> dict[int, dict[int, list[torch.Tensor]]]:
+        """Split the gradients of the leaves: those of each module's weights by slot, then by index in the layout."""
+        rest, found = iter(at_leaves), defaultdict[int, dict[int, list[torch.Tensor]]](dict)
+        for block in (block for blocks in self.blocks.values() for block in blocks):
+            for part, of_part in zip(block.parts, block.split([next(rest) for _ in block.leaves]), strict=True):
+                found[part.slot][part.index] = of_part
+        for scales in (block for blocks in self.scales.values() for block in blocks):
+            for (slot, index), of_vector in zip(scales.parts, next(rest), strict=True):
+                found[slot][index] = [of_vector]
+        return found
 
     def _block(self, slots_and_entries: Sequence[tuple[int, LowRank]]) -> Block:
         parts = tuple(
@@ -107,6 +146,12 @@ class Company:
         if found is None:
             found = self._scalings[key] = torch.tensor(scalings, dtype=torch.float32, device=like.device).view(-1, 1, 1)
         return found
+
+
+def _scale_block(slots_and_scales: Sequence[tuple[int, Scale]]) -> ScaleBlock:
+    vectors = torch.stack([scale.vector for _, scale in slots_and_scales]).unsqueeze(1).requires_grad_()
+    parts = tuple((slot, scale.index) for slot, scale in slots_and_scales)
+    return ScaleBlock(parts, tuple(slot for slot, _ in parts), vectors)
 
 
 class Companies:
@@ -153,12 +198,37 @@ class MergedAdapters:
     def storages(self) -> Collection[int]:
         return ()  # a graph keeps the stacked weights
 
-    def added(self, path: str, x: torch.Tensor, output: torch.Tensor, *, quantized: bool) -> torch.Tensor:
+    def adapted_input(self, path: str, x: torch.Tensor) -> torch.Tensor:
+        return self._scaled(path, x, at_input=True)
+
+    def adapted_output(self, path: str, x: torch.Tensor, output: torch.Tensor, *, quantized: bool) -> torch.Tensor:
+        return self._scaled(path, self._added(path, x, output), at_input=False)
+
+    def _scaled(self, path: str, x: torch.Tensor, *, at_input: bool) -> torch.Tensor:
+        """Multiply each request's tokens by its vectors."""
+        blocks = self._company.scales.get((path, at_input))
+        if blocks is None:
+            return x
+        self._check(path, x)
+        result = x.flatten(0, 1)
+        for block in blocks:
+            vectors = block.vectors if self._trains else block.vectors.detach()
+            rows = self._rows_of(block.slots, x.device)
+            taken = take_rows(result, rows)
+            scaled = (taken.to(vectors.dtype) if at_input else taken) * vectors
+            result = put_rows(result, scaled.to(x.dtype), rows)
+        return result.view(x.shape)
+
+    def _check(self, path: str, x: torch.Tensor) -> None:
+        if x.ndim != 3 or x.shape[0] * x.shape[1] != sum(self._sizes):
+            raise RuntimeError(f"the tokens of {path} cannot be told apart by request")
+
+    def _added(self, path: str, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """Add the low-rank products to an output."""
         blocks = self._company.blocks.get(path)
         if blocks is None:
             return output
-        if x.ndim != 3 or x.shape[0] * x.shape[1] != sum(self._sizes):
-            raise RuntimeError(f"the tokens of {path} cannot be told apart by request")
+        self._check(path, x)
         x, result = x.flatten(0, 1), output.flatten(0, 1)
         for block in blocks:
             a, b, bias = block.a, block.b, block.bias
@@ -202,13 +272,8 @@ class MergedAdapters:
     def flat_gradients(self, members: Collection[int], at_leaves: Sequence[torch.Tensor | None]) -> FlatGradients:
         if not members:
             return {}
-        rest = iter(at_leaves)
-        of_slots: list[dict[int, list[torch.Tensor]]] = [{} for _ in self._adapters]  # by index in the layout
-        for blocks in self._company.blocks.values():
-            for block in blocks:
-                gradients = [gradient_or_zeros(leaf, next(rest)) for leaf in block.leaves]
-                for part, of_part in zip(block.parts, block.split(gradients), strict=True):
-                    of_slots[part.slot][part.index] = of_part
+        leaves = self._company.leaves
+        of_slots = self._company.split([gradient_or_zeros(*pair) for pair in zip(leaves, at_leaves, strict=True)])
         found = {}
         for member in members:
             by_index = of_slots[self._slots[member]]

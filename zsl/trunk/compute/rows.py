@@ -65,6 +65,12 @@ def add_rows(x: torch.Tensor, added: torch.Tensor, rows: TokenRows) -> torch.Ten
     return result
 
 
+def put_rows(x: torch.Tensor, changed: torch.Tensor, rows: TokenRows) -> torch.Tensor:
+    """Put rows in the place of their tokens of a pass `[tokens, features]`, of the same dtype."""
+    changed = changed.flatten(0, 1)
+    return changed if rows.is_whole else x.index_copy(0, rows.tokens, _real(changed, rows))  # type: ignore[arg-type]
+
+
 class _Take(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, rows: TokenRows) -> torch.Tensor:

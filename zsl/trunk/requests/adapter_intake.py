@@ -16,7 +16,7 @@ from zsl.trunk.adapter import AdapterUse, AdapterVersion
 from zsl.trunk.requests.finite import not_finite
 from zsl.trunk.sessions.adapter_store import AdapterStore
 from zsl.trunk.sessions.sessions import Session
-from zsl.wire.adapter_layout import AdapterLayout, VersionDigest, decode_layout
+from zsl.wire.adapter_layout import AdapterLayout, LoraModule, VersionDigest, decode_layout
 from zsl.wire.frames import ALIGNMENT_BYTES, Frame
 from zsl.wire.messages import DTYPE_BYTES, Adapter, AdapterLimits, Backward, Forward
 
@@ -106,7 +106,7 @@ class AdapterIntake:
                 raise AdapterError(f"the trunk has no linear module {module.path!r}")
             if sizes != (module.inputs, module.outputs):
                 raise AdapterError(f"{module.path} has (inputs, outputs) {sizes}, not {module.inputs, module.outputs}")
-            if module.rank > limits.max_rank:
+            if isinstance(module, LoraModule) and module.rank > limits.max_rank:
                 raise AdapterError(f"{module.path}: rank {module.rank} is over {limits.max_rank} (--max-adapter-rank)")
         if header.nbytes != layout.nbytes(header.dtype):
             raise BadShapeError(
