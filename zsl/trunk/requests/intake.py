@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 from zsl.errors import DrainingError, ForwardOnlyError, MalformedError
 from zsl.trunk.requests.adapter_intake import AdapterIntake
-from zsl.trunk.requests.finite import not_finite
 from zsl.trunk.requests.request_table import Request
 from zsl.trunk.requests.validate import check_backward, check_forward, sharing_of
 from zsl.trunk.scheduling.scheduler import Job
@@ -56,7 +55,7 @@ class Intake:
                 if held and held.adapter != header.adapter:
                     raise MalformedError("a backward runs with the adapter of its forward")
         sharing = held.sharing if held else sharing_of(buffers, shape, self.traits)
-        if adapter is not None and not self._may_share(buffers):
+        if adapter is not None and not self.traits.merges_adapters:
             sharing = Alone()
         job = Job(
             (session.id, header.request),
@@ -70,13 +69,3 @@ class Intake:
         )
         nbytes = sum(descriptor.nbytes for descriptor in header.tensors)
         return Request(session, header, kind, buffers, shape, sharing, keep, held, now, nbytes, job, adapter)
-
-    def _may_share(self, buffers: Buffers) -> bool:
-        """Return whether a request with an adapter may share a pass.
-
-        Products with infinite gradients of one request would reach the adapters of others, and they would be run again.
-        """
-        if not self.traits.merges_adapters or "gradients" not in buffers:
-            return self.traits.merges_adapters
-        descriptor, buffer = buffers["gradients"]
-        return not not_finite(descriptor.dtype, buffer)
