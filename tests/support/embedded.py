@@ -10,13 +10,16 @@ import torch
 from zsl.split.cut import parse_cut
 from zsl.trunk.daemon.embedded import EmbeddedTrunk
 from zsl.trunk.daemon.load import plan_trunk
+from zsl.wire.messages import Reveal
 
 from .models import CUT
 
 
 @contextmanager
-def served(reference: str, *, cut: str = CUT, forward_only: bool = False) -> Iterator[str]:
+def served(
+    reference: str, *, cut: str = CUT, forward_only: bool = False, reveals: tuple[Reveal, ...] = ()
+) -> Iterator[str]:
     """The endpoint of a trunk that serves `reference`."""
-    plan = plan_trunk(reference, parse_cut(cut), torch.float32, "cpu", forward_only=forward_only)
+    plan = plan_trunk(reference, parse_cut(cut), torch.float32, "cpu", forward_only=forward_only, reveals=reveals)
     with EmbeddedTrunk(plan) as trunk:
         yield trunk.endpoint
