@@ -179,6 +179,7 @@ class ActiveClient:
                 budget_ms=pending.budget_ms(),
                 adapter=None,
                 keep=False,
+                reveal=[],
                 tensors=[descriptor],
             )
             return header, [activations]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,11 @@ import zsl
 from support.echo import HIDDEN
 from support.models import CUT
 from support.rogue import EPOCH, SESSION, Answer, Rogue
+from zsl.client.gradient_sum import StepSums, micro_batch
 from zsl.client.overlap import run_overlapped
 from zsl.client.replayable_step import CallAdapter
 from zsl.client.trunk_adapters import TrunkAdapters
-from zsl.errors import AdapterError, ModelError, UnknownAdapterError, UnknownSessionError
+from zsl.errors import AdapterError, ModelError, UnknownAdapterError, UnknownSessionError, UnknownSumError
 from zsl.link.adapter_versions import EncodedAdapter
 from zsl.models.loading import load_client_part
 from zsl.models.reference import resolve
@@ -53,12 +54,20 @@ class ScalingDaemon:
     """Trunk that multiplies activations by the sum of the adapter's weights, and refuses versions that it lacks.
 
     `lost`: number of requests that are refused, together, although their version has come.
+    `lost_sums`: number of the backwards after which it has lost the sum of their adapter gradients.
     `sessions`: ids of its sessions, in turn.
     """
 
     def __init__(
-        self, limits: AdapterLimits | None = LIMITS, *, lost: int = 0, sessions: Sequence[bytes] = (SESSION,)
+        self,
+        limits: AdapterLimits | None = LIMITS,
+        *,
+        lost: int = 0,
+        lost_sums: Collection[int] = (),
+        sessions: Sequence[bytes] = (SESSION,),
     ) -> None:
+        self._sums: dict[int, list[float]] = {}
+        self._lost_sums, self._summands = lost_sums, 0
         self._limits, self._lost, self._sessions = limits, lost, list(sessions)
         self._received: dict[bytes, bytes] = {}
         self._activations: dict[int, np.ndarray[Any, Any]] = {}
@@ -110,8 +119,18 @@ class ScalingDaemon:
         activations = self._activations.get(header.request, self._activations.get(header.step))
         assert activations is not None
         answers = {"gradients": gradients * factor}
+        total = (gradients * activations).sum()
+        if header.adapter_sum is not None:
+            summed = self._sums.setdefault(header.adapter_sum.name, [])
+            if len(summed) != header.adapter_sum.position:
+                return [(refusal(header, UnknownSumError), ())]
+            summed.append(total)
+            total = sum(summed)
+            self._summands += 1
+            if self._summands in self._lost_sums:
+                self._sums.clear()
         if header.adapter_gradients:
-            answers["adapter_gradients"] = np.full_like(weights, (gradients * activations).sum())
+            answers["adapter_gradients"] = np.full_like(weights, total)
         return [result(header, answers)]
 
     @contextmanager
@@ -311,14 +330,52 @@ def test_gradients_reach_the_adapter_and_what_is_in_front_of_the_trunk(bottom_le
         ]
 
 
-def test_overlapped_micro_batches_add_up_their_gradients() -> None:
+def micro_batches(run: Any, in_slots: dict[int, Any], in_flight: int) -> list[torch.Tensor]:
+    """The adapter's gradients of three micro-batches, overlapped or one after the other."""
+    activations = [some(float(value)) for value in range(1, 4)]
+    steps = [lambda one=one: run(one, in_slots).sum().backward() for one in activations]
+    if in_flight > 1:
+        run_overlapped(steps, in_flight=in_flight)
+    else:
+        sums = StepSums()
+        for number, step in enumerate(steps, 1):
+            with micro_batch(sums, is_last=number == len(steps)):
+                step()
+        sums.close()
+    return [parameter.grad for parameter in lora_parameters(in_slots) if parameter.grad is not None]
+
+
+@pytest.mark.parametrize("lost_sums", [(), (1,), (2,), (1, 2, 4), (2, 5, 8, 9)])
+@pytest.mark.parametrize("in_flight", [1, 2, 3])
+def test_micro_batches_get_the_sum_of_their_gradients_though_daemons_lose_it(
+    in_flight: int, lost_sums: tuple[int, ...]
+) -> None:
+    daemon, in_slots = ScalingDaemon(lost_sums=lost_sums), slots()
+    with remote(daemon) as run:
+        gradients = micro_batches(run, in_slots, in_flight)
+        assert len(gradients) == 2 and all(gradient.eq(48.0).all() for gradient in gradients)
+        assert len(daemon.pieces) == 1
+        answered = [header for header in daemon.requests if isinstance(header, Backward) and header.adapter_gradients]
+        assert len(answered) == 1 or lost_sums, "gradients of the adapter cross once"
+
+
+def test_a_sum_that_is_always_lost_is_an_error() -> None:
+    daemon, in_slots = ScalingDaemon(lost_sums=range(1, 100)), slots()
+    with remote(daemon) as run, pytest.raises(UnknownSumError):
+        micro_batches(run, in_slots, in_flight=1)
+
+
+def test_a_sum_that_the_last_micro_batch_does_not_ask_for_is_fetched_at_the_end_of_the_step() -> None:
     daemon, in_slots = ScalingDaemon(), slots()
     with remote(daemon) as run:
-        activations = [some(float(value)) for value in range(1, 4)]
-        run_overlapped([lambda one=one: run(one, in_slots).sum().backward() for one in activations], in_flight=2)
+        sums = StepSums()
+        for value in (1.0, 2.0):
+            with micro_batch(sums, is_last=False):
+                run(some(value), in_slots).sum().backward()
+        assert all(parameter.grad is None for parameter in lora_parameters(in_slots))
+        sums.close()
         gradients = [parameter.grad for parameter in lora_parameters(in_slots)]
-        assert all(gradient is not None and gradient.eq(48.0).all() for gradient in gradients)
-        assert len(daemon.pieces) == 1
+        assert all(gradient is not None and gradient.eq(24.0).all() for gradient in gradients)
 
 
 def test_dropout_has_a_seed_of_torchs_generator_in_training_only() -> None:

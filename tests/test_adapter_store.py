@@ -121,6 +121,7 @@ class Place:
             attempt=0,
             budget_ms=1,
             keep=False,
+            reveal=[],
             adapter=UsedAdapter(version=name, dropout_seed=None),
             tensors=[_bytes("weights", 1)],
         )

@@ -195,6 +195,18 @@ def test_forward_only_and_another_dtype_are_warnings() -> None:
     assert found.state["dtype"] == "warn" and 'model.dtype = "bfloat16"' in found.text["dtype"]
 
 
+def test_fewer_bits_are_a_warning_and_no_reason_to_compare_with_the_local_model(
+    checkpoints: Callable[..., Path],
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    model = str(checkpoints("llama"))
+    with served(model, quantize="4bit") as endpoint:
+        found = findings("--server", endpoint, "--model", model)
+    assert found.failed == []
+    assert found.state["dtype"] == "warn" and "4bit" in found.text["dtype"]
+    assert found.state["gradient"] == "ok" and "quantized" in found.text["gradient"]
+
+
 def test_another_version_at_the_daemon_is_a_warning() -> None:
     with EchoServer() as server, StatusClient(server.endpoint) as client:
         status = client.status()

@@ -74,9 +74,11 @@ def test_what_is_held_for_others_is_seen() -> None:
     assert shown["sessions"] == "1" and shown["held"] != "0 B for pending backwards"
 
 
-def test_a_daemon_that_serves_forward_only_says_so() -> None:
-    with EchoServer(forward_only=True) as server:
-        assert rows(run(server.endpoint).output)["gradient"] == "none: it serves forward only"
+def test_a_daemon_that_serves_forward_only_or_fewer_bits_says_so() -> None:
+    with EchoServer(forward_only=True, quantization="8bit") as server:
+        shown = rows(run(server.endpoint).output)
+    assert shown["gradient"] == "none: it serves forward only"
+    assert shown["trunk"] == "0 parameters in float32, linear layers in 8bit"
 
 
 def test_nothing_there_is_exit_3_and_one_line() -> None:

@@ -38,6 +38,7 @@ from zsl.split.stack import whole_class
 from zsl.training.config.peft_table import SHOWN, peft_config
 from zsl.training.report.overview import communication
 from zsl.training.report.step_measure import StepMeasure
+from zsl.trunk.daemon.load import plan_trunk
 
 pytestmark = [
     # What PEFT remarks on these methods, with a whole local model too. Of missing keys it must not speak.
@@ -532,3 +533,5 @@ def test_what_cannot_be_quantized_is_refused(
     monkeypatch.setattr("zsl.models.quantize.find_spec", lambda name: installed or None)
     with pytest.raises(ModelError, match=reason):
         load_client_part(resolve(text or str(checkpoints("llama"))), parse_cut(CUT), quantize="4bit")
+    with pytest.raises(ModelError, match=reason):
+        plan_trunk(text or str(checkpoints("llama")), None, torch.float32, "cpu", forward_only=False, quantize="4bit")

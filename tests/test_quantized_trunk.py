@@ -12,8 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from peft import LoraConfig, PeftModel, get_peft_model
-from test_trunk_adapters import check_all_routes, lora
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig, PreTrainedModel
 
 import zsl
 from support.adapters import local_step
@@ -21,14 +20,15 @@ from support.batches import tokens
 from support.compare import differing, numbers_of
 from support.daemon import Daemon
 from support.embedded import served
-from support.models import CUT
+from support.models import CONFIGS, CUT
+from test_adapted_passes import check_all_routes, lora
 from zsl.cli.zsl import zsl as command
 from zsl.models.identity import identify
-from zsl.models.loading import load_trunk_part
-from zsl.models.quantize import quantization_config
+from zsl.models.loading import load_client_part, load_trunk_part
+from zsl.models.quantize import bits_of
 from zsl.models.reference import resolve
 from zsl.split.cut import parse_cut
-from zsl.split.stack import causal_lm_class
+from zsl.split.stack import find_stack
 from zsl.trunk.daemon.load import plan_trunk
 from zsl.wire.messages import Quantization
 
@@ -37,13 +37,19 @@ pytest.importorskip("bitsandbytes")
 LAYERS = range(2, 4)
 
 
-def whole(path: Path, bits: Quantization, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def whole(
+    path: Path, bits: Quantization, dtype: torch.dtype = torch.float32, auto_class: Any = AutoModelForCausalLM
+) -> PreTrainedModel:
     """The local model, with all its layers in fewer bits."""
-    reference = resolve(str(path))
-    config = quantization_config(reference, bits, dtype)
-    model: PreTrainedModel = causal_lm_class(reference.config).from_pretrained(
-        path, dtype=dtype, quantization_config=config
-    )
+    config = BitsAndBytesConfig(load_in_8bit=True)
+    if bits == "4bit":
+        config = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    model: PreTrainedModel = auto_class.from_pretrained(path, dtype=dtype, quantization_config=config)
     model.config.use_cache = False
     return model.train()
 
@@ -71,6 +77,9 @@ def test_all_numbers_are_those_of_a_local_model_with_the_same_bits(
     assert traits.packs and traits.merges_adapters
     trunk = load_trunk_part(resolve(str(path)), plan.cut)
     assert traits.parameters == sum(parameter.numel() for parameter in trunk.parameters())
+    quantized = sum(p.nbytes for p in compute._trunk._model.parameters() if not p.is_floating_point())
+    linear = sum(inputs * outputs for inputs, outputs in traits.adaptable.values())
+    assert quantized == (linear // 2 if bits == "4bit" else linear)
     step = local_step(model, tokens(2, 9, 3), LAYERS, lora(fan_in_fan_out=family == "gpt2"))
     compute._trunk._own_attention = False  # its attention on a CPU rounds less than the local model's
     check_all_routes(compute, step, monkeypatch)
@@ -120,3 +129,23 @@ def test_eight_bits_are_trained_as_locally(checkpoints: Callable[..., Path]) -> 
     path = checkpoints("gpt2")
     with served(str(path), quantize="8bit") as endpoint:
         check_training(endpoint, path, "8bit")
+
+
+def quantized_modules(model: PreTrainedModel) -> set[str]:
+    """The paths of the quantized modules, within the decoder layers or the model."""
+    prefix = f"{find_stack(model).name}."
+    return {name.removeprefix(prefix) for name, module in model.named_modules() if bits_of(module)}
+
+
+@pytest.mark.parametrize("auto_class", [AutoModelForCausalLM, AutoModelForSequenceClassification])
+def test_both_parts_quantize_what_transformers_quantizes_in_the_whole_model(
+    auto_class: Any, checkpoints: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Transformers keeps the module of the last parameter. In a trunk of OLMo that is a linear layer."""
+    monkeypatch.setitem(CONFIGS, "olmo", CONFIGS["olmo2"])
+    path = checkpoints("olmo", tie_word_embeddings=True)
+    reference, cut = resolve(str(path)), parse_cut("3:6")
+    trunk = quantized_modules(load_trunk_part(reference, cut, quantize="4bit"))
+    client = quantized_modules(load_client_part(reference, cut, quantize="4bit", auto_class=auto_class))
+    assert len(trunk) == len(client) == 3 * 7
+    assert trunk | client == quantized_modules(whole(path, "4bit", auto_class=auto_class))

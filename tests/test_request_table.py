@@ -71,7 +71,7 @@ class Room:
             "tensors": [TensorDescriptor(role="activations", dtype="u8", shape=(nbytes,), nbytes=nbytes)],
         }
         kind = Kind.FORWARD if step is None else Kind.BACKWARD
-        header: Forward | Backward = Forward(**common, adapter=None, keep=True)  # type: ignore[arg-type]
+        header: Forward | Backward = Forward(**common, adapter=None, keep=True, reveal=[])  # type: ignore[arg-type]
         if step is not None:
             header = Backward(**common, **NO_ADAPTER, step=step)
         job = Job((session.id, number), session.owner, kind, 1, None, cost_seconds, deadline, session.id)

@@ -186,6 +186,12 @@ class ForwardOnlyError(WireError):
     code = "FORWARD_ONLY"
 
 
+class NotRevealedError(WireError):
+    """The daemon does not reveal this tensor from inside the trunk. Its owner can, with --reveal."""
+
+    code = "NOT_REVEALED"
+
+
 class UnknownSessionError(WireError):
     """The session is unknown to the daemon, or its lease has expired."""
 
@@ -281,6 +287,7 @@ WIRE_ERRORS: dict[str, type[WireError]] = {
         QuotaError,
         WrongModelError,
         ForwardOnlyError,
+        NotRevealedError,
         UnknownSessionError,
         StaleEpochError,
         UnknownStepError,

@@ -20,7 +20,7 @@ from zsl.trunk.costs import UNKNOWN_COSTS, BatchLimits
 from zsl.trunk.daemon.server import TrunkServer
 from zsl.trunk.settings import ServerSettings, TrunkInfo, TrunkTraits
 from zsl.trunk.work import Batch, Compute, Done, Keep, Kind, Outcome, Work
-from zsl.wire.messages import Cut, FloatDtypeName, ModelIdentity
+from zsl.wire.messages import Cut, FloatDtypeName, ModelIdentity, Quantization
 
 HIDDEN = 4
 ROW_TOKENS = 64
@@ -89,6 +89,7 @@ class EchoServer:
         model: ModelIdentity = IDENTITY,
         cut: Cut = CUT,
         dtype: FloatDtypeName = "f32",
+        quantization: Quantization | None = None,
         row_tokens: int = ROW_TOKENS,
         compute: Compute | None = None,
         keys: KeyPair | None = None,
@@ -100,7 +101,7 @@ class EchoServer:
         self.compute = EchoCompute(replace(TRAITS, **traits))
         self._runs = compute or self.compute
         self._port = port
-        self._info = TrunkInfo(model, cut, dtype, forward_only, row_tokens)
+        self._info = TrunkInfo(model, cut, dtype, forward_only, row_tokens, quantization)
         self._settings = settings
         self._started: Future[str] = Future()
         self._thread = threading.Thread(target=self._run, daemon=True)

@@ -115,6 +115,7 @@ def forward(
         "budget_ms": 20_000,
         "adapter": None,
         "keep": False,
+        "reveal": [],
         "tensors": [activations],
     }
     return Forward.model_validate({**fields, **changes}), [bytes(nbytes)]

@@ -117,7 +117,9 @@ class SquareClient:
 
         def build(welcome: Welcome, pending: Pending) -> tuple[Header, Sequence[Frame]]:
             fields = self._fields(welcome, pending)
-            return Forward(**fields, adapter=None, keep=True, tensors=[_descriptor("activations", x)]), [_bytes(x)]
+            return Forward(**fields, adapter=None, keep=True, reveal=[], tensors=[_descriptor("activations", x)]), [
+                _bytes(x)
+            ]
 
         return _array(self.connection.call(request, build, nbytes=x.nbytes)), request
 

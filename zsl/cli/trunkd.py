@@ -75,6 +75,14 @@ class MemorySize(click.ParamType[int]):
     help="Refuse backward requests: clients can train only the layers behind the trunk.",
 )
 @click.option(
+    "--reveal",
+    default="",
+    metavar="NAMES",
+    show_envvar=True,
+    help="Send clients that ask for them tensors from inside the trunk: hidden-states, router-logits, or both, "
+    "separated by a comma.  [default: none]",
+)
+@click.option(
     "--stash-memory",
     type=MemorySize(),
     default="4GiB",
@@ -160,6 +168,7 @@ def trunkd(
     device: str,
     threads: int | None,
     forward_only: bool,
+    reveal: str,
     stash_memory: int,
     adapter_memory: int,
     max_adapter_rank: int,
@@ -187,9 +196,11 @@ def trunkd(
         from zsl.trunk.access.access import check_address, read_access
         from zsl.trunk.daemon.log import set_up_logging
         from zsl.trunk.failpoints import failpoint_from
+        from zsl.trunk.settings import parse_reveals
 
         set_up_logging(log_format, debug=debug)  # type: ignore[arg-type]
         parsed_cut = parse_cut(cut) if cut else None
+        reveals = parse_reveals(reveal)
         access = read_access(keys, tenants)
         host = host.removeprefix("[").removesuffix("]")  # as an IPv6 address is written before a port
         check_address(host, encrypted=access is not None, insecure=insecure)
@@ -211,6 +222,7 @@ def trunkd(
             device=device,
             threads=threads,
             forward_only=forward_only,
+            reveals=reveals,
             stash_memory_bytes=stash_memory,
             adapter_memory_bytes=0 if no_adapters else adapter_memory,
             max_adapter_rank=max_adapter_rank,

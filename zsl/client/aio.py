@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -11,7 +12,7 @@ import torch
 from zsl.client.replayable_step import Answer, CallAdapter, Step, read_answer
 from zsl.client.trunk_client import CONNECT_TIMEOUT_SECONDS, REQUEST_TIMEOUT_SECONDS, TrunkClient
 from zsl.link.traffic import Traffic
-from zsl.wire.messages import AdapterSum, Cut, FloatDtypeName, ModelIdentity, Status, Welcome
+from zsl.wire.messages import AdapterSum, Cut, FloatDtypeName, ModelIdentity, Reveal, Status, Welcome
 
 
 class AsyncTrunkClient:
@@ -77,6 +78,7 @@ class AsyncTrunkClient:
         lengths: torch.Tensor | None = None,
         keep: bool = False,
         adapter: CallAdapter | None = None,
+        reveal: Sequence[Reveal] = (),
     ) -> Step:
         """Run the trunk on activations `[rows, tokens, hidden]`."""
         step, future = self._client.submit_forward(
@@ -86,6 +88,7 @@ class AsyncTrunkClient:
             lengths=lengths,
             keep=keep,
             adapter=adapter,
+            reveal=reveal,
         )
         self._client.finish_forward(step, await asyncio.wrap_future(future))
         return step
@@ -98,10 +101,16 @@ class AsyncTrunkClient:
         activations: torch.Tensor | None = None,
         adapter_gradients: bool = False,
         adapter_sum: AdapterSum | None = None,
+        at_revealed: Mapping[Reveal, torch.Tensor] | None = None,
     ) -> Answer:
         """Return the gradient at the trunk's input, `[rows, tokens, hidden]`."""
         future = self._client.submit_backward(
-            step, gradients, activations=activations, adapter_gradients=adapter_gradients, adapter_sum=adapter_sum
+            step,
+            gradients,
+            activations=activations,
+            adapter_gradients=adapter_gradients,
+            adapter_sum=adapter_sum,
+            at_revealed=at_revealed,
         )
         return read_answer(await asyncio.wrap_future(future), "gradients", adapter_gradients=adapter_gradients)
 

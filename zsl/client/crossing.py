@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,6 +14,7 @@ from zsl.client.replayable_step import CallAdapter, Step
 from zsl.client.trunk_client import TrunkClient
 from zsl.errors import InternalError, ModelError
 from zsl.wire.frames import Message
+from zsl.wire.messages import Reveal
 
 PaddingMode = Literal["drop", "send"]
 
@@ -88,9 +90,15 @@ class Crossing:
         return client.submit_forward(activations, keep=keep, adapter=adapter, **self._beside)
 
     def forward(
-        self, client: TrunkClient, activations: torch.Tensor, *, keep: bool, adapter: CallAdapter | None
+        self,
+        client: TrunkClient,
+        activations: torch.Tensor,
+        *,
+        keep: bool,
+        adapter: CallAdapter | None,
+        reveal: Sequence[Reveal] = (),
     ) -> Step:
-        return client.forward(activations, keep=keep, adapter=adapter, **self._beside)
+        return client.forward(activations, keep=keep, adapter=adapter, reveal=reveal, **self._beside)
 
 
 def crossing_of(

@@ -15,7 +15,7 @@ from zsl.transport.curve_keys import ClientKeys
 from zsl.wire.messages import AdapterLimits, FloatDtypeName, Status, Welcome
 
 ROUND_TRIPS = 5
-_OF_SESSION = ("packs", "deterministic", "adapters", "limits")  # what only a WELCOME says
+_OF_SESSION = ("packs", "deterministic", "adapters", "reveals", "limits")  # what only a WELCOME says
 DIGEST_CHARACTERS = 12  # of a digest that people compare
 DTYPE_WORDS: dict[FloatDtypeName, str] = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 
@@ -51,6 +51,7 @@ class Serving:
                 ("deterministic", "yes" if self.welcome.deterministic else "no"),
                 ("packs", "yes" if self.welcome.packs else "no"),
                 ("adapters", _adapters(self.welcome.adapters)),
+                ("reveals", ", ".join(self.welcome.reveals).replace("_", " ") or "nothing inside the trunk"),
                 ("row", f"up to {counted(limits.max_row_tokens, 'token')}"),
                 ("request", f"up to {tokens}, {in_units(limits.max_message_bytes)} a tensor"),
                 ("in flight", f"up to {requests}, {in_units(limits.max_inflight_bytes)} a session"),

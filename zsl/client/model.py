@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from zsl.client.remote import RemoteTrunk
+from zsl.client.revealed import ARGUMENTS
 from zsl.errors import ConfigError, ModelError
 from zsl.models.identity import identify
 from zsl.models.loading import AdaptedLayers, load_client_part
@@ -23,12 +24,8 @@ from zsl.wire.messages import Cut, Quantization
 _REFUSED = {
     "use_cache": "the trunk keeps no keys and values; pass use_cache=False",
     "past_key_values": "the trunk keeps no keys and values; pass use_cache=False",
-    "output_hidden_states": "the hidden states inside the trunk stay there; "
-    "for those of your own layers register forward hooks on them",
     "output_attentions": "the attentions inside the trunk stay there; "
     "for those of your own layers register forward hooks on them",
-    "output_router_logits": "the routers inside the trunk stay there, and the loss would lack their share; "
-    "leave it out, and for TRL's trainers set router_aux_loss_coef=0.0",
 }
 _LABELS = ("labels", "shift_labels", "start_positions", "end_positions")  # names in the losses of transformers
 
@@ -97,9 +94,14 @@ def put_trunk(model: PreTrainedModel, trunk: RemoteTrunk, cut: Cut) -> None:
     def observe(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         arguments = arguments_of_runner(args, kwargs)
         labels = call.__dict__.pop("labels", ())
-        for name, reason in _REFUSED.items():
+
+        def is_asked(name: str) -> bool:
             asked = arguments.get(name)
-            if asked or (asked is None and getattr(module.config, name, False)):
+            return bool(asked or (asked is None and getattr(module.config, name, False)))
+
+        for name, reason in _REFUSED.items():
+            if is_asked(name):
+                asked = arguments.get(name)
                 raise ModelError(f"{name}={asked or True!r:.40} is not supported by a split model: {reason}")
         # Looked up in each call: a copy of the model has a copy of the trunk.
         layers = getattr(module, stack.leaf_name)
@@ -110,6 +112,7 @@ def put_trunk(model: PreTrainedModel, trunk: RemoteTrunk, cut: Cut) -> None:
                 arguments.get("position_ids"),
                 labels,
                 {index: layers[index] for index in range(cut.start, cut.stop)},
+                tuple(name for argument, (name, _) in ARGUMENTS.items() if is_asked(argument)),
             )
 
     model.register_forward_pre_hook(note_labels, with_kwargs=True)

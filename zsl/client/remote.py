@@ -19,6 +19,7 @@ from torch.autograd import forward_ad
 from zsl.client.crossing import CallInputs, PaddingMode, crossing_of
 from zsl.client.gradient_sum import current_micro_batch
 from zsl.client.overlap import current_lane
+from zsl.client.revealed import check_collected, check_reveals, collect
 from zsl.client.trunk_adapters import Found, TrunkAdapters
 from zsl.client.trunk_client import CONNECT_TIMEOUT_SECONDS, REQUEST_TIMEOUT_SECONDS, TrunkClient
 from zsl.client.trunk_function import Call, CrossingEvent
@@ -30,7 +31,7 @@ from zsl.link.pending import check_timeouts
 from zsl.split.ghosts import WAY_OUT
 from zsl.split.no_weights import NoWeights
 from zsl.split.trunk_lora import Slots
-from zsl.wire.messages import Cut, ModelIdentity, Quantization, Welcome
+from zsl.wire.messages import Cut, ModelIdentity, Quantization, Reveal, Welcome
 from zsl.wire.tensors import TORCH_DTYPES, float_wire_name
 
 GradientMode = Literal["exact", "straight-through", "none"]
@@ -211,12 +212,18 @@ class RemoteTrunk(NoWeights):
         position_ids: torch.Tensor | None,
         labels: tuple[torch.Tensor, ...] = (),
         slots: Slots | None = None,
+        reveal: tuple[Reveal, ...] = (),
     ) -> None:
         """Keep arguments of the model's call for this thread's next `forward`: the trunk rebuilds mask and positions.
 
         The mask `[rows, tokens]` is not passed to layers, so a hook on the model calls this; see `load_client`.
-        `slots`: the modules in the places of the trunk's layers, whose adapters are sent.
+        `slots`: the modules in the places of the trunk's layers, whose adapters are sent. `reveal`: tensors from inside
+        the trunk that the model is asked for. Raises `ModelError` for those that the trunk keeps.
         """
+        cut = self.client.welcome.cut
+        inside = tuple(name for name in reveal if name != "hidden_states" or cut.stop - cut.start > 1)
+        check_reveals(inside, self.client.welcome.reveals, self.endpoint)
+        self._call.reveal = reveal, inside
         self._call.inputs = CallInputs(attention_mask, position_ids, labels)
         self._call.slots = slots
 
@@ -233,27 +240,36 @@ class RemoteTrunk(NoWeights):
                 "the model ran its layers without the call that brings mask and positions; zsl cannot split it"
             )
         adapters = self._found_adapters(self._call.__dict__.pop("slots", None))
+        asked, reveal = self._call.__dict__.pop("reveal", ((), ()))
+        check_collected(asked)
         crossing = crossing_of(
             inputs or CallInputs(),
             hidden_states,
             self.wire_dtype or hidden_states.dtype,
             packs=self.client.welcome.packs,
-            padding=self.padding,
+            padding="send" if reveal else self.padding,  # revealed at padded positions too
         )
         if forward_ad.unpack_dual(hidden_states).tangent is not None:
             raise ModelError("forward-mode differentiation does not pass the trunk; use backward")
         self._warn_of_autocast(hidden_states)
         mode = self.effective_mode
         adapter = None if adapters is None else self._adapters.for_call(adapters, self.adapter_wire_dtype)
-        call = Call(self.client, crossing, mode == "exact", self.on_crossing, adapter, current_micro_batch())
+        micro_batch = None if reveal else current_micro_batch()  # a sum of several backwards takes no other gradients
+        call = Call(self.client, crossing, mode == "exact", self.on_crossing, adapter, micro_batch, reveal)
         weights = None if adapters is None or mode != "exact" else adapters.weights
         learns = hidden_states.requires_grad or (weights is not None and weights.requires_grad)
-        if not (torch.is_grad_enabled() and learns) or mode == "none":
-            return call.without_gradient(hidden_states)
         lane = current_lane()
-        if lane is None:
-            return call.with_gradient(hidden_states, weights)
-        return call.in_lane(lane, hidden_states, weights)
+        if not (torch.is_grad_enabled() and learns) or mode == "none":
+            output, *revealed = call.without_gradient(hidden_states)
+        elif reveal and (lane is not None or mode != "exact"):
+            why = f"mode {mode!r}" if lane is None else "micro-batches in flight (overlap)"
+            raise ModelError(f"the trunk's {' and '.join(reveal).replace('_', ' ')} have no gradient with {why}")
+        elif lane is None:
+            output, *revealed = call.with_gradient(hidden_states, weights)
+        else:
+            return call.in_lane(lane, hidden_states, weights)
+        collect(asked, dict(zip(reveal, revealed, strict=True)), hidden_states, output)
+        return output
 
     def _found_adapters(self, slots: Slots | None) -> Found | None:
         """Return the adapters on the trunk's layers. Raises `ZslError` for those that the daemon would not train."""

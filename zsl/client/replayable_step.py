@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -13,7 +13,7 @@ from zsl.errors import ChangedError, InternalError
 from zsl.link.adapter_versions import EncodedAdapter
 from zsl.link.connection import Connection
 from zsl.wire.frames import Message
-from zsl.wire.messages import Result, Role, UsedAdapter
+from zsl.wire.messages import Result, Reveal, Role, UsedAdapter
 from zsl.wire.tensors import decode_tensor
 
 
@@ -21,7 +21,8 @@ from zsl.wire.tensors import decode_tensor
 class Answer:
     """Tensor of a RESULT, number of requests in its pass, and the daemon's times.
 
-    `adapter_gradients`: of a backward that asked for them, flat, in the dtype of the version.
+    `adapter_gradients`: of a backward that asked for them, flat, in the dtype of the version. `revealed`: tensors from
+    inside the trunk that a forward asked for.
     """
 
     tensor: torch.Tensor
@@ -29,6 +30,7 @@ class Answer:
     queue_seconds: float
     compute_seconds: float
     adapter_gradients: torch.Tensor | None = None
+    revealed: dict[Reveal, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +60,13 @@ class Step:
         position_ids: torch.Tensor | None,
         lengths: torch.Tensor | None,
         adapter: CallAdapter | None = None,
+        reveal: Sequence[Reveal] = (),
     ) -> None:
         self.request = connection.new_request_id()
         self.held_in_session: bytes | None = None  # session in which the daemon may hold the step
         self.answer: Answer | None = None
         self.adapter = adapter
+        self.reveal = tuple(reveal)
         self._connection = connection
         self._activations: torch.Tensor | None = activations
         self._version = _version(activations)
@@ -111,10 +115,12 @@ def _version(tensor: torch.Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
-def read_answer(message: Message, role: Role, *, adapter_gradients: bool = False) -> Answer:
+def read_answer(
+    message: Message, role: Role, *, adapter_gradients: bool = False, reveal: Sequence[Reveal] = ()
+) -> Answer:
     """Return the answer in a RESULT. Its tensors may share the message's memory. Raises `InternalError`."""
     header = message.header
-    due: list[Role] = [role, "adapter_gradients"] if adapter_gradients else [role]
+    due: list[Role] = [role, "adapter_gradients"] if adapter_gradients else [role, *sorted(reveal)]
     if not isinstance(header, Result) or [descriptor.role for descriptor in header.tensors] != due:
         raise InternalError(
             f"the trunk answered with {type(header).__name__} where a RESULT with {' and '.join(due)} is due"
@@ -126,4 +132,5 @@ def read_answer(message: Message, role: Role, *, adapter_gradients: bool = False
         queue_seconds=header.queue_us / 1e6,
         compute_seconds=header.compute_us / 1e6,
         adapter_gradients=tensors[1] if adapter_gradients else None,
+        revealed=dict(zip(sorted(reveal), tensors[1:], strict=False)),
     )

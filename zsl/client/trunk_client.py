@@ -8,7 +8,7 @@ with TrunkClient("tcp://127.0.0.1:5555") as trunk:
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Self
@@ -24,6 +24,7 @@ from zsl.link.pending import Build, Pending
 from zsl.link.traffic import Traffic
 from zsl.wire.frames import Frame, Message
 from zsl.wire.messages import (
+    GRADIENTS_OF,
     AdapterSum,
     Backward,
     Cut,
@@ -31,6 +32,7 @@ from zsl.wire.messages import (
     Forward,
     Header,
     ModelIdentity,
+    Reveal,
     Status,
     Welcome,
 )
@@ -109,16 +111,18 @@ class TrunkClient:
         lengths: torch.Tensor | None = None,
         keep: bool = False,
         adapter: CallAdapter | None = None,
+        reveal: Sequence[Reveal] = (),
     ) -> Step:
         """Run the trunk on activations `[rows, tokens, hidden]`; `keep` if a backward will follow.
 
         Optional: a mask `[rows, tokens]`, positions `[rows or 1, tokens]`; for one row of several concatenated
         sequences their lengths `[sequences]` (if `welcome.packs`); an adapter in the trunk's layers (if
-        `welcome.adapters`).
+        `welcome.adapters`). `reveal`: tensors from inside the trunk to return too, in `Step.answer` (those of
+        `welcome.reveals`).
 
         Raises `ZslError`: the request was refused, timed out, or the connection was lost for good.
         """
-        step, build, nbytes = self._forward(activations, attention_mask, position_ids, lengths, keep, adapter)
+        step, build, nbytes = self._forward(activations, attention_mask, position_ids, lengths, keep, adapter, reveal)
         self.finish_forward(step, self._connection.call(step.request, build, nbytes=nbytes, adapter=_version(adapter)))
         return step
 
@@ -130,14 +134,17 @@ class TrunkClient:
         activations: torch.Tensor | None = None,
         adapter_gradients: bool = False,
         adapter_sum: AdapterSum | None = None,
+        at_revealed: Mapping[Reveal, torch.Tensor] | None = None,
     ) -> Answer:
         """Return the gradient at the trunk's input for the gradient `[rows, tokens, hidden]` at its output.
 
         `activations`: those of the forward, needed after `Step.forget_tensors`. `adapter_gradients`: return those of
-        the forward's adapter too. `adapter_sum`: add them to this sum at the daemon, and return that.
+        the forward's adapter too. `adapter_sum`: add them to this sum at the daemon, and return that. `at_revealed`:
+        gradients at tensors that the forward revealed.
         """
-        request, build = self._backward(step, gradients, activations, adapter_gradients, adapter_sum)
-        message = self._connection.call(request, build, nbytes=gradients.nbytes, adapter=_version(step.adapter))
+        built = self._backward(step, gradients, activations, adapter_gradients, adapter_sum, at_revealed)
+        request, build, nbytes = built
+        message = self._connection.call(request, build, nbytes=nbytes, adapter=_version(step.adapter))
         step.held_in_session = None
         return read_answer(message, "gradients", adapter_gradients=adapter_gradients)
 
@@ -157,9 +164,10 @@ class TrunkClient:
         lengths: torch.Tensor | None = None,
         keep: bool = False,
         adapter: CallAdapter | None = None,
+        reveal: Sequence[Reveal] = (),
     ) -> tuple[Step, Future[Message]]:
         """Send a forward without waiting. Return the step, and the future of the message for `finish_forward`."""
-        step, build, nbytes = self._forward(activations, attention_mask, position_ids, lengths, keep, adapter)
+        step, build, nbytes = self._forward(activations, attention_mask, position_ids, lengths, keep, adapter, reveal)
         return step, self._connection.submit(step.request, build, nbytes=nbytes, adapter=_version(adapter))
 
     def _forward(
@@ -170,11 +178,12 @@ class TrunkClient:
         lengths: torch.Tensor | None,
         keep: bool,
         adapter: CallAdapter | None,
+        reveal: Sequence[Reveal],
     ) -> tuple[Step, Build, int]:
         """Return a step, the builder of its FORWARD message, and the bytes of its tensors."""
         if keep and activations.is_inference():
             activations = activations.clone()  # it has no version counter to detect in-place changes
-        step = Step(self._connection, activations, attention_mask, position_ids, lengths, adapter)
+        step = Step(self._connection, activations, attention_mask, position_ids, lengths, adapter, reveal)
         request = step.request
         encoded = encode_tensors(step.inputs())
 
@@ -189,6 +198,7 @@ class TrunkClient:
                 budget_ms=pending.budget_ms(),
                 adapter=None if adapter is None else adapter.header,
                 keep=keep,
+                reveal=list(step.reveal),
                 tensors=descriptors,
             )
             return header, buffers
@@ -206,7 +216,7 @@ class TrunkClient:
 
     def finish_forward(self, step: Step, message: Message) -> None:
         """Set the answer of a step's forward. Raises `InternalError` for an unexpected message."""
-        step.answer = read_answer(message, "activations")
+        step.answer = read_answer(message, "activations", reveal=step.reveal)
 
     def submit_backward(
         self,
@@ -216,10 +226,12 @@ class TrunkClient:
         activations: torch.Tensor | None = None,
         adapter_gradients: bool = False,
         adapter_sum: AdapterSum | None = None,
+        at_revealed: Mapping[Reveal, torch.Tensor] | None = None,
     ) -> Future[Message]:
         """Send a backward without waiting. The message's tensors are the gradient, and that of the adapter if asked."""
-        request, build = self._backward(step, gradients, activations, adapter_gradients, adapter_sum)
-        future = self._connection.submit(request, build, nbytes=gradients.nbytes, adapter=_version(step.adapter))
+        built = self._backward(step, gradients, activations, adapter_gradients, adapter_sum, at_revealed)
+        request, build, nbytes = built
+        future = self._connection.submit(request, build, nbytes=nbytes, adapter=_version(step.adapter))
         future.add_done_callback(step.went_back)
         return future
 
@@ -230,11 +242,14 @@ class TrunkClient:
         activations: torch.Tensor | None,
         adapter_gradients: bool,
         adapter_sum: AdapterSum | None,
-    ) -> tuple[int, Build]:
-        """Return the request id of a step's backward, and the builder of its message."""
+        at_revealed: Mapping[Reveal, torch.Tensor] | None,
+    ) -> tuple[int, Build, int]:
+        """Return the request id of a step's backward, the builder of its message, and the bytes of its gradients."""
         request = self._connection.new_request_id()
         # Encoded in the caller's thread, so that a copy from a GPU follows the computation of the gradients.
-        inputs, encoded = encode_tensors(step.inputs(activations)), encode_tensors({"gradients": gradients})
+        inputs = encode_tensors(step.inputs(activations))
+        of_revealed = {GRADIENTS_OF[name]: gradient for name, gradient in (at_revealed or {}).items()}
+        encoded = encode_tensors({"gradients": gradients, **of_revealed})
 
         def build(welcome: Welcome, pending: Pending) -> tuple[Header, Sequence[Frame]]:
             held = step.held_in_session == welcome.session and not pending.complete
@@ -253,7 +268,7 @@ class TrunkClient:
             )
             return header, [buffer for _, buffers in sent for buffer in buffers]
 
-        return request, build
+        return request, build, sum(len(buffer) for buffer in encoded[1])
 
     def close(self) -> None:
         """End the session. Waiting calls fail with `ClosedError`."""

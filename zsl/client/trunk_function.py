@@ -15,8 +15,10 @@ from zsl.client.crossing import Crossing
 from zsl.client.gradient_sum import MicroBatch, Summand
 from zsl.client.overlap import Deferred, Lane
 from zsl.client.replayable_step import Answer, CallAdapter, Step, read_answer
+from zsl.client.revealed import check_shapes
 from zsl.client.trunk_client import TrunkClient
 from zsl.errors import InternalError
+from zsl.wire.messages import Reveal
 
 CrossingEvent = tuple[Literal["forward", "backward"], Literal["begins", "ended"]]
 
@@ -26,7 +28,8 @@ class Call:
     """One call of the trunk. `exact`: the gradient is the trunk's own; otherwise it passes unchanged.
 
     `adapter`: the one on the trunk's layers. Its flat `weights` `[elements]` are given for their gradient only.
-    `micro_batch`: the one whose step sums up the adapter's gradients at the daemon.
+    `micro_batch`: the one whose step sums up the adapter's gradients at the daemon. `reveal`: tensors from inside the
+    trunk to return too, in this order.
     `on_crossing` is called when a batch is ready to be sent and when it has come back, forward and backward.
     """
 
@@ -36,18 +39,29 @@ class Call:
     on_crossing: Callable[[CrossingEvent], None]
     adapter: CallAdapter | None = None
     micro_batch: MicroBatch | None = None
+    reveal: tuple[Reveal, ...] = ()
 
-    def without_gradient(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Run activations `[rows, tokens, hidden]` through the trunk, without a backward."""
+    def without_gradient(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Run activations `[rows, tokens, hidden]` through the trunk, without a backward. Return the output and what
+        is revealed."""
+        _, results = self._forward(hidden_states, keep=False)
+        return results
+
+    def with_gradient(self, hidden_states: torch.Tensor, weights: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        """Run activations `[rows, tokens, hidden]` through the trunk, as an operation of autograd. Return the output
+        and what is revealed."""
+        results: tuple[torch.Tensor, ...]
+        results = _TrunkFunction.apply(hidden_states, weights, self)  # type: ignore[no-untyped-call]
+        return results
+
+    def _forward(self, hidden_states: torch.Tensor, *, keep: bool) -> tuple[Step, tuple[torch.Tensor, ...]]:
         activations = self.crossing.sent(hidden_states.detach())
         with self._noted("forward"):
-            step = self.crossing.forward(self.client, activations, keep=False, adapter=self.adapter)
-            return self.crossing.received(step.output, hidden_states)
-
-    def with_gradient(self, hidden_states: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
-        """Run activations `[rows, tokens, hidden]` through the trunk, as an operation of autograd."""
-        output: torch.Tensor = _TrunkFunction.apply(hidden_states, weights, self)  # type: ignore[no-untyped-call]
-        return output
+            step = self.crossing.forward(self.client, activations, keep=keep, adapter=self.adapter, reveal=self.reveal)
+            output = self.crossing.received(step.output, hidden_states)
+            revealed = {} if step.answer is None else step.answer.revealed
+            check_shapes(revealed, hidden_states, self.client.welcome.cut)
+            return step, (output, *(revealed[name].to(output) for name in self.reveal))
 
     def in_lane(self, lane: Lane[Any], hidden_states: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
         """Run one of several overlapped micro-batches. Return a leaf, whose gradient is sent to the trunk later."""
@@ -118,24 +132,28 @@ class _TrunkFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden_states: torch.Tensor, weights: torch.Tensor | None, call: Call) -> torch.Tensor:
+    def forward(
+        ctx: Any, hidden_states: torch.Tensor, weights: torch.Tensor | None, call: Call
+    ) -> tuple[torch.Tensor, ...]:
         ctx.call = call
-        activations = call.crossing.sent(hidden_states.detach())
-        with call._noted("forward"):
-            step = call.crossing.forward(call.client, activations, keep=call.exact, adapter=call.adapter)
-            output = call.crossing.received(step.output, hidden_states)
+        ctx.set_materialize_grads(False)  # revealed tensors that have no gradient send none
+        step, results = call._forward(hidden_states, keep=call.exact)
         if call.exact:
             ctx.save_for_backward(hidden_states)
             step.forget_tensors()
             ctx.step = step
             ctx.flat = None if weights is None else (weights.shape, weights.dtype, weights.device)
             ctx.weights = weights if call.micro_batch is not None else None
-        return output
+        return results
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradients: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+    def backward(
+        ctx: Any, gradients: torch.Tensor | None, *of_revealed: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
         call: Call = ctx.call
+        if gradients is None:  # of a loss on revealed tensors only
+            gradients = torch.zeros_like(ctx.saved_tensors[0])
         call.crossing.check_gradients(gradients)
         if not call.exact:
             call.on_crossing(("backward", "ended"))
@@ -143,13 +161,24 @@ class _TrunkFunction(torch.autograd.Function):
         (hidden_states,) = ctx.saved_tensors
         to_input, to_weights = ctx.needs_input_grad[:2]
         sent, activations = call.crossing.sent(gradients), call.crossing.sent(hidden_states.detach())
+        at_revealed = {
+            name: call.crossing.sent(gradient)
+            for name, gradient in zip(call.reveal, of_revealed, strict=True)
+            if gradient is not None
+        }
         with call._noted("backward"):
             if call.micro_batch is not None and to_weights:
                 summand = call._submit_to_sum(ctx.step, sent, activations, ctx.weights)
                 wait([summand.future], call.client.longest_wait_seconds)
                 answer, to_weights = summand.answer(summand.future), summand.closes
             else:
-                answer = call.client.backward(ctx.step, sent, activations=activations, adapter_gradients=to_weights)
+                answer = call.client.backward(
+                    ctx.step,
+                    sent,
+                    activations=activations,
+                    adapter_gradients=to_weights,
+                    at_revealed=at_revealed,
+                )
             return (
                 call.crossing.received(answer.tensor, hidden_states) if to_input else None,
                 _received(answer, *ctx.flat) if to_weights else None,

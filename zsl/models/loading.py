@@ -41,7 +41,7 @@ def load_client_part(
     """
     _check(reference, "client", cut)
     cls = with_hole(whole_class(reference.config, auto_class), cut)
-    quantization = quantization_config(reference, quantize, dtype) if quantize else None
+    quantization = quantization_config(reference, quantize, dtype, auto_class) if quantize else None
     model = _load(cls, reference, dtype, quantization, may_lack_head=auto_class is not AutoModelForCausalLM)
     keep_as_loaded(model)
     if layers == "all":

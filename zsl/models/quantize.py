@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
+import copy
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import BitsAndBytesConfig, PreTrainedConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_tie_weights
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from zsl.errors import ModelError
 from zsl.models.reference import ModelReference
-from zsl.split.meta_model import meta_model
+from zsl.split.stack import BUILDING, whole_class
 from zsl.wire.messages import Quantization
 
 _LAYERS: dict[str, Quantization] = {"Linear4bit": "4bit", "Linear8bitLt": "8bit"}
 
 
-def quantization_config(reference: ModelReference, bits: Quantization, dtype: torch.dtype) -> BitsAndBytesConfig:
+def quantization_config(
+    reference: ModelReference, bits: Quantization, dtype: torch.dtype, auto_class: Any = AutoModelForCausalLM
+) -> BitsAndBytesConfig:
     """Return the `quantization_config` that loads linear layers, but not the head, in 4 bits (NF4, as in QLoRA) or 8.
 
-    They compute in `dtype`. Raises `ModelError` if this model cannot be quantized, or bitsandbytes is missing.
+    `auto_class` picks the whole model, which decides what is the head. The layers compute in `dtype`. Raises
+    `ModelError` if this model cannot be quantized, or bitsandbytes is missing.
     """
     check_can_be_quantized(reference, bits)
-    kept = _kept_modules(reference.config)
+    kept = _kept_modules(reference.config, auto_class)
     if bits == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept)
     return BitsAndBytesConfig(
@@ -46,12 +51,14 @@ def check_can_be_quantized(reference: ModelReference, bits: Quantization) -> Non
         raise ModelError(f"quantize = {bits!r} needs bitsandbytes: pip install bitsandbytes")
 
 
-def _kept_modules(config: PreTrainedConfig) -> list[str]:
+def _kept_modules(config: PreTrainedConfig, auto_class: Any) -> list[str]:
     """Return the modules of a model, and of its base model, that transformers quantizes in no case.
 
-    Found in the whole model: transformers keeps the last module too, which for a part of the model is another.
+    Found in the whole model as `from_pretrained` builds it, before weights are tied: transformers keeps the module of
+    the last parameter too, which for a part of the model is another.
     """
-    model = meta_model(config)
+    with BUILDING, no_tie_weights(), torch.device("meta"):
+        model: PreTrainedModel = whole_class(config, auto_class)._from_config(copy.deepcopy(config))
     names: list[str] = sorted(get_keys_to_not_convert(model))
     return [*names, *(name.removeprefix(f"{model.base_model_prefix}.") for name in names)]
 

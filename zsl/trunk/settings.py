@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from zsl.errors import WrongModelError
+from zsl.errors import ConfigError, WrongModelError
 from zsl.trunk.costs import (
     MAX_BATCH_TOKENS,
     UNKNOWN_GRAPH_MEMORY,
@@ -17,6 +17,7 @@ from zsl.trunk.costs import (
 )
 from zsl.wire.frames import MAX_HEADER_BYTES
 from zsl.wire.messages import (
+    GRADIENTS_OF,
     MAX_TENSOR_BYTES,
     AdapterLimits,
     Cut,
@@ -25,6 +26,7 @@ from zsl.wire.messages import (
     Limits,
     ModelIdentity,
     Quantization,
+    Reveal,
 )
 
 FP32_BYTES = 4
@@ -33,7 +35,10 @@ ADAPTER_SHARE = 1 / 4  # of the memory for adapters, that one version may take
 
 @dataclass(frozen=True, slots=True)
 class TrunkInfo:
-    """The served model and cut, as WELCOME and STATUS state them."""
+    """The served model and cut, as WELCOME and STATUS state them.
+
+    `reveals`: the tensors from inside the trunk that its owner lets clients ask for.
+    """
 
     model: ModelIdentity
     cut: Cut
@@ -41,6 +46,7 @@ class TrunkInfo:
     forward_only: bool
     max_row_tokens: int
     quantization: Quantization | None = None
+    reveals: tuple[Reveal, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +58,8 @@ class TrunkTraits:
     request's answer is the same bit for bit, whichever requests share its pass. `adaptable`: inputs and outputs of the
     linear modules that may have adapters, by path (`zsl.wire.adapter_layout`); `merges_adapters`: requests with
     adapters may share a pass. `graph_memory_with_adapters`, `pass_memory_with_adapters`: memory of passes of requests
-    with adapters.
+    with adapters. `routers`: number of the layers with experts, and experts of each; counted for a trunk that reveals
+    their logits.
     """
 
     parameters: int
@@ -69,6 +76,7 @@ class TrunkTraits:
     merges_adapters: bool = False
     graph_memory_with_adapters: GraphMemory = UNKNOWN_GRAPH_MEMORY
     pass_memory_with_adapters: PassMemory = UNKNOWN_PASS_MEMORY
+    routers: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +132,16 @@ class ServerSettings:
         """Return the tokens of the largest request that fits in memory, at least `MAX_BATCH_TOKENS`."""
         least, most = min(MAX_BATCH_TOKENS, self.max_request_tokens), self.max_request_tokens
         return memory.most_tokens(self.stash_memory_bytes, info.max_row_tokens, least=least, most=most)
+
+
+def parse_reveals(text: str) -> tuple[Reveal, ...]:
+    """Parse names such as `hidden-states,router-logits`, or none. Raises `ConfigError`."""
+    known: dict[str, Reveal] = {name.replace("_", "-"): name for name in GRADIENTS_OF}
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"--reveal {name!r}: one or more of {', '.join(known)}, separated by commas")
+    return tuple(reveal for name, reveal in known.items() if name in names)
 
 
 def check_wanted(info: TrunkInfo, hello: Hello) -> None:

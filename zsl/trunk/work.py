@@ -13,7 +13,7 @@ from zsl.errors import WireError
 from zsl.trunk.adapter import AdapterUse
 from zsl.trunk.settings import TrunkTraits
 from zsl.wire.frames import Frame
-from zsl.wire.messages import Role, TensorDescriptor, UsedAdapter
+from zsl.wire.messages import Reveal, Role, TensorDescriptor, UsedAdapter
 
 Buffers = dict[Role, tuple[TensorDescriptor, Frame]]
 
@@ -102,12 +102,14 @@ class Stash(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """A stash held in a session, with the shape of its step, the sharing of its backward, and the adapter of both."""
+    """A stash held in a session, with the shape of its step, the sharing of its backward, the adapter of both, and
+    what the forward revealed."""
 
     stash: Stash
     shape: Shape
     sharing: Sharing
     adapter: UsedAdapter | None = None
+    reveals: tuple[Reveal, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +117,8 @@ class Work:
     """The computation of one valid request. A backward has a `stash`, or activations among its buffers.
 
     The outcome of a backward with `adapter.gradients` has `adapter_gradients` among its buffers: flat, in the dtype of
-    the version's weights.
+    the version's weights. `reveals`: tensors from inside the trunk that a forward answers with, or that have gradients
+    in a backward. Such a request runs alone.
     """
 
     kind: Kind
@@ -125,6 +128,7 @@ class Work:
     keep: Keep = Keep.NOTHING
     stash: Stash | None = None
     adapter: AdapterUse | None = None
+    reveals: tuple[Reveal, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,9 +41,17 @@ FloatDtypeName = Literal["f32", "f16", "bf16"]
 Quantization = Literal["4bit", "8bit"]
 # `lengths`: the activations are one row of concatenated sequences of these lengths.
 # `layout`, `weights`, `adapter_gradients`: flat, of an adapter in the trunk's layers (`zsl.wire.adapter_layout`).
+# `hidden_states` [states, rows, tokens, hidden]: the inputs of the trunk's layers but the first. `router_logits`
+# [routers, rows * tokens, experts]: of its layers with experts, in order.
+Reveal = Literal["hidden_states", "router_logits"]
 Role = Literal[
-    "activations", "gradients", "attention_mask", "position_ids", "lengths", "layout", "weights", "adapter_gradients"
-]
+    "activations", "gradients", "attention_mask", "position_ids", "lengths", "layout", "weights", "adapter_gradients",
+    "hidden_states", "router_logits", "hidden_states_gradients", "router_logits_gradients",
+]  # fmt: skip
+GRADIENTS_OF: dict[Reveal, Role] = {
+    "hidden_states": "hidden_states_gradients",
+    "router_logits": "router_logits_gradients",
+}
 
 Count = Annotated[int, Field(ge=0, le=2**53)]
 Dim = Annotated[int, Field(ge=0, le=2**31 - 1)]
@@ -107,6 +115,7 @@ class TensorDescriptor(_Strict):
         return self
 
 
+Reveals = Annotated[list[Reveal], Field(max_length=len(GRADIENTS_OF))]
 # Validation stops at the first invalid descriptor.
 Tensors = Annotated[list[TensorDescriptor], FailFast(), Field(min_length=1, max_length=MAX_TENSORS)]
 
@@ -194,6 +203,7 @@ class Welcome(Header):
     deterministic: bool  # an answer has the same bits whatever other clients send
     trunk_parameters: Count
     adapters: AdapterLimits | None  # None: the daemon accepts no adapters
+    reveals: Reveals  # what a FORWARD may ask for from inside the trunk
     limits: Limits
 
 
@@ -249,17 +259,21 @@ class WorkHeader(InSession):
 
 
 class Forward(WorkHeader):
-    """Run the trunk on activations. `keep`: a BACKWARD for this request will follow."""
+    """Run the trunk on activations. `keep`: a BACKWARD for this request will follow.
+
+    `reveal`: answer with these tensors from inside the trunk too.
+    """
 
     TYPE = MessageType.FORWARD
     keep: bool
+    reveal: Reveals
 
 
 class Backward(WorkHeader):
     """Compute the vector-Jacobian product of the trunk with the given gradients.
 
     `step` is the request id of its FORWARD. A message that includes the activations (and mask and positions) is
-    complete in itself: the daemon needs nothing stored.
+    complete in itself: the daemon needs nothing stored. It may have gradients of revealed tensors, which are added.
     """
 
     TYPE = MessageType.BACKWARD
@@ -269,7 +283,7 @@ class Backward(WorkHeader):
 
 
 class Result(InSession):
-    """Answer to FORWARD (activations) or BACKWARD (gradients, and adapter_gradients, flat).
+    """Answer to FORWARD (activations, and what it asked to reveal) or BACKWARD (gradients; adapter_gradients, flat).
 
     Every client numbers its own requests, so only session and request together identify the request.
     """

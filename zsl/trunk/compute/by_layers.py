@@ -70,9 +70,15 @@ def layer_gradients(
 
 
 def gradients_at(
-    output: torch.Tensor, x: torch.Tensor, gradient: torch.Tensor, weights: Sequence[torch.Tensor] = ()
+    output: torch.Tensor | Sequence[torch.Tensor],
+    x: torch.Tensor,
+    gradient: torch.Tensor | Sequence[torch.Tensor],
+    weights: Sequence[torch.Tensor] = (),
 ) -> Gradients:
-    """Return the vector-Jacobian products of a graph at `x`, and at `weights` or None. Consumes the graph."""
+    """Return the vector-Jacobian products of a graph at `x`, and at `weights` or None. Consumes the graph.
+
+    `output` and `gradient`: one tensor, or several, whose products are added up.
+    """
     at_x, *at_weights = torch.autograd.grad(output, [x, *weights], gradient, allow_unused=bool(weights))
     return at_x, at_weights
 

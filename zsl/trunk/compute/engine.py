@@ -7,7 +7,7 @@ is run again request by request, so that only the bad request fails. Imports no 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 
@@ -25,11 +25,11 @@ from zsl.trunk.compute.stash import (
     with_common_graphs,
 )
 from zsl.trunk.compute.transfer import Transfer
-from zsl.trunk.compute.trunk_model import TrunkModel
+from zsl.trunk.compute.trunk_model import Revealed, TrunkModel
 from zsl.trunk.malloc import give_back_freed_memory, resident_bytes
 from zsl.trunk.settings import TrunkTraits
 from zsl.trunk.work import Batch, Buffers, Done, Keep, Kind, Outcome, Packed, Stacked, Work
-from zsl.wire.messages import Role
+from zsl.wire.messages import GRADIENTS_OF, Reveal, Role
 from zsl.wire.tensors import TORCH_DTYPES, decode_tensor, encode_tensor
 
 logger = logging.getLogger(__name__)
@@ -101,7 +101,8 @@ class TorchCompute:
         with_linear_outputs = not set(keeps).isdisjoint(_WITH_LINEAR_OUTPUTS)
         graph = linear_outputs = None
         # The backward of a kept graph says whether it needs gradients of adapters.
-        with self._trunk.adapted(self._adapters(works, merged, trained=range(len(works)))):
+        adapters, reveals = self._adapters(works, merged, trained=range(len(works))), works[0].reveals
+        with self._trunk.adapted(adapters), self._trunk.revealing(reveals) as revealed:
             if set(keeps) <= set(_WITH_GRAPH):
                 graph, linear_outputs = self._trunk.graph_to_keep(
                     merged.inputs, with_linear_outputs=with_linear_outputs
@@ -113,6 +114,8 @@ class TorchCompute:
                 output = self._trunk.forward(merged.inputs)
         dtypes = [_reply_dtype(work) for work in works]
         replies = self._replies("activations", merged.split(output), dtypes)
+        for name in reveals:  # of one request, which runs alone
+            replies[0].update(self._replies(name, [_stacked(name, revealed, works[0])], dtypes)[0])
         stashes = stashes_of(merged, parts, [work.shape for work in works], dtypes, keeps, graph, linear_outputs)
         return [Done(reply, stash) for reply, stash in zip(replies, stashes, strict=True)]
 
@@ -120,11 +123,13 @@ class TorchCompute:
         stashes = [self._stash(work) for work in works]
         tensors = self._transfer.to_device([decode_tensor(*work.buffers["gradients"]) for work in works])
         tensors = [tensor.to(self._trunk.dtype) for tensor in tensors]
+        at_revealed = self._at_revealed(works)
         results: dict[int, torch.Tensor] = {}  # by index of the request
         of_adapters: FlatGradients = {}
 
         def compute(places: list[int], gradients: Callable[..., tuple[list[torch.Tensor], FlatGradients]]) -> None:
-            at_inputs, flat = gradients(*([values[p] for p in places] for values in (works, stashes, tensors)))
+            chosen = ([values[p] for p in places] for values in (works, stashes, tensors))
+            at_inputs, flat = gradients(*chosen, at_revealed)
             results.update(zip(places, at_inputs, strict=True))
             of_adapters.update({places[index]: gradient for index, gradient in flat.items()})
 
@@ -145,18 +150,28 @@ class TorchCompute:
         return [unknown.get(place) or Done(reply) for place, reply in enumerate(replies)]
 
     def _recomputed(
-        self, works: Sequence[Work], stashes: Sequence[TorchStash], tensors: Sequence[torch.Tensor]
+        self,
+        works: Sequence[Work],
+        stashes: Sequence[TorchStash],
+        tensors: Sequence[torch.Tensor],
+        at_revealed: Mapping[Reveal, torch.Tensor],
     ) -> tuple[list[torch.Tensor], FlatGradients]:
         """Return gradients from linear outputs, or from inputs alone, and those of adapters by index of the request."""
         merged = self._merged(works, [stash.inputs for stash in stashes])
         linear_outputs = take_linear_outputs(stashes)
         at_output, trained = merged.join(tensors), _trained(works)
-        with self._trunk.adapted(self._adapters(works, merged, trained=trained)):
+        adapters = self._adapters(works, merged, trained=trained)
+        with self._trunk.adapted(adapters), self._trunk.revealing(at_revealed):
             if self._fits(works):
                 graph = self._trunk.graph(
                     merged.inputs, None if linear_outputs is None else merged.join_linear_outputs(linear_outputs)
                 )
-                at_input, of_adapters = graph.all_gradients(at_output, trained)
+                at_input, of_adapters = graph.all_gradients(at_output, trained, at_revealed)
+            elif at_revealed:
+                raise OutOfMemoryError(
+                    "the trunk has no memory for the gradients of what it reveals; send fewer tokens at once, or start "
+                    "the daemon with more --stash-memory"
+                )
             else:
                 del linear_outputs
                 at_input, of_adapters = self._trunk.gradients_by_layers(
@@ -235,6 +250,13 @@ class TorchCompute:
         assert isinstance(work.stash, TorchStash)
         return work.stash
 
+    def _at_revealed(self, works: Sequence[Work]) -> dict[Reveal, torch.Tensor]:
+        """Return the gradients of revealed tensors, which only a request that runs alone has."""
+        found = works[0].reveals
+        sent = [decode_tensor(*works[0].buffers[GRADIENTS_OF[name]]) for name in found]
+        moved = self._transfer.to_device(sent)
+        return {name: tensor.to(self._trunk.dtype) for name, tensor in zip(found, moved, strict=True)}
+
     def _inputs(self, work: Work) -> Pass:
         buffers, shape = work.buffers, work.shape
         roles: list[Role] = [role for role in ("activations", "attention_mask", "position_ids") if role in buffers]
@@ -250,9 +272,23 @@ class TorchCompute:
 
 
 def _from_common_graph(
-    works: Sequence[Work], stashes: Sequence[TorchStash], tensors: Sequence[torch.Tensor]
+    works: Sequence[Work],
+    stashes: Sequence[TorchStash],
+    tensors: Sequence[torch.Tensor],
+    at_revealed: Mapping[Reveal, torch.Tensor],
 ) -> tuple[list[torch.Tensor], FlatGradients]:
-    return gradients_of_common_graph(stashes, tensors, _trained(works))
+    return gradients_of_common_graph(stashes, tensors, _trained(works), at_revealed)
+
+
+def _stacked(name: Reveal, revealed: Revealed, work: Work) -> torch.Tensor:
+    """Return the revealed tensors of one name as they are answered."""
+    tensors = [tensor.detach() for tensor in revealed[name]]
+    if name == "router_logits":
+        return torch.stack(tensors)
+    if not tensors:  # of a cut of one layer
+        descriptor, _ = work.buffers["activations"]
+        return torch.empty(0, *descriptor.shape)
+    return torch.stack(tensors).view(len(tensors), work.shape.rows, work.shape.tokens, -1)
 
 
 def _trained(works: Sequence[Work]) -> list[int]:

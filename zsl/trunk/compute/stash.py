@@ -7,7 +7,7 @@ others get copies of theirs. So a request that is late cannot hold more memory t
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -18,6 +18,7 @@ from zsl.trunk.compute.packing import MergedPass
 from zsl.trunk.compute.passes import Pass
 from zsl.trunk.compute.trunk_model import Graph
 from zsl.trunk.work import Keep, Shape
+from zsl.wire.messages import Reveal
 
 
 @dataclass(slots=True, eq=False)
@@ -145,11 +146,14 @@ def with_common_graphs(stashes: Sequence[TorchStash]) -> list[list[int]]:
 
 
 def gradients_of_common_graph(
-    stashes: Sequence[TorchStash], gradients: Sequence[torch.Tensor], trained: Collection[int]
+    stashes: Sequence[TorchStash],
+    gradients: Sequence[torch.Tensor],
+    trained: Collection[int],
+    at_revealed: Mapping[Reveal, torch.Tensor],
 ) -> tuple[list[torch.Tensor], FlatGradients]:
     """Return the gradients of one such group, and of the adapters of those in `trained` (indices in the group).
 
-    Consumes its graph.
+    `at_revealed`: gradients at what the forward of a single request revealed. Consumes its graph.
     """
     shared = stashes[0].shared
     assert shared is not None and shared.graph is not None and shared.merged is not None
@@ -157,7 +161,7 @@ def gradients_of_common_graph(
     shared.graph = None
     by_member = {stash.member: gradient for stash, gradient in zip(stashes, gradients, strict=True)}
     at_output = merged.join([by_member[member] for member in range(len(stashes))])
-    at_input, of_adapters = graph.all_gradients(at_output, [stashes[index].member for index in trained])
+    at_input, of_adapters = graph.all_gradients(at_output, [stashes[index].member for index in trained], at_revealed)
     results = merged.split(at_input)
     return [results[stash.member] for stash in stashes], {
         index: of_adapters[stashes[index].member] for index in trained

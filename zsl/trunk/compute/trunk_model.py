@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -27,8 +27,8 @@ from zsl.trunk.compute.adapters import FlatGradients, PassAdapters
 from zsl.trunk.compute.attention import flash_is_slow, layout_of, segments_attention
 from zsl.trunk.compute.by_layers import Layer, gradients_at, gradients_by_layers
 from zsl.trunk.compute.linear_outputs import LinearLayers, LinearOutputs
-from zsl.trunk.compute.passes import Pass, Sequences
-from zsl.wire.messages import Cut
+from zsl.trunk.compute.passes import Pass, Rows, Sequences
+from zsl.wire.messages import Cut, Reveal
 
 # Rotary embeddings whose frequencies depend on the longest row of a pass: requests would change each other's results.
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
@@ -38,25 +38,38 @@ MAX_SIZES_REMEMBERED, MAX_KINDS_REMEMBERED = 1024, 16
 NODE_BYTES = 1024
 
 
+Revealed = Mapping[Reveal, Sequence[torch.Tensor]]  # of one pass, a tensor for each layer or router
+
+
 @dataclass(frozen=True, slots=True)
 class Graph:
-    """A forward with its autograd graph, which `gradients` consumes."""
+    """A forward with its autograd graph, which `gradients` consumes. `revealed`: tensors within that graph."""
 
     leaf: torch.Tensor  # [rows, tokens, hidden]
     output: torch.Tensor  # [rows, tokens, hidden]
     nbytes: int  # of saved tensors, without weights, and nodes
     adapters: PassAdapters | None = None
+    revealed: Revealed = field(default_factory=dict)
 
     def gradients(self, at_output: torch.Tensor) -> torch.Tensor:
         """Return the vector-Jacobian product `[rows, tokens, hidden]`. Call it once."""
         at_input, _ = gradients_at(self.output, self.leaf, at_output)
         return at_input
 
-    def all_gradients(self, at_output: torch.Tensor, members: Collection[int]) -> tuple[torch.Tensor, FlatGradients]:
-        """Return the vector-Jacobian product and the gradients of the members' adapters. Call it once."""
+    def all_gradients(
+        self, at_output: torch.Tensor, members: Collection[int], at_revealed: Mapping[Reveal, torch.Tensor]
+    ) -> tuple[torch.Tensor, FlatGradients]:
+        """Return the vector-Jacobian product and the gradients of the members' adapters. Call it once.
+
+        `at_revealed`: gradients at revealed tensors, which are stacked, to add.
+        """
+        outputs, gradients = [self.output], [at_output]
+        for name, stacked in at_revealed.items():
+            outputs += self.revealed[name]
+            gradients += [one.view(tensor.shape) for one, tensor in zip(stacked, self.revealed[name], strict=True)]
         if self.adapters is None or not members:
-            return self.gradients(at_output), {}
-        at_input, at_leaves = gradients_at(self.output, self.leaf, at_output, self.adapters.leaves(members))
+            return gradients_at(outputs, self.leaf, gradients)[0], {}
+        at_input, at_leaves = gradients_at(outputs, self.leaf, gradients, self.adapters.leaves(members))
         return at_input, self.adapters.flat_gradients(members, at_leaves)
 
 
@@ -96,6 +109,9 @@ class TrunkModel:
         first.register_forward_pre_hook(self._enter, with_kwargs=True)
         layers[cut.stop - 1].register_forward_hook(self._leave)
         self._separated: _Separated | None = None
+        self._revealing: dict[Reveal, list[torch.Tensor]] = {}
+        for layer in layers[cut.start : cut.stop - 1]:
+            layer.register_forward_hook(self._pass_between)
         for index in range(cut.start, cut.stop):
             layers[index].forward = partial(self._layer, layers[index].forward)
         self._linear_layers = LinearLayers(
@@ -153,6 +169,26 @@ class TrunkModel:
         """Run passes with these adapters in the linear layers."""
         return self._linear_layers.adapted(adapters)
 
+    def routers(self) -> tuple[int, int]:
+        """Count the layers with experts, and the experts of each, in a pass of two tokens."""
+        activations = torch.zeros(1, 2, self.hidden_size, dtype=self.dtype, device=self.device)
+        with self.revealing(["router_logits"]) as revealed:
+            self.forward(Rows(activations))
+            found = revealed["router_logits"]
+            return len(found), found[0].shape[-1] if found else 0
+
+    def _revealed(self) -> Revealed:
+        return {name: tuple(tensors) for name, tensors in self._revealing.items()}
+
+    @contextmanager
+    def revealing(self, names: Collection[Reveal]) -> Iterator[Revealed]:
+        """Yield the tensors of these names from inside the trunk, in order, as those of the last pass."""
+        self._revealing = {name: [] for name in names}
+        try:
+            yield self._revealing
+        finally:
+            self._revealing = {}
+
     def forward(self, inputs: Pass) -> torch.Tensor:
         """Compute the output activations `[rows, tokens, hidden]`, without a graph."""
         with torch.no_grad():
@@ -174,7 +210,7 @@ class TrunkModel:
         if linear_outputs is not None:
             linear_layers = self._linear_layers.replaying(inputs.rows, inputs.tokens, linear_outputs)
         with torch.enable_grad(), linear_layers:
-            return Graph(leaf, self._run(inputs, leaf), 0, self._adapters)
+            return Graph(leaf, self._run(inputs, leaf), 0, self._adapters, self._revealed())
 
     def gradients_by_layers(
         self,
@@ -194,7 +230,7 @@ class TrunkModel:
                     layers, inputs.activations, at_output, leaves, after_layer=after_layer
                 )
                 return at_input, adapters.flat_gradients(members, at_leaves) if adapters else {}
-        return self.graph(inputs).all_gradients(at_output, members)
+        return self.graph(inputs).all_gradients(at_output, members, {})
 
     @contextmanager
     def separate_layers(self, inputs: Pass) -> Iterator[list[Layer]]:
@@ -231,7 +267,10 @@ class TrunkModel:
                     self._graph_bytes[form] = nbytes
             else:
                 output = self._run(inputs, leaf)
-        return Graph(leaf, output, nbytes, self._adapters), linear_outputs() if linear_outputs else None
+        revealed = self._revealed()
+        nbytes += sum(tensor.nbytes for tensors in revealed.values() for tensor in tensors)
+        graph = Graph(leaf, output, nbytes, self._adapters, revealed)
+        return graph, linear_outputs() if linear_outputs else None
 
     def _measured(self, run: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, int]:
         """Return the result of `run`, and the bytes that its graph keeps."""
@@ -264,11 +303,20 @@ class TrunkModel:
                 attend = partial(segments_attention, self._model.config, None)
         placeholder = torch.zeros((), dtype=self.dtype, device=self.device).expand(activations.shape)
         self._entering, self._attend = activations, attend
+        for tensors in self._revealing.values():
+            tensors.clear()
+        asked = {"output_router_logits": True} if "router_logits" in self._revealing else {}
         try:
             with attend():
-                self._model(
-                    inputs_embeds=placeholder, attention_mask=mask, position_ids=inputs.position_ids, use_cache=False
+                result = self._model(
+                    inputs_embeds=placeholder,
+                    attention_mask=mask,
+                    position_ids=inputs.position_ids,
+                    use_cache=False,
+                    **asked,
                 )
+            if asked:
+                self._revealing["router_logits"] += result.get("router_logits", ())
             assert self._leaving is not None
             return self._leaving
         finally:
@@ -283,6 +331,10 @@ class TrunkModel:
         if args:
             return (self._entering, *args[1:]), kwargs
         return args, {**kwargs, self._first_parameter: self._entering}
+
+    def _pass_between(self, layer: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+        if "hidden_states" in self._revealing:
+            self._revealing["hidden_states"].append(output)
 
     def _leave(self, layer: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
         self._leaving = output

@@ -31,7 +31,7 @@ from zsl.trunk.compute.trunk_model import TrunkModel
 from zsl.trunk.costs import UNKNOWN_COSTS, BatchLimits, batch_limits
 from zsl.trunk.malloc import give_back_freed_memory
 from zsl.trunk.settings import TrunkInfo, TrunkTraits
-from zsl.wire.messages import Cut, Quantization
+from zsl.wire.messages import Cut, Quantization, Reveal
 from zsl.wire.tensors import float_wire_name
 
 # For a model whose configuration states no maximum position.
@@ -71,6 +71,11 @@ class TrunkPlan:
         except RuntimeError as error:
             raise StartupError(f"the trunk cannot be moved to {self.device}: {str(error).splitlines()[0]}") from error
         trunk = TrunkModel(model, self.cut)
+        routers = (0, 0)
+        if "router_logits" in self.info.reveals:
+            routers = trunk.routers()
+            if not routers[0]:
+                raise StartupError(f"--reveal router-logits: layers {self.cut} of this model have no routers")
         forms = find_packed_forms(trunk)
         costs = UNKNOWN_COSTS
         limits = BatchLimits()
@@ -104,6 +109,7 @@ class TrunkPlan:
             merges_adapters=merges and merges_adapters(trunk),
             graph_memory_with_adapters=with_adapters,
             pass_memory_with_adapters=measure_pass_memory(trunk, with_adapters, adapter),
+            routers=routers,
         )
         if pass_memory_bytes is not None:
             # The resident size is the baseline of the growth: free what loading and calibration left.
@@ -120,6 +126,7 @@ def plan_trunk(
     *,
     forward_only: bool,
     quantize: Quantization | None = None,
+    reveals: tuple[Reveal, ...] = (),
 ) -> TrunkPlan:
     """Resolve and check model, cut and device, without weights. Raises `ModelError` or `StartupError`."""
     reference = resolve(model)
@@ -139,6 +146,7 @@ def plan_trunk(
         max_row_tokens=getattr(reference.config.get_text_config(), "max_position_embeddings", None)
         or DEFAULT_ROW_TOKENS,
         quantization=quantize,
+        reveals=reveals,
     )
     return TrunkPlan(reference, cut, dtype, checked_device(device), info)
 

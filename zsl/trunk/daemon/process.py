@@ -31,7 +31,7 @@ from zsl.trunk.daemon.standard_streams import check_output, drain_output
 from zsl.trunk.failpoints import Failpoint
 from zsl.trunk.malloc import keep_freed_memory
 from zsl.trunk.settings import ServerSettings, TrunkInfo, TrunkTraits
-from zsl.wire.messages import Cut, Quantization
+from zsl.wire.messages import Cut, Quantization, Reveal
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +52,7 @@ class DaemonOptions:
     device: str
     threads: int | None
     forward_only: bool
+    reveals: tuple[Reveal, ...]
     stash_memory_bytes: int
     adapter_memory_bytes: int
     max_adapter_rank: int
@@ -84,6 +85,7 @@ def run_daemon(options: DaemonOptions) -> None:
             options.device,
             forward_only=options.forward_only,
             quantize=options.quantize,
+            reveals=options.reveals,
         )
         asyncio.run(_serve(plan, options, loading, hangup))
 
@@ -205,6 +207,7 @@ def _ready(endpoint: str, plan: TrunkPlan, traits: TrunkTraits, options: DaemonO
         "device": str(plan.device),
         "threads": torch.get_num_threads(),
         "forward_only": plan.info.forward_only,
+        "reveals": list(plan.info.reveals),
         "packs": traits.packs,
         "max_batch_tokens": traits.batch_limits.max_batch_tokens,
         "merge_below_tokens": traits.batch_limits.merge_below_tokens if traits.merges else 0,
@@ -224,6 +227,8 @@ def _ready(endpoint: str, plan: TrunkPlan, traits: TrunkTraits, options: DaemonO
     secured = "encrypted" if options.access is not None else "not encrypted, open to whoever reaches it"
     parameters = counted(traits.parameters, "parameter")
     dtype = facts["dtype"] if plan.info.quantization is None else f"{plan.info.quantization}, {facts['dtype']}"
+    if plan.info.reveals:
+        what += f", reveals {' and '.join(plan.info.reveals).replace('_', ' ')}"
     lines = [
         f"zsl-trunkd {zsl.__version__} ready on {endpoint}",
         f"{options.model}, layers {plan.cut}, {parameters}, {dtype} on {plan.device}",

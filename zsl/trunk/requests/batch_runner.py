@@ -124,7 +124,16 @@ class BatchRunner:
     def _work(self, request: Request, room: bool) -> Work:
         stash = request.held.stash if request.held else None
         keep = self._keep(request, room)
-        return Work(request.kind, request.buffers, request.shape, request.sharing, keep, stash, request.adapter)
+        return Work(
+            request.kind,
+            request.buffers,
+            request.shape,
+            request.sharing,
+            keep,
+            stash,
+            request.adapter,
+            request.reveals,
+        )
 
     def _keep(self, request: Request, room: bool) -> Keep:
         """Choose the part of a forward to keep. `room`: the graph of its pass fits in memory.

@@ -31,6 +31,7 @@ def welcome_to(
         deterministic=traits.deterministic,
         trunk_parameters=traits.parameters,
         adapters=adapters,
+        reveals=list(info.reveals),
         limits=limits,
     )
 

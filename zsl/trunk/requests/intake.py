@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from zsl.errors import DrainingError, ForwardOnlyError, MalformedError
 from zsl.trunk.requests.adapter_intake import AdapterIntake
-from zsl.trunk.requests.finite import not_finite
 from zsl.trunk.requests.request_table import Request
+from zsl.trunk.requests.reveal import asked_reveals, check_answer_size, check_gradients, taken_gradients
 from zsl.trunk.requests.validate import check_backward, check_forward, sharing_of
 from zsl.trunk.scheduling.scheduler import Job
 from zsl.trunk.sessions.sessions import Session
@@ -36,7 +36,7 @@ class Intake:
         """Validate a message, and return its request. Raises `WireError`. `now` is in seconds."""
         buffers: Buffers = {d.role: (d, frame) for d, frame in zip(header.tensors, frames, strict=True)}
         hidden_size = self.info.model.hidden_size
-        held = None
+        held, nbytes = None, sum(descriptor.nbytes for descriptor in header.tensors)
         adapter = self.adapters.use(session, header, now)
         match header:
             case Forward():
@@ -45,18 +45,24 @@ class Intake:
                 if header.keep and self.info.forward_only:
                     raise ForwardOnlyError()
                 kind, keep, cost = Kind.FORWARD, header.keep, self.traits.costs.forward
+                reveals = asked_reveals(header, self.info)
                 shape = check_forward(buffers, hidden_size, self.limits)
+                # More than the request's own bytes, which stand for those of an ordinary answer.
+                nbytes += check_answer_size(reveals, buffers, shape, self.info, self.traits, self.limits)
             case Backward():
                 if self.info.forward_only:
                     raise ForwardOnlyError()
                 kind, keep, cost = Kind.BACKWARD, False, self.traits.costs.backward
                 if "activations" not in buffers:
                     held = session.held.get(header.step)
+                of_revealed = taken_gradients(buffers, self.info)
                 shape = check_backward(buffers, held.shape if held else None, hidden_size, self.limits)
+                reveals = check_gradients(of_revealed, shape, held.reveals if held else None, self.info, self.traits)
+                buffers.update(of_revealed)
                 if held and held.adapter != header.adapter:
                     raise MalformedError("a backward runs with the adapter of its forward")
         sharing = held.sharing if held else sharing_of(buffers, shape, self.traits)
-        if adapter is not None and not self._may_share(buffers):
+        if reveals or (adapter is not None and not self.traits.merges_adapters):
             sharing = Alone()
         job = Job(
             (session.id, header.request),
@@ -68,15 +74,4 @@ class Intake:
             cost_seconds=cost.seconds(shape.total_tokens),
             deadline=now + header.budget_ms / 1000,
         )
-        nbytes = sum(descriptor.nbytes for descriptor in header.tensors)
-        return Request(session, header, kind, buffers, shape, sharing, keep, held, now, nbytes, job, adapter)
-
-    def _may_share(self, buffers: Buffers) -> bool:
-        """Return whether a request with an adapter may share a pass.
-
-        Products with infinite gradients of one request would reach the adapters of others, and they would be run again.
-        """
-        if not self.traits.merges_adapters or "gradients" not in buffers:
-            return self.traits.merges_adapters
-        descriptor, buffer = buffers["gradients"]
-        return not not_finite(descriptor.dtype, buffer)
+        return Request(session, header, kind, buffers, shape, sharing, keep, held, now, nbytes, job, adapter, reveals)

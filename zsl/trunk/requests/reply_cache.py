@@ -30,10 +30,10 @@ def asked_by(header: Forward | Backward) -> bytes:
     asked: object
     match header:
         case Backward():
-            gradients = next((one for one in tensors if one[0] == "gradients"), None)
+            gradients = [one for one in tensors if one[0].endswith("gradients")]
             asked = "backward", header.step, gradients, header.adapter, header.adapter_sum, header.adapter_gradients
         case Forward():
-            asked = "forward", header.keep, tensors, header.adapter
+            asked = "forward", header.keep, tensors, header.adapter, header.reveal
     return xxhash.xxh3_128_digest(repr(asked).encode())
 
 

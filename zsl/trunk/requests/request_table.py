@@ -26,7 +26,7 @@ from zsl.trunk.sessions.adapter_store import AdapterStore
 from zsl.trunk.sessions.sessions import Session, Sessions
 from zsl.trunk.work import Buffers, Held, Kind, Outcome, Shape, Sharing
 from zsl.wire.frames import Frame
-from zsl.wire.messages import Backward, Forward
+from zsl.wire.messages import Backward, Forward, Reveal
 
 MIN_RETRY_MS, MAX_RETRY_MS = 10, 5_000
 
@@ -56,6 +56,7 @@ class Request:
     nbytes: int
     job: Job
     adapter: AdapterUse | None = None
+    reveals: tuple[Reveal, ...] = ()
     state: RequestState = RequestState.QUEUED
     released: bool = False
 
@@ -210,7 +211,7 @@ class RequestTable:
             if request.released or request.state is RequestState.ABANDONED:
                 outcome.stash.drop()
             else:
-                held = Held(outcome.stash, request.shape, request.sharing, request.header.adapter)
+                held = Held(outcome.stash, request.shape, request.sharing, request.header.adapter, request.reveals)
                 self._sessions.hold(request.session, request.header.request, held)
         if request.state is RequestState.ABANDONED:
             self._scheduler.forget_client(request.session.id)
