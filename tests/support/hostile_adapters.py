@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from zsl.wire.adapter_layout import AdapterLayout, LoraModule, version_of
+from zsl.wire.adapter_layout import AdaptedModule, AdapterLayout, Ia3Module, LoraModule, version_of
 from zsl.wire.messages import MessageType, Welcome
 
 from .hostile_scene import Act, Acts, Scene, backward, forward, packed, tensor
@@ -41,6 +43,8 @@ def adapters() -> Acts:
         "an adapter of rank 0": module({"MALFORMED"}, rank=0),
         "an adapter with a scaling of infinity": layout_of(_layout([_module(32)]).replace(b"2.0", b"1e999")),
         "an adapter with a dropout of 1": module({"MALFORMED"}, dropout=1.0),
+        "IA³ of other features": layout_of(_layout([_ia3(inputs=7)])),
+        "an adapter of an unknown method": layout_of(_layout([_ia3()]).replace(b"ia3", b"oft")),
         "an adapter of 4 GiB that never comes": message({"BAD_SHAPE"}, nbytes=(4 << 30) - 1),
         "an adapter under another digest": message({"MALFORMED"}, version=bytes(16)),
         "a piece from behind": message({"UNKNOWN_ADAPTER", "MALFORMED"}, offset=8),
@@ -61,7 +65,12 @@ def _module(scene_hidden: int, **changes: object) -> LoraModule:
     return LoraModule.model_construct(**{**fields, "scaling": 2.0, "dropout": 0.0, "has_bias": False, **changes})  # type: ignore[arg-type]
 
 
-def _layout(modules: list[LoraModule]) -> bytes:
+def _ia3(**changes: object) -> Ia3Module:
+    fields: dict[str, object] = {"path": PATH, "inputs": 32, "outputs": 32, "at_input": True}
+    return Ia3Module.model_construct(None, **{**fields, **changes})  # type: ignore[arg-type]
+
+
+def _layout(modules: Sequence[AdaptedModule]) -> bytes:
     return AdapterLayout.model_construct(dtype="f32", modules=tuple(modules)).encoded()
 
 

@@ -47,7 +47,7 @@ def load_client(
     Only the layers outside the cut are loaded; `model` may be the client's part that `zsl split` wrote.
     `quantize`: load the client's linear layers in 4 or 8 bits, by bitsandbytes; the trunk stays as the daemon has it.
     `layers`: those that adapters may be put on. With "all", the modules of the trunk's layers are in their places,
-    without their weights; LoRA on them is sent to the trunk. With "client", only the layers of this process are there.
+    without their weights; LoRA and IA³ on them are sent to the trunk. With "client", only this process's layers are.
     `auto_class`: the class of transformers that picks the head, such as `AutoModelForSequenceClassification`. One that
     the checkpoint lacks is initialized as on the local model.
     `config`: fields of the configuration to replace, as in `from_pretrained`: `num_labels=3`.

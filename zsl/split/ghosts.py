@@ -115,8 +115,8 @@ def _needed(name: str, args: Any, kwargs: dict[str, Any]) -> ModelError:
     flat = torch.utils._pytree.tree_leaves((args, kwargs))
     path = next((one.path for one in flat if isinstance(one, GhostWeight)), "a weight")
     return ModelError(
-        f"{path} is in the trunk, and not in this process: {name} needs its values. Train LoRA on it, which sends the "
-        f"adapter there, or {WAY_OUT}; merge the adapter with `zsl merge`"
+        f"{path} is in the trunk, and not in this process: {name} needs its values. Train LoRA or IA³ on it, which "
+        f"sends the adapter there, or {WAY_OUT}; merge the adapter with `zsl merge`"
     )
 
 
