@@ -194,12 +194,15 @@ def test_requests_stacked_as_rows_are_told_apart_too(checkpoints: Callable[..., 
 def test_several_adapters_of_one_request_and_biases_and_computations_in_other_precisions_share_a_pass(
     compute: TorchCompute,
 ) -> None:
-    """One adapts each module twice; one computes in half precision, whose rounding is coarser."""
+    """One adapts each module twice, and by IA³ too; two compute in half precision, whose rounding is coarser."""
     tenants = [tenant(compute, seed, rank=4, seed_of_dropout=5, dropout=0.2) for seed in range(3)]
     first, last = (one.use for one in (tenants[0], tenants[2]))
     assert first is not None and last is not None
     modules = first.version.layout.modules
-    twice = version_from([*modules, *modules], 2 * [torch.frombuffer(first.version.weights, dtype=torch.float32)])
+    lora = torch.frombuffer(first.version.weights, dtype=torch.float32)
+    ia3 = random_ia3(compute.traits.adaptable, 3)
+    both = [lora, lora, torch.frombuffer(ia3.weights, dtype=torch.float32)]
+    twice = version_from([*modules, *modules, *ia3.layout.modules], both)
     tenants[0] = replace(tenants[0], use=replace(first, version=twice))
     half = random_version(compute.traits.adaptable, 2, rank=4, dtype=torch.bfloat16)
     tenants.append(replace(tenants[2], use=AdapterUse(half)))
