@@ -220,10 +220,13 @@ class RemoteTrunk(NoWeights):
         `slots`: the modules in the places of the trunk's layers, whose adapters are sent. `reveal`: tensors from inside
         the trunk that the model is asked for. Raises `ModelError` for those that the trunk keeps.
         """
-        cut = self.client.welcome.cut
-        inside = tuple(name for name in reveal if name != "hidden_states" or cut.stop - cut.start > 1)
-        check_reveals(inside, self.client.welcome.reveals, self.endpoint)
-        self._call.reveal = reveal, inside
+        if reveal:  # torch.compile traces this, and cannot trace the rest
+            welcome = self.client.welcome
+            inside = tuple(
+                name for name in reveal if name != "hidden_states" or welcome.cut.stop - welcome.cut.start > 1
+            )
+            check_reveals(inside, welcome.reveals, self.endpoint)
+            self._call.reveal = reveal, inside
         self._call.inputs = CallInputs(attention_mask, position_ids, labels)
         self._call.slots = slots
 
