@@ -21,6 +21,8 @@ NAMES = {
     "yaml.load", "yaml.load_all", "yaml.full_load", "yaml.unsafe_load",
 }  # fmt: skip
 ATTRIBUTES = {"recv_pyobj", "send_pyobj", "__reduce__", "__reduce_ex__"}
+# A weight without memory says how a user's own pickle of a model makes it again; nothing of zsl unpickles it.
+OF_THE_USER = {"split/ghosts.py": ["__reduce_ex__"]}
 # What an argument of this name may be; None: nothing.
 ARGUMENTS = {"allow_pickle": False, "weights_only": True, "ext_hook": None}
 
@@ -85,7 +87,7 @@ def test_no_file_of_zsl_runs_what_it_is_sent() -> None:
     read = {"cli/trunkd.py", "trunk/daemon/server.py", "wire/frames.py"}
     assert read <= {str(file.relative_to(ROOT)) for file in files}
     found = {str(file.relative_to(ROOT)): forbidden(file.read_text()) for file in files}
-    assert {name: what for name, what in found.items() if what} == {}
+    assert {name: [one.split(": ")[1] for one in what] for name, what in found.items() if what} == OF_THE_USER
 
 
 BAD = [
