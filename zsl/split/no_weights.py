@@ -48,7 +48,7 @@ def _register_hooks(module: nn.Module) -> None:
     module.register_load_state_dict_pre_hook(_refuse_weights)
 
 
-def _leave_out_ghosts(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+def _leave_out_ghosts(module: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
     """Remove a module's ghosts from its state dict. A hook of `state_dict`."""
     for name, parameter in module.named_parameters(recurse=False):
         if isinstance(parameter, GhostWeight):
