@@ -737,6 +737,7 @@ def probe(model: ModelReference, endpoint: str, home: Path, tables: list[dict[st
     return [json.loads(line) for line in finished.stdout.splitlines()]
 
 
+@pytest.mark.long
 def test_a_data_set_of_the_hub_is_read_streamed_and_used_again_without_the_hub(
     load: Callable[..., TrainingData], model: ModelReference, repository: Path, tmp_path: Path
 ) -> None:

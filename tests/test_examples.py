@@ -32,6 +32,7 @@ def test_the_plain_loop_trains_through_a_daemon_that_was_started_with_no_argumen
     assert (tmp_path / "runs" / "plain_loop" / "adapter" / "adapter_model.safetensors").exists()
 
 
+@pytest.mark.long
 def test_tenants_of_one_event_loop_each_learn_their_own_text(tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "model", "llama")
     with Daemon("--model", str(checkpoint), log=tmp_path / "log") as daemon:
@@ -52,6 +53,7 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield daemon.endpoint
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["hf_trainer", "trl_sft"])
 def test_the_trainers_of_others_train_through_a_daemon(name: str, smollm2: str, tmp_path: Path) -> None:
     command = [sys.executable, str(EXAMPLES / f"{name}.py"), "--server", smollm2, "--steps", "2"]

@@ -60,7 +60,7 @@ def train(model: PeftModel, seed: int, barrier: threading.Barrier | None = None)
     return losses
 
 
-@pytest.mark.parametrize("clients", [2, 4])
+@pytest.mark.parametrize("clients", [pytest.param(2, marks=pytest.mark.long), 4])
 def test_clients_that_train_at_once_get_the_losses_that_they_get_alone(
     clients: int, serve: Callable[..., Daemon], checkpoints: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -41,6 +41,7 @@ def test_killed_between_forward_and_backward_the_gradient_is_that_of_the_local_m
             trunk.close()
 
 
+@pytest.mark.long
 def test_killed_with_a_request_in_flight_the_request_is_answered_by_the_next_daemon(
     arguments: list[str], tmp_path: Path
 ) -> None:

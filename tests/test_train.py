@@ -194,6 +194,7 @@ def test_any_key_can_be_set_and_the_mode_shows(config: Path, tmp_path: Path) -> 
     assert len(losses_in(tmp_path / "out")) == 2
 
 
+@pytest.mark.long
 def test_overlap_and_a_deterministic_trunk_change_no_loss(config: Path, tmp_path: Path) -> None:
     common = ["train.max_steps=2", "train.per_device_train_batch_size=1", "train.gradient_accumulation_steps=4"]
     runs = {
