@@ -57,12 +57,15 @@ class Client:
         self._batches = [(form, FORMS[form](seed)) for seed, form in seeds_of_forms]
         local = with_lora(local_model(path), layers=way.layers, rank=way.rank)
         self._expected = [gradients_of(local, batch) for _, batch in self._batches]
-        # Where positive and negative parts nearly cancel, as in gradients of queries, the local ones are inexact too.
-        exact = local.double()
-        self._tolerances = [
-            max(TOLERANCE, 2 * largest_difference(ours, gradients_of(exact, batch)))
-            for ours, (_, batch) in zip(self._expected, self._batches, strict=True)
-        ]
+        self._tolerances = [TOLERANCE] * BATCHES
+        if local.config.model_type != "xglm":  # whose mask is made for single precision
+            # Where parts nearly cancel, as in gradients of queries, the local ones are inexact too.
+            exact = local.double()
+            inexact = [
+                largest_difference(ours, gradients_of(exact, batch))
+                for ours, (_, batch) in zip(self._expected, self._batches, strict=True)
+            ]
+            self._tolerances = [max(TOLERANCE, 2 * difference) for difference in inexact]
         self._trunk = zsl.RemoteTrunk(endpoint)
         self._model = with_lora(zsl.load_client(path, self._trunk), layers=way.layers, rank=way.rank)
 
