@@ -104,6 +104,23 @@ def test_all_hidden_states_and_the_gradients_through_them_are_local(
         assert torch.equal(here.hidden_states[3], there.hidden_states[3])
 
 
+def test_a_call_that_fails_before_the_trunk_asks_nothing_for_the_next_one(
+    revealing: Callable[[str], tuple[str, str]],
+) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError
+
+    path, endpoint = revealing("llama")
+    with zsl.RemoteTrunk(endpoint) as trunk, torch.no_grad():
+        model: Any = zsl.load_client(path, trunk)
+        expected = model(**batches.plain()).logits
+        failing = model.model.layers[0].register_forward_pre_hook(fail)
+        with pytest.raises(ZeroDivisionError):
+            model(**batches.plain(), output_hidden_states=True)
+        failing.remove()
+        assert torch.equal(model(**batches.plain()).logits, expected)
+
+
 @pytest.mark.parametrize("cut", ["0:2", "5:6"])
 def test_a_trunk_at_either_end_has_the_local_hidden_states(
     cut: str, revealing: Callable[[str], tuple[str, str]]

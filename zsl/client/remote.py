@@ -11,6 +11,7 @@ import os
 import threading
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, Literal, Self, get_args
 
 import torch
@@ -35,6 +36,16 @@ from zsl.wire.messages import Cut, ModelIdentity, Quantization, Reveal, Welcome
 from zsl.wire.tensors import TORCH_DTYPES, float_wire_name
 
 GradientMode = Literal["exact", "straight-through", "none"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Observed:
+    """Findings of the hook on the model, for one forward of the trunk. `inside`: what of `asked` the trunk has."""
+
+    inputs: CallInputs = field(default_factory=CallInputs)
+    slots: Slots | None = None
+    asked: tuple[Reveal, ...] = ()
+    inside: tuple[Reveal, ...] = ()
 
 
 class RemoteTrunk(NoWeights):
@@ -220,15 +231,14 @@ class RemoteTrunk(NoWeights):
         `slots`: the modules in the places of the trunk's layers, whose adapters are sent. `reveal`: tensors from inside
         the trunk that the model is asked for. Raises `ModelError` for those that the trunk keeps.
         """
+        inside: tuple[Reveal, ...] = ()
         if reveal:  # torch.compile traces this, and cannot trace the rest
             welcome = self.client.welcome
             inside = tuple(
                 name for name in reveal if name != "hidden_states" or welcome.cut.stop - welcome.cut.start > 1
             )
             check_reveals(inside, welcome.reveals, self.endpoint)
-            self._call.reveal = reveal, inside
-        self._call.inputs = CallInputs(attention_mask, position_ids, labels)
-        self._call.slots = slots
+        self._call.observed = _Observed(CallInputs(attention_mask, position_ids, labels), slots, reveal, inside)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # waiting for a daemon cannot be traced
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -237,16 +247,16 @@ class RemoteTrunk(NoWeights):
         Raises `ZslError`. Other arguments of a decoder layer are ignored: the trunk rebuilds them.
         """
         # Used once, so that no later call gets the inputs of an earlier one.
-        inputs: CallInputs | None = self._call.__dict__.pop("inputs", None)
-        if inputs is None and self.in_model:
+        observed: _Observed | None = self._call.__dict__.pop("observed", None)
+        if observed is None and self.in_model:
             raise ModelError(
                 "the model ran its layers without the call that brings mask and positions; zsl cannot split it"
             )
-        adapters = self._found_adapters(self._call.__dict__.pop("slots", None))
-        asked, reveal = self._call.__dict__.pop("reveal", ((), ()))
-        check_collected(asked)
+        observed = observed or _Observed()
+        adapters, reveal = self._found_adapters(observed.slots), observed.inside
+        check_collected(observed.asked)
         crossing = crossing_of(
-            inputs or CallInputs(),
+            observed.inputs,
             hidden_states,
             self.wire_dtype or hidden_states.dtype,
             packs=self.client.welcome.packs,
@@ -271,7 +281,7 @@ class RemoteTrunk(NoWeights):
             output, *revealed = call.with_gradient(hidden_states, weights)
         else:
             return call.in_lane(lane, hidden_states, weights)
-        collect(asked, dict(zip(reveal, revealed, strict=True)), hidden_states, output)
+        collect(observed.asked, dict(zip(reveal, revealed, strict=True)), hidden_states, output)
         return output
 
     def _found_adapters(self, slots: Slots | None) -> Found | None:
