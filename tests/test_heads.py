@@ -26,6 +26,7 @@ from support import batches
 from support.embedded import served
 from support.models import CUT
 from support.tokenizer import tiny_tokenizer, words
+from support.trainer_settings import silent_settings
 from zsl.adapters.export import export
 from zsl.errors import ConfigError, ModelError, WrongModelError
 from zsl.models.divide import divide
@@ -210,20 +211,7 @@ def test_a_reward_model_has_the_local_ones_losses(
 
     def losses(model: Any) -> list[float]:
         set_seed(0)
-        arguments = RewardConfig(
-            output_dir=str(tmp_path / "reward"),
-            per_device_train_batch_size=2,
-            max_steps=3,
-            learning_rate=1e-2,
-            logging_steps=1,
-            report_to="none",
-            save_strategy="no",
-            use_cpu=True,
-            dataloader_pin_memory=False,
-            disable_tqdm=True,
-            bf16=False,
-            gradient_checkpointing=False,
-        )
+        arguments = RewardConfig(**silent_settings(tmp_path / "reward", 3))
         trainer = RewardTrainer(
             model=model,
             args=arguments,

@@ -18,6 +18,7 @@ import zsl
 from support.embedded import served
 from support.models import CUT, local_model, with_lora
 from support.tokenizer import tiny_tokenizer, words
+from support.trainer_settings import silent_settings
 from zsl.client.crossing import PaddingMode
 from zsl.models.divide import divide
 from zsl.models.reference import resolve
@@ -63,21 +64,7 @@ def losses(
 ) -> Any:
     """Train, and return what is logged under `log`, a number a step."""
     set_seed(0)
-    arguments = config(
-        output_dir=str(directory),
-        per_device_train_batch_size=2,
-        max_steps=STEPS,
-        learning_rate=1e-2,
-        logging_steps=1,
-        report_to="none",
-        save_strategy="no",
-        use_cpu=True,
-        dataloader_pin_memory=False,
-        disable_tqdm=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        **how,
-    )
+    arguments = config(**silent_settings(directory, STEPS), **how)
     tokenizer = tiny_tokenizer()
     tokenizer.padding_side = "left"
     trainer = kind(args=arguments, train_dataset=Dataset.from_dict(rows), processing_class=tokenizer, **models)

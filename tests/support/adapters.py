@@ -72,7 +72,7 @@ def random_ia3(
 
 @dataclass(frozen=True)
 class LocalStep:
-    """What a local PEFT model computes in the layers of the cut."""
+    """Numbers of a local PEFT model in the layers of the cut."""
 
     activations: torch.Tensor
     output: torch.Tensor

@@ -33,10 +33,6 @@ class AdapterVersion:
     loaded: object | None = field(default=None, repr=False)
     sum: GradientSum | None = None
 
-    @property
-    def nbytes(self) -> int:
-        return len(self.weights)
-
 
 @dataclass(frozen=True, slots=True)
 class AdapterUse:

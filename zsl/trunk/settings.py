@@ -78,6 +78,12 @@ class TrunkTraits:
     pass_memory_with_adapters: PassMemory = UNKNOWN_PASS_MEMORY
     routers: tuple[int, int] = (0, 0)
 
+    def memory_of(self, *, adapted: bool) -> tuple[GraphMemory, PassMemory]:
+        """Return the memory of a pass in which a request has an adapter, or none has."""
+        if adapted:
+            return self.graph_memory_with_adapters, self.pass_memory_with_adapters
+        return self.graph_memory, self.pass_memory
+
 
 @dataclass(frozen=True, slots=True)
 class ServerSettings:

@@ -203,9 +203,7 @@ class TorchCompute:
     def _fits(self, works: Sequence[Work]) -> bool:
         if self._pass_memory_bytes is None:
             return True
-        memory = self.traits.graph_memory
-        if any(work.adapter is not None for work in works):
-            memory = self.traits.graph_memory_with_adapters
+        memory, _ = self.traits.memory_of(adapted=any(work.adapter is not None for work in works))
         return memory.nbytes([length for work in works for length in work.shape.lengths]) <= self._pass_memory_bytes
 
     def _groups_by_graph(self, works: Sequence[Work], stashes: Sequence[TorchStash]) -> list[list[int]]:
