@@ -18,6 +18,7 @@ from zsl.errors import ZslError
 from zsl.link.open_session import Open
 from zsl.link.status_client import StatusClient
 from zsl.transport.curve_keys import ClientKeys
+from zsl.trunk.malloc import IDLE_SECONDS
 from zsl.wire.messages import Welcome
 
 from .daemon import Daemon
@@ -155,9 +156,13 @@ class Besieged:
                 seconds,
             )
 
-    def grown_mib(self) -> int:
-        """Since the daemon's start."""
-        return (self._memory("VmRSS") - self.memory) // MIB
+    def check_memory(self, growth_mib: int) -> None:
+        """The process is at most `growth_mib` larger than at its start, once it has returned what was freed."""
+
+        def grown() -> int:
+            return (self._memory("VmRSS") - self.memory) // MIB
+
+        _until(lambda: grown() < growth_mib, lambda: f"{grown()} MiB of memory stay", 2 * IDLE_SECONDS + BACK_SECONDS)
 
     def pid_lives(self) -> bool:
         assert self._running is not None
