@@ -8,40 +8,14 @@ perplexity before the first step and after each epoch makes the table and the pl
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import click
-from matplotlib.figure import Figure
+from perplexity_curves import add_curve, plot, train
 from report import Report, out_option
 
 ROOT = Path(__file__).parent.parent
 MODES = ("exact", "straight-through", "none")
-COMMAND = [sys.executable, "-c", "from zsl.cli.train import train; train(prog_name='zsl-train')"]
-FIGURE_INCHES = (7, 4.2)
-DOTS_PER_INCH = 150
-
-
-def validations(directory: Path) -> list[dict[str, float]]:
-    """Return the validation lines of `metrics.jsonl`."""
-    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if "eval_loss" in line]
-
-
-def plot(curves: dict[str, list[dict[str, float]]], file: Path) -> None:
-    """Plot validation perplexity over epochs, a line per mode, on a logarithmic axis."""
-    figure = Figure(figsize=FIGURE_INCHES, layout="constrained")
-    axes = figure.subplots()
-    for mode, lines in curves.items():
-        axes.plot([line["epoch"] for line in lines], [line["eval_perplexity"] for line in lines], "o-", label=mode)
-    axes.set(xlabel="epoch", ylabel="validation perplexity", yscale="log")
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    figure.savefig(file, dpi=DOTS_PER_INCH)
 
 
 @click.command()
@@ -73,17 +47,8 @@ def main(
             "train.learning_rate": learning_rate,
             "train.disable_tqdm": "true",
         }
-        options = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
-        subprocess.run([*COMMAND, str(config), "--save-dir", str(work / mode), *options], check=True)
-        curves[mode] = validations(work / mode)
-        for line in curves[mode]:
-            report.add(
-                mode=mode,
-                epoch=round(line["epoch"], 2),
-                step=line["step"],
-                validation_loss=round(line["eval_loss"], 4),
-                perplexity=round(line["eval_perplexity"], 3),
-            )
+        curves[mode] = train(config, work / mode, settings)
+        add_curve(report, curves[mode], mode=mode)
     report.note(f"{config.name}: {samples} training rows, {epochs} epochs, learning rate {learning_rate:g}, one seed")
     report.publish()
     if figure is not None:

@@ -35,6 +35,11 @@ RUNS: dict[str, tuple[list[str], set[str], list[str]]] = {
         {"p50_alone_ms", "p50_ms", "p99_ratio"},
         [],
     ),
+    "adapted_layers": (
+        ["--config", "HERE/run.toml", "--work", "HERE/work", "--samples", "20", "--epochs", "1"],
+        {"layers", "validation_loss", "perplexity"},
+        [],
+    ),
     "gradient_modes": (
         ["--config", "HERE/run.toml", "--work", "HERE/work", "--samples", "20", "--epochs", "1"],
         {"mode", "validation_loss", "perplexity"},
