@@ -89,7 +89,7 @@ def qlora(model: Any, **keys: Any) -> PeftModel:
     torch.manual_seed(3)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT sets fan_in_fan_out itself
-        return get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", **keys))
+        return get_peft_model(model, LoraConfig(**{"r": 4, "target_modules": "all-linear", **keys}))
 
 
 def check_training(endpoint: str, path: Path, bits: Quantization, **keys: Any) -> None:
@@ -120,7 +120,7 @@ def test_four_bits_are_trained_through_a_daemon_as_locally(
     path, daemon = checkpoints("llama"), serve("llama", "--quantize", "4bit")
     assert daemon.ready["quantization"] == "4bit"
     check_training(daemon.endpoint, path, "4bit")
-    check_training(daemon.endpoint, path, "4bit", use_dora=True)
+    check_training(daemon.endpoint, path, "4bit", use_dora=True, target_modules=["down_proj"])
     (facts,) = json.loads(CliRunner().invoke(command, ["info", daemon.endpoint, "--json"]).output)
     assert facts["quantization"] == "4bit"
     assert facts["model"] == identify(resolve(str(path))).model_dump()
