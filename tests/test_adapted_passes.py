@@ -20,6 +20,8 @@ from zsl.models.reference import resolve
 from zsl.split.cut import parse_cut
 from zsl.split.stack import find_stack
 from zsl.trunk.adapter import AdapterUse
+from zsl.trunk.compute.adapters import request_adapter
+from zsl.trunk.compute.calibrate import measure_pass_memory
 from zsl.trunk.compute.engine import TorchCompute
 from zsl.trunk.compute.stash import TorchStash
 from zsl.trunk.compute.trunk_model import TrunkModel
@@ -184,8 +186,13 @@ def test_the_memory_of_a_graph_with_adapters_is_known_before_its_pass_and_counte
     linear_outputs = 60 * 4 * sum(outputs for _, outputs in compute.traits.adaptable.values())
     expected = compute.traits.graph_memory_with_adapters.nbytes((60,)) - linear_outputs
     assert small == pytest.approx(expected, rel=0.1)
-    with_dora, _ = compute.traits.memory_of([None, ranks[8], dora])
+    with_dora, by_layers = compute.traits.memory_of([None, ranks[8], dora])
     assert stash_bytes(dora) == pytest.approx(with_dora.nbytes((60,)) - linear_outputs, rel=0.15)
     assert stash_bytes(dora) > 1.5 * small
+    trunk = compute._trunk
+    measured = measure_pass_memory(
+        trunk, with_dora, request_adapter(dora, trunk.linear_layers, trunk.device, trains=True)
+    )
+    assert by_layers.nbytes((200,)) == pytest.approx(measured.nbytes((200,)), rel=0.1)
     assert compute.traits.graph_memory.nbytes((60,)) < compute.traits.graph_memory_with_adapters.nbytes((60,))
     assert compute.traits.pass_memory.nbytes((60,)) < compute.traits.pass_memory_with_adapters.nbytes((60,))

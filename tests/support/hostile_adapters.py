@@ -51,7 +51,8 @@ def adapters() -> Acts:
         "an adapter with a scaling of infinity": layout_of(_layout([_module(32)]).replace(b"2.0", b"1e999")),
         "an adapter with a dropout of 1": module({"MALFORMED"}, dropout=1.0),
         "a magnitude that never comes": module({"BAD_SHAPE"}, has_magnitude=True),
-        "a magnitude of 7": module({"MALFORMED"}, has_magnitude=7),
+        "a magnitude of 7": layout_of(_layout([_module(32)]).replace(b'magnitude":false', b'magnitude":7')),
+        "a magnitude beside a bias": module({"MALFORMED"}, has_magnitude=True, has_bias=True),
         "a magnitude of NaN": lambda scene: _upload(
             scene, *scene.opened(), codes={"NONFINITE", *REFUSED}, module={"has_magnitude": True}, magnitude=np.nan
         ),

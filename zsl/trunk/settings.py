@@ -34,9 +34,9 @@ from zsl.wire.messages import (
 
 FP32_BYTES = 4
 ADAPTER_SHARE = 1 / 4  # of the memory for adapters, that one version may take
-# Memory of a graph with DoRA beyond that with LoRA, for each token and output of a linear layer: the outputs that it
-# scales, and its product, in single precision.
-DORA_BYTES = 8
+# Memory of DoRA beyond that of LoRA, for each token and output of a linear layer. A graph keeps the outputs that it
+# scales, and its product, in single precision; kernels copy, as in a layer's backward without it.
+DORA_BYTES, DORA_PEAK_BYTES = 8, 13
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +96,7 @@ class TrunkTraits:
             for path, (_, of_module) in self.adaptable.items():
                 outputs[path.partition(".")[0]] += of_module
             graph = graph.plus(DORA_BYTES * outputs.total())
-            by_layers = replace(by_layers, layer=by_layers.layer.plus(DORA_BYTES * max(outputs.values())))
+            by_layers = replace(by_layers, layer=by_layers.layer.plus(DORA_PEAK_BYTES * max(outputs.values())))
         return graph, by_layers
 
 
