@@ -20,6 +20,8 @@ from zsl.models.reference import resolve
 from zsl.split.cut import parse_cut
 from zsl.split.stack import find_stack
 from zsl.trunk.adapter import AdapterUse
+from zsl.trunk.compute.adapters import request_adapter
+from zsl.trunk.compute.calibrate import measure_pass_memory
 from zsl.trunk.compute.engine import TorchCompute
 from zsl.trunk.compute.stash import TorchStash
 from zsl.trunk.compute.trunk_model import TrunkModel
@@ -83,6 +85,8 @@ CONFIGS: dict[str, list[PeftConfig]] = {
         lora(rank_pattern={"q_proj": 7}, alpha_pattern={"q_proj": 5}, use_rslora=True, lora_bias=True)
     ],
     "two active": [lora(), lora(r=3, target_modules=["q_proj", "down_proj"])],
+    "dora": [lora(use_dora=True)],
+    "dora between two of lora": [lora(), lora(r=3, use_dora=True), lora(r=2, use_rslora=True)],
     "ia3": [ia3()],
     "two of ia3": [ia3(), ia3()],
 }
@@ -91,7 +95,11 @@ CONFIGS: dict[str, list[PeftConfig]] = {
 @pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
 @pytest.mark.parametrize(
     ("family", "configs"),
-    [*((family, "plain") for family in ("gpt2", "gemma2", "qwen3", "olmo2")), *(("llama", how) for how in CONFIGS)],
+    [
+        *((family, "plain") for family in ("gpt2", "gemma2", "qwen3", "olmo2")),
+        ("gpt2", "dora"),
+        *(("llama", how) for how in CONFIGS),
+    ],
 )
 def test_alone_all_numbers_are_those_of_a_local_peft_model(
     family: str, configs: str, checkpoints: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
@@ -174,8 +182,17 @@ def test_the_memory_of_a_graph_with_adapters_is_known_before_its_pass_and_counte
     modules = len(compute.traits.adaptable)
     assert large - small == modules * 60 * (64 - 8) * 4, "what the second product of each adapter needs"
     assert stash_bytes(AdapterUse(random_version(compute.traits.adaptable, 1, dropout=0.1), 7)) > small
+    dora = AdapterUse(random_version(compute.traits.adaptable, 1, dora=True))
     linear_outputs = 60 * 4 * sum(outputs for _, outputs in compute.traits.adaptable.values())
     expected = compute.traits.graph_memory_with_adapters.nbytes((60,)) - linear_outputs
     assert small == pytest.approx(expected, rel=0.1)
+    with_dora, by_layers = compute.traits.memory_of([None, ranks[8], dora])
+    assert stash_bytes(dora) == pytest.approx(with_dora.nbytes((60,)) - linear_outputs, rel=0.15)
+    assert stash_bytes(dora) > 1.5 * small
+    trunk = compute._trunk
+    measured = measure_pass_memory(
+        trunk, with_dora, request_adapter(dora, trunk.linear_layers, trunk.device, trains=True)
+    )
+    assert by_layers.nbytes((200,)) == pytest.approx(measured.nbytes((200,)), rel=0.1)
     assert compute.traits.graph_memory.nbytes((60,)) < compute.traits.graph_memory_with_adapters.nbytes((60,))
     assert compute.traits.pass_memory.nbytes((60,)) < compute.traits.pass_memory_with_adapters.nbytes((60,))

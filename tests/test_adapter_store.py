@@ -36,7 +36,7 @@ LIMITS = AdapterLimits(max_rank=4, max_bytes=4000)
 def module(path: str = "2.up", **changes: object) -> LoraModule:
     inputs, outputs = ADAPTABLE.get(path, (6, 8))
     fields = {"path": path, "inputs": inputs, "outputs": outputs, "rank": 2, "scaling": 2 / 3, "dropout": 0.0}
-    return LoraModule(**{**fields, "has_bias": False, **changes})  # type: ignore[arg-type]
+    return LoraModule(**{**fields, "has_bias": False, "has_magnitude": False, **changes})  # type: ignore[arg-type]
 
 
 def vector(path: str = "2.up", **changes: object) -> Ia3Module:
@@ -78,7 +78,7 @@ class Place:
 
     def __init__(self, memory_bytes: int = 4000, limits: AdapterLimits | None = LIMITS) -> None:
         self.store = AdapterStore(memory_bytes)
-        self.intake = AdapterIntake(self.store, ADAPTABLE, limits)
+        self.intake = AdapterIntake(self.store, ADAPTABLE, {}, limits)
         self.sessions = sessions()
         self.session = self.sessions.open(b"peer", 0.0)
 

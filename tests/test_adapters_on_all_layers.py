@@ -1,4 +1,4 @@
-"""LoRA and IA³ on all layers of a split model, through a daemon: every number is the local model's, bit for bit."""
+"""LoRA, DoRA and IA³ on all layers of a split model, through a daemon: all numbers are the local ones, bit for bit."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from transformers import get_cosine_schedule_with_warmup
 
 import zsl
@@ -17,11 +18,23 @@ from support import batches
 from support.compare import differing, numbers_of, within
 from support.embedded import served
 from support.models import local_model
-from zsl.errors import ModelError
+from zsl.adapters.export import export
+from zsl.adapters.merge import merge
+from zsl.errors import AdapterError, ModelError
+from zsl.models.reference import resolve
+from zsl.split.sides import Side, Sides
+from zsl.trunk.settings import ServerSettings
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to")
-FAMILIES = ("llama", *(pytest.param(one, marks=pytest.mark.long) for one in ("gpt2", "qwen3", "gemma2", "olmo2")))
 STEPS, MICRO_BATCHES = 20, 4
+TRAININGS = (  # family, whether with DoRA, and optimizer steps
+    ("llama", False, STEPS),
+    ("gpt2", True, 5),
+    *(pytest.param(one, False, STEPS, marks=pytest.mark.long) for one in ("gpt2", "qwen3", "gemma2", "olmo2")),
+    *(pytest.param(one, True, STEPS, marks=pytest.mark.long) for one in ("llama", "gpt2")),
+)
+SIDES: tuple[Side, ...] = ("bottom", "trunk", "top")
+FILE = "adapter_model.safetensors"
 
 
 def adapted(model: Any, **keys: Any) -> PeftModel:
@@ -35,13 +48,13 @@ def adapted(model: Any, **keys: Any) -> PeftModel:
     return made
 
 
-def train(model: PeftModel) -> list[torch.Tensor]:
+def train(model: PeftModel, steps: int) -> list[torch.Tensor]:
     """Losses of AdamW with clipping by the global norm, a cosine schedule, and accumulation."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=5e-3)
-    schedule = get_cosine_schedule_with_warmup(optimizer, 2, STEPS)
+    schedule = get_cosine_schedule_with_warmup(optimizer, 2, steps)
     losses = []
-    for _ in range(STEPS):
+    for _ in range(steps):
         for micro_batch in range(MICRO_BATCHES):
             ids = batches.tokens(1, 8, seed=micro_batch)
             loss = model(input_ids=ids, labels=ids).loss
@@ -54,24 +67,28 @@ def train(model: PeftModel) -> list[torch.Tensor]:
     return losses
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_training_is_the_local_one(family: str, checkpoints: Callable[..., Path]) -> None:
+@pytest.mark.parametrize(("family", "dora", "steps"), TRAININGS)
+def test_a_training_is_the_local_one(family: str, dora: bool, steps: int, checkpoints: Callable[..., Path]) -> None:
     path = str(checkpoints(family))
     with served(path) as endpoint, zsl.RemoteTrunk(endpoint) as trunk:
-        split, whole = adapted(zsl.load_client(path, trunk)), adapted(local_model(path))
+        split, whole = (adapted(model, use_dora=dora) for model in (zsl.load_client(path, trunk), local_model(path)))
+        expected = dict(whole.named_parameters())
+        trained = {name: parameter for name, parameter in split.named_parameters() if parameter.requires_grad}
+        assert any("magnitude" in name and ".2." in name for name in trained) is dora
+        assert all(torch.equal(parameter, expected[name]) for name, parameter in trained.items())
         for batch in (batches.plain(), batches.padded("left")):
             assert differing(numbers_of(split, batch), numbers_of(whole, batch)) == []
         before = trunk.client.traffic
-        losses = train(split.train())
+        losses = train(split.train(), steps)
         assert losses[-1] < losses[0]
-        assert all(map(torch.equal, losses, train(whole.train())))
-        expected = whole.state_dict()
-        assert all(torch.equal(one, expected[name]) for name, one in split.state_dict().items())
+        assert all(map(torch.equal, losses, train(whole.train(), steps)))
+        after = whole.state_dict()
+        assert all(torch.equal(one, after[name]) for name, one in split.state_dict().items())
         traffic = trunk.client.traffic - before
         elements = of_the_trunk(split).numel()
-        versions = STEPS - 1  # the first was sent before
+        versions = steps - 2  # the first was sent before, and in the first step the learning rate is 0
         assert 0 < traffic.adapter_bytes_up - versions * elements * 4 < versions * 3000
-        assert traffic.adapter_bytes_down == STEPS * MICRO_BATCHES * elements * 4
+        assert traffic.adapter_bytes_down == steps * MICRO_BATCHES * elements * 4
 
 
 def of_the_trunk(model: PeftModel) -> torch.Tensor:
@@ -144,6 +161,67 @@ def test_an_adapter_of_a_local_model_loads_and_one_that_was_trained_here_loads_t
     loaded = PeftModel.from_pretrained(local_model(path), str(tmp_path / "split"))
     assert torch.equal(logits(loaded), logits(split))
     assert not torch.equal(logits(loaded), logits(local_model(path)))
+
+
+def test_dora_is_made_saved_loaded_exported_and_merged_as_on_the_local_model(
+    path: str, trunk: zsl.RemoteTrunk, tmp_path: Path
+) -> None:
+    keys = {"use_dora": True, "target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"}
+    split, whole = adapted(zsl.load_client(path, trunk), **keys), adapted(local_model(path), **keys)
+    more = LoraConfig(r=2, target_modules=["down_proj", "up_proj"], use_dora=True, init_lora_weights="gaussian")
+    for model in (split, whole):
+        torch.manual_seed(2)
+        model.add_adapter("more", more)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "magnitude" in name:
+                    parameter.mul_(1.1)
+        model.base_model.set_adapter(["default", "more"])
+    assert differing(numbers_of(split, batches.plain()), numbers_of(whole, batches.plain())) == []
+    assert torch.equal(logits(copy.deepcopy(split)), logits(whole))
+    for model in (split, whole):
+        model.set_adapter("default")
+    zsl.save_adapter(split, tmp_path / "split")
+    whole.save_pretrained(str(tmp_path / "whole"), selected_adapters=["default"])
+    saved = load_file(tmp_path / "split" / FILE)
+    assert sum("lora_magnitude_vector" in name for name in saved) == 2 * 6
+    expected = load_file(tmp_path / "whole" / FILE)
+    assert saved.keys() == expected.keys() and all(torch.equal(saved[name], expected[name]) for name in expected)
+    place = str(tmp_path / "whole")
+    for base in (local_model(path), zsl.load_client(path, trunk)):
+        for cheap in (False, True):
+            loaded = PeftModel.from_pretrained(copy.deepcopy(base), place, low_cpu_mem_usage=cheap)
+            assert torch.equal(logits(loaded), logits(whole))
+    trained = zsl.load_adapter(zsl.load_client(path, trunk), place, is_trainable=True)
+    assert differing(numbers_of(trained, batches.plain()), numbers_of(whole, batches.plain())) == []
+    sides = Sides(zsl.load_client(path, trunk), trunk.client.welcome.cut)
+    for side in SIDES:
+        zsl.save_adapter(split, tmp_path / side, sides=sides, only=side)
+    export([tmp_path / side for side in SIDES], resolve(path), tmp_path / "exported")
+    exported = load_file(tmp_path / "exported" / FILE)
+    assert exported.keys() == saved.keys() and all(torch.equal(exported[name], saved[name]) for name in saved)
+    merge([tmp_path / side for side in SIDES], resolve(path), tmp_path / "merged")
+    of_merged, of_peft = local_model(str(tmp_path / "merged")).state_dict(), whole.merge_and_unload().state_dict()
+    assert all(torch.equal(one, of_merged[name]) for name, one in of_peft.items())
+
+
+def test_a_daemon_without_adapters_gives_no_norms(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ServerSettings, "adapter_limits", lambda *_: None)
+    with served(path) as endpoint, zsl.RemoteTrunk(endpoint) as trunk:
+        with pytest.raises(ModelError, match="--no-adapters"):
+            adapted(zsl.load_client(path, trunk), use_dora=True)
+        assert adapted(zsl.load_client(path, trunk, layers="client"), use_dora=True)
+
+
+def test_norms_are_those_of_the_linear_weights(path: str, trunk: zsl.RemoteTrunk) -> None:
+    whole = local_model(path)
+    paths = ["2.self_attn.q_proj", "3.mlp.down_proj"]
+    for of_one, norms in zip(paths, trunk.client.weight_norms(paths), strict=True):
+        weight = whole.get_parameter(f"model.layers.{of_one}.weight").detach()
+        assert torch.equal(norms, torch.linalg.norm(weight, dim=1))
+    for unknown in ("2.input_layernorm", "1.self_attn.q_proj", "2", ""):
+        with pytest.raises(AdapterError, match=repr(unknown)):
+            trunk.client.weight_norms([unknown])
 
 
 def test_ia3_is_trained_saved_and_loaded_as_on_the_local_model(

@@ -140,6 +140,31 @@ def test_an_operation_that_needs_the_values_is_refused_by_name(operation: Callab
         operation(GhostWeight.like(torch.zeros(()), torch.Size((3, 5)), "layers.2.weight"))
 
 
+def test_a_ghost_has_the_norms_of_its_rows_for_the_first_magnitude_of_dora() -> None:
+    norms = torch.arange(3.0)
+    ghost = GhostWeight.like(torch.zeros(()), torch.Size((3, 5)), "layers.2.weight", lambda: norms)
+    turned = GhostWeight.like(torch.zeros(()), torch.Size((5, 3)), "layers.2.weight", lambda: norms)
+    zeros = torch.zeros(3, 5)
+    for one in (ghost, ghost.bfloat16().float(), copy.deepcopy(ghost), nn.Parameter(turned.T), ghost + zeros):
+        found = torch.linalg.norm(one + zeros, dim=1)
+        assert type(found) is torch.Tensor and torch.equal(found, norms) and found.data_ptr() != norms.data_ptr()
+    assert torch.linalg.norm(ghost.half() + zeros.half(), dim=1).dtype == torch.float16
+    meta = torch.linalg.norm(ghost.to("meta") + zeros.to("meta"), dim=1)
+    assert meta.is_meta and meta.shape == (3,)
+    pickled = pickle.loads(pickle.dumps(ghost))
+    for ask in (
+        lambda: torch.linalg.norm(pickled + zeros, dim=1),
+        lambda: torch.linalg.norm(ghost + zeros, dim=0),
+        lambda: torch.linalg.norm(ghost + zeros),
+        lambda: torch.linalg.norm(turned + zeros.T, dim=1),
+        lambda: ghost + torch.ones(3, 5),
+        lambda: ghost + torch.zeros(5),
+        lambda: (ghost + zeros).tolist(),
+    ):
+        with pytest.raises(ModelError, match=rf"^layers\.2\.weight .*{WAY_OUT}"):
+            ask()
+
+
 @pytest.mark.parametrize(
     "keys",
     [

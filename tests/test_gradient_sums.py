@@ -12,7 +12,9 @@ from zsl.trunk.compute.gradient_sums import add_to_sums
 from zsl.wire.adapter_layout import AdapterLayout, LoraModule
 from zsl.wire.messages import AdapterSum
 
-MODULE = LoraModule(path="2.up", inputs=3, outputs=4, rank=1, scaling=1.0, dropout=0.0, has_bias=False)
+MODULE = LoraModule(
+    path="2.up", inputs=3, outputs=4, rank=1, scaling=1.0, dropout=0.0, has_bias=False, has_magnitude=False
+)
 
 
 def version() -> AdapterVersion:

@@ -32,7 +32,7 @@ TARGETS: list[Callable[[str], bool]] = [
     lambda path: path.endswith(("q_proj", "v_proj")),
     lambda path: "mlp" in path and path.startswith("3."),
 ]
-IA3 = len(TARGETS)
+IA3, DORA = len(TARGETS), len(TARGETS) + 1
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ drawn_tenants = st.lists(
     st.tuples(
         st.integers(1, 12),  # length
         st.integers(2, 64),  # rank
-        st.integers(0, IA3),  # target
+        st.integers(0, DORA),  # target
         st.booleans(),  # without an adapter
         st.sampled_from((None, None, None, *POISONS)),
         st.sampled_from((0.0, 0.3)),  # dropout
@@ -139,7 +139,8 @@ def test_company_changes_no_number_of_a_request(
         if target == IA3:
             one = with_ia3(compute, tenant(compute, seed, length), seed, twice=rank % 2 > 0)
         else:
-            one = tenant(compute, seed, length, seed, rank=rank, chosen=TARGETS[target], dropout=dropout)
+            how = {"dora": True} if target == DORA else {"chosen": TARGETS[target]}
+            one = tenant(compute, seed, length, seed, rank=rank, dropout=dropout, **how)
         if poison:
             bad.add(seed)
             one = poisoned(one, poison)
@@ -155,7 +156,7 @@ def test_company_changes_no_number_of_a_request(
 def test_a_neighbour_that_overflows_changes_nothing_where_lengths_and_ranks_are_padded(
     compute: TorchCompute, keep: Keep
 ) -> None:
-    tenants = [tenant(compute, seed, length=3 + 2 * seed, rank=5 + seed) for seed in range(3)]
+    tenants = [tenant(compute, seed, length=3 + 2 * seed, rank=5 + seed, dora=seed > 0) for seed in range(3)]
     expected = [alone(compute, one) for one in tenants]
     for bad in range(3):
         for how in POISONS:
@@ -168,7 +169,7 @@ def test_a_neighbour_that_overflows_changes_nothing_where_lengths_and_ranks_are_
 def test_a_merged_backward_layer_by_layer_has_the_bits_of_one_graph(
     compute: TorchCompute, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tenants = [tenant(compute, seed, 4 + seed, 7, rank=5 + 4 * seed, dropout=0.2) for seed in range(3)]
+    tenants = [tenant(compute, seed, 4 + seed, 7, rank=5 + 4 * seed, dropout=0.2, dora=seed > 1) for seed in range(3)]
     expected = steps_of(compute, tenants, [range(3)], keep=Keep.INPUT)
     monkeypatch.setattr(compute, "_fits", lambda works: False)
     monkeypatch.setattr(compute, "_trim_over_budget", lambda: None)
@@ -195,7 +196,7 @@ def test_several_adapters_of_one_request_and_biases_and_computations_in_other_pr
     compute: TorchCompute,
 ) -> None:
     """One adapts each module twice, and by IA³ too; two compute in half precision, whose rounding is coarser."""
-    tenants = [tenant(compute, seed, rank=4, seed_of_dropout=5, dropout=0.2) for seed in range(3)]
+    tenants = [tenant(compute, seed, rank=4, seed_of_dropout=5, dropout=0.2, dora=seed < 2) for seed in range(3)]
     first, last = (one.use for one in (tenants[0], tenants[2]))
     assert first is not None and last is not None
     modules = first.version.layout.modules
@@ -273,18 +274,24 @@ def test_a_deterministic_trunk_gives_the_same_bits_in_any_company(
         checkpoints("llama"), dtype, max_batch_tokens=DETERMINISTIC_TOKENS, merge_below_tokens=64, deterministic=True
     )
     assert compute.traits.deterministic and compute.traits.merges_adapters
-    mine = [tenant(compute, 1, 9, 4, rank=6, dropout=0.1), with_ia3(compute, tenant(compute, 2, 7), 2, twice=True)]
+    mine = [
+        tenant(compute, 1, 9, 4, rank=6, dropout=0.1),
+        with_ia3(compute, tenant(compute, 2, 7), 2, twice=True),
+        tenant(compute, 3, 5, 4, rank=3, dropout=0.1, dora=True),
+    ]
     expected = [steps_of(compute, [one], [[0]], keep=keep)[0] for one in mine]
     source = random.Random(0)
     for composition in range(8):
         tenants = [
-            tenant(compute, 10 + 10 * composition + at, source.randint(1, 12), 3, rank=source.randint(2, 20))
+            tenant(
+                compute, 10 + 10 * composition + at, source.randint(1, 12), 3, rank=source.randint(2, 20), dora=at > 2
+            )
             for at in range(source.randint(1, 4))
         ]
         if composition % 2:
             tenants[0] = poisoned(tenants[0], POISONS[composition // 2])
             tenants[-1] = replace(tenants[-1], use=None)
-        places = sorted(source.sample(range(len(tenants) + 2), 2))
+        places = sorted(source.sample(range(len(tenants) + len(mine)), len(mine)))
         for place, one in zip(places, mine, strict=True):
             tenants.insert(place, one)
         order = source.sample(range(len(tenants)), len(tenants))

@@ -85,21 +85,21 @@ def test_all_numbers_are_those_of_a_local_model_with_the_same_bits(
     check_all_routes(compute, step, monkeypatch)
 
 
-def qlora(model: Any) -> PeftModel:
+def qlora(model: Any, **keys: Any) -> PeftModel:
     torch.manual_seed(3)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT sets fan_in_fan_out itself
-        return get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
+        return get_peft_model(model, LoraConfig(**{"r": 4, "target_modules": "all-linear", **keys}))
 
 
-def check_training(endpoint: str, path: Path, bits: Quantization) -> None:
+def check_training(endpoint: str, path: Path, bits: Quantization, **keys: Any) -> None:
     """QLoRA on all layers, those of the trunk too: three steps."""
     with zsl.RemoteTrunk(endpoint) as trunk:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             split = zsl.load_client(str(path), trunk, quantize=bits)
         assert trunk.client.welcome.quantization == bits
-        models = [qlora(model) for model in (split.train(), whole(path, bits))]
+        models = [qlora(model, **keys) for model in (split.train(), whole(path, bits))]
         remote, local = ([(name, p) for name, p in m.named_parameters() if p.requires_grad] for m in models)
         assert [name for name, _ in remote] == [name for name, _ in local]
         assert all(torch.equal(one, other) for (_, one), (_, other) in zip(remote, local, strict=True))
@@ -120,6 +120,7 @@ def test_four_bits_are_trained_through_a_daemon_as_locally(
     path, daemon = checkpoints("llama"), serve("llama", "--quantize", "4bit")
     assert daemon.ready["quantization"] == "4bit"
     check_training(daemon.endpoint, path, "4bit")
+    check_training(daemon.endpoint, path, "4bit", use_dora=True, target_modules=["down_proj"])
     (facts,) = json.loads(CliRunner().invoke(command, ["info", daemon.endpoint, "--json"]).output)
     assert facts["quantization"] == "4bit"
     assert facts["model"] == identify(resolve(str(path))).model_dump()

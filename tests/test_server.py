@@ -35,6 +35,7 @@ from zsl.wire.messages import (
     Status,
     StatusRequest,
     TensorDescriptor,
+    WeightNorms,
     Welcome,
 )
 
@@ -118,6 +119,22 @@ def test_a_forward_and_its_backward_are_answered(peer: Peer) -> None:
     assert isinstance(answer, Result) and answer.request == 1 and answer.merged == 1
     answer = peer.ask(*backward(welcome, 2, step=1))
     assert isinstance(answer, Result) and answer.tensors[0].role == "gradients"
+
+
+@pytest.mark.parametrize(("memory", "code"), [(1 << 20, None), (0, "BAD_ADAPTER")])
+def test_norms_of_weights_are_for_a_session_of_a_daemon_that_accepts_adapters(memory: int, code: str | None) -> None:
+    described = TensorDescriptor(role="weight_norms", dtype="f32", shape=(3,), nbytes=12)
+    traits = {"adaptable": {"2.up": (6, 3)}, "weight_norms": {"2.up": (described, bytes(12))}}
+    settings = ServerSettings(adapter_memory_bytes=memory)
+    with EchoServer(settings=settings, **traits) as server, Peer(server.endpoint) as peer:
+        welcome = peer.hello()
+        right = WeightNorms(session=welcome.session, epoch=welcome.epoch, request=1, path="2.up")
+        answer = peer.ask(right)
+        assert answer.tensors == [described] if isinstance(answer, Result) else code_of(answer) == code
+        assert isinstance(answer, Result) is (code is None)
+        assert code_of(peer.ask(right.model_copy(update={"path": "2.down"}))) == "BAD_ADAPTER"
+        assert code_of(peer.ask(right.model_copy(update={"session": bytes(16)}))) == "UNKNOWN_SESSION"
+        assert isinstance(peer.ask(*forward(welcome, 2)), Result)
 
 
 def test_a_backward_consumes_what_was_held_and_a_complete_one_needs_nothing(peer: Peer) -> None:

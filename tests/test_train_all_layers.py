@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer, default_data_collator, set_seed
 
@@ -92,10 +92,15 @@ class Local(Trainer):
 @pytest.fixture(scope="module")
 def local(config: Path) -> Local:
     """The same training of the whole local model by transformers and PEFT alone."""
-    checked = read_config(config, settings=["train.save_strategy='no'", "train.disable_tqdm=true"], overrides={})
+    return local_training(config)
+
+
+def local_training(config: Path, *settings: str, **lora: Any) -> Local:
+    quiet = ["train.save_strategy='no'", "train.disable_tqdm=true"]
+    checked = read_config(config, settings=[*quiet, *settings], overrides={})
     data = load_data(checked.data, resolve(checked.model.name)).train
     set_seed(0)
-    model = get_peft_model(local_model(checked.model.name), LoraConfig(**LORA))  # type: ignore[arg-type]
+    model = get_peft_model(local_model(checked.model.name), LoraConfig(**{**LORA, **lora}))
     arguments = trainer_arguments(checked, "local")
     trainer = Local(model, arguments, train_dataset=data, data_collator=default_data_collator)
     trainer.train()
@@ -115,11 +120,38 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 
 def test_losses_and_weights_are_those_of_a_local_training_of_all_layers(finished: Run, local: Local) -> None:
-    losses = [float(sum(pair)) for pair in zip(local.losses[::2], local.losses[1::2], strict=True)]  # type: ignore[attr-defined]
+    losses = check_same_training(finished.directory, local)
     assert len(losses) == STEPS and losses[-1] < losses[0]
-    assert [line["loss"] for line in lines_in(finished.directory)] == losses
-    trained = {name.replace(".default.", "."): p for name, p in local.model.named_parameters() if p.requires_grad}
-    assert same(weights_in(finished.directory / "adapter"), trained)
+
+
+def check_same_training(directory: Path, local: Local) -> list[float]:
+    """Compare losses and weights, and return the losses."""
+    losses = [float(sum(pair)) for pair in zip(local.losses[::2], local.losses[1::2], strict=True)]  # type: ignore[attr-defined]
+    assert [line["loss"] for line in lines_in(directory)] == losses
+    assert same(weights_in(directory / "adapter"), get_peft_model_state_dict(local.model))
+    return losses
+
+
+def test_dora_on_all_layers_is_trained_as_locally_and_goes_on_from_its_checkpoint(config: Path, tmp_path: Path) -> None:
+    out, settings = tmp_path / "out", ["data.samples=16", "train.save_steps=2", "peft.use_dora=true"]
+    command = [config, "--save-dir", out, *(word for setting in settings for word in ("--set", setting))]
+    result = run(train_command, *command)
+    assert result.exit_code == 0, result.output
+    local = local_training(config, *settings, use_dora=True)
+    assert len(check_same_training(out, local)) == 4
+    assert sum("magnitude" in name for name in weights_in(out / "trunk_lora")) == 2 * 7
+    shutil.rmtree(out / "checkpoint-4")
+    unfinish(out)
+    again = run(train_command, *command)
+    assert again.exit_code == 0 and "checkpoint-2, step 2 of 4" in again.stdout, again.output
+    check_same_training(out, local)
+
+
+def unfinish(directory: Path) -> None:
+    """Let a run go on from its last checkpoint."""
+    record = read_record(directory)
+    assert record is not None
+    (directory / RECORD).write_bytes(as_bytes(record.model_copy(update={"finished": False})))
 
 
 def test_what_is_saved_of_each_side_is_exported_and_merged_as_the_whole(
@@ -162,9 +194,7 @@ def test_a_run_goes_on_from_its_checkpoint_to_the_same_weights(finished: Run, co
     shutil.copytree(
         finished.directory, killed, ignore=shutil.ignore_patterns(f"checkpoint-{STEPS}", "adapter", "*_lora")
     )
-    record = read_record(killed)
-    assert record is not None
-    (killed / RECORD).write_bytes(as_bytes(record.model_copy(update={"finished": False})))
+    unfinish(killed)
     other = run(train_command, config, "--save-dir", killed, "--adapt", "client")
     assert other.exit_code == EXIT_USAGE and "peft.layers (all there, not set here)" in other.stderr, other.output
     again = run(train_command, config, "--save-dir", killed)
@@ -199,9 +229,9 @@ def test_a_training_goes_on_from_an_adapter_of_all_layers_and_keeps_the_best(
         (AdapterLimits(max_rank=3, max_bytes=1 << 20), "peft.r=4", ["rank 4", " 3", "--max-adapter-rank"]),
         (AdapterLimits(max_rank=8, max_bytes=1 << 10), "peft.r=4", ["1,024", "adapter_wire_dtype"]),
         (AdapterLimits(max_rank=8, max_bytes=1 << 20), "trunk.mode=straight-through", ["straight-through"]),
-        (AdapterLimits(max_rank=8, max_bytes=1 << 20), "peft.use_dora=true", ["use_dora"]),
+        (AdapterLimits(max_rank=8, max_bytes=1 << 20), "peft.init_lora_weights='pissa'", ["init_lora_weights"]),
     ],
-    ids=["none", "rank", "bytes", "mode", "dora"],
+    ids=["none", "rank", "bytes", "mode", "pissa"],
 )
 def test_what_the_daemon_would_not_train_is_said_before_the_first_step(
     limits: AdapterLimits | None,
@@ -215,7 +245,7 @@ def test_what_the_daemon_would_not_train_is_said_before_the_first_step(
     result = run(train_command, config, "--set", setting, "--save-dir", tmp_path / "out")
     assert result.exit_code == EXIT_USAGE, result.output
     line = result.stderr.strip().splitlines()[-1]
-    assert all(word in line for word in [*words, "[peft]" if "dora" in setting else "peft.layers"]), line
+    assert all(word in line for word in [*words, "[peft]" if "pissa" in setting else "peft.layers"]), line
     assert not (tmp_path / "out").exists()
 
 

@@ -143,7 +143,7 @@ def test_a_whole_adapter_is_loaded_for_use_or_training_where_all_layers_are(path
 @pytest.mark.parametrize(
     ("keys", "named"),
     [
-        ({"use_dora": True}, r"use_dora = True.*layers\.2\.self_attn\.q_proj"),
+        ({"use_dora": True, "init_lora_weights": "olora"}, r"use_dora = True.*layers\.2\.self_attn\.q_proj"),
         ({"init_lora_weights": "pissa"}, r"init_lora_weights = 'pissa'.*layers\.2\."),
         ({"modules_to_save": ["input_layernorm"]}, r"modules_to_save = \['input_layernorm'\].*layers\.2\."),
         ({"target_modules": [], "target_parameters": ["up_proj.weight"]}, r"target_parameters.*2\.mlp\.up_proj"),
@@ -175,7 +175,7 @@ def test_names_in_the_trunk_are_names_as_others_where_all_layers_are(llama: str)
 
 
 def test_a_whole_adapter_that_the_trunk_does_not_compute_is_not_loaded(llama: str, tmp_path: Path) -> None:
-    config = peft_config("run.toml", {"target_modules": ["q_proj"], "use_dora": True})
+    config = peft_config("run.toml", {"target_modules": ["q_proj"], "alora_invocation_tokens": [1, 2]})
     get_peft_model(local_model(llama), config).save_pretrained(str(tmp_path))
     with pytest.raises(ModelError, match=r"2\.self_attn\.q_proj.*zsl merge"):
         zsl.load_adapter(client(llama), tmp_path)

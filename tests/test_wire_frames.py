@@ -49,6 +49,7 @@ from zsl.wire.messages import (
     StatusRequest,
     TensorDescriptor,
     UsedAdapter,
+    WeightNorms,
     Welcome,
 )
 
@@ -92,6 +93,7 @@ HEADERS: list[Header] = [
         nbytes=32,
         tensors=[TensorDescriptor(role="weights", dtype="u8", shape=(32,), nbytes=32)],
     ),
+    WeightNorms(session=SESSION, epoch=EPOCH, request=1, path="2.up"),
     Release(session=SESSION, epoch=EPOCH, step=1),
     Cancel(session=SESSION, epoch=EPOCH, request=1),
     Ping(session=SESSION, epoch=EPOCH, request=1),

@@ -40,19 +40,34 @@ def random_version(
     rank: int = 8,
     scaling: float = 2.0,
     dropout: float = 0.0,
+    dora: bool = False,
     chosen: Callable[[str], bool] = lambda path: True,
     dtype: torch.dtype = torch.float32,
 ) -> AdapterVersion:
-    """A version with random weights for the `chosen` modules of a trunk; every third has a bias."""
+    """A version with random weights for the `chosen` modules of a trunk; every third has a bias.
+
+    With `dora` none has; the magnitudes are of the size of the norms that they replace.
+    """
     random = torch.Generator().manual_seed(seed)
     modules = [
         LoraModule(
-            path=path, inputs=size[0], outputs=size[1], rank=rank, scaling=scaling, dropout=dropout, has_bias=not at % 3
+            path=path,
+            inputs=size[0],
+            outputs=size[1],
+            rank=rank,
+            scaling=scaling,
+            dropout=dropout,
+            has_bias=not (dora or at % 3),
+            has_magnitude=dora,
         )
         for at, (path, size) in enumerate(adaptable.items())
         if chosen(path)
     ]
-    weights = [torch.randn(shape, generator=random) * 0.1 for module in modules for shape in module.shapes]
+    weights: list[torch.Tensor] = []
+    for module in modules:
+        weights += [torch.randn(shape, generator=random) * 0.1 for shape in module.shapes]
+        if dora:
+            weights[-1] += 0.4
     return version_from(modules, weights, dtype=dtype)
 
 
@@ -94,6 +109,8 @@ def local_step(model: PreTrainedModel, ids: torch.Tensor, layers: range, *config
                 parameter.normal_(std=0.1)
             elif "ia3_l" in name:
                 parameter.normal_(1, 0.3)
+            elif "magnitude" in name:
+                parameter.mul_(1 + 0.2 * torch.randn_like(parameter))
     return step_of(peft_model, ids, layers)
 
 
@@ -143,9 +160,12 @@ def adapted_modules(stack: nn.ModuleList, layers: range) -> tuple[list[AdaptedMo
                             scaling=float(module.scaling[adapter]),
                             dropout=0.0,
                             has_bias=b.bias is not None,
+                            has_magnitude=adapter in module.lora_magnitude_vector,
                         )
                     )
                     weights += [a.weight, b.weight, *([] if b.bias is None else [b.bias])]
+                    if adapter in module.lora_magnitude_vector:
+                        weights.append(module.lora_magnitude_vector[adapter].weight)
     return modules, weights
 
 

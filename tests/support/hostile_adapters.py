@@ -9,7 +9,7 @@ import numpy as np
 from zsl.wire.adapter_layout import AdaptedModule, AdapterLayout, Ia3Module, LoraModule, version_of
 from zsl.wire.messages import MessageType, Welcome
 
-from .hostile_scene import Act, Acts, Scene, backward, forward, packed, tensor
+from .hostile_scene import Act, Acts, Scene, Victim, backward, forward, packed, tensor
 from .hostile_sessions import ROW, answered
 from .raw_zmtp import RawPeer
 
@@ -30,6 +30,13 @@ def adapters() -> Acts:
     def message(codes: set[str], **changes: object) -> Act:
         return lambda scene: _upload(scene, *scene.opened(), codes={*codes, *REFUSED}, message=changes)
 
+    def norms(codes: set[str], **changes: object) -> Act:
+        def act(scene: Scene) -> None:
+            peer, welcome = scene.opened()
+            _norms(scene, peer, welcome, welcome, codes, **changes)
+
+        return act
+
     return {
         "a layout of no JSON": layout_of(b"\xff" * 100),
         "a layout of brackets, 3 MB deep": layout_of(b"[" * (3 << 20)),
@@ -43,6 +50,15 @@ def adapters() -> Acts:
         "an adapter of rank 0": module({"MALFORMED"}, rank=0),
         "an adapter with a scaling of infinity": layout_of(_layout([_module(32)]).replace(b"2.0", b"1e999")),
         "an adapter with a dropout of 1": module({"MALFORMED"}, dropout=1.0),
+        "a magnitude that never comes": module({"BAD_SHAPE"}, has_magnitude=True),
+        "a magnitude of 7": layout_of(_layout([_module(32)]).replace(b'magnitude":false', b'magnitude":7')),
+        "a magnitude beside a bias": module({"MALFORMED"}, has_magnitude=True, has_bias=True),
+        "a magnitude of NaN": lambda scene: _upload(
+            scene, *scene.opened(), codes={"NONFINITE", *REFUSED}, module={"has_magnitude": True}, magnitude=np.nan
+        ),
+        "a magnitude of infinity": lambda scene: _upload(
+            scene, *scene.opened(), codes={"NONFINITE", *REFUSED}, module={"has_magnitude": True}, magnitude=np.inf
+        ),
         "IA³ of other features": layout_of(_layout([_ia3(inputs=7)])),
         "an adapter of an unknown method": layout_of(_layout([_ia3()]).replace(b"ia3", b"oft")),
         "an adapter of 4 GiB that never comes": message({"BAD_SHAPE"}, nbytes=(4 << 30) - 1),
@@ -57,12 +73,19 @@ def adapters() -> Acts:
         "a BACKWARD with another adapter than its FORWARD": _another,
         "the gradients of no adapter": _gradients_of_none,
         "an adapter in another's session": _of_others,
+        "norms of an unknown module": norms(REFUSED, path="2.self_attn.nothing"),
+        "norms of a layer outside the cut": norms(REFUSED, path="0.self_attn.q_proj"),
+        "norms of a path of 4,000 characters": norms({"MALFORMED"}, path="2." * 2000),
+        "norms of a list of paths": norms({"MALFORMED"}, path=[PATH] * 16),
+        "norms in another's session": lambda scene: _norms(scene, *scene.opened(), scene.victim, {"UNKNOWN_SESSION"}),
+        "norms that nobody reads, 3,000 times": _norms_unread,
     }
 
 
 def _module(scene_hidden: int, **changes: object) -> LoraModule:
     fields: dict[str, object] = {"path": PATH, "inputs": scene_hidden, "outputs": scene_hidden, "rank": 2}
-    return LoraModule.model_construct(**{**fields, "scaling": 2.0, "dropout": 0.0, "has_bias": False, **changes})  # type: ignore[arg-type]
+    fields |= {"scaling": 2.0, "dropout": 0.0, "has_bias": False, "has_magnitude": False}
+    return LoraModule.model_construct(**{**fields, **changes})  # type: ignore[arg-type]
 
 
 def _ia3(**changes: object) -> Ia3Module:
@@ -112,10 +135,14 @@ def _upload(
     module: dict[str, object] | None = None,
     message: dict[str, object] | None = None,
     value: float = 0.0,
+    magnitude: float | None = None,
 ) -> None:
     """Send an adapter, and a FORWARD that runs with it; the first answer is an error with one of the codes."""
     encoded = layout or _layout([_module(scene.place.hidden, **(module or {}))])
-    version, piece = _pieces(welcome, encoded, _weights(scene, value), **(message or {}))
+    weights = _weights(scene, value)
+    if magnitude is not None:
+        weights += np.full(scene.place.hidden, magnitude, np.float32).tobytes()
+    version, piece = _pieces(welcome, encoded, weights, **(message or {}))
     peer.send_message(piece)
     peer.send_message(_forward(scene, welcome, version, 1))
     answered(peer, 1, *codes)
@@ -179,3 +206,24 @@ def _of_others(scene: Scene) -> None:
     _, piece = _pieces(welcome, layout, _weights(scene), session=scene.victim.session, request=7)
     peer.send_message(piece)
     answered(peer, 7, "UNKNOWN_SESSION")
+
+
+def _ask_norms(of: Welcome | Victim, request: int, path: object = PATH) -> list[bytes]:
+    fields = {"session": of.session, "epoch": of.epoch, "request": request, "path": path}
+    return packed(MessageType.WEIGHT_NORMS, fields)
+
+
+def _norms(
+    scene: Scene, peer: RawPeer, welcome: Welcome, of: Welcome | Victim, codes: set[str], **changes: object
+) -> None:
+    """Ask for norms in a session; the answer is an error with one of the codes, and the next request has its own."""
+    peer.send_message(_ask_norms(of, 1, **changes))
+    answered(peer, 1, *codes)
+    peer.send_message(forward(welcome, [tensor((1, ROW, scene.place.hidden))], request=2))
+    answered(peer, 2, None)
+
+
+def _norms_unread(scene: Scene) -> None:
+    peer, welcome = scene.opened()
+    for request in range(3000):
+        peer.send_message(_ask_norms(welcome, request))

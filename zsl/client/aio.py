@@ -118,6 +118,10 @@ class AsyncTrunkClient:
         """Return the model that the daemon serves, and its load."""
         return await asyncio.to_thread(self._client.status)
 
+    async def weight_norms(self, paths: Sequence[str]) -> list[torch.Tensor]:
+        """Return the norms `[out]` of the rows of the weights of linear modules in the trunk."""
+        return await asyncio.to_thread(self._client.weight_norms, paths)
+
     async def close(self) -> None:
         """End the session."""
         await asyncio.to_thread(self._client.close)

@@ -12,12 +12,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from zsl.client.remote import RemoteTrunk
 from zsl.client.revealed import ARGUMENTS
+from zsl.client.row_norms import RowNorms
 from zsl.errors import ConfigError, ModelError
 from zsl.models.identity import identify
 from zsl.models.loading import AdaptedLayers, load_client_part
 from zsl.models.reference import ModelReference, resolve
 from zsl.split.slots import copy_plain_attributes
 from zsl.split.stack import find_stack, whole_class
+from zsl.split.trunk_lora import slots_of
 from zsl.wire.messages import Cut, Quantization
 
 # Arguments of a model that need data from inside the trunk that the daemon does not send.
@@ -47,7 +49,8 @@ def load_client(
     Only the layers outside the cut are loaded; `model` may be the client's part that `zsl split` wrote.
     `quantize`: load the client's linear layers in 4 or 8 bits, by bitsandbytes; the trunk stays as the daemon has it.
     `layers`: those that adapters may be put on. With "all", the modules of the trunk's layers are in their places,
-    without their weights; LoRA and IA³ on them are sent to the trunk. With "client", only this process's layers are.
+    without their weights; LoRA, DoRA and IA³ on them are sent to the trunk. With "client", only those of this process
+    are.
     `auto_class`: the class of transformers that picks the head, such as `AutoModelForSequenceClassification`. One that
     the checkpoint lacks is initialized as on the local model.
     `config`: fields of the configuration to replace, as in `from_pretrained`: `num_labels=3`.
@@ -66,6 +69,7 @@ def load_client(
         reference, welcome.cut, dtype, quantize=quantize, layers=layers, auto_class=auto_class
     )
     put_trunk(client_model, trunk, welcome.cut)
+    RowNorms(trunk.client).give_to(slots_of(client_model))
     return client_model
 
 

@@ -1,4 +1,4 @@
-"""Find the adapters (LoRA, IA³) on the trunk's layers of a client's model, and make versions of their weights.
+"""Find the adapters (LoRA, DoRA, IA³) on the trunk's layers of a client's model, and make versions of their weights.
 
 PEFT's modules are read, not run: the daemon computes what they would.
 """
@@ -141,6 +141,11 @@ def _add(tuner: Computed, adapter: str, path: str, modules: list[Module], parame
         raise not_sent(path, "a parametrized adapter")
     (rank, inputs), outputs = a.shape, b.shape[0]
     probability = float(vars(dropout).get("p", 0.0))  # an Identity has none
-    modules.append(("lora", path, inputs, outputs, rank, float(tuner.scaling[adapter]), probability, bias is not None))
-    parameters += (a, b) if bias is None else (a, b, bias)
+    magnitude = None
+    if adapter in tuner.lora_variant:  # DoRA
+        magnitude = named["lora_magnitude_vector"]._modules[adapter]._parameters["weight"]
+    scaling = float(tuner.scaling[adapter])
+    has = bias is not None, magnitude is not None
+    modules.append(("lora", path, inputs, outputs, rank, scaling, probability, *has))
+    parameters += (one for one in (a, b, bias, magnitude) if one is not None)
     return probability > 0 and dropout.training

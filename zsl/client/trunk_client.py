@@ -16,8 +16,8 @@ from typing import Self
 import torch
 
 from zsl.client.replayable_step import Answer, CallAdapter, Step, read_answer
-from zsl.errors import InternalError
-from zsl.link.adapter_versions import EncodedAdapter
+from zsl.errors import InternalError, ModelError
+from zsl.link.adapter_versions import NO_ADAPTERS, EncodedAdapter
 from zsl.link.connection import Connection
 from zsl.link.keys import read_client_keys
 from zsl.link.pending import Build, Pending
@@ -34,6 +34,7 @@ from zsl.wire.messages import (
     ModelIdentity,
     Reveal,
     Status,
+    WeightNorms,
     Welcome,
 )
 from zsl.wire.tensors import encode_tensors
@@ -154,6 +155,25 @@ class TrunkClient:
         if not isinstance(header, Status):
             raise InternalError(f"{self.endpoint} answered STATUS with {type(header).__name__}")
         return header
+
+    def weight_norms(self, paths: Sequence[str]) -> list[torch.Tensor]:
+        """Return the norms `[out]` of the rows of the weights of linear modules in the trunk, in single precision.
+
+        `paths`: each the index of a layer and the path within it, `7.mlp.up_proj`. Raises `ModelError` if the daemon
+        accepts no adapters.
+        """
+        if self.welcome.adapters is None:
+            raise ModelError(NO_ADAPTERS)
+        futures = [self._submit_weight_norms(path) for path in paths]
+        return [read_answer(self._connection.wait(future), "weight_norms").tensor for future in futures]
+
+    def _submit_weight_norms(self, path: str) -> Future[Message]:
+        request = self._connection.new_request_id()
+
+        def build(welcome: Welcome, pending: Pending) -> tuple[Header, Sequence[Frame]]:
+            return WeightNorms(session=welcome.session, epoch=welcome.epoch, request=request, path=path), ()
+
+        return self._connection.submit(request, build)
 
     def submit_forward(
         self,

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+from peft.utils.integrations import dequantize_bnb_weight
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_tie_weights
@@ -87,6 +88,13 @@ def compute_as_in_training(model: nn.Module) -> None:
 def bits_of(module: nn.Module) -> Quantization | None:
     """Return the bits of a quantized linear layer; None for another module."""
     return _LAYERS.get(type(module).__name__)
+
+
+def dequantized(layer: nn.Module) -> torch.Tensor:
+    """Return the weight `[out, in]` of a quantized linear layer, as PEFT dequantizes it."""
+    linear: Any = layer
+    weight: torch.Tensor = dequantize_bnb_weight(linear.weight, state=getattr(linear, "state", None))
+    return weight
 
 
 def gradient_at_input(layer: nn.Module, gradient: torch.Tensor) -> torch.Tensor:

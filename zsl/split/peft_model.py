@@ -82,8 +82,9 @@ def note_loaded_weights(model: Any, state_dict: Mapping[str, Any], prefix: str, 
     """
     for name, parameter in model.named_parameters(remove_duplicate=False):
         new: Any = state_dict.get(prefix + name)
-        fits = isinstance(new, torch.Tensor) and new.shape == parameter.shape and not isinstance(parameter, GhostWeight)
-        if fits and not torch.equal(new.to(parameter), parameter.detach()):
+        known = not isinstance(parameter, GhostWeight) and not parameter.is_meta  # adapters are loaded on meta
+        fits = isinstance(new, torch.Tensor) and new.shape == parameter.shape
+        if known and fits and not torch.equal(new.to(parameter), parameter.detach()):
             model.loaded_weights.add(_plain(name))
 
 

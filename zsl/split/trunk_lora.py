@@ -1,6 +1,6 @@
 """Find the adapters on the modules of the trunk's layers, and refuse those that the trunk does not compute.
 
-It computes LoRA without variants and IA³ on linear modules, as `zsl.wire.adapter_layout` describes them. PEFT's modules
+It computes LoRA, DoRA and IA³ on linear modules, as `zsl.wire.adapter_layout` describes them. PEFT's modules
 are read, not run.
 """
 
@@ -12,6 +12,7 @@ from typing import Any
 
 from peft.tuners.ia3.layer import Linear as Ia3Linear
 from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
@@ -60,7 +61,7 @@ def active_adapters(slots: Slots) -> Iterator[tuple[Computed, str, str]]:
                 if tuner._forward_pre_hooks or tuner._forward_hooks:
                     raise not_sent(path, "hooks, as adapter_names sets them for a mixed batch")
                 variant = vars(tuner).get("lora_variant", {}).get(name)
-                if variant is not None:
+                if variant is not None and type(variant) is not DoraLinearVariant:
                     raise not_sent(path, type(variant).__name__)
                 yield tuner, name, path
 
@@ -68,7 +69,7 @@ def active_adapters(slots: Slots) -> Iterator[tuple[Computed, str, str]]:
 def not_sent(path: str, what: str) -> ModelError:
     """Return the error of an adapter that cannot be sent to the trunk."""
     return ModelError(
-        f"the adapter on {path} has {what}, and cannot be sent to the trunk: use plain LoRA there, or IA³, of one "
+        f"the adapter on {path} has {what}, and cannot be sent to the trunk: use LoRA, DoRA or IA³ there, of one "
         f"dtype, or {WAY_OUT}"
     )
 

@@ -7,7 +7,7 @@ launching the operations, is paid once for all requests of a merged pass.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 # A batch is large enough when the fixed part is at most this share of it.
 SATURATED_SHARE = 0.1
@@ -56,6 +56,10 @@ class GraphMemory:
         """Return the bytes that the graph of a pass of sequences of these lengths keeps."""
         pairs = sum(length * length for length in lengths)
         return round(self.fixed_bytes + self.bytes_per_token * sum(lengths) + self.bytes_per_pair * pairs)
+
+    def plus(self, bytes_per_token: float) -> GraphMemory:
+        """Return this memory with more bytes for each token."""
+        return replace(self, bytes_per_token=self.bytes_per_token + bytes_per_token)
 
 
 def fit_graph_memory(samples: Sequence[tuple[int, int]]) -> GraphMemory:

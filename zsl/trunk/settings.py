@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 from zsl.errors import ConfigError, WrongModelError
+from zsl.trunk.adapter import AdapterUse
 from zsl.trunk.costs import (
     MAX_BATCH_TOKENS,
     UNKNOWN_GRAPH_MEMORY,
@@ -15,7 +17,7 @@ from zsl.trunk.costs import (
     GraphMemory,
     PassMemory,
 )
-from zsl.wire.frames import MAX_HEADER_BYTES
+from zsl.wire.frames import MAX_HEADER_BYTES, Frame
 from zsl.wire.messages import (
     GRADIENTS_OF,
     MAX_TENSOR_BYTES,
@@ -27,10 +29,14 @@ from zsl.wire.messages import (
     ModelIdentity,
     Quantization,
     Reveal,
+    TensorDescriptor,
 )
 
 FP32_BYTES = 4
 ADAPTER_SHARE = 1 / 4  # of the memory for adapters, that one version may take
+# Memory of DoRA beyond that of LoRA, for each token and output of a linear layer. A graph keeps the outputs that it
+# scales, and its product, in single precision; kernels copy, as in a layer's backward without it.
+DORA_BYTES, DORA_PEAK_BYTES = 8, 13
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +65,7 @@ class TrunkTraits:
     linear modules that may have adapters, by path (`zsl.wire.adapter_layout`); `merges_adapters`: requests with
     adapters may share a pass. `graph_memory_with_adapters`, `pass_memory_with_adapters`: memory of passes of requests
     with adapters. `routers`: number of the layers with experts, and experts of each; counted for a trunk that reveals
-    their logits.
+    their logits. `weight_norms`: norms of the rows of the weights of the `adaptable` modules, as they are answered.
     """
 
     parameters: int
@@ -77,12 +83,21 @@ class TrunkTraits:
     graph_memory_with_adapters: GraphMemory = UNKNOWN_GRAPH_MEMORY
     pass_memory_with_adapters: PassMemory = UNKNOWN_PASS_MEMORY
     routers: tuple[int, int] = (0, 0)
+    weight_norms: Mapping[str, tuple[TensorDescriptor, Frame]] = field(default_factory=dict)
 
-    def memory_of(self, *, adapted: bool) -> tuple[GraphMemory, PassMemory]:
-        """Return the memory of a pass in which a request has an adapter, or none has."""
-        if adapted:
-            return self.graph_memory_with_adapters, self.pass_memory_with_adapters
-        return self.graph_memory, self.pass_memory
+    def memory_of(self, uses: Iterable[AdapterUse | None]) -> tuple[GraphMemory, PassMemory]:
+        """Return the memory of a pass of requests with these adapters, or without."""
+        layouts = [use.version.layout for use in uses if use is not None]
+        if not layouts:
+            return self.graph_memory, self.pass_memory
+        graph, by_layers = self.graph_memory_with_adapters, self.pass_memory_with_adapters
+        if any(layout.magnitudes for layout in layouts):
+            outputs = Counter[str]()  # by layer
+            for path, (_, of_module) in self.adaptable.items():
+                outputs[path.partition(".")[0]] += of_module
+            graph = graph.plus(DORA_BYTES * outputs.total())
+            by_layers = replace(by_layers, layer=by_layers.layer.plus(DORA_PEAK_BYTES * max(outputs.values())))
+        return graph, by_layers
 
 
 @dataclass(frozen=True, slots=True)

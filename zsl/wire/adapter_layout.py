@@ -1,6 +1,7 @@
 """Layout of an adapter in the trunk's layers: its modules, and the order of their weights in one flat buffer.
 
     LoRA: A [rank, in], B [out, rank], bias [out] if it has one
+    DoRA: A [rank, in], B [out, rank], magnitude [out]
     IA³:  vector [in] or [out]
 
 Sent as JSON, checked once when it is decoded, as the headers are. No sockets and no torch.
@@ -8,11 +9,12 @@ Sent as JSON, checked once when it is decoded, as the headers are. No sockets an
 
 from __future__ import annotations
 
+from functools import cached_property
 from math import prod
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import xxhash
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from zsl.errors import MalformedError
 from zsl.wire.frames import Frame
@@ -51,19 +53,30 @@ class _Module(BaseModel):
 
 
 class LoraModule(_Module):
-    """LoRA: the output is `base(x) + B(A(dropout(x))) * scaling` (Hu et al., "LoRA", 2021), computed as PEFT does."""
+    """LoRA: the output is `base(x) + B(A(dropout(x))) * scaling` (Hu et al., "LoRA", 2021), computed as PEFT does.
+
+    With a magnitude it is DoRA (Liu et al., 2024): the rows of `W + scaling * B A` are scaled to these norms. PEFT has
+    no DoRA with a bias.
+    """
 
     method: Literal["lora"] = "lora"
     rank: Annotated[int, Field(ge=1, le=MAX_RANK)]
     scaling: Annotated[float, Field(allow_inf_nan=False)]
     dropout: Annotated[float, Field(ge=0, lt=1)]
     has_bias: bool
+    has_magnitude: bool
+
+    @model_validator(mode="after")
+    def _has_one_vector(self) -> Self:
+        if self.has_bias and self.has_magnitude:
+            raise ValueError("has a bias and a magnitude, which exclude each other")
+        return self
 
     @property
     def shapes(self) -> tuple[Shape, ...]:
-        """Shapes of A and B, and of B's bias, if any."""
+        """Shapes of A and B, and of B's bias or the magnitude, if any."""
         matrices: tuple[Shape, ...] = (self.rank, self.inputs), (self.outputs, self.rank)
-        return (*matrices, (self.outputs,)) if self.has_bias else matrices
+        return (*matrices, (self.outputs,)) if self.has_bias or self.has_magnitude else matrices
 
 
 class Ia3Module(_Module):
@@ -93,6 +106,12 @@ class AdapterLayout(BaseModel):
     def elements(self) -> int:
         """Number of weights."""
         return sum(module.elements for module in self.modules)
+
+    @cached_property
+    def magnitudes(self) -> int:
+        """Number of elements of all magnitudes; 0 without DoRA."""
+        of_lora = (module for module in self.modules if isinstance(module, LoraModule))
+        return sum(module.outputs for module in of_lora if module.has_magnitude)
 
     def nbytes(self, dtype: FloatDtypeName) -> int:
         """Return the bytes of the flat weights in a dtype."""

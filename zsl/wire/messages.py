@@ -47,6 +47,7 @@ Reveal = Literal["hidden_states", "router_logits"]
 Role = Literal[
     "activations", "gradients", "attention_mask", "position_ids", "lengths", "layout", "weights", "adapter_gradients",
     "hidden_states", "router_logits", "hidden_states_gradients", "router_logits_gradients",
+    "weight_norms",
 ]  # fmt: skip
 GRADIENTS_OF: dict[Reveal, Role] = {
     "hidden_states": "hidden_states_gradients",
@@ -86,6 +87,7 @@ class MessageType(IntEnum):
     BYE = 12
     STATUS = 13
     ADAPTER = 14
+    WEIGHT_NORMS = 15
 
 
 class _Strict(BaseModel):
@@ -230,6 +232,17 @@ class Adapter(InSession):
     tensors: Tensors  # weights [bytes], u8; in the first piece also layout [bytes], u8
 
 
+class WeightNorms(InSession):
+    """Ask for the Euclidean norms of the rows `[out]` of the weight of a linear module in the trunk.
+
+    `path`: as in `zsl.wire.adapter_layout`. Answered at once, with a RESULT: weight_norms [out], f32.
+    """
+
+    TYPE = MessageType.WEIGHT_NORMS
+    request: Count
+    path: Name
+
+
 class UsedAdapter(_Strict):
     """The adapter version that a request runs with. `dropout_seed`: seed of its dropout masks, None for no dropout."""
 
@@ -283,7 +296,8 @@ class Backward(WorkHeader):
 
 
 class Result(InSession):
-    """Answer to FORWARD (activations, and what it asked to reveal) or BACKWARD (gradients; adapter_gradients, flat).
+    """Answer to FORWARD (activations, and what it asked to reveal), BACKWARD (gradients; adapter_gradients, flat) or
+    WEIGHT_NORMS.
 
     Every client numbers its own requests, so only session and request together identify the request.
     """
@@ -385,6 +399,6 @@ class Status(Header):
 
 # Messages that each end may receive. STATUS is the one type with a schema for each direction.
 TO_DAEMON: dict[int, type[Header]] = {
-    cls.TYPE: cls for cls in (Hello, Adapter, Forward, Backward, Release, Cancel, Ping, Bye, StatusRequest)
+    cls.TYPE: cls for cls in (Hello, Adapter, WeightNorms, Forward, Backward, Release, Cancel, Ping, Bye, StatusRequest)
 }
 TO_CLIENT: dict[int, type[Header]] = {cls.TYPE: cls for cls in (Welcome, Result, Error, Pong, GoAway, Status)}

@@ -40,8 +40,9 @@ are those of that method's configuration class (`LoraConfig`, `IA3Config`, …),
 trunk is refused with a reason.
 
 `layers` (`--adapt` on the command line) names the layers that adapters are put on: `client`, the default, those of this
-process; `all`, the trunk's too. LoRA or IA³ on the trunk's layers is sent to the daemon in each step, and its gradients
-come back; other methods are for `client`. [guide.md](guide.md#which-layers-to-adapt) has the price and the gain.
+process; `all`, the trunk's too. LoRA, DoRA or IA³ on the trunk's layers is sent to the daemon in each step, and its
+gradients come back; other methods are for `client`. [guide.md](guide.md#which-layers-to-adapt) has the price and the
+gain.
 
 `adapter` continues the training of an existing adapter, and is then the only key besides `layers`: the directory of a
 run or of an adapter, or a hub id. On the command line that is `--adapter`. Steps, optimizer and learning rate begin

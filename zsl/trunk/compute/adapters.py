@@ -1,4 +1,4 @@
-"""Adapters (LoRA, IA³) of the requests in a pass, applied to the inputs and outputs of the trunk's linear layers.
+"""Adapters (LoRA, DoRA, IA³) of the requests in a pass, applied to the inputs and outputs of the trunk's linear layers.
 
 `SeparateAdapters`: each request's adapter is computed on its own tokens, in PEFT's order of operations. A
 request that runs alone gets the numbers of a local PEFT model bit for bit; in a deterministic pass a request's numbers
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 import xxhash
 
 from zsl.trunk.adapter import AdapterUse, AdapterVersion
+from zsl.trunk.compute.frozen_linear import FrozenLinear
 from zsl.wire.adapter_layout import LoraModule
 from zsl.wire.tensors import TORCH_DTYPES
 
@@ -29,6 +30,14 @@ _serials = count()
 
 
 @dataclass(frozen=True, slots=True)
+class Magnitude:
+    """Magnitude of DoRA, a leaf of autograd, and the norms of the adapted weight's rows, which have no gradient."""
+
+    vector: torch.Tensor  # [out]
+    row_norms: torch.Tensor  # [out]
+
+
+@dataclass(frozen=True, slots=True)
 class LowRank:
     """LoRA of one linear layer. `index`: its place in the layout. The weights are leaves of autograd."""
 
@@ -36,6 +45,7 @@ class LowRank:
     a: torch.Tensor  # [rank, in]
     b: torch.Tensor  # [out, rank]
     bias: torch.Tensor | None  # [out]
+    magnitude: Magnitude | None
     scaling: float
     dropout: float
 
@@ -66,16 +76,28 @@ class LoadedAdapter:
     form: tuple[object, ...]
     serial: int
 
+    @property
+    def has_magnitudes(self) -> bool:
+        """True if some of it is DoRA."""
+        return any(entry.magnitude is not None for entries in self.by_path.values() for entry in entries)
 
-def loaded(version: AdapterVersion, device: torch.device) -> LoadedAdapter:
-    """Return the weights of a version on a device, loaded once. For the compute thread."""
+    @property
+    def storages(self) -> Collection[int]:
+        """Addresses of the memory that the version accounts for."""
+        found = (entry.magnitude for entries in self.by_path.values() for entry in entries)
+        kept = [*self.weights, *(magnitude.row_norms for magnitude in found if magnitude is not None)]
+        return {tensor.untyped_storage().data_ptr() for tensor in kept}
+
+
+def loaded(version: AdapterVersion, layers: Mapping[str, FrozenLinear], device: torch.device) -> LoadedAdapter:
+    """Return the weights of a version on a device, loaded once. For the compute thread. `layers`: by path."""
     if version.loaded is None:
-        version.loaded = _load(version, device)
+        version.loaded = _load(version, layers, device)
     assert isinstance(version.loaded, LoadedAdapter)
     return version.loaded
 
 
-def _load(version: AdapterVersion, device: torch.device) -> LoadedAdapter:
+def _load(version: AdapterVersion, layers: Mapping[str, FrozenLinear], device: torch.device) -> LoadedAdapter:
     modules = version.layout.modules
     dtype = TORCH_DTYPES[version.layout.dtype]
     flat = torch.frombuffer(version.weights, dtype=TORCH_DTYPES[version.dtype]).to(device, dtype)
@@ -89,10 +111,13 @@ def _load(version: AdapterVersion, device: torch.device) -> LoadedAdapter:
         own = [next(parts).view(shape).clone().requires_grad_() for shape in module.shapes]
         weights += own
         if isinstance(module, LoraModule):
-            a, b, *bias = own
-            entry = LowRank(index, a, b, bias[0] if bias else None, module.scaling, module.dropout)
+            a, b, *vector = own
+            bias, magnitude = vector[0] if module.has_bias else None, None
+            if module.has_magnitude:
+                magnitude = Magnitude(vector[0], layers[module.path].adapted_row_norms(a, b, module.scaling))
+            entry = LowRank(index, a, b, bias, magnitude, module.scaling, module.dropout)
             by_path[module.path] = (*by_path.get(module.path, ()), entry)
-            kinds.append((module.path, module.rank, module.has_bias, module.dropout > 0))
+            kinds.append((module.path, module.rank, module.has_bias, module.has_magnitude, module.dropout > 0))
         else:
             scaled = (module.path, module.at_input)
             scales[scaled] = (*scales.get(scaled, ()), Scale(index, own[0]))
@@ -118,9 +143,8 @@ class PassAdapters(Protocol):
         """Return the input that the linear layer at `path` computes with."""
         ...
 
-    def adapted_output(self, path: str, x: torch.Tensor, output: torch.Tensor, *, quantized: bool) -> torch.Tensor:
-        """Return the adapted output of the linear layer at `path`. `x`: the input that it computed `output` with;
-        `quantized`: it is of bitsandbytes."""
+    def adapted_output(self, path: str, x: torch.Tensor, output: torch.Tensor, layer: FrozenLinear) -> torch.Tensor:
+        """Return the adapted output of the linear layer at `path`. `x`: the input that it computed `output` with."""
         ...
 
     def leaves(self, members: Collection[int]) -> list[torch.Tensor]:
@@ -156,25 +180,40 @@ class RequestAdapter:
             return x
         return (x.to(self.adapter.dtype) * self._factor(path, at_input=True)).to(x.dtype)
 
-    def adapted_output(self, path: str, x: torch.Tensor, output: torch.Tensor, *, quantized: bool) -> torch.Tensor:
-        """Add the low-rank products, and scale, in the orders of operations of PEFT's LoRA and IA³.
+    def adapted_output(self, path: str, x: torch.Tensor, output: torch.Tensor, layer: FrozenLinear) -> torch.Tensor:
+        """Add the low-rank products, and scale, in the orders of operations of PEFT's LoRA, DoRA and IA³.
 
-        PEFT's layers for bitsandbytes (`quantized`) convert a product to the dtype of the output before they add it.
+        PEFT's layers for bitsandbytes convert each product of LoRA to the dtype of the output before they add it, and
+        the sum with each of DoRA after that.
         """
         result = output
         for entry in self.adapter.by_path.get(path, ()):
-            a, b, bias = entry.a, entry.b, entry.bias
-            if not self.trains:
-                a, b, bias = a.detach(), b.detach(), None if bias is None else bias.detach()
+            a, b = self._weight(entry.a), self._weight(entry.b)
+            bias = None if entry.bias is None else self._weight(entry.bias)
             x = x.to(a.dtype)
             factors = self.dropout(entry.index, entry.dropout, x.shape[:-1].numel(), x.shape[-1])
             dropped = x if factors is None else x * factors.view(x.shape)
-            product = F.linear(F.linear(dropped, a), b, bias) * entry.scaling
-            result = result + (product.to(output.dtype) if quantized else product)
+            if entry.magnitude is None:
+                product = F.linear(F.linear(dropped, a), b, bias) * entry.scaling
+                result = result + (product.to(output.dtype) if layer.quantized else product)
+                continue
+            scale = (self._weight(entry.magnitude.vector) / entry.magnitude.row_norms).view(1, -1)
+            product = F.linear(F.linear(dropped, a), b)
+            if factors is not None:
+                base = layer.product(dropped)
+            else:
+                base = result if layer.bias is None else result - layer.bias
+            result = result + ((scale - 1) * base + scale * product * entry.scaling)
+            if layer.quantized:
+                result = result.to(output.dtype)
         result = result.to(output.dtype)
         if (path, False) in self.adapter.scales:
             result = (result * self._factor(path, at_input=False)).to(output.dtype)
         return result
+
+    def _weight(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return a weight, without gradient if this request needs none."""
+        return weight if self.trains else weight.detach()
 
     def _factor(self, path: str, *, at_input: bool) -> torch.Tensor:
         """Return the product of the vectors `[features]` on inputs or outputs of a layer."""
@@ -221,7 +260,7 @@ class SeparateAdapters:
     @property
     def storages(self) -> Collection[int]:
         adapters = self._of_members.values()
-        return {weight.untyped_storage().data_ptr() for of_one in adapters for weight in of_one.adapter.weights}
+        return {address for of_one in adapters for address in of_one.adapter.storages}
 
     def adapted_input(self, path: str, x: torch.Tensor) -> torch.Tensor:
         adapters = [of_one for of_one in self._of_members.values() if (path, True) in of_one.adapter.scales]
@@ -234,19 +273,19 @@ class SeparateAdapters:
         results = [span.adapter.adapted_input(path, part.clone()) if span.adapter else part for span, part in parts]
         return torch.cat(results).view(x.shape)
 
-    def adapted_output(self, path: str, x: torch.Tensor, output: torch.Tensor, *, quantized: bool) -> torch.Tensor:
+    def adapted_output(self, path: str, x: torch.Tensor, output: torch.Tensor, layer: FrozenLinear) -> torch.Tensor:
         adapters = [of_one for of_one in self._of_members.values() if of_one.adapts_output(path)]
         if not adapters:
             return output
         if self._is_of_one(x):
-            return adapters[0].adapted_output(path, x, output, quantized=quantized)
+            return adapters[0].adapted_output(path, x, output, layer)
         sizes = [span.tokens for span in self._spans]
         results = []
         parts = zip(self._spans, x.flatten(0, 1).split(sizes), output.flatten(0, 1).split(sizes), strict=True)
         for span, part, result in parts:
             if span.adapter in adapters:
                 # A copy is aligned: a request's rounding must not depend on its place in the pass.
-                result = span.adapter.adapted_output(path, part.clone(), result, quantized=quantized)
+                result = span.adapter.adapted_output(path, part.clone(), result, layer)
             results.append(result)
         return torch.cat(results).view(output.shape)
 
@@ -275,6 +314,8 @@ def flat(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
-def request_adapter(use: AdapterUse, device: torch.device, *, trains: bool) -> RequestAdapter:
-    """Return the adapter of a request on a device, loaded if it is not yet."""
-    return RequestAdapter(loaded(use.version, device), use.dropout_seed, trains)
+def request_adapter(
+    use: AdapterUse, layers: Mapping[str, FrozenLinear], device: torch.device, *, trains: bool
+) -> RequestAdapter:
+    """Return the adapter of a request on a device, loaded if it is not yet. `layers`: by path."""
+    return RequestAdapter(loaded(use.version, layers, device), use.dropout_seed, trains)

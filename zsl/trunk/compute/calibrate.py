@@ -16,6 +16,7 @@ import torch
 from zsl.trunk.adapter import AdapterUse, AdapterVersion
 from zsl.trunk.compute.adapters import PassAdapters, RequestAdapter, SeparateAdapters, Span, request_adapter
 from zsl.trunk.compute.by_layers import Layer, layer_gradients, most_kept
+from zsl.trunk.compute.frozen_linear import FrozenLinear
 from zsl.trunk.compute.live_bytes import peak_bytes
 from zsl.trunk.compute.packing import alone, packed
 from zsl.trunk.compute.passes import Rows, sequences_of
@@ -213,7 +214,14 @@ def typical_adapter(trunk: TrunkModel) -> RequestAdapter | None:
     """Make an adapter of `TYPICAL_RANK` on all linear layers; None for a trunk without linear layers."""
     modules = tuple(
         LoraModule(
-            path=path, inputs=inputs, outputs=outputs, rank=TYPICAL_RANK, scaling=1.0, dropout=0.0, has_bias=False
+            path=path,
+            inputs=inputs,
+            outputs=outputs,
+            rank=TYPICAL_RANK,
+            scaling=1.0,
+            dropout=0.0,
+            has_bias=False,
+            has_magnitude=False,
         )
         for path, (inputs, outputs) in trunk.linear_features.items()
     )
@@ -222,7 +230,7 @@ def typical_adapter(trunk: TrunkModel) -> RequestAdapter | None:
     # In single precision, as PEFT makes the adapters of a model in half precision.
     layout = AdapterLayout(dtype="f32", modules=modules)
     version = AdapterVersion(bytes(16), layout, "f32", bytearray(layout.nbytes("f32")))
-    return request_adapter(AdapterUse(version), trunk.device, trains=True)
+    return request_adapter(AdapterUse(version), trunk.linear_layers, trunk.device, trains=True)
 
 
 def merges_adapters(trunk: TrunkModel) -> bool:
@@ -246,7 +254,7 @@ class _SeenInputs(SeparateAdapters):
         super().__init__([])
         self.shapes: dict[str, set[tuple[int, ...]]] = {}
 
-    def adapted_output(self, path: str, x: torch.Tensor, output: torch.Tensor, *, quantized: bool) -> torch.Tensor:
+    def adapted_output(self, path: str, x: torch.Tensor, output: torch.Tensor, layer: FrozenLinear) -> torch.Tensor:
         self.shapes.setdefault(path, set()).add(tuple(x.shape[:-1]))
         return output
 

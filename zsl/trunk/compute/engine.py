@@ -92,7 +92,9 @@ class TorchCompute:
         return [by_index[index] for index in range(len(order))]
 
     def _serial(self, work: Work) -> int:
-        return -1 if work.adapter is None else loaded(work.adapter.version, self._trunk.device).serial
+        if work.adapter is None:
+            return -1
+        return loaded(work.adapter.version, self._trunk.linear_layers, self._trunk.device).serial
 
     def _forward(self, works: Sequence[Work]) -> list[Done]:
         parts = [self._inputs(work) for work in works]
@@ -186,7 +188,10 @@ class TorchCompute:
         spans = []
         for member, size in zip(merged.order, merged.sizes, strict=True):
             use = works[member].adapter
-            adapter = None if use is None else request_adapter(use, self._trunk.device, trains=member in trained)
+            adapter = None
+            if use is not None:
+                layers, device = self._trunk.linear_layers, self._trunk.device
+                adapter = request_adapter(use, layers, device, trains=member in trained)
             spans.append(Span(size, member, adapter))
         if merged.filling:
             spans.append(Span(merged.filling, None, None))
@@ -203,7 +208,7 @@ class TorchCompute:
     def _fits(self, works: Sequence[Work]) -> bool:
         if self._pass_memory_bytes is None:
             return True
-        memory, _ = self.traits.memory_of(adapted=any(work.adapter is not None for work in works))
+        memory, _ = self.traits.memory_of(work.adapter for work in works)
         return memory.nbytes([length for work in works for length in work.shape.lengths]) <= self._pass_memory_bytes
 
     def _groups_by_graph(self, works: Sequence[Work], stashes: Sequence[TorchStash]) -> list[list[int]]:

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
-from transformers.pytorch_utils import Conv1D
 
-from zsl.models.quantize import bits_of, gradient_at_input
+from zsl.models.quantize import gradient_at_input
 from zsl.trunk.compute.adapters import PassAdapters
+from zsl.trunk.compute.frozen_linear import FrozenLinear
 
 # Overhead of a tensor beside its elements, with its references: 1,300 bytes on Linux.
 TENSOR_BYTES = 1408
@@ -72,25 +72,21 @@ class LinearLayers:
     """
 
     def __init__(self, modules: Iterable[tuple[str, nn.Module]]) -> None:
-        self.features: dict[str, tuple[int, int]] = {}  # inputs and outputs, by path
-        self._quantized: set[str] = set()
+        self.by_path: dict[str, FrozenLinear] = {}
         self.adapters: PassAdapters | None = None
         self._layout: tuple[int, int] | None = None  # rows and tokens of the pass; None: compute normally
         self._recorded: list[tuple[torch.Tensor, int]] | None = None
         self._replayed: Iterator[torch.Tensor] = iter(())
         for path, module in modules:
-            layer: Any = module
-            if type(module) in (nn.Linear, Conv1D):
-                compute, at_input = layer.forward, partial(_gradient_at_input, module)
-                self.features[path] = _matrix(module).shape[1], _matrix(module).shape[0]
-            elif bits_of(module):
-                self._quantized.add(path)
-                at_input = partial(gradient_at_input, module)
-                compute = partial(_without_input, layer.forward, at_input)
-                self.features[path] = layer.in_features, layer.out_features
-            else:
+            if not FrozenLinear.is_one(module):
                 continue
-            layer.forward = partial(self._forward, path, compute, at_input)
+            patched: Any = module
+            layer = self.by_path[path] = FrozenLinear(module)
+            compute, at_input = patched.forward, partial(_gradient_at_input, layer)
+            if layer.quantized:
+                at_input = partial(gradient_at_input, module)
+                compute = partial(_without_input, compute, at_input)
+            patched.forward = partial(self._forward, path, compute, at_input)
 
     @contextmanager
     def recording(self, rows: int, tokens: int) -> Iterator[Callable[[], LinearOutputs | None]]:
@@ -126,7 +122,7 @@ class LinearLayers:
             return self._output(compute, at_input, x)
         x = self.adapters.adapted_input(path, x)
         output = self._output(compute, at_input, x)
-        return self.adapters.adapted_output(path, x, output, quantized=path in self._quantized)
+        return self.adapters.adapted_output(path, x, output, self.by_path[path])
 
     def _output(self, compute: Product, at_input: Product, x: torch.Tensor) -> torch.Tensor:
         # An input of another shape than the pass (routed experts) cannot be split by request.
@@ -141,15 +137,8 @@ class LinearLayers:
         return result
 
 
-def _matrix(module: nn.Module) -> torch.Tensor:
-    """Return the weight of a linear layer, `[out, in]`."""
-    weight = module.weight
-    assert isinstance(weight, torch.Tensor)
-    return weight.t() if isinstance(module, Conv1D) else weight
-
-
-def _gradient_at_input(module: nn.Module, gradient: torch.Tensor) -> torch.Tensor:
-    return gradient @ _matrix(module)
+def _gradient_at_input(layer: FrozenLinear, gradient: torch.Tensor) -> torch.Tensor:
+    return gradient @ layer.matrix()
 
 
 def _without_input(compute: Product, at_input: Product, x: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Adapters (LoRA, IA³) of the requests in a merged pass, of any ranks and targets, in batched products.
+"""Adapters (LoRA, DoRA, IA³) of the requests in a merged pass, of any ranks and targets, in batched products.
 
 For each linear layer the weights of the requests' adapters are stacked, and their tokens too: `x @ A.T` and `@ B.T` are
 batched products, with one matrix of each request, and vectors of IA³ multiply each request's rows. So a request's
@@ -19,12 +19,14 @@ from zsl.trunk.compute.adapters import (
     FlatGradients,
     LoadedAdapter,
     LowRank,
+    Magnitude,
     Scale,
     Scaled,
     Span,
     flat,
     gradient_or_zeros,
 )
+from zsl.trunk.compute.frozen_linear import FrozenLinear
 from zsl.trunk.compute.rows import TokenRows, add_rows, put_rows, take_rows
 
 # Companies whose stacked weights are kept: those of a forward serve its backward.
@@ -52,19 +54,23 @@ class Block:
     a: torch.Tensor  # [parts, rank, in]
     b: torch.Tensor  # [parts, out, rank]
     bias: torch.Tensor | None  # [parts, 1, out]
+    magnitude: Magnitude | None  # [parts, 1, out]; without a bias
     scaling: torch.Tensor  # [parts, 1, 1]
 
     @property
     def leaves(self) -> list[torch.Tensor]:
         """Leaves of autograd."""
+        if self.magnitude is not None:
+            return [self.a, self.b, self.magnitude.vector]
         return [self.a, self.b] if self.bias is None else [self.a, self.b, self.bias]
 
     def split(self, gradients: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
-        """Split the gradients of the leaves: for each part those of A, B and bias."""
+        """Split the gradients of the leaves: for each part those of A, B, and bias or magnitude."""
         of_parts = []
-        for part, *(a, b, *bias) in zip(self.parts, *(g.contiguous().unbind() for g in gradients), strict=True):
+        for part, *(a, b, *vector) in zip(self.parts, *(g.contiguous().unbind() for g in gradients), strict=True):
             weights = [a, b] if part.rank == a.shape[0] else [a[: part.rank], b[:, : part.rank]]
-            of_parts.append(weights + bias if part.has_bias else weights)
+            has_vector = part.has_bias or self.magnitude is not None
+            of_parts.append(weights + vector if has_vector else weights)
         return of_parts
 
 
@@ -81,13 +87,14 @@ class Company:
     """Stacked weights of the adapters of a pass."""
 
     def __init__(self, adapters: Sequence[LoadedAdapter]) -> None:
-        # By path; then by place among a request's adapters of that layer, dtype and magnitude of the rank.
-        entries: dict[str, dict[tuple[int, torch.dtype, int], list[tuple[int, LowRank]]]] = {}
+        # By path; then by place among a request's adapters of that layer, dtype, size of the rank, and method.
+        entries: dict[str, dict[tuple[int, torch.dtype, int, bool], list[tuple[int, LowRank]]]] = {}
         for slot, adapter in enumerate(adapters):
             for path, of_path in adapter.by_path.items():
                 blocks = entries.setdefault(path, {})
                 for place, entry in enumerate(of_path):
-                    kind = (place, adapter.dtype, (entry.a.shape[0] - 1).bit_length())
+                    size = (entry.a.shape[0] - 1).bit_length()
+                    kind = (place, adapter.dtype, size, entry.magnitude is not None)
                     blocks.setdefault(kind, []).append((slot, entry))
         scales: dict[Scaled, dict[tuple[int, torch.dtype], list[tuple[int, Scale]]]] = {}
         for slot, adapter in enumerate(adapters):
@@ -97,11 +104,11 @@ class Company:
         self._scalings: dict[tuple[float, ...], torch.Tensor] = {}
         with torch.no_grad():
             self.blocks = {
-                path: [self._block(blocks[kind]) for kind in sorted(blocks, key=repr)]
+                path: [self._block(blocks[kind]) for kind in sorted(blocks, key=_in_order)]
                 for path, blocks in entries.items()
             }
             self.scales = {
-                scaled: [_scale_block(blocks[kind]) for kind in sorted(blocks, key=repr)]
+                scaled: [_scale_block(blocks[kind]) for kind in sorted(blocks, key=_in_order)]
                 for scaled, blocks in scales.items()
             }
         self.leaves = [leaf for blocks in self.blocks.values() for block in blocks for leaf in block.leaves]
@@ -136,9 +143,8 @@ class Company:
             bias = torch.stack(biases).unsqueeze(1).requires_grad_()
         stacked_a, stacked_b = (torch.stack(weights).requires_grad_() for weights in (a, b))
         slots = tuple(part.slot for part in parts)
-        return Block(
-            parts, slots, stacked_a, stacked_b, bias, self._scaling([entry.scaling for entry in entries], a[0])
-        )
+        scaling = self._scaling([entry.scaling for entry in entries], a[0])
+        return Block(parts, slots, stacked_a, stacked_b, bias, _magnitude(entries), scaling)
 
     def _scaling(self, scalings: Sequence[float], like: torch.Tensor) -> torch.Tensor:
         """Return scalings as a tensor, shared by the layers."""
@@ -146,6 +152,19 @@ class Company:
         if found is None:
             found = self._scalings[key] = torch.tensor(scalings, dtype=torch.float32, device=like.device).view(-1, 1, 1)
         return found
+
+
+def _in_order(kind: tuple[object, ...]) -> tuple[object, str]:
+    return kind[0], repr(kind)
+
+
+def _magnitude(entries: Sequence[LowRank]) -> Magnitude | None:
+    """Stack the magnitudes of a block, in which all have one or none has."""
+    magnitudes = [entry.magnitude for entry in entries if entry.magnitude is not None]
+    if not magnitudes:
+        return None
+    vectors = torch.stack([magnitude.vector for magnitude in magnitudes]).unsqueeze(1).requires_grad_()
+    return Magnitude(vectors, torch.stack([magnitude.row_norms for magnitude in magnitudes]).unsqueeze(1))
 
 
 def _scale_block(slots_and_scales: Sequence[tuple[int, Scale]]) -> ScaleBlock:
@@ -201,8 +220,8 @@ class MergedAdapters:
     def adapted_input(self, path: str, x: torch.Tensor) -> torch.Tensor:
         return self._scaled(path, x, at_input=True)
 
-    def adapted_output(self, path: str, x: torch.Tensor, output: torch.Tensor, *, quantized: bool) -> torch.Tensor:
-        return self._scaled(path, self._added(path, x, output), at_input=False)
+    def adapted_output(self, path: str, x: torch.Tensor, output: torch.Tensor, layer: FrozenLinear) -> torch.Tensor:
+        return self._scaled(path, self._added(path, x, output, layer), at_input=False)
 
     def _scaled(self, path: str, x: torch.Tensor, *, at_input: bool) -> torch.Tensor:
         """Multiply each request's tokens by its vectors."""
@@ -212,7 +231,7 @@ class MergedAdapters:
         self._check(path, x)
         result = x.flatten(0, 1)
         for block in blocks:
-            vectors = block.vectors if self._trains else block.vectors.detach()
+            vectors = self._weight(block.vectors)
             rows = self._rows_of(block.slots, x.device)
             taken = take_rows(result, rows)
             scaled = (taken.to(vectors.dtype) if at_input else taken) * vectors
@@ -223,31 +242,50 @@ class MergedAdapters:
         if x.ndim != 3 or x.shape[0] * x.shape[1] != sum(self._sizes):
             raise RuntimeError(f"the tokens of {path} cannot be told apart by request")
 
-    def _added(self, path: str, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        """Add the low-rank products to an output."""
+    def _added(self, path: str, x: torch.Tensor, output: torch.Tensor, layer: FrozenLinear) -> torch.Tensor:
+        """Add the low-rank products to an output, and what DoRA makes of it."""
         blocks = self._company.blocks.get(path)
         if blocks is None:
             return output
         self._check(path, x)
         x, result = x.flatten(0, 1), output.flatten(0, 1)
         for block in blocks:
-            a, b, bias = block.a, block.b, block.bias
-            if not self._trains:
-                a, b, bias = a.detach(), b.detach(), None if bias is None else bias.detach()
+            a, b = self._weight(block.a), self._weight(block.b)
+            bias = None if block.bias is None else self._weight(block.bias)
             rows = self._rows_of(block.slots, x.device)
             dropped = x.to(a.dtype)
             if self._drops:
                 dropped = self._dropped(block, dropped)
             low = torch.bmm(take_rows(dropped, rows), a.transpose(1, 2))
             low = (low * block.scaling).to(a.dtype)
-            if rows.is_whole and bias is None and result.dtype == b.dtype:
+            if rows.is_whole and bias is None and block.magnitude is None and result.dtype == b.dtype:
                 result = torch.baddbmm(result.view(*low.shape[:2], -1), low, b.transpose(1, 2)).flatten(0, 1)
                 continue
             added = torch.bmm(low, b.transpose(1, 2))
             if bias is not None:
                 added = added + (bias * block.scaling).to(a.dtype)
+            elif block.magnitude is not None:
+                scale = self._weight(block.magnitude.vector) / block.magnitude.row_norms
+                added = (scale - 1) * self._base(block, dropped, result, rows, layer) + scale * added
             result = add_rows(result, added, rows)
         return result.to(output.dtype).view(output.shape)
+
+    def _base(
+        self, block: Block, dropped: torch.Tensor, result: torch.Tensor, rows: TokenRows, layer: FrozenLinear
+    ) -> torch.Tensor:
+        """Return the outputs without bias that DoRA scales, as rows. Where dropout is active, its input is dropped."""
+        base = take_rows(result, rows)
+        if layer.bias is not None:
+            base = base - layer.bias
+        drops = [self._adapters[part.slot].drops and part.dropout > 0 for part in block.parts]
+        if not any(drops):
+            return base
+        chosen = torch.tensor(drops, device=base.device).view(-1, 1, 1)
+        return torch.where(chosen, layer.product(take_rows(dropped, rows)), base)
+
+    def _weight(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return a weight, without gradient if this pass needs none."""
+        return weight if self._trains else weight.detach()
 
     def _rows_of(self, slots: tuple[int, ...], device: torch.device) -> TokenRows:
         """Return the tokens of these requests, shared by the layers of a pass."""

@@ -26,6 +26,7 @@ from zsl.split.stack import find_stack
 from zsl.trunk.compute.adapters import FlatGradients, PassAdapters
 from zsl.trunk.compute.attention import flash_is_slow, layout_of, segments_attention
 from zsl.trunk.compute.by_layers import Layer, gradients_at, gradients_by_layers
+from zsl.trunk.compute.frozen_linear import FrozenLinear
 from zsl.trunk.compute.linear_outputs import LinearLayers, LinearOutputs
 from zsl.trunk.compute.passes import Pass, Rows, Sequences
 from zsl.wire.messages import Cut, Reveal
@@ -159,7 +160,12 @@ class TrunkModel:
     @property
     def linear_features(self) -> Mapping[str, tuple[int, int]]:
         """Inputs and outputs of the linear layers, by path (`zsl.wire.adapter_layout`)."""
-        return self._linear_layers.features
+        return {path: layer.features for path, layer in self.linear_layers.items()}
+
+    @property
+    def linear_layers(self) -> Mapping[str, FrozenLinear]:
+        """Linear layers, by path."""
+        return self._linear_layers.by_path
 
     @property
     def _adapters(self) -> PassAdapters | None:

@@ -32,7 +32,7 @@ from zsl.trunk.costs import UNKNOWN_COSTS, BatchLimits, batch_limits
 from zsl.trunk.malloc import give_back_freed_memory
 from zsl.trunk.settings import TrunkInfo, TrunkTraits
 from zsl.wire.messages import Cut, Quantization, Reveal
-from zsl.wire.tensors import float_wire_name
+from zsl.wire.tensors import encode_tensor, float_wire_name
 
 # For a model whose configuration states no maximum position.
 DEFAULT_ROW_TOKENS = 32_768
@@ -110,6 +110,10 @@ class TrunkPlan:
             graph_memory_with_adapters=with_adapters,
             pass_memory_with_adapters=measure_pass_memory(trunk, with_adapters, adapter),
             routers=routers,
+            weight_norms={
+                path: encode_tensor("weight_norms", layer.row_norms().float())
+                for path, layer in trunk.linear_layers.items()
+            },
         )
         if pass_memory_bytes is not None:
             # The resident size is the baseline of the growth: free what loading and calibration left.

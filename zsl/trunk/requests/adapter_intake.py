@@ -18,9 +18,10 @@ from zsl.trunk.sessions.adapter_store import AdapterStore
 from zsl.trunk.sessions.sessions import Session
 from zsl.wire.adapter_layout import AdapterLayout, LoraModule, VersionDigest, decode_layout
 from zsl.wire.frames import ALIGNMENT_BYTES, Frame
-from zsl.wire.messages import DTYPE_BYTES, Adapter, AdapterLimits, Backward, Forward
+from zsl.wire.messages import DTYPE_BYTES, Adapter, AdapterLimits, Backward, Forward, TensorDescriptor
 
 Sizes = tuple[int, int]  # inputs and outputs of a linear module
+EncodedTensor = tuple[TensorDescriptor, Frame]
 
 
 @dataclass(slots=True)
@@ -36,11 +37,21 @@ class _Arriving:
 
 
 class AdapterIntake:
-    """Adapter versions of all sessions. `adaptable`: sizes of the trunk's modules that may have adapters, by path."""
+    """Adapter versions of all sessions. `adaptable`: sizes of the trunk's modules that may have adapters, by path.
 
-    def __init__(self, store: AdapterStore, adaptable: Mapping[str, Sizes], limits: AdapterLimits | None) -> None:
+    `weight_norms`: norms of the rows of their weights, of which the client makes the first magnitudes of DoRA.
+    """
+
+    def __init__(
+        self,
+        store: AdapterStore,
+        adaptable: Mapping[str, Sizes],
+        weight_norms: Mapping[str, EncodedTensor],
+        limits: AdapterLimits | None,
+    ) -> None:
         self._store = store
         self._adaptable = adaptable
+        self._weight_norms = weight_norms
         self._limits = limits
         self._arriving: dict[bytes, _Arriving] = {}  # by session
 
@@ -77,6 +88,14 @@ class AdapterIntake:
             self._forget(session)
             raise
 
+    def weight_norms(self, session: Session, path: str) -> EncodedTensor:
+        """Return the norms of the rows of a module's weight. Raises `AdapterError`."""
+        self._limits_for(session)
+        found = self._weight_norms.get(path)
+        if found is None:
+            raise _no_module(path)
+        return found
+
     def use(self, session: Session, header: Forward | Backward, now: float) -> AdapterUse | None:
         """Return the adapter that a request runs with. Raises `UnknownAdapterError` or `MalformedError`."""
         gradients, sum_of_steps = False, None
@@ -94,16 +113,20 @@ class AdapterIntake:
         self._arriving.pop(session.id, None)
         self._store.close(session)
 
-    def _begin(self, session: Session, header: Adapter, layout_json: Frame, now: float) -> bool:
-        """Check a version's layout, and reserve its memory. False if the version is here already."""
+    def _limits_for(self, session: Session) -> AdapterLimits:
         limits = self.limits_of(session.tenant)
         if limits is None:
             raise AdapterError("this daemon accepts no adapters in the trunk's layers")
+        return limits
+
+    def _begin(self, session: Session, header: Adapter, layout_json: Frame, now: float) -> bool:
+        """Check a version's layout, and reserve its memory. False if the version is here already."""
+        limits = self._limits_for(session)
         layout = decode_layout(layout_json)
         for module in layout.modules:
             sizes = self._adaptable.get(module.path)
             if sizes is None:
-                raise AdapterError(f"the trunk has no linear module {module.path!r}")
+                raise _no_module(module.path)
             if sizes != (module.inputs, module.outputs):
                 raise AdapterError(f"{module.path} has (inputs, outputs) {sizes}, not {module.inputs, module.outputs}")
             if isinstance(module, LoraModule) and module.rank > limits.max_rank:
@@ -114,7 +137,9 @@ class AdapterIntake:
             )
         if header.nbytes > limits.max_bytes:
             raise TooLargeError(f"an adapter of {header.nbytes} bytes is over {limits.max_bytes}")
-        nbytes = header.nbytes + 2 * layout.nbytes(layout.dtype)  # the computation keeps a copy, and a sum of gradients
+        # The computation keeps a copy, a sum of gradients, and for each element of a magnitude the norm of a row.
+        norms_nbytes = layout.magnitudes * DTYPE_BYTES[layout.dtype]
+        nbytes = header.nbytes + 2 * layout.nbytes(layout.dtype) + norms_nbytes
         if not self._store.reserve(session, header.version, nbytes, now):
             return False
         digest = VersionDigest(layout_json, header.dtype)
@@ -144,6 +169,10 @@ class AdapterIntake:
         arriving = self._arriving.pop(session.id, None)
         if arriving is not None:
             self._store.drop(session, arriving.version)
+
+
+def _no_module(path: str) -> AdapterError:
+    return AdapterError(f"the trunk has no linear module {path!r}")
 
 
 def _aligned(nbytes: int) -> memoryview:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from zsl.errors import WireError
 from zsl.transport.router import Router
 from zsl.trunk.requests.request_table import Request
+from zsl.trunk.sessions.sessions import Session
 from zsl.trunk.work import Done
 from zsl.wire.frames import Frame, encode
-from zsl.wire.messages import MAX_TEXT_CHARS, Error, Header, Result
+from zsl.wire.messages import MAX_TEXT_CHARS, Error, Header, Result, TensorDescriptor
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,19 @@ class Answers:
             text=str(error)[:MAX_TEXT_CHARS],
         )
         self.send(peer, message)
+
+    def send_tensor(self, session: Session, request: int, descriptor: TensorDescriptor, buffer: Frame) -> None:
+        """Send the result of a request that needs no pass. The buffer is not copied."""
+        result = Result(
+            session=session.id,
+            request=request,
+            epoch=self.epoch,
+            merged=1,
+            queue_us=0,
+            compute_us=0,
+            tensors=[descriptor],
+        )
+        self.router.send(session.peer, encode(result, [buffer]))
 
     def result(self, request: Request, done: Done, times: PassTimes) -> list[Frame]:
         """Encode the result of a request."""

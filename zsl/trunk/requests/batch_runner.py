@@ -109,8 +109,8 @@ class BatchRunner:
         """Evict stashes to make room for the graph of a pass. If it is too large, make room for a pass layer by layer,
         and return False."""
         lengths = [length for request in requests for length in request.shape.lengths]
-        taken, adapted = self._requests.taken_bytes, any(request.adapter is not None for request in requests)
-        graph_memory, pass_memory = self._traits.memory_of(adapted=adapted)
+        taken = self._requests.taken_bytes
+        graph_memory, pass_memory = self._traits.memory_of(request.adapter for request in requests)
         if any(request.keep or _makes_graph(request) for request in requests) and self._sessions.make_room(
             graph_memory.nbytes(lengths) + taken
         ):

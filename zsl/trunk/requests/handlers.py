@@ -46,6 +46,7 @@ from zsl.wire.messages import (
     Pong,
     Release,
     StatusRequest,
+    WeightNorms,
 )
 
 logger = logging.getLogger(__name__)
@@ -140,6 +141,8 @@ class Handlers:
                 self._hello(sender, header, now)
             case Adapter():
                 self._intake.adapters.receive(self._session(header, sender, now), header, frames, now)
+            case WeightNorms():
+                self._weight_norms(self._session(header, sender, now), header)
             case Forward() | Backward():
                 self._work(self._session(header, sender, now), header, frames, now)
             case Release():
@@ -211,6 +214,10 @@ class Handlers:
             self._requests.add(request, now, unsent=self._router.unsent_bytes, all_unsent=self._router.all_unsent_bytes)
         elif answer:
             self._router.send(session.peer, answer)
+
+    def _weight_norms(self, session: Session, header: WeightNorms) -> None:
+        norms = self._intake.adapters.weight_norms(session, header.path)
+        self._answers.send_tensor(session, header.request, *norms)
 
     def _cancel(self, session: Session, header: Cancel) -> None:
         request = self._requests.get(session, header.request)
