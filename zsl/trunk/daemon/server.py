@@ -189,7 +189,7 @@ class TrunkServer:
         credit = Credit(settings.max_inflight_requests, settings.max_inflight_bytes, settings.max_total_inflight_bytes)
         replies = ReplyCache(settings.reply_memory_bytes)
         requests = RequestTable(self._sessions, self._adapters, scheduler, replies, credit)
-        adapters = AdapterIntake(self._adapters, traits.adaptable, settings.adapter_limits(traits))
+        adapters = AdapterIntake(self._adapters, traits.adaptable, traits.key_sizes, settings.adapter_limits(traits))
         trim_policy = TrimPolicy(resident_bytes(), settings.stash_memory_bytes)
         runner = BatchRunner(
             compute,
