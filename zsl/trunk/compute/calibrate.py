@@ -242,20 +242,20 @@ def merges_adapters(trunk: TrunkModel) -> bool:
 
 
 def key_sizes(trunk: TrunkModel, cut: Cut) -> dict[str, tuple[int, int]]:
-    """Return the heads of each layer's keys and values, and their size, by path; empty if a layer keeps none in the
-    cache of transformers, or values of another size."""
-    seen = _SeenCache()
+    """Return the heads of each layer's keys and values, and their size, by path; empty if the family takes no prefix:
+    a layer keeps no keys in the cache of transformers, or values of another size."""
+    seen = _WithCache()
     try:
         with trunk.adapted(seen):
-            trunk.forward(_request(trunk, plain(1, 2), torch.Generator().manual_seed(SEED)))
+            trunk.forward(_request(trunk, plain(2, 3), torch.Generator().manual_seed(SEED)))
     except Exception:  # any error of the family's code with a cache
         return {}
     found = seen.keys.sizes
     return found if found.keys() == set(map(str, range(cut.start, cut.stop))) else {}
 
 
-class _SeenCache(SeparateAdapters):
-    """No adapters: an empty cache, that notes the sizes of keys."""
+class _WithCache(SeparateAdapters):
+    """No adapters, but a cache that notes the sizes of keys."""
 
     def __init__(self) -> None:
         super().__init__([])

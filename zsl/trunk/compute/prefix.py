@@ -27,17 +27,27 @@ class LayerPrefix:
     heads: int
 
 
-class PrefixCache(Cache):
-    """A prefix in front of each row. Stays as it is, so a layer may be called any number of times.
+class _FixedCache(Cache):
+    """Cache of `tokens` in front of each row. Stays as it is, so a layer may be called any number of times."""
 
-    `layers`: their prefixes, by index. `trains`: they need gradients.
-    """
+    def __init__(self, tokens: int) -> None:
+        super().__init__(layers=[])
+        self._tokens = tokens
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self._tokens
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return self._tokens + query_length, 0
+
+
+class PrefixCache(_FixedCache):
+    """A prefix in front of each row. `layers`: their prefixes, by index. `trains`: they need gradients."""
 
     def __init__(self, layers: Mapping[int, LayerPrefix], *, trains: bool) -> None:
-        super().__init__(layers=[])
+        super().__init__(next(iter(layers.values())).tokens)
         self._prefixes = layers
         self._trains = trains
-        self._tokens = next(iter(layers.values())).tokens
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -48,12 +58,6 @@ class PrefixCache(Cache):
             self._in_front(prefix.keys, prefix.heads, key_states),
             self._in_front(prefix.values, prefix.heads, value_states),
         )
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self._tokens
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        return self._tokens + query_length, 0
 
     def _in_front(self, weight: torch.Tensor, heads: int, states: torch.Tensor) -> torch.Tensor:
         """Put a weight in front of each row of states. The rows' gradients are added up as in the embedding of PEFT's
@@ -66,17 +70,18 @@ class PrefixCache(Cache):
         return torch.cat([front.view(rows, self._tokens, heads, -1).transpose(1, 2), states], dim=-2)
 
 
-class SeenKeys(Cache):
-    """Empty cache that notes the heads of each layer's keys and their size, if its values have the same."""
+class SeenKeys(_FixedCache):
+    """Cache of one token of zeros that notes the heads of each layer's keys and their size, if its values have the
+    same."""
 
     def __init__(self) -> None:
-        super().__init__(layers=[])
+        super().__init__(1)
         self.sizes: dict[str, tuple[int, int]] = {}
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> KeysAndValues:
-        """Return a layer's keys and values as they are."""
+        """Return a layer's keys and values behind zeros."""
         if key_states.ndim == 4 and key_states.shape == value_states.shape:
             self.sizes[str(layer_idx)] = key_states.shape[1], key_states.shape[3]
-        return key_states, value_states
+        return F.pad(key_states, (0, 0, 1, 0)), F.pad(value_states, (0, 0, 1, 0))
