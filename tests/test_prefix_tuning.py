@@ -24,9 +24,9 @@ from zsl.client.gradient_sum import StepSums, micro_batch
 from zsl.client.overlap import run_overlapped
 from zsl.errors import ModelError
 
-FAMILIES = ("llama", "gpt2", *(pytest.param(one, marks=pytest.mark.long) for one in ("qwen3", "gemma2", "mistral")))
+FAMILIES = ("llama", *(pytest.param(one, marks=pytest.mark.long) for one in ("gpt2", "qwen3", "gemma2", "opt")))
 TOKENS = 5  # virtual
-STEPS, MICRO_BATCHES = 4, 2
+STEPS, MICRO_BATCHES = 3, 2
 BATCHES = (batches.plain(), batches.padded("left"), batches.padded("right"))
 
 
@@ -37,7 +37,7 @@ def tuned(model: Any, *, seed: int = 1, **keys: Any) -> PeftModel:
 
 
 def train(model: PeftModel) -> list[torch.Tensor]:
-    """Losses of AdamW with accumulation, whose gradients of the trunk's part are summed up at the daemon."""
+    """Losses of AdamW with accumulation over micro-batches of other numbers of rows."""
     optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=1e-2)
     losses = []
     for _ in range(STEPS):
@@ -45,7 +45,7 @@ def train(model: PeftModel) -> list[torch.Tensor]:
         sums = StepSums()
         for number in range(MICRO_BATCHES):
             with micro_batch(sums, is_last=number == MICRO_BATCHES - 1):
-                loss = model(**batches.plain(seed=number)).loss
+                loss = model(**batches.plain(2 + number, seed=number)).loss
                 loss.backward()
             losses.append(loss.detach())
         optimizer.step()
@@ -72,7 +72,7 @@ def test_a_training_is_the_local_one(family: str, checkpoints: Callable[..., Pat
         assert all(torch.equal(one, expected[name]) for name, one in split.state_dict().items())
         traffic = trunk.client.traffic - before
         of_the_trunk = whole.prompt_encoder["default"].embedding.weight.nbytes * 2 // 6  # two layers of six
-        assert traffic.adapter_bytes_down == STEPS * of_the_trunk, "one copy for all rows, once a step"
+        assert traffic.adapter_bytes_down == STEPS * MICRO_BATCHES * of_the_trunk, "one copy for all rows"
         assert 0 < traffic.adapter_bytes_up - (STEPS - 1) * of_the_trunk < STEPS * 1000
 
 
@@ -102,6 +102,7 @@ def test_with_a_projection_the_numbers_are_the_local_ones(path: str, trunk: zsl.
         found, expected = numbers_of(split, batch), numbers_of(whole, batch)
         assert differing(found, expected, within(1e-6)) == []
         assert torch.equal(found.logits, expected.logits) and torch.equal(found.loss, expected.loss)
+    assert all(map(within(1e-5), train(split.train()), train(whole.train())))
 
 
 def test_a_cartridge_is_a_prefix_too(path: str, trunk: zsl.RemoteTrunk) -> None:
@@ -181,6 +182,7 @@ def test_a_prefix_of_a_local_model_loads_and_one_that_was_trained_here_loads_the
     assert not torch.equal(logits(split), logits(whole))
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:.*pin_memory")
 def test_trainer_trains_a_prefix_as_locally(path: str, trunk: zsl.RemoteTrunk, tmp_path: Path) -> None:
     rows = [{"input_ids": row, "labels": row} for row in batches.tokens(8, 12)]

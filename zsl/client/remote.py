@@ -273,7 +273,8 @@ class RemoteTrunk(NoWeights):
         self._warn_of_autocast(hidden_states)
         mode = self.effective_mode
         adapter = None if adapters is None else self._adapters.for_call(adapters, self.adapter_wire_dtype)
-        micro_batch = None if reveal else current_micro_batch()  # a sum of several backwards takes no other gradients
+        # A sum of several backwards takes no other gradients, and the graph of a prefix's encoder ends with the first.
+        micro_batch = None if reveal or observed.prefix else current_micro_batch()
         call = Call(self.client, crossing, mode == "exact", self.on_crossing, adapter, micro_batch, reveal)
         weights = None if adapters is None or mode != "exact" else adapters.weights
         learns = hidden_states.requires_grad or (weights is not None and weights.requires_grad)
