@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import IA3Config, LoraConfig, PeftConfig, get_peft_model
 
-from support.adapters import LocalStep, adapted_modules, flat_gradients, local_step, random_version
+from support.adapters import LocalStep, adapted_modules, flat_gradients, local_step, prefix_step, random_version
 from support.batches import tokens
 from support.models import CUT, tiny_model
 from test_merging import tensors
@@ -108,6 +108,17 @@ def test_alone_all_numbers_are_those_of_a_local_peft_model(
     step = local_step(tiny_model(family), tokens(2, 9, 3), LAYERS, *chosen)
     compute = compute_of(checkpoints(family))
     assert step.gradients.count_nonzero() > step.gradients.numel() / 2
+    check_all_routes(compute, step, monkeypatch)
+
+
+def test_a_prefix_alone_has_the_numbers_of_a_local_peft_model(
+    checkpoints: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of as many rows as a sum over them would add up in another order."""
+    step = prefix_step(tiny_model("gemma2"), tokens(40, 9, 3), LAYERS, 5)
+    compute = compute_of(checkpoints("gemma2"))
+    assert compute.traits.key_sizes == {"2": (2, 8), "3": (2, 8)}
+    assert step.gradients.count_nonzero() == step.gradients.numel()
     check_all_routes(compute, step, monkeypatch)
 
 

@@ -25,11 +25,12 @@ from zsl.trunk.adapter import AdapterVersion
 from zsl.trunk.requests.adapter_intake import AdapterIntake
 from zsl.trunk.sessions.adapter_store import MAX_VERSIONS_PER_SESSION, QUIET_SECONDS, AdapterStore
 from zsl.trunk.sessions.sessions import Session, Sessions
-from zsl.wire.adapter_layout import AdaptedModule, AdapterLayout, Ia3Module, LoraModule, version_of
+from zsl.wire.adapter_layout import AdaptedModule, AdapterLayout, Ia3Module, LoraModule, PrefixLayer, version_of
 from zsl.wire.frames import Frame, decode, encode
 from zsl.wire.messages import TO_DAEMON, Adapter, AdapterLimits, FloatDtypeName, Forward, TensorDescriptor, UsedAdapter
 
 ADAPTABLE = {"2.up": (6, 8), "3.down": (8, 6)}
+KEY_SIZES = {"2": (2, 4), "3": (2, 4)}
 LIMITS = AdapterLimits(max_rank=4, max_bytes=4000)
 
 
@@ -42,6 +43,11 @@ def module(path: str = "2.up", **changes: object) -> LoraModule:
 def vector(path: str = "2.up", **changes: object) -> Ia3Module:
     inputs, outputs = ADAPTABLE.get(path, (6, 8))
     return Ia3Module(**{"path": path, "inputs": inputs, "outputs": outputs, "at_input": False, **changes})  # type: ignore[arg-type]
+
+
+def prefix(path: str, **changes: object) -> PrefixLayer:
+    heads, dim = KEY_SIZES.get(path, (2, 4))
+    return PrefixLayer(**{"path": path, "rows": 2, "tokens": 3, "heads": heads, "dim": dim, **changes})  # type: ignore[arg-type]
 
 
 def sessions() -> Sessions:
@@ -78,7 +84,7 @@ class Place:
 
     def __init__(self, memory_bytes: int = 4000, limits: AdapterLimits | None = LIMITS) -> None:
         self.store = AdapterStore(memory_bytes)
-        self.intake = AdapterIntake(self.store, ADAPTABLE, {}, limits)
+        self.intake = AdapterIntake(self.store, ADAPTABLE, KEY_SIZES, {}, limits)
         self.sessions = sessions()
         self.session = self.sessions.open(b"peer", 0.0)
 
@@ -138,6 +144,7 @@ def _bytes(role: str, nbytes: int) -> TensorDescriptor:
 def test_a_version_in_pieces_is_the_one_that_was_sent(piece_bytes: int, dtype: tuple[FloatDtypeName, type]) -> None:
     place = Place()
     modules: list[AdaptedModule] = [module(), module("3.down", rank=4, has_bias=True), vector(), vector(at_input=True)]
+    modules += [prefix("2"), prefix("3")]
     weights = np.arange(sum(one.elements for one in modules), dtype=dtype[1])
     found = place.get(place.upload(modules, piece_bytes=piece_bytes, weights=weights, dtype=dtype[0]))
     assert np.array_equal(np.frombuffer(found.weights, dtype[1]), weights)
@@ -156,6 +163,15 @@ def test_a_version_in_pieces_is_the_one_that_was_sent(piece_bytes: int, dtype: t
         ([module(rank=5)], {}, AdapterError),
         ([vector(), vector("9.up")], {}, AdapterError),
         ([vector(inputs=8)], {}, AdapterError),
+        ([prefix("2")], {}, AdapterError),
+        ([prefix("2"), prefix("3"), prefix("3")], {}, AdapterError),
+        ([prefix("2"), prefix("3"), prefix("4")], {}, AdapterError),
+        ([prefix("2"), prefix("3", tokens=4)], {}, AdapterError),
+        ([prefix("2"), prefix("3", rows=1)], {}, AdapterError),
+        ([prefix("2"), prefix("3", heads=1)], {}, AdapterError),
+        ([prefix("2"), prefix("3", dim=5)], {}, AdapterError),
+        ([prefix("2"), prefix("03")], {}, AdapterError),
+        ([prefix("2", tokens=999), prefix("3", tokens=999)], {}, TooLargeError),
         ([module()], {"nbytes": 100}, BadShapeError),
         ([module()], {"dtype": "f16"}, BadShapeError),
         ([module()] * 40, {}, TooLargeError),

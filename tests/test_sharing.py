@@ -14,6 +14,7 @@ from zsl.trunk.costs import BatchLimits
 from zsl.trunk.requests.validate import check_forward, sharing_of
 from zsl.trunk.settings import ServerSettings, TrunkInfo, TrunkTraits
 from zsl.trunk.work import Alone, Batch, Buffers, Keep, Kind, Packed, Shape, Sharing, Stacked, Work
+from zsl.wire.adapter_layout import PrefixLayer
 from zsl.wire.messages import Cut, ModelIdentity, Role, TensorDescriptor
 
 POSITIONS = 8
@@ -92,6 +93,27 @@ def test_a_row_may_be_longer_than_the_positions_that_start_again_in_it() -> None
             shape(positionless)
     with pytest.raises(BadShapeError):
         shape(request(1, 10, position_ids=[[*range(1, 11)]]))
+
+
+def test_a_prefix_counts_in_the_mask_the_lengths_and_the_limits() -> None:
+    def with_prefix(buffers: Buffers, tokens: int = 3, rows: int = 1) -> Shape:
+        prefix = PrefixLayer(path="2", rows=rows, tokens=tokens, heads=1, dim=1)
+        return check_forward(buffers, HIDDEN, LIMITS, prefix)
+
+    found = with_prefix(request(2, 2, attention_mask=[[1] * 5, [1, 1, 1, 0, 1]], position_ids=[[5, 3]]))
+    assert (found.lengths, found.masked, found.total_tokens) == ((5, 5), {1}, 4)
+    for buffers in (request(1, 2, attention_mask=[[1, 1]]), request(1, 5, lengths=[2, 3])):
+        with pytest.raises(BadShapeError):
+            with_prefix(buffers)
+    with_prefix(request(1, 5, position_ids=[[0, 1, 2, 0, 1]]))
+    for positions in ({}, {"position_ids": [[0, 1, 2, 0, 1, 2]]}):
+        with pytest.raises(TooLargeError):
+            with_prefix(request(1, 6, **positions))
+    with pytest.raises(TooLargeError):
+        with_prefix(request(1, 2), 10**6)
+    assert with_prefix(request(2, 2), rows=2).lengths == (5, 5)
+    with pytest.raises(BadShapeError):
+        with_prefix(request(3, 2), rows=2)
 
 
 def test_lengths_are_refused_where_sequences_cannot_be_kept_apart() -> None:

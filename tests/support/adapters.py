@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from peft.tuners.ia3.layer import IA3Layer
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from zsl.split.stack import find_stack
 from zsl.trunk.adapter import AdapterVersion
-from zsl.wire.adapter_layout import AdaptedModule, AdapterLayout, Ia3Module, LoraModule, version_of
+from zsl.wire.adapter_layout import AdaptedModule, AdapterLayout, Ia3Module, LoraModule, PrefixLayer, version_of
 from zsl.wire.tensors import TORCH_DTYPES, encode_tensor, float_wire_name
 
 
@@ -116,6 +116,31 @@ def local_step(model: PreTrainedModel, ids: torch.Tensor, layers: range, *config
 
 def step_of(peft_model: PeftModel, ids: torch.Tensor, layers: range) -> LocalStep:
     """One step of a PEFT model, seen at the edges of `layers`."""
+    seen = _at_edges(peft_model, ids, layers)
+    modules, weights = adapted_modules(find_stack(peft_model.get_base_model()).layers, layers)
+    gradients = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in weights]
+    return _local_step(seen, modules, weights, gradients)
+
+
+def prefix_step(model: PreTrainedModel, ids: torch.Tensor, layers: range, tokens: int) -> LocalStep:
+    """One step of a model with prefix tuning, seen at the edges of `layers`."""
+    config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=tokens)
+    peft_model = get_peft_model(model, config)
+    seen = _at_edges(peft_model, ids, layers)
+    made = peft_model.peft_config["default"]
+    heads, dim = made.num_attention_heads, made.token_dim // made.num_attention_heads  # type: ignore[attr-defined]
+    weight = peft_model.prompt_encoder["default"].embedding.weight
+
+    def of_layers(all_layers: torch.Tensor) -> list[torch.Tensor]:
+        by_layer = all_layers.view(tokens, -1, 2, heads * dim)
+        return [part for index in layers for part in by_layer[:, index].unbind(1)]
+
+    modules = [PrefixLayer(path=str(index), rows=1, tokens=tokens, heads=heads, dim=dim) for index in layers]
+    return _local_step(seen, modules, of_layers(weight), of_layers(weight.grad))
+
+
+def _at_edges(peft_model: PeftModel, ids: torch.Tensor, layers: range) -> dict[str, torch.Tensor]:
+    """Input and output of these layers in one step, with their gradients."""
     seen: dict[str, torch.Tensor] = {}
 
     def note(name: str, tensor: torch.Tensor) -> None:
@@ -126,12 +151,20 @@ def step_of(peft_model: PeftModel, ids: torch.Tensor, layers: range) -> LocalSte
     stack[layers.start].register_forward_pre_hook(lambda layer, args: note("input", args[0]))
     stack[layers.stop - 1].register_forward_hook(lambda layer, args, output: note("output", output))
     peft_model(input_ids=ids, labels=ids).loss.backward()
-    modules, weights = adapted_modules(stack, layers)
-    gradients = torch.cat([torch.zeros_like(w).reshape(-1) if w.grad is None else w.grad.reshape(-1) for w in weights])
+    return seen
+
+
+def _local_step(
+    seen: Mapping[str, torch.Tensor],
+    modules: Sequence[AdaptedModule],
+    weights: Sequence[torch.Tensor],
+    gradients: Sequence[torch.Tensor],
+) -> LocalStep:
     version = version_from(modules, weights, dtype=weights[0].dtype, wire_dtype=weights[0].dtype)
     at_input, at_output = seen["input"].grad, seen["output"].grad
     assert at_input is not None and at_output is not None
-    return LocalStep(seen["input"].detach(), seen["output"].detach(), at_output, at_input, version, gradients)
+    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+    return LocalStep(seen["input"].detach(), seen["output"].detach(), at_output, at_input, version, flat)
 
 
 def adapted_modules(stack: nn.ModuleList, layers: range) -> tuple[list[AdaptedModule], list[torch.Tensor]]:

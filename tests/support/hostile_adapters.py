@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from zsl.wire.adapter_layout import AdaptedModule, AdapterLayout, Ia3Module, LoraModule, version_of
+from zsl.wire.adapter_layout import AdaptedModule, AdapterLayout, Ia3Module, LoraModule, PrefixLayer, version_of
 from zsl.wire.messages import MessageType, Welcome
 
 from .hostile_scene import Act, Acts, Scene, Victim, backward, forward, packed, tensor
@@ -60,6 +60,13 @@ def adapters() -> Acts:
             scene, *scene.opened(), codes={"NONFINITE", *REFUSED}, module={"has_magnitude": True}, magnitude=np.inf
         ),
         "IA³ of other features": layout_of(_layout([_ia3(inputs=7)])),
+        "a prefix of one layer of two": layout_of(_layout([_prefix()])),
+        "a prefix of a layer outside the cut": layout_of(_layout([_prefix(), _prefix(path="4")])),
+        "a prefix of other heads": layout_of(_layout([_prefix(), _prefix(path="3", heads=5)])),
+        "a prefix of unequal lengths": layout_of(_layout([_prefix(), _prefix(path="3", tokens=5)])),
+        "a prefix of no tokens": layout_of(_layout([_prefix(tokens=0), _prefix(path="3", tokens=0)])),
+        "a prefix of 2^80 numbers": layout_of(_layout([_prefix(rows=2**20, tokens=2**20, heads=2**20, dim=2**20)])),
+        "a prefix of no layer": layout_of(_layout([_prefix(path="-1"), _prefix(path="2.self_attn")])),
         "an adapter of an unknown method": layout_of(_layout([_ia3()]).replace(b"ia3", b"oft")),
         "an adapter of 4 GiB that never comes": message({"BAD_SHAPE"}, nbytes=(4 << 30) - 1),
         "an adapter under another digest": message({"MALFORMED"}, version=bytes(16)),
@@ -91,6 +98,10 @@ def _module(scene_hidden: int, **changes: object) -> LoraModule:
 def _ia3(**changes: object) -> Ia3Module:
     fields: dict[str, object] = {"path": PATH, "inputs": 32, "outputs": 32, "at_input": True}
     return Ia3Module.model_construct(None, **{**fields, **changes})  # type: ignore[arg-type]
+
+
+def _prefix(**changes: object) -> PrefixLayer:
+    return PrefixLayer.model_construct(None, **{"path": "2", "rows": 1, "tokens": 4, "heads": 2, "dim": 8, **changes})  # type: ignore[arg-type]
 
 
 def _layout(modules: Sequence[AdaptedModule]) -> bytes:

@@ -23,11 +23,11 @@ PaddingMode = Literal["drop", "send"]
 class CallInputs:
     """Arguments of the model's call that are not passed to its layers."""
 
-    attention_mask: torch.Tensor | None = None  # [rows, tokens]
+    attention_mask: torch.Tensor | None = None  # [rows, prefix tokens + tokens]
     position_ids: torch.Tensor | None = None  # [rows or 1, tokens]
     labels: tuple[torch.Tensor, ...] = ()  # each [rows, tokens]
 
-    def check(self, rows: int, tokens: int) -> None:
+    def check(self, rows: int, tokens: int, prefix_tokens: int = 0) -> None:
         """Check that mask and positions fit a batch `[rows, tokens, hidden]`. Raises `ModelError`."""
         mask, positions = self.attention_mask, self.position_ids
         if mask is not None and not isinstance(mask, torch.Tensor):
@@ -35,10 +35,11 @@ class CallInputs:
                 f"an attention mask of type {type(mask).__name__} cannot cross to the trunk; "
                 "give a tensor of shape [rows, tokens]"
             )
-        if mask is not None and tuple(mask.shape) != (rows, tokens):
+        keys = prefix_tokens + tokens
+        if mask is not None and tuple(mask.shape) != (rows, keys):
             raise ModelError(
                 f"an attention mask of shape {tuple(mask.shape)} cannot cross to the trunk; "
-                f"give the one of shape [rows, tokens], here ({rows}, {tokens})"
+                f"give the one of shape [rows, {'prefix + ' if prefix_tokens else ''}tokens], here ({rows}, {keys})"
             )
         if positions is not None and tuple(positions.shape) not in {(rows, tokens), (1, tokens)}:
             raise ModelError(
@@ -52,7 +53,7 @@ class Crossing:
     """Form in which one batch is sent to the trunk and received. `real`: its real tokens, if padding is left out."""
 
     wire_dtype: torch.dtype
-    attention_mask: torch.Tensor | None  # [rows, tokens]
+    attention_mask: torch.Tensor | None  # [rows, prefix tokens + tokens]
     position_ids: torch.Tensor | None  # [rows or 1, tokens]
     real: RealTokens | None
 
@@ -102,19 +103,27 @@ class Crossing:
 
 
 def crossing_of(
-    inputs: CallInputs, batch: torch.Tensor, wire_dtype: torch.dtype, *, packs: bool, padding: PaddingMode
+    inputs: CallInputs,
+    batch: torch.Tensor,
+    wire_dtype: torch.dtype,
+    *,
+    packs: bool,
+    padding: PaddingMode,
+    prefix_tokens: int = 0,
 ) -> Crossing:
     """Choose how a batch `[rows, tokens, hidden]` is sent: without padding, if the trunk `packs` and no label is on it.
 
-    Raises `ModelError` for a mask or positions that cannot cross.
+    Padding crosses with a prefix in front of the rows, which are not packed then. Raises `ModelError` for a mask or
+    positions that cannot cross.
     """
-    inputs.check(*batch.shape[:2])
+    rows, tokens, _ = batch.shape
+    inputs.check(rows, tokens, prefix_tokens)
     mask, positions = inputs.attention_mask, inputs.position_ids
     if mask is not None and mask.is_floating_point():
         mask = (mask != 0).long()  # PEFT prepends ones of float32 for virtual tokens
     if mask is None or not packs:
         return Crossing(wire_dtype, mask, positions, None)
-    if padding == "drop" and not has_labels_on_padding(inputs.labels, mask):
+    if padding == "drop" and not prefix_tokens and not has_labels_on_padding(inputs.labels, mask):
         real = find_real_tokens(mask, positions)
         if real is not None:
             return Crossing(wire_dtype, None, real.position_ids, real)

@@ -10,6 +10,7 @@ from typing import Any, get_args
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from zsl.client.prefix import find_prefix
 from zsl.client.remote import RemoteTrunk
 from zsl.client.revealed import ARGUMENTS
 from zsl.client.row_norms import RowNorms
@@ -25,7 +26,7 @@ from zsl.wire.messages import Cut, Quantization
 # Arguments of a model that need data from inside the trunk that the daemon does not send.
 _REFUSED = {
     "use_cache": "the trunk keeps no keys and values; pass use_cache=False",
-    "past_key_values": "the trunk keeps no keys and values; pass use_cache=False",
+    "past_key_values": "the trunk keeps no keys and values; leave it out, and pass use_cache=False",
     "output_attentions": "the attentions inside the trunk stay there; "
     "for those of your own layers register forward hooks on them",
 }
@@ -49,8 +50,8 @@ def load_client(
     Only the layers outside the cut are loaded; `model` may be the client's part that `zsl split` wrote.
     `quantize`: load the client's linear layers in 4 or 8 bits, by bitsandbytes; the trunk stays as the daemon has it.
     `layers`: those that adapters may be put on. With "all", the modules of the trunk's layers are in their places,
-    without their weights; LoRA, DoRA and IA³ on them are sent to the trunk. With "client", only those of this process
-    are.
+    without their weights; LoRA, DoRA and IA³ on them are sent to the trunk, and the keys and values of prefix tuning.
+    With "client", only this process's layers are.
     `auto_class`: the class of transformers that picks the head, such as `AutoModelForSequenceClassification`. One that
     the checkpoint lacks is initialized as on the local model.
     `config`: fields of the configuration to replace, as in `from_pretrained`: `num_labels=3`.
@@ -103,8 +104,9 @@ def put_trunk(model: PreTrainedModel, trunk: RemoteTrunk, cut: Cut) -> None:
             asked = arguments.get(name)
             return bool(asked or (asked is None and getattr(module.config, name, False)))
 
+        prefix = find_prefix(arguments.get("past_key_values"), range(cut.start, cut.stop))
         for name, reason in _REFUSED.items():
-            if is_asked(name):
+            if is_asked(name) and not (prefix and name == "past_key_values"):
                 asked = arguments.get(name)
                 raise ModelError(f"{name}={asked or True!r:.40} is not supported by a split model: {reason}")
         # Looked up in each call: a copy of the model has a copy of the trunk.
@@ -117,6 +119,7 @@ def put_trunk(model: PreTrainedModel, trunk: RemoteTrunk, cut: Cut) -> None:
                 labels,
                 {index: layers[index] for index in range(cut.start, cut.stop)},
                 tuple(name for argument, (name, _) in ARGUMENTS.items() if is_asked(argument)),
+                prefix,
             )
 
     model.register_forward_pre_hook(note_labels, with_kwargs=True)

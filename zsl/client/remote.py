@@ -20,6 +20,7 @@ from torch.autograd import forward_ad
 from zsl.client.crossing import CallInputs, PaddingMode, crossing_of
 from zsl.client.gradient_sum import current_micro_batch
 from zsl.client.overlap import current_lane
+from zsl.client.prefix import Prefix, prefix_tokens
 from zsl.client.revealed import check_collected, check_reveals, collect
 from zsl.client.trunk_adapters import Found, TrunkAdapters
 from zsl.client.trunk_client import CONNECT_TIMEOUT_SECONDS, REQUEST_TIMEOUT_SECONDS, TrunkClient
@@ -46,6 +47,7 @@ class _Observed:
     slots: Slots | None = None
     asked: tuple[Reveal, ...] = ()
     inside: tuple[Reveal, ...] = ()
+    prefix: Prefix | None = None
 
 
 class RemoteTrunk(NoWeights):
@@ -224,12 +226,14 @@ class RemoteTrunk(NoWeights):
         labels: tuple[torch.Tensor, ...] = (),
         slots: Slots | None = None,
         reveal: tuple[Reveal, ...] = (),
+        prefix: Prefix | None = None,
     ) -> None:
         """Keep arguments of the model's call for this thread's next `forward`: the trunk rebuilds mask and positions.
 
         The mask `[rows, tokens]` is not passed to layers, so a hook on the model calls this; see `load_client`.
         `slots`: the modules in the places of the trunk's layers, whose adapters are sent. `reveal`: tensors from inside
-        the trunk that the model is asked for. Raises `ModelError` for those that the trunk keeps.
+        the trunk that the model is asked for. `prefix`: keys and values in front of those of the trunk's layers. Raises
+        `ModelError` for tensors that the trunk keeps.
         """
         inside: tuple[Reveal, ...] = ()
         if reveal:  # torch.compile traces this, and cannot trace the rest
@@ -238,7 +242,8 @@ class RemoteTrunk(NoWeights):
                 name for name in reveal if name != "hidden_states" or welcome.cut.stop - welcome.cut.start > 1
             )
             check_reveals(inside, welcome.reveals, self.endpoint)
-        self._call.observed = _Observed(CallInputs(attention_mask, position_ids, labels), slots, reveal, inside)
+        inputs = CallInputs(attention_mask, position_ids, labels)
+        self._call.observed = _Observed(inputs, slots, reveal, inside, prefix)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # waiting for a daemon cannot be traced
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -253,7 +258,7 @@ class RemoteTrunk(NoWeights):
                 "the model ran its layers without the call that brings mask and positions; zsl cannot split it"
             )
         observed = observed or _Observed()
-        adapters, reveal = self._found_adapters(observed.slots), observed.inside
+        adapters, reveal = self._found_adapters(observed), observed.inside
         check_collected(observed.asked)
         crossing = crossing_of(
             observed.inputs,
@@ -261,13 +266,15 @@ class RemoteTrunk(NoWeights):
             self.wire_dtype or hidden_states.dtype,
             packs=self.client.welcome.packs,
             padding="send" if reveal else self.padding,  # revealed at padded positions too
+            prefix_tokens=prefix_tokens(observed.prefix),
         )
         if forward_ad.unpack_dual(hidden_states).tangent is not None:
             raise ModelError("forward-mode differentiation does not pass the trunk; use backward")
         self._warn_of_autocast(hidden_states)
         mode = self.effective_mode
         adapter = None if adapters is None else self._adapters.for_call(adapters, self.adapter_wire_dtype)
-        micro_batch = None if reveal else current_micro_batch()  # a sum of several backwards takes no other gradients
+        # A sum of several backwards takes no other gradients, and the graph of a prefix's encoder ends with the first.
+        micro_batch = None if reveal or observed.prefix else current_micro_batch()
         call = Call(self.client, crossing, mode == "exact", self.on_crossing, adapter, micro_batch, reveal)
         weights = None if adapters is None or mode != "exact" else adapters.weights
         learns = hidden_states.requires_grad or (weights is not None and weights.requires_grad)
@@ -277,6 +284,8 @@ class RemoteTrunk(NoWeights):
         elif reveal and (lane is not None or mode != "exact"):
             why = f"mode {mode!r}" if lane is None else "micro-batches in flight (overlap)"
             raise ModelError(f"the trunk's {' and '.join(reveal).replace('_', ' ')} have no gradient with {why}")
+        elif lane is not None and observed.prefix:  # its encoder is in the graphs of bottom, trunk and top
+            raise ModelError("a prefix has no gradient with micro-batches in flight (overlap)")
         elif lane is None:
             output, *revealed = call.with_gradient(hidden_states, weights)
         else:
@@ -284,9 +293,14 @@ class RemoteTrunk(NoWeights):
         collect(observed.asked, dict(zip(reveal, revealed, strict=True)), hidden_states, output)
         return output
 
-    def _found_adapters(self, slots: Slots | None) -> Found | None:
+    def _found_adapters(self, observed: _Observed) -> Found | None:
         """Return the adapters on the trunk's layers. Raises `ZslError` for those that the daemon would not train."""
-        found = None if slots is None else self._adapters.find(slots)
+        if observed.prefix and not self.has_modules:
+            raise ModelError(
+                'past_key_values has a prefix for the trunk\'s layers, and layers="client" leaves them out: for prefix '
+                'tuning use load_client(..., layers="all")'
+            )
+        found = None if observed.slots is None else self._adapters.find(observed.slots, observed.prefix)
         if found is None:
             return None
         found.check_limits(self.client.welcome.adapters, self.adapter_wire_dtype)

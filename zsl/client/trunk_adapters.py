@@ -1,4 +1,4 @@
-"""Find the adapters (LoRA, DoRA, IA³) on the trunk's layers of a client's model, and make versions of their weights.
+"""Find the adapters (LoRA, DoRA, IA³, prefix) of the trunk's layers of a client's model, and make versions of their weights.
 
 PEFT's modules are read, not run: the daemon computes what they would.
 """
@@ -12,19 +12,24 @@ import torch
 from peft.tuners.ia3.layer import Linear as Ia3Linear
 from pydantic import ValidationError
 
+from zsl.client.prefix import Prefix
 from zsl.client.replayable_step import CallAdapter
 from zsl.errors import AdapterError, ModelError
 from zsl.link.adapter_versions import NO_ADAPTERS, EncodedAdapter
 from zsl.split.ghosts import WAY_OUT
 from zsl.split.trunk_lora import Computed, Slots, active_adapters, not_sent
-from zsl.wire.adapter_layout import AdaptedModule, AdapterLayout, Ia3Module, LoraModule, version_of
+from zsl.wire.adapter_layout import AdaptedModule, AdapterLayout, Ia3Module, LoraModule, PrefixLayer, version_of
 from zsl.wire.messages import AdapterLimits, FloatDtypeName
 from zsl.wire.tensors import TORCH_DTYPES, encode_tensor, float_wire_name
 
 MAX_SEED = 2**53
 FLOAT_DTYPES = {TORCH_DTYPES[name] for name in get_args(FloatDtypeName)}
 
-MODULES: dict[str, type[LoraModule] | type[Ia3Module]] = {"lora": LoraModule, "ia3": Ia3Module}
+MODULES: dict[str, type[LoraModule] | type[Ia3Module] | type[PrefixLayer]] = {
+    "lora": LoraModule,
+    "ia3": Ia3Module,
+    "prefix": PrefixLayer,
+}
 DROPOUT = tuple(LoraModule.model_fields).index("dropout")
 
 Module = tuple[Any, ...]  # fields of an `AdaptedModule`, in their order: the method is the first
@@ -53,7 +58,8 @@ class Found:
         if nbytes > limits.max_bytes:
             raise AdapterError(
                 f"the adapter on the trunk's layers has {nbytes:,} bytes, over the daemon's limit of "
-                f"{limits.max_bytes:,}: choose a smaller r, fewer modules, or adapter_wire_dtype=torch.bfloat16"
+                f"{limits.max_bytes:,}: choose a smaller r, fewer modules or virtual tokens, or "
+                "adapter_wire_dtype=torch.bfloat16"
             )
 
 
@@ -64,13 +70,18 @@ class TrunkAdapters:
         self._layout: tuple[tuple[object, ...], AdapterLayout, bytes] | None = None
         self._version: EncodedAdapter | None = None
 
-    def find(self, slots: Slots) -> Found | None:
+    def find(self, slots: Slots, prefix: Prefix | None = None) -> Found | None:
         """Find the active adapters; None without any. Raises `ModelError` for one that cannot be sent."""
         modules: list[Module] = []
         parameters: list[torch.Tensor] = []
         drops: list[bool] = []
         for tuner, adapter, path in active_adapters(slots):
             drops.append(_add(tuner, adapter, path, modules, parameters))
+        for index, (keys, values) in (prefix or {}).items():
+            rows, heads, tokens, dim = keys.shape
+            modules.append(("prefix", str(index), rows, tokens, heads, dim))
+            parameters += [tensor.transpose(1, 2) for tensor in (keys, values)]
+            drops.append(False)
         if not parameters:
             return None
         if any(drops):

@@ -39,7 +39,8 @@ class Absent(nn.Module):
     """Replace an embedding, norm or projection that the trunk does not own.
 
     Activations pass through. Any other input (token ids, positions, a 2-D mask) is for an embedding. The embedding's
-    output is overwritten before the trunk's first layer anyway, so it is zeros, expanded from one number.
+    output is overwritten before the trunk's first layer anyway, so it is zeros, for any number of tokens: a mask has
+    those of a prefix too.
     """
 
     def __init__(self, hidden_size: int, dtype: torch.dtype) -> None:
@@ -50,7 +51,7 @@ class Absent(nn.Module):
     def forward(self, first: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if first.ndim == 3 and first.is_floating_point():
             return first  # [rows, tokens, hidden]
-        return torch.zeros((), dtype=self.dtype, device=first.device).expand(*first.shape, self.hidden_size)
+        return torch.zeros(1, 1, self.hidden_size, dtype=self.dtype, device=first.device)
 
 
 def copy_plain_attributes(source: nn.Module, target: nn.Module) -> None:

@@ -63,7 +63,8 @@ class TrunkTraits:
     `packs_restarts`: also those with a mask, or with positions that start again within a row. `deterministic`: a
     request's answer is the same bit for bit, whichever requests share its pass. `adaptable`: inputs and outputs of the
     linear modules that may have adapters, by path (`zsl.wire.adapter_layout`); `merges_adapters`: requests with
-    adapters may share a pass. `graph_memory_with_adapters`, `pass_memory_with_adapters`: memory of passes of requests
+    adapters may share a pass. `key_sizes`: heads of each layer's keys and values, and their size, by path; empty if
+    they may have no prefix. `graph_memory_with_adapters`, `pass_memory_with_adapters`: memory of passes of requests
     with adapters. `routers`: number of the layers with experts, and experts of each; counted for a trunk that reveals
     their logits. `weight_norms`: norms of the rows of the weights of the `adaptable` modules, as they are answered.
     """
@@ -79,6 +80,7 @@ class TrunkTraits:
     graph_memory: GraphMemory = UNKNOWN_GRAPH_MEMORY
     pass_memory: PassMemory = UNKNOWN_PASS_MEMORY
     adaptable: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    key_sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     merges_adapters: bool = False
     graph_memory_with_adapters: GraphMemory = UNKNOWN_GRAPH_MEMORY
     pass_memory_with_adapters: PassMemory = UNKNOWN_PASS_MEMORY

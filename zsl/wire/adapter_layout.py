@@ -1,8 +1,9 @@
 """Layout of an adapter in the trunk's layers: its modules, and the order of their weights in one flat buffer.
 
-    LoRA: A [rank, in], B [out, rank], bias [out] if it has one
-    DoRA: A [rank, in], B [out, rank], magnitude [out]
-    IA³:  vector [in] or [out]
+    LoRA:   A [rank, in], B [out, rank], bias [out] if it has one
+    DoRA:   A [rank, in], B [out, rank], magnitude [out]
+    IA³:    vector [in] or [out]
+    prefix: keys and values, each [rows * tokens, heads * dim]
 
 Sent as JSON, checked once when it is decoded, as the headers are. No sockets and no torch.
 """
@@ -22,24 +23,18 @@ from zsl.wire.messages import DTYPE_BYTES, MAX_TEXT_CHARS, FloatDtypeName, Name
 
 MAX_LAYOUT_BYTES = 4 << 20
 MAX_MODULES = 16_384
-MAX_RANK = MAX_FEATURES = 2**20
+MAX_RANK = MAX_FEATURES = MAX_PREFIX = 2**20
 
 Shape = tuple[int, ...]
 
 
 class _Module(BaseModel):
-    """One linear module. `path`: index of the layer in the whole model and path within it (`7.mlp.up_proj`).
-
-    A module with several adapters is listed once for each, in the order of their sum or product. If it has adapters of
-    both methods, those of IA³ scale the input before, and the output after LoRA.
-    """
+    """One adapted module. `path`: index of the layer in the whole model and path within it (`7.mlp.up_proj`)."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     method: str
     path: Name
-    inputs: Annotated[int, Field(ge=1, le=MAX_FEATURES)]
-    outputs: Annotated[int, Field(ge=1, le=MAX_FEATURES)]
 
     @property
     def shapes(self) -> tuple[Shape, ...]:
@@ -52,7 +47,18 @@ class _Module(BaseModel):
         return sum(map(prod, self.shapes))
 
 
-class LoraModule(_Module):
+class LinearModule(_Module):
+    """One linear module.
+
+    If it has several adapters, it is listed once for each, in the order of their sum or product. If it has adapters of
+    both methods, those of IA³ scale the input before, and the output after LoRA.
+    """
+
+    inputs: Annotated[int, Field(ge=1, le=MAX_FEATURES)]
+    outputs: Annotated[int, Field(ge=1, le=MAX_FEATURES)]
+
+
+class LoraModule(LinearModule):
     """LoRA: the output is `base(x) + B(A(dropout(x))) * scaling` (Hu et al., "LoRA", 2021), computed as PEFT does.
 
     With a magnitude it is DoRA (Liu et al., 2024): the rows of `W + scaling * B A` are scaled to these norms. PEFT has
@@ -79,7 +85,7 @@ class LoraModule(_Module):
         return (*matrices, (self.outputs,)) if self.has_bias or self.has_magnitude else matrices
 
 
-class Ia3Module(_Module):
+class Ia3Module(LinearModule):
     """IA³: the output is `base(x * vector)` if `at_input`, `base(x) * vector` otherwise (Liu et al., 2022)."""
 
     method: Literal["ia3"] = "ia3"
@@ -91,7 +97,26 @@ class Ia3Module(_Module):
         return ((self.inputs if self.at_input else self.outputs,),)
 
 
-AdaptedModule = Annotated[LoraModule | Ia3Module, Field(discriminator="method")]
+class PrefixLayer(_Module):
+    """Keys and values of virtual tokens, in front of each row's own (Li and Liang, "Prefix-Tuning", 2021).
+
+    `path`: index of the layer. Each of the trunk's layers has one, or none has, and all have equally many rows and
+    tokens. `rows`: those of the request, or 1 if they have the same prefix.
+    """
+
+    method: Literal["prefix"] = "prefix"
+    rows: Annotated[int, Field(ge=1, le=MAX_PREFIX)]
+    tokens: Annotated[int, Field(ge=1, le=MAX_PREFIX)]
+    heads: Annotated[int, Field(ge=1, le=MAX_FEATURES)]  # of keys and of values
+    dim: Annotated[int, Field(ge=1, le=MAX_FEATURES)]  # of a head
+
+    @property
+    def shapes(self) -> tuple[Shape, ...]:
+        """Shapes of keys and values."""
+        return ((self.rows * self.tokens, self.heads * self.dim),) * 2
+
+
+AdaptedModule = Annotated[LoraModule | Ia3Module | PrefixLayer, Field(discriminator="method")]
 
 
 class AdapterLayout(BaseModel):
@@ -112,6 +137,11 @@ class AdapterLayout(BaseModel):
         """Number of elements of all magnitudes; 0 without DoRA."""
         of_lora = (module for module in self.modules if isinstance(module, LoraModule))
         return sum(module.outputs for module in of_lora if module.has_magnitude)
+
+    @cached_property
+    def prefix(self) -> tuple[PrefixLayer, ...]:
+        """Keys and values in front of the layers' own."""
+        return tuple(module for module in self.modules if isinstance(module, PrefixLayer))
 
     def nbytes(self, dtype: FloatDtypeName) -> int:
         """Return the bytes of the flat weights in a dtype."""

@@ -28,7 +28,7 @@ _SHOWN = """
     TRAINABLE_TOKENS UNILORA VBLORA VERA WAVEFT
 """
 SHOWN = frozenset(_SHOWN.split())
-_INTO_EVERY_LAYER = "it puts keys and values into every layer, the trunk's too"
+_INTO_EVERY_LAYER = "it puts keys and values into every layer, the trunk's too; it works from Python"
 _REFUSED = {
     "CARTRIDGE": _INTO_EVERY_LAYER,
     "PREFIX_TUNING": _INTO_EVERY_LAYER,

@@ -1,4 +1,4 @@
-"""Adapters (LoRA, DoRA, IA³) of the requests in a pass, applied to the inputs and outputs of the trunk's linear layers.
+"""Adapters of the requests in a pass: LoRA, DoRA and IA³ on the trunk's linear layers, and prefixes of its layers.
 
 `SeparateAdapters`: each request's adapter is computed on its own tokens, in PEFT's order of operations. A
 request that runs alone gets the numbers of a local PEFT model bit for bit; in a deterministic pass a request's numbers
@@ -17,10 +17,12 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 import xxhash
+from transformers import Cache
 
 from zsl.trunk.adapter import AdapterUse, AdapterVersion
 from zsl.trunk.compute.frozen_linear import FrozenLinear
-from zsl.wire.adapter_layout import LoraModule
+from zsl.trunk.compute.prefix import LayerPrefix, PrefixCache
+from zsl.wire.adapter_layout import LoraModule, PrefixLayer
 from zsl.wire.tensors import TORCH_DTYPES
 
 # Gradients of the flat weights of each request's adapter, in the dtype of their computation, by index of the request.
@@ -71,6 +73,7 @@ class LoadedAdapter:
 
     by_path: Mapping[str, tuple[LowRank, ...]]
     scales: Mapping[Scaled, tuple[Scale, ...]]
+    prefix: Mapping[int, LayerPrefix]  # by index of the layer
     weights: tuple[torch.Tensor, ...]
     dtype: torch.dtype
     form: tuple[object, ...]
@@ -104,6 +107,7 @@ def _load(version: AdapterVersion, layers: Mapping[str, FrozenLinear], device: t
     parts = iter(flat.split([prod(shape) for module in modules for shape in module.shapes]))
     by_path: dict[str, tuple[LowRank, ...]] = {}
     scales: dict[Scaled, tuple[Scale, ...]] = {}
+    prefix: dict[int, LayerPrefix] = {}
     kinds: list[tuple[object, ...]] = []
     weights: list[torch.Tensor] = []
     for index, module in enumerate(modules):
@@ -118,12 +122,16 @@ def _load(version: AdapterVersion, layers: Mapping[str, FrozenLinear], device: t
             entry = LowRank(index, a, b, bias, magnitude, module.scaling, module.dropout)
             by_path[module.path] = (*by_path.get(module.path, ()), entry)
             kinds.append((module.path, module.rank, module.has_bias, module.has_magnitude, module.dropout > 0))
+        elif isinstance(module, PrefixLayer):
+            keys, values = own
+            prefix[int(module.path)] = LayerPrefix(keys, values, module.tokens, module.heads)
+            kinds.append((module.path, module.rows, module.tokens))
         else:
             scaled = (module.path, module.at_input)
             scales[scaled] = (*scales.get(scaled, ()), Scale(index, own[0]))
             kinds.append(scaled)
     form = (version.layout.dtype, hash(tuple(kinds)))
-    return LoadedAdapter(by_path, scales, tuple(weights), dtype, form, next(_serials))
+    return LoadedAdapter(by_path, scales, prefix, tuple(weights), dtype, form, next(_serials))
 
 
 class PassAdapters(Protocol):
@@ -137,6 +145,10 @@ class PassAdapters(Protocol):
     @property
     def storages(self) -> Collection[int]:
         """Addresses of weights that a graph refers to, and that the versions account for."""
+        ...
+
+    def prefix_cache(self) -> Cache | None:
+        """Return the keys and values in front of those of the pass; None without a prefix."""
         ...
 
     def adapted_input(self, path: str, x: torch.Tensor) -> torch.Tensor:
@@ -261,6 +273,12 @@ class SeparateAdapters:
     def storages(self) -> Collection[int]:
         adapters = self._of_members.values()
         return {address for of_one in adapters for address in of_one.adapter.storages}
+
+    def prefix_cache(self) -> Cache | None:
+        for of_one in self._of_members.values():  # only one, as a request with a prefix runs alone
+            if of_one.adapter.prefix:
+                return PrefixCache(of_one.adapter.prefix, trains=of_one.trains)
+        return None
 
     def adapted_input(self, path: str, x: torch.Tensor) -> torch.Tensor:
         adapters = [of_one for of_one in self._of_members.values() if (path, True) in of_one.adapter.scales]

@@ -20,10 +20,12 @@ from zsl.trunk.compute.frozen_linear import FrozenLinear
 from zsl.trunk.compute.live_bytes import peak_bytes
 from zsl.trunk.compute.packing import alone, packed
 from zsl.trunk.compute.passes import Rows, sequences_of
+from zsl.trunk.compute.prefix import SeenKeys
 from zsl.trunk.compute.trunk_model import TrunkModel
 from zsl.trunk.costs import Costs, GraphMemory, PassMemory, fit_cost, fit_graph_memory
 from zsl.trunk.work import Shape
 from zsl.wire.adapter_layout import AdapterLayout, LoraModule
+from zsl.wire.messages import Cut
 
 COST_TOKENS = (8, 96)
 MEMORY_TOKENS = (8, 48, 96)
@@ -245,6 +247,30 @@ def merges_adapters(trunk: TrunkModel) -> bool:
         trunk.forward(request)
     shapes = seen.shapes
     return shapes.keys() == trunk.linear_features.keys() and all(shape == {(2, 3)} for shape in shapes.values())
+
+
+def key_sizes(trunk: TrunkModel, cut: Cut) -> dict[str, tuple[int, int]]:
+    """Return the heads of each layer's keys and values, and their size, by path; empty if the family takes no prefix:
+    a layer keeps no keys in the cache of transformers, or values of another size."""
+    seen = _WithCache()
+    try:
+        with trunk.adapted(seen):
+            trunk.forward(_request(trunk, plain(2, 3), torch.Generator().manual_seed(SEED)))
+    except Exception:  # any error of the family's code with a cache
+        return {}
+    found = seen.keys.sizes
+    return found if found.keys() == set(map(str, range(cut.start, cut.stop))) else {}
+
+
+class _WithCache(SeparateAdapters):
+    """No adapters, but a cache that notes the sizes of keys."""
+
+    def __init__(self) -> None:
+        super().__init__([])
+        self.keys = SeenKeys()
+
+    def prefix_cache(self) -> SeenKeys:
+        return self.keys
 
 
 class _SeenInputs(SeparateAdapters):

@@ -217,6 +217,9 @@ class MergedAdapters:
     def storages(self) -> Collection[int]:
         return ()  # a graph keeps the stacked weights
 
+    def prefix_cache(self) -> None:
+        return None  # a request with a prefix runs alone
+
     def adapted_input(self, path: str, x: torch.Tensor) -> torch.Tensor:
         return self._scaled(path, x, at_input=True)
 

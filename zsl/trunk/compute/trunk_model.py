@@ -296,6 +296,7 @@ class TrunkModel:
 
     def _run(self, inputs: Pass, activations: torch.Tensor) -> torch.Tensor:
         attend: Callable[[], AbstractContextManager[None]] = nullcontext
+        prefix = self._adapters.prefix_cache() if self._adapters else None
         if isinstance(inputs, Sequences):
             # Unused, but with a mask transformers does not search the positions for packed sequences.
             mask: torch.Tensor | None = torch.ones(activations.shape[:2], dtype=torch.bool, device=self.device)
@@ -305,13 +306,16 @@ class TrunkModel:
             attend = partial(segments_attention, self._model.config, layout)
         else:
             mask = inputs.attention_mask
-            if self._own_attention:
+            if self._own_attention and prefix is None:
                 attend = partial(segments_attention, self._model.config, None)
         placeholder = torch.zeros((), dtype=self.dtype, device=self.device).expand(activations.shape)
         self._entering, self._attend = activations, attend
         for tensors in self._revealing.values():
             tensors.clear()
-        asked = {"output_router_logits": True} if "router_logits" in self._revealing else {}
+        routers = "router_logits" in self._revealing
+        further: dict[str, Any] = {"output_router_logits": True} if routers else {}
+        if prefix is not None:
+            further["past_key_values"] = prefix
         try:
             with attend():
                 result = self._model(
@@ -319,9 +323,9 @@ class TrunkModel:
                     attention_mask=mask,
                     position_ids=inputs.position_ids,
                     use_cache=False,
-                    **asked,
+                    **further,
                 )
-            if asked:
+            if routers:
                 self._revealing["router_logits"] += result.get("router_logits", ())
             assert self._leaving is not None
             return self._leaving

@@ -20,6 +20,7 @@ from zsl.split.stack import check_can_be_split, layer_count
 from zsl.trunk.compute.calibrate import (
     find_packed_forms,
     is_deterministic,
+    key_sizes,
     measure_costs,
     measure_graph_memory,
     measure_pass_memory,
@@ -106,6 +107,7 @@ class TrunkPlan:
             graph_memory=graph_memory,
             pass_memory=measure_pass_memory(trunk, graph_memory),
             adaptable=trunk.linear_features,
+            key_sizes=key_sizes(trunk, self.cut),
             merges_adapters=merges and merges_adapters(trunk),
             graph_memory_with_adapters=with_adapters,
             pass_memory_with_adapters=measure_pass_memory(trunk, with_adapters, adapter),

@@ -189,7 +189,8 @@ class TrunkServer:
         credit = Credit(settings.max_inflight_requests, settings.max_inflight_bytes, settings.max_total_inflight_bytes)
         replies = ReplyCache(settings.reply_memory_bytes)
         requests = RequestTable(self._sessions, self._adapters, scheduler, replies, credit)
-        adapters = AdapterIntake(self._adapters, traits.adaptable, traits.weight_norms, settings.adapter_limits(traits))
+        limits = settings.adapter_limits(traits)
+        adapters = AdapterIntake(self._adapters, traits.adaptable, traits.key_sizes, traits.weight_norms, limits)
         trim_policy = TrimPolicy(resident_bytes(), settings.stash_memory_bytes)
         runner = BatchRunner(
             compute,

@@ -16,11 +16,18 @@ from zsl.trunk.adapter import AdapterUse, AdapterVersion
 from zsl.trunk.requests.finite import not_finite
 from zsl.trunk.sessions.adapter_store import AdapterStore
 from zsl.trunk.sessions.sessions import Session
-from zsl.wire.adapter_layout import AdapterLayout, LoraModule, VersionDigest, decode_layout
+from zsl.wire.adapter_layout import (
+    AdaptedModule,
+    AdapterLayout,
+    LoraModule,
+    PrefixLayer,
+    VersionDigest,
+    decode_layout,
+)
 from zsl.wire.frames import ALIGNMENT_BYTES, Frame
 from zsl.wire.messages import DTYPE_BYTES, Adapter, AdapterLimits, Backward, Forward, TensorDescriptor
 
-Sizes = tuple[int, int]  # inputs and outputs of a linear module
+Sizes = tuple[int, int]  # inputs and outputs of a linear module, or heads of a layer's keys and their size
 EncodedTensor = tuple[TensorDescriptor, Frame]
 
 
@@ -37,20 +44,24 @@ class _Arriving:
 
 
 class AdapterIntake:
-    """Adapter versions of all sessions. `adaptable`: sizes of the trunk's modules that may have adapters, by path.
+    """Adapter versions of all sessions.
 
-    `weight_norms`: norms of the rows of their weights, of which the client makes the first magnitudes of DoRA.
+    `adaptable`: sizes of the trunk's linear modules that may have adapters, by path. `key_sizes`: those of its layers'
+    keys and values; empty if they may have no prefix. `weight_norms`: norms of the rows of the linear modules' weights,
+    of which the client makes the first magnitudes of DoRA.
     """
 
     def __init__(
         self,
         store: AdapterStore,
         adaptable: Mapping[str, Sizes],
+        key_sizes: Mapping[str, Sizes],
         weight_norms: Mapping[str, EncodedTensor],
         limits: AdapterLimits | None,
     ) -> None:
         self._store = store
         self._adaptable = adaptable
+        self._key_sizes = key_sizes
         self._weight_norms = weight_norms
         self._limits = limits
         self._arriving: dict[bytes, _Arriving] = {}  # by session
@@ -124,13 +135,8 @@ class AdapterIntake:
         limits = self._limits_for(session)
         layout = decode_layout(layout_json)
         for module in layout.modules:
-            sizes = self._adaptable.get(module.path)
-            if sizes is None:
-                raise _no_module(module.path)
-            if sizes != (module.inputs, module.outputs):
-                raise AdapterError(f"{module.path} has (inputs, outputs) {sizes}, not {module.inputs, module.outputs}")
-            if isinstance(module, LoraModule) and module.rank > limits.max_rank:
-                raise AdapterError(f"{module.path}: rank {module.rank} is over {limits.max_rank} (--max-adapter-rank)")
+            self._check_module(module, limits)
+        self._check_prefix(layout.prefix)
         if header.nbytes != layout.nbytes(header.dtype):
             raise BadShapeError(
                 f"the layout takes {layout.nbytes(header.dtype)} bytes of {header.dtype}, not {header.nbytes}"
@@ -145,6 +151,30 @@ class AdapterIntake:
         digest = VersionDigest(layout_json, header.dtype)
         self._arriving[session.id] = _Arriving(header.version, layout, digest, _aligned(header.nbytes))
         return True
+
+    def _check_module(self, module: AdaptedModule, limits: AdapterLimits) -> None:
+        if isinstance(module, PrefixLayer):
+            what, of, given = "layer for a prefix", "(heads, size) of keys and values", (module.heads, module.dim)
+            sizes = self._key_sizes.get(module.path)
+        else:
+            what, of, given = "linear module", "(inputs, outputs)", (module.inputs, module.outputs)
+            sizes = self._adaptable.get(module.path)
+        if sizes is None:
+            raise AdapterError(f"the trunk has no {what} {module.path!r}")
+        if sizes != given:
+            raise AdapterError(f"{module.path} has {of} {sizes}, not {given}")
+        if isinstance(module, LoraModule) and module.rank > limits.max_rank:
+            raise AdapterError(f"{module.path}: rank {module.rank} is over {limits.max_rank} (--max-adapter-rank)")
+
+    def _check_prefix(self, prefix: Sequence[PrefixLayer]) -> None:
+        if not prefix:
+            return
+        paths, sizes = [layer.path for layer in prefix], {(layer.rows, layer.tokens) for layer in prefix}
+        if sorted(paths) != sorted(self._key_sizes) or len(sizes) > 1:
+            raise AdapterError(
+                "a prefix needs keys and values of equally many rows and tokens for each of the layers "
+                f"{', '.join(self._key_sizes)}, once; these are for {', '.join(paths)}, of {sorted(sizes)}"
+            )
 
     def _add(self, session: Session, arriving: _Arriving, header: Adapter, piece: Frame) -> None:
         end = arriving.received + len(piece)

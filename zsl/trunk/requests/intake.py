@@ -38,6 +38,7 @@ class Intake:
         hidden_size = self.info.model.hidden_size
         held, nbytes = None, sum(descriptor.nbytes for descriptor in header.tensors)
         adapter = self.adapters.use(session, header, now)
+        prefix = next(iter(adapter.version.layout.prefix), None) if adapter else None
         match header:
             case Forward():
                 if draining:
@@ -46,7 +47,7 @@ class Intake:
                     raise ForwardOnlyError()
                 kind, keep, cost = Kind.FORWARD, header.keep, self.traits.costs.forward
                 reveals = asked_reveals(header, self.info)
-                shape = check_forward(buffers, hidden_size, self.limits)
+                shape = check_forward(buffers, hidden_size, self.limits, prefix)
                 # More than the request's own bytes, which stand for those of an ordinary answer.
                 nbytes += check_answer_size(reveals, buffers, shape, self.info, self.traits, self.limits)
             case Backward():
@@ -56,13 +57,13 @@ class Intake:
                 if "activations" not in buffers:
                     held = session.held.get(header.step)
                 of_revealed = taken_gradients(buffers, self.info)
-                shape = check_backward(buffers, held.shape if held else None, hidden_size, self.limits)
+                shape = check_backward(buffers, held.shape if held else None, hidden_size, self.limits, prefix)
                 reveals = check_gradients(of_revealed, shape, held.reveals if held else None, self.info, self.traits)
                 buffers.update(of_revealed)
                 if held and held.adapter != header.adapter:
                     raise MalformedError("a backward runs with the adapter of its forward")
         sharing = held.sharing if held else sharing_of(buffers, shape, self.traits)
-        if reveals or (adapter is not None and not self.traits.merges_adapters):
+        if reveals or prefix or (adapter is not None and not self.traits.merges_adapters):
             sharing = Alone()
         job = Job(
             (session.id, header.request),

@@ -20,6 +20,7 @@ from zsl.errors import (
 from zsl.trunk.requests.finite import not_finite
 from zsl.trunk.settings import TrunkTraits
 from zsl.trunk.work import Alone, Buffers, Packed, Shape, Sharing, Stacked
+from zsl.wire.adapter_layout import PrefixLayer
 from zsl.wire.messages import FLOAT_DTYPES, Limits, Role, TensorDescriptor
 
 _NUMPY_DTYPES = {"i64": np.int64, "i32": np.int32, "i16": np.int16, "i8": np.int8, "u8": np.uint8, "bool": np.uint8}
@@ -30,18 +31,21 @@ Integers = np.ndarray[tuple[int, ...], np.dtype[np.integer[Any]]]
 _OPTIONAL: set[Role] = {"attention_mask", "position_ids", "lengths"}
 
 
-def check_forward(buffers: Buffers, hidden_size: int, limits: Limits) -> Shape:
+def check_forward(buffers: Buffers, hidden_size: int, limits: Limits, prefix: PrefixLayer | None = None) -> Shape:
     """Validate a forward, and return the shape of its activations `[rows, tokens, hidden]`.
 
     Optional tensors: `attention_mask` `[rows, tokens]` of 0 and 1, `position_ids` `[rows or 1, tokens]`, and
-    for a single row `lengths` `[sequences]`, whose sum is its tokens.
+    for a single row `lengths` `[sequences]`, whose sum is its tokens. With a prefix, the mask is `[rows, prefix
+    tokens + tokens]`, and the lengths in the shape count it too.
     Raises `MalformedError`, `BadShapeError`, `BadDtypeError`, `TooLargeError` or `NonFiniteError`.
     """
     _check_roles(buffers, needed={"activations"}, optional=_OPTIONAL)
-    return _check_inputs(buffers, hidden_size, limits)
+    return _check_inputs(buffers, hidden_size, limits, prefix)
 
 
-def check_backward(buffers: Buffers, held: Shape | None, hidden_size: int, limits: Limits) -> Shape:
+def check_backward(
+    buffers: Buffers, held: Shape | None, hidden_size: int, limits: Limits, prefix: PrefixLayer | None = None
+) -> Shape:
     """Validate a backward, and return the shape of its gradients: `held`, that of its forward, or that of its own
     activations.
 
@@ -50,7 +54,7 @@ def check_backward(buffers: Buffers, held: Shape | None, hidden_size: int, limit
     """
     if "activations" in buffers:
         _check_roles(buffers, needed={"activations", "gradients"}, optional=_OPTIONAL)
-        shape = _check_inputs(buffers, hidden_size, limits)
+        shape = _check_inputs(buffers, hidden_size, limits, prefix)
     else:
         _check_roles(buffers, needed={"gradients"}, optional=set())
         if held is None:
@@ -93,7 +97,7 @@ def _check_roles(buffers: Buffers, *, needed: set[Role], optional: set[Role]) ->
         raise MalformedError(f"the request {wrong}")
 
 
-def _check_inputs(buffers: Buffers, hidden_size: int, limits: Limits) -> Shape:
+def _check_inputs(buffers: Buffers, hidden_size: int, limits: Limits, prefix: PrefixLayer | None) -> Shape:
     activations = buffers["activations"][0]
     _check_float(activations)
     if len(activations.shape) != 3 or 0 in activations.shape:
@@ -101,21 +105,25 @@ def _check_inputs(buffers: Buffers, hidden_size: int, limits: Limits) -> Shape:
     rows, tokens, hidden = activations.shape
     if hidden != hidden_size:
         raise BadShapeError(f"activations have hidden size {hidden}, this trunk has {hidden_size}")
-    if rows * tokens > limits.max_request_tokens:
+    keys = tokens if prefix is None else prefix.tokens + tokens  # of a row
+    if rows * keys > limits.max_request_tokens:
         raise TooLargeError(
-            f"a request of {rows} x {tokens} tokens is over {limits.max_request_tokens}; send fewer rows at once, "
+            f"a request of {rows} x {keys} tokens is over {limits.max_request_tokens}; send fewer rows at once, "
             "or start the daemon with more --stash-memory"
         )
     masked: frozenset[int] = frozenset()
     if "attention_mask" in buffers:
-        mask = _integers(buffers, "attention_mask", {(rows, tokens)}, lowest=0, highest=1)
-        masked = frozenset(np.flatnonzero((mask.reshape(rows, tokens) == 0).any(1)).tolist())
+        mask = _integers(buffers, "attention_mask", {(rows, keys)}, lowest=0, highest=1)
+        masked = frozenset(np.flatnonzero((mask.reshape(rows, keys) == 0).any(1)).tolist())
     positions = None
     if "position_ids" in buffers:
         shapes: set[tuple[int, ...]] = {(rows, tokens), (1, tokens)}
         positions = _integers(buffers, "position_ids", shapes, lowest=0, highest=limits.max_row_tokens - 1)
-    lengths = _lengths(buffers, rows, tokens, positions)
-    if positions is None and max(lengths) > limits.max_row_tokens:  # given positions are within the limit
+    if prefix and ("lengths" in buffers or prefix.rows not in (1, rows)):
+        raise BadShapeError(f"a prefix of {prefix.rows} rows needs as many, without lengths; the request has {rows}")
+    lengths = (keys,) * rows if prefix else _lengths(buffers, rows, tokens, positions)
+    # Given positions are within the limit, but with a prefix a long row would not be packed.
+    if (positions is None or prefix) and max(lengths) > limits.max_row_tokens:
         raise TooLargeError(f"sequences of {max(lengths)} tokens; this model accepts up to {limits.max_row_tokens}")
     _check_finite(buffers)
     fits_rows = "lengths" in buffers or tokens <= limits.max_row_tokens
