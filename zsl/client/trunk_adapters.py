@@ -1,4 +1,4 @@
-"""Find the adapters (LoRA, DoRA, IA³, prefix) of the trunk's layers of a client's model, and make versions of their weights.
+"""Find the adapters of the trunk's layers in a client's model (LoRA, DoRA, IA³, prefix), and make versions of them.
 
 PEFT's modules are read, not run: the daemon computes what they would.
 """

@@ -10,7 +10,8 @@ from __future__ import annotations
 import struct
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import count
+from functools import cached_property
+from itertools import accumulate, count
 from math import prod
 from typing import Protocol
 
@@ -22,7 +23,8 @@ from transformers import Cache
 from zsl.trunk.adapter import AdapterUse, AdapterVersion
 from zsl.trunk.compute.frozen_linear import FrozenLinear
 from zsl.trunk.compute.prefix import LayerPrefix, PrefixCache
-from zsl.wire.adapter_layout import LoraModule, PrefixLayer
+from zsl.wire.adapter_layout import AdaptedModule, AdapterLayout, LoraModule, PrefixLayer, Shape
+from zsl.wire.frames import ALIGNMENT_BYTES
 from zsl.wire.tensors import TORCH_DTYPES
 
 # Gradients of the flat weights of each request's adapter, in the dtype of their computation, by index of the request.
@@ -41,9 +43,13 @@ class Magnitude:
 
 @dataclass(frozen=True, slots=True)
 class LowRank:
-    """LoRA of one linear layer. `index`: its place in the layout. The weights are leaves of autograd."""
+    """LoRA of one linear layer. The weights are leaves of autograd.
+
+    `index`: its place in the layout; `start`: that of its first element in the flat weights.
+    """
 
     index: int
+    start: int
     a: torch.Tensor  # [rank, in]
     b: torch.Tensor  # [out, rank]
     bias: torch.Tensor | None  # [out]
@@ -54,35 +60,24 @@ class LowRank:
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """IA³ of one linear layer's inputs or outputs. `index`: its place in the layout."""
+    """IA³ of one linear layer's inputs or outputs. `index` and `start`: as of `LowRank`."""
 
     index: int
+    start: int
     vector: torch.Tensor  # [features], a leaf of autograd
 
 
 Scaled = tuple[str, bool]  # path of a linear layer, and whether its inputs are scaled or its outputs
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class LoadedAdapter:
-    """Weights of an adapter version on the trunk's device, in the dtype of their computation.
-
-    `weights`: all of them, in the order of the layout. `form`: equal for adapters whose graphs have equal sizes.
-    `serial`: unique in the process.
-    """
+@dataclass(frozen=True, slots=True)
+class Entries:
+    """Weights of an adapter by the place where they are applied; `weights`: all, in the order of the layout."""
 
     by_path: Mapping[str, tuple[LowRank, ...]]
     scales: Mapping[Scaled, tuple[Scale, ...]]
     prefix: Mapping[int, LayerPrefix]  # by index of the layer
     weights: tuple[torch.Tensor, ...]
-    dtype: torch.dtype
-    form: tuple[object, ...]
-    serial: int
-
-    @property
-    def has_magnitudes(self) -> bool:
-        """True if some of it is DoRA."""
-        return any(entry.magnitude is not None for entries in self.by_path.values() for entry in entries)
 
     @property
     def storages(self) -> Collection[int]:
@@ -92,46 +87,83 @@ class LoadedAdapter:
         return {tensor.untyped_storage().data_ptr() for tensor in kept}
 
 
+@dataclass(frozen=True, eq=False)
+class LoadedAdapter:
+    """Weights of an adapter version on the trunk's device, in the dtype of their computation.
+
+    `flat`: in the order of the layout. `layers`: the trunk's linear layers, by path. `serial`: unique in the process.
+    """
+
+    layout: AdapterLayout
+    flat: torch.Tensor  # [elements]
+    layers: Mapping[str, FrozenLinear]
+    serial: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.flat.dtype
+
+    @cached_property
+    def form(self) -> tuple[object, ...]:
+        """Key that is equal for adapters whose weights have the same places and shapes."""
+        return self.layout.dtype, tuple(map(_kind, self.layout.modules))
+
+    @cached_property
+    def entries(self) -> Entries:
+        """The weights one by one. Made at the first use, as a merged pass of adapters of one form needs one's only."""
+        shapes = [module.shapes for module in self.layout.modules]
+        sizes = [prod(shape) for of_module in shapes for shape in of_module]
+        # Aligned, as the parameters of a local model are: alignment changes the rounding of some kernels.
+        addresses = (self.flat.data_ptr(), *(size * self.dtype.itemsize for size in sizes))
+        unaligned = any(address % ALIGNMENT_BYTES for address in addresses)
+        parts, starts = iter(self.flat.split(sizes)), accumulate(map(_elements, shapes), initial=0)
+        by_path: dict[str, tuple[LowRank, ...]] = {}
+        scales: dict[Scaled, tuple[Scale, ...]] = {}
+        prefix: dict[int, LayerPrefix] = {}
+        weights: list[torch.Tensor] = []
+        for index, (module, start, of_module) in enumerate(zip(self.layout.modules, starts, shapes, strict=False)):
+            own = [next(parts).view(shape) for shape in of_module]
+            own = [(weight.clone() if unaligned else weight).requires_grad_() for weight in own]
+            weights += own
+            if isinstance(module, LoraModule):
+                a, b, *vector = own
+                bias, magnitude = vector[0] if module.has_bias else None, None
+                if module.has_magnitude:
+                    row_norms = self.layers[module.path].adapted_row_norms(a, b, module.scaling)
+                    magnitude = Magnitude(vector[0], row_norms)
+                entry = LowRank(index, start, a, b, bias, magnitude, module.scaling, module.dropout)
+                by_path[module.path] = (*by_path.get(module.path, ()), entry)
+            elif isinstance(module, PrefixLayer):
+                keys, values = own
+                prefix[int(module.path)] = LayerPrefix(keys, values, module.tokens, module.heads)
+            else:
+                scaled = (module.path, module.at_input)
+                scales[scaled] = (*scales.get(scaled, ()), Scale(index, start, own[0]))
+        return Entries(by_path, scales, prefix, tuple(weights))
+
+
+def _kind(module: AdaptedModule) -> tuple[object, ...]:
+    match module:
+        case LoraModule():
+            return module.path, module.rank, module.has_bias, module.has_magnitude, module.dropout > 0
+        case PrefixLayer():
+            return module.path, module.rows, module.tokens
+        case _:
+            return module.path, module.at_input
+
+
+def _elements(shapes: Sequence[Shape]) -> int:
+    return sum(map(prod, shapes))
+
+
 def loaded(version: AdapterVersion, layers: Mapping[str, FrozenLinear], device: torch.device) -> LoadedAdapter:
     """Return the weights of a version on a device, loaded once. For the compute thread. `layers`: by path."""
     if version.loaded is None:
-        version.loaded = _load(version, layers, device)
+        flat = torch.frombuffer(version.weights, dtype=TORCH_DTYPES[version.dtype])
+        flat = flat.to(device, TORCH_DTYPES[version.layout.dtype])
+        version.loaded = LoadedAdapter(version.layout, flat, layers, next(_serials))
     assert isinstance(version.loaded, LoadedAdapter)
     return version.loaded
-
-
-def _load(version: AdapterVersion, layers: Mapping[str, FrozenLinear], device: torch.device) -> LoadedAdapter:
-    modules = version.layout.modules
-    dtype = TORCH_DTYPES[version.layout.dtype]
-    flat = torch.frombuffer(version.weights, dtype=TORCH_DTYPES[version.dtype]).to(device, dtype)
-    parts = iter(flat.split([prod(shape) for module in modules for shape in module.shapes]))
-    by_path: dict[str, tuple[LowRank, ...]] = {}
-    scales: dict[Scaled, tuple[Scale, ...]] = {}
-    prefix: dict[int, LayerPrefix] = {}
-    kinds: list[tuple[object, ...]] = []
-    weights: list[torch.Tensor] = []
-    for index, module in enumerate(modules):
-        # Copies are aligned, as the parameters of a local model are: alignment changes the rounding of some kernels.
-        own = [next(parts).view(shape).clone().requires_grad_() for shape in module.shapes]
-        weights += own
-        if isinstance(module, LoraModule):
-            a, b, *vector = own
-            bias, magnitude = vector[0] if module.has_bias else None, None
-            if module.has_magnitude:
-                magnitude = Magnitude(vector[0], layers[module.path].adapted_row_norms(a, b, module.scaling))
-            entry = LowRank(index, a, b, bias, magnitude, module.scaling, module.dropout)
-            by_path[module.path] = (*by_path.get(module.path, ()), entry)
-            kinds.append((module.path, module.rank, module.has_bias, module.has_magnitude, module.dropout > 0))
-        elif isinstance(module, PrefixLayer):
-            keys, values = own
-            prefix[int(module.path)] = LayerPrefix(keys, values, module.tokens, module.heads)
-            kinds.append((module.path, module.rows, module.tokens))
-        else:
-            scaled = (module.path, module.at_input)
-            scales[scaled] = (*scales.get(scaled, ()), Scale(index, own[0]))
-            kinds.append(scaled)
-    form = (version.layout.dtype, hash(tuple(kinds)))
-    return LoadedAdapter(by_path, scales, prefix, tuple(weights), dtype, form, next(_serials))
 
 
 class PassAdapters(Protocol):
@@ -184,11 +216,11 @@ class RequestAdapter:
 
     def adapts_output(self, path: str) -> bool:
         """Return whether `adapted_output` changes the output of the layer at `path`."""
-        return path in self.adapter.by_path or (path, False) in self.adapter.scales
+        return path in self.adapter.entries.by_path or (path, False) in self.adapter.entries.scales
 
     def adapted_input(self, path: str, x: torch.Tensor) -> torch.Tensor:
         """Scale the input, in the order of operations of PEFT's IA³."""
-        if (path, True) not in self.adapter.scales:
+        if (path, True) not in self.adapter.entries.scales:
             return x
         return (x.to(self.adapter.dtype) * self._factor(path, at_input=True)).to(x.dtype)
 
@@ -199,7 +231,7 @@ class RequestAdapter:
         the sum with each of DoRA after that.
         """
         result = output
-        for entry in self.adapter.by_path.get(path, ()):
+        for entry in self.adapter.entries.by_path.get(path, ()):
             a, b = self._weight(entry.a), self._weight(entry.b)
             bias = None if entry.bias is None else self._weight(entry.bias)
             x = x.to(a.dtype)
@@ -219,7 +251,7 @@ class RequestAdapter:
             if layer.quantized:
                 result = result.to(output.dtype)
         result = result.to(output.dtype)
-        if (path, False) in self.adapter.scales:
+        if (path, False) in self.adapter.entries.scales:
             result = (result * self._factor(path, at_input=False)).to(output.dtype)
         return result
 
@@ -229,7 +261,7 @@ class RequestAdapter:
 
     def _factor(self, path: str, *, at_input: bool) -> torch.Tensor:
         """Return the product of the vectors `[features]` on inputs or outputs of a layer."""
-        vectors = [scale.vector for scale in self.adapter.scales[path, at_input]]
+        vectors = [scale.vector for scale in self.adapter.entries.scales[path, at_input]]
         product = prod(vectors[1:], start=vectors[0])
         return product if self.trains else product.detach()
 
@@ -240,7 +272,7 @@ class RequestAdapter:
         """
         if self.dropout_seed is None or not dropout:
             return None
-        device, keep = self.adapter.weights[0].device, 1 - dropout
+        device, keep = self.adapter.flat.device, 1 - dropout
         seed = xxhash.xxh3_64_intdigest(struct.pack("<QQ", self.dropout_seed, index))
         random = torch.Generator(device).manual_seed(seed)
         factors = torch.empty(tokens, inputs, device=device).bernoulli_(keep, generator=random).div_(keep)
@@ -272,16 +304,16 @@ class SeparateAdapters:
     @property
     def storages(self) -> Collection[int]:
         adapters = self._of_members.values()
-        return {address for of_one in adapters for address in of_one.adapter.storages}
+        return {address for of_one in adapters for address in of_one.adapter.entries.storages}
 
     def prefix_cache(self) -> Cache | None:
         for of_one in self._of_members.values():  # only one, as a request with a prefix runs alone
-            if of_one.adapter.prefix:
-                return PrefixCache(of_one.adapter.prefix, trains=of_one.trains)
+            if of_one.adapter.entries.prefix:
+                return PrefixCache(of_one.adapter.entries.prefix, trains=of_one.trains)
         return None
 
     def adapted_input(self, path: str, x: torch.Tensor) -> torch.Tensor:
-        adapters = [of_one for of_one in self._of_members.values() if (path, True) in of_one.adapter.scales]
+        adapters = [of_one for of_one in self._of_members.values() if (path, True) in of_one.adapter.entries.scales]
         if self._is_of_one(x):
             return adapters[0].adapted_input(path, x) if adapters else x
         if not adapters:
@@ -312,12 +344,12 @@ class SeparateAdapters:
         return len(self._of_members) == 1 and (len(self._spans) == 1 or x.ndim != 3)
 
     def leaves(self, members: Collection[int]) -> list[torch.Tensor]:
-        return [weight for member in members for weight in self._of_members[member].adapter.weights]
+        return [weight for member in members for weight in self._of_members[member].adapter.entries.weights]
 
     def flat_gradients(self, members: Collection[int], at_leaves: Sequence[torch.Tensor | None]) -> FlatGradients:
         found, rest = {}, iter(at_leaves)
         for member in members:
-            weights = self._of_members[member].adapter.weights
+            weights = self._of_members[member].adapter.entries.weights
             found[member] = flat([gradient_or_zeros(weight, next(rest)) for weight in weights])
         return found
 

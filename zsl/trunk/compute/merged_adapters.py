@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -47,8 +48,10 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Stacked adapters of one linear layer, of similar ranks: padded with zeros to the largest."""
+    """Stacked adapters of one linear layer, of similar ranks: padded with zeros to the largest. `start`: place of the
+    first part's weights in its flat weights."""
 
+    start: int
     parts: tuple[Part, ...]
     slots: tuple[int, ...]
     a: torch.Tensor  # [parts, rank, in]
@@ -76,29 +79,45 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class ScaleBlock:
-    """Stacked vectors of IA³ on the inputs or outputs of one linear layer."""
+    """Stacked vectors of IA³ on the inputs or outputs of one linear layer. `start`: as of `Block`."""
 
+    start: int
     parts: tuple[tuple[int, int], ...]  # the request's index in its company, the module's in its layout
     slots: tuple[int, ...]
     vectors: torch.Tensor  # [parts, 1, features], a leaf of autograd
 
+    @property
+    def leaves(self) -> list[torch.Tensor]:
+        """Leaves of autograd."""
+        return [self.vectors]
+
+
+# A request's index in its company, its weights (if all are alike, those of the first), and their module.
+Member = tuple[int, LowRank, Any]
+
 
 class Company:
-    """Stacked weights of the adapters of a pass."""
+    """Stacked weights of the adapters of a pass.
+
+    If all have the same modules and ranks, all their flat weights are stacked at once, and so are their gradients.
+    """
 
     def __init__(self, adapters: Sequence[LoadedAdapter]) -> None:
+        first = adapters[0]
+        alike = not first.layout.magnitudes and all(adapter.form == first.form for adapter in adapters)
+        self._stacked = torch.stack([adapter.flat for adapter in adapters]) if alike else None  # [slots, elements]
         # By path; then by place among a request's adapters of that layer, dtype, size of the rank, and method.
-        entries: dict[str, dict[tuple[int, torch.dtype, int, bool], list[tuple[int, LowRank]]]] = {}
+        entries: dict[str, dict[tuple[int, torch.dtype, int, bool], list[Member]]] = {}
+        scales: dict[Scaled, dict[tuple[int, torch.dtype], list[tuple[int, Scale]]]] = {}
         for slot, adapter in enumerate(adapters):
-            for path, of_path in adapter.by_path.items():
+            found = (first if alike else adapter).entries
+            for path, of_path in found.by_path.items():
                 blocks = entries.setdefault(path, {})
                 for place, entry in enumerate(of_path):
                     size = (entry.a.shape[0] - 1).bit_length()
                     kind = (place, adapter.dtype, size, entry.magnitude is not None)
-                    blocks.setdefault(kind, []).append((slot, entry))
-        scales: dict[Scaled, dict[tuple[int, torch.dtype], list[tuple[int, Scale]]]] = {}
-        for slot, adapter in enumerate(adapters):
-            for scaled, of_scaled in adapter.scales.items():
+                    blocks.setdefault(kind, []).append((slot, entry, adapter.layout.modules[entry.index]))
+            for scaled, of_scaled in found.scales.items():
                 for place, scale in enumerate(of_scaled):
                     scales.setdefault(scaled, {}).setdefault((place, adapter.dtype), []).append((slot, scale))
         self._scalings: dict[tuple[float, ...], torch.Tensor] = {}
@@ -108,43 +127,87 @@ class Company:
                 for path, blocks in entries.items()
             }
             self.scales = {
-                scaled: [_scale_block(blocks[kind]) for kind in sorted(blocks, key=_in_order)]
+                scaled: [self._scale_block(blocks[kind]) for kind in sorted(blocks, key=_in_order)]
                 for scaled, blocks in scales.items()
             }
-        self.leaves = [leaf for blocks in self.blocks.values() for block in blocks for leaf in block.leaves]
-        self.leaves += [block.vectors for blocks in self.scales.values() for block in blocks]
+        self._all_blocks: list[Block | ScaleBlock] = [block for blocks in self.blocks.values() for block in blocks]
+        self._all_blocks += [block for blocks in self.scales.values() for block in blocks]
+        self.leaves = [leaf for block in self._all_blocks for leaf in block.leaves]
 
-    def split(self, at_leaves: Sequence[torch.Tensor]) -> dict[int, dict[int, list[torch.Tensor]]]:
+    def flat_gradients(self, at_leaves: Sequence[torch.Tensor | None]) -> Sequence[torch.Tensor]:
+        """Return the flat gradients of each adapter, by slot. `at_leaves`: of the leaves, None for zeros."""
+        if self._stacked is None:
+            of_slots = self._split([gradient_or_zeros(*pair) for pair in zip(self.leaves, at_leaves, strict=True)])
+            by_slot = [by_index for _, by_index in sorted(of_slots.items())]
+            return [flat([one for index in sorted(of_one) for one in of_one[index]]) for of_one in by_slot]
+        found, rest = torch.empty_like(self._stacked), iter(at_leaves)
+        for block in self._all_blocks:
+            start = block.start
+            for leaf in block.leaves:
+                size, gradient = leaf[0].numel(), next(rest)
+                place = found[:, start : start + size].view(leaf.shape)
+                place.zero_() if gradient is None else place.copy_(gradient)
+                start += size
+        return found.unbind()
+
+    def _split(self, at_leaves: Sequence[torch.Tensor]) -> dict[int, dict[int, list[torch.Tensor]]]:
         """Split the gradients of the leaves: those of each module's weights by slot, then by index in the layout."""
         rest, found = iter(at_leaves), defaultdict[int, dict[int, list[torch.Tensor]]](dict)
-        for block in (block for blocks in self.blocks.values() for block in blocks):
-            for part, of_part in zip(block.parts, block.split([next(rest) for _ in block.leaves]), strict=True):
-                found[part.slot][part.index] = of_part
-        for scales in (block for blocks in self.scales.values() for block in blocks):
-            for (slot, index), of_vector in zip(scales.parts, next(rest), strict=True):
-                found[slot][index] = [of_vector]
+        for block in self._all_blocks:
+            gradients = [next(rest) for _ in block.leaves]
+            if isinstance(block, Block):
+                for part, of_part in zip(block.parts, block.split(gradients), strict=True):
+                    found[part.slot][part.index] = of_part
+            else:
+                for (slot, index), of_vector in zip(block.parts, gradients[0], strict=True):
+                    found[slot][index] = [of_vector]
         return found
 
-    def _block(self, slots_and_entries: Sequence[tuple[int, LowRank]]) -> Block:
+    def _block(self, members: Sequence[Member]) -> Block:
         parts = tuple(
-            Part(slot, entry.index, entry.a.shape[0], entry.dropout, entry.bias is not None)
-            for slot, entry in slots_and_entries
+            Part(slot, entry.index, entry.a.shape[0], module.dropout, entry.bias is not None)
+            for slot, entry, module in members
         )
-        entries = [entry for _, entry in slots_and_entries]
+        entries = [entry for _, entry, _ in members]
         rank = max(part.rank for part in parts)
         a, b = [entry.a for entry in entries], [entry.b for entry in entries]
         if any(part.rank < rank for part in parts):
             a = [F.pad(weight, (0, 0, 0, rank - part.rank)) for weight, part in zip(a, parts, strict=True)]
             b = [F.pad(weight, (0, rank - part.rank)) for weight, part in zip(b, parts, strict=True)]
-        bias = None
+        start = entries[0].start
+        of_vector = start + a[0].numel() + b[0].numel()
+        bias = magnitude = None
         if any(part.has_bias for part in parts):
             zeros = b[0].new_zeros(b[0].shape[0])
             biases = [zeros if entry.bias is None else entry.bias for entry in entries]
-            bias = torch.stack(biases).unsqueeze(1).requires_grad_()
-        stacked_a, stacked_b = (torch.stack(weights).requires_grad_() for weights in (a, b))
-        slots = tuple(part.slot for part in parts)
-        scaling = self._scaling([entry.scaling for entry in entries], a[0])
-        return Block(parts, slots, stacked_a, stacked_b, bias, _magnitude(entries), scaling)
+            bias = self._stack(of_vector, biases).unsqueeze(1).requires_grad_()
+        magnitudes = [entry.magnitude for entry in entries if entry.magnitude is not None]
+        if magnitudes:
+            vectors = self._stack(of_vector, [one.vector for one in magnitudes]).unsqueeze(1).requires_grad_()
+            magnitude = Magnitude(vectors, torch.stack([one.row_norms for one in magnitudes]).unsqueeze(1))
+        return Block(
+            start,
+            parts,
+            tuple(part.slot for part in parts),
+            self._stack(start, a).requires_grad_(),
+            self._stack(start + a[0].numel(), b).requires_grad_(),
+            bias,
+            magnitude,
+            self._scaling([module.scaling for _, _, module in members], a[0]),
+        )
+
+    def _scale_block(self, slots_and_scales: Sequence[tuple[int, Scale]]) -> ScaleBlock:
+        start = slots_and_scales[0][1].start
+        vectors = self._stack(start, [scale.vector for _, scale in slots_and_scales]).unsqueeze(1).requires_grad_()
+        parts = tuple((slot, scale.index) for slot, scale in slots_and_scales)
+        return ScaleBlock(start, parts, tuple(slot for slot, _ in parts), vectors)
+
+    def _stack(self, start: int, weights: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Stack weights of equal shapes. `start`: their place in the flat weights, where all adapters are alike."""
+        if self._stacked is None:
+            return torch.stack(list(weights))
+        first = weights[0]
+        return self._stacked[:, start : start + first.numel()].view(-1, *first.shape)
 
     def _scaling(self, scalings: Sequence[float], like: torch.Tensor) -> torch.Tensor:
         """Return scalings as a tensor, shared by the layers."""
@@ -156,21 +219,6 @@ class Company:
 
 def _in_order(kind: tuple[object, ...]) -> tuple[object, str]:
     return kind[0], repr(kind)
-
-
-def _magnitude(entries: Sequence[LowRank]) -> Magnitude | None:
-    """Stack the magnitudes of a block, in which all have one or none has."""
-    magnitudes = [entry.magnitude for entry in entries if entry.magnitude is not None]
-    if not magnitudes:
-        return None
-    vectors = torch.stack([magnitude.vector for magnitude in magnitudes]).unsqueeze(1).requires_grad_()
-    return Magnitude(vectors, torch.stack([magnitude.row_norms for magnitude in magnitudes]).unsqueeze(1))
-
-
-def _scale_block(slots_and_scales: Sequence[tuple[int, Scale]]) -> ScaleBlock:
-    vectors = torch.stack([scale.vector for _, scale in slots_and_scales]).unsqueeze(1).requires_grad_()
-    parts = tuple((slot, scale.index) for slot, scale in slots_and_scales)
-    return ScaleBlock(parts, tuple(slot for slot, _ in parts), vectors)
 
 
 class Companies:
@@ -313,10 +361,5 @@ class MergedAdapters:
     def flat_gradients(self, members: Collection[int], at_leaves: Sequence[torch.Tensor | None]) -> FlatGradients:
         if not members:
             return {}
-        leaves = self._company.leaves
-        of_slots = self._company.split([gradient_or_zeros(*pair) for pair in zip(leaves, at_leaves, strict=True)])
-        found = {}
-        for member in members:
-            by_index = of_slots[self._slots[member]]
-            found[member] = flat([gradient for index in sorted(by_index) for gradient in by_index[index]])
-        return found
+        found = self._company.flat_gradients(at_leaves)
+        return {member: found[self._slots[member]] for member in members}

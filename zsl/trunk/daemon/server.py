@@ -189,8 +189,8 @@ class TrunkServer:
         credit = Credit(settings.max_inflight_requests, settings.max_inflight_bytes, settings.max_total_inflight_bytes)
         replies = ReplyCache(settings.reply_memory_bytes)
         requests = RequestTable(self._sessions, self._adapters, scheduler, replies, credit)
-        limits = settings.adapter_limits(traits)
-        adapters = AdapterIntake(self._adapters, traits.adaptable, traits.key_sizes, traits.weight_norms, limits)
+        of_adapters = settings.adapter_limits(traits)
+        adapters = AdapterIntake(self._adapters, traits.adaptable, traits.key_sizes, traits.weight_norms, of_adapters)
         trim_policy = TrimPolicy(resident_bytes(), settings.stash_memory_bytes)
         runner = BatchRunner(
             compute,
