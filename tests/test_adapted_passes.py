@@ -117,7 +117,6 @@ def test_a_prefix_alone_has_the_numbers_of_a_local_peft_model(
     """Of as many rows as a sum over them would add up in another order."""
     step = prefix_step(tiny_model("gemma2"), tokens(40, 9, 3), LAYERS, 5)
     compute = compute_of(checkpoints("gemma2"))
-    assert compute.traits.key_sizes == {"2": (2, 8), "3": (2, 8)}
     assert step.gradients.count_nonzero() == step.gradients.numel()
     check_all_routes(compute, step, monkeypatch)
 
@@ -164,9 +163,9 @@ def test_gradients_of_adapters_are_answered_only_if_asked_for(checkpoints: Calla
         assert torch.equal(tensors([answer])[0], step.at_input)
 
 
-@pytest.mark.parametrize(("family", "merges"), [("gpt2", True), ("llama", True), ("opt", False)])
+@pytest.mark.parametrize(("family", "heads", "merges"), [("gpt2", 4, True), ("llama", 2, True), ("opt", 4, False)])
 def test_a_trunk_says_which_modules_may_have_adapters_and_whether_their_requests_may_share_a_pass(
-    family: str, merges: bool, checkpoints: Callable[..., Path]
+    family: str, heads: int, merges: bool, checkpoints: Callable[..., Path]
 ) -> None:
     """OPT's feed-forward layers get the tokens of all rows as one matrix."""
     traits = compute_of(checkpoints(family)).traits
@@ -174,6 +173,7 @@ def test_a_trunk_says_which_modules_may_have_adapters_and_whether_their_requests
     modules, _ = adapted_modules(find_stack(model.get_base_model()).layers, LAYERS)
     assert traits.adaptable == {module.path: (module.inputs, module.outputs) for module in modules}
     assert traits.merges and traits.merges_adapters is merges
+    assert traits.key_sizes == {"2": (heads, 8), "3": (heads, 8)}
 
 
 def test_the_memory_of_a_graph_with_adapters_is_known_before_its_pass_and_counted_for_its_stash(

@@ -24,7 +24,10 @@ def find_prefix(past_key_values: Any, layers: range) -> Prefix | None:
     found = [_keys_and_values(layer) for layer in past_key_values.layers]
     shapes = {tensor.shape for pair in found for tensor in pair}
     if len(found) < layers.stop or len(shapes) != 1 or past_key_values.get_seq_length() != found[0][0].shape[-2]:
-        raise _refused("a prefix needs keys and values of the same heads, tokens and size for every layer")
+        raise _refused(
+            "a prefix needs keys and values of the same heads, tokens and size for every layer, and the trunk keeps "
+            "none of an earlier call"
+        )
     of_trunk = {index: found[index] for index in layers}
     # Those of PEFT's encoder with a projection differ by rounding.
     repeated = [(tensor == tensor[:1]).all() for pair in of_trunk.values() for tensor in pair]
@@ -47,5 +50,5 @@ def _keys_and_values(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _refused(why: str) -> ModelError:
     return ModelError(
-        f"past_key_values cannot cross to the trunk: {why}, as PEFT's PrefixTuningConfig gives them; leave it out"
+        f"past_key_values cannot cross to the trunk: {why}; give those of PEFT's PrefixTuningConfig, or none"
     )
