@@ -77,11 +77,6 @@ class LoadedAdapter:
     serial: int
 
     @property
-    def has_magnitudes(self) -> bool:
-        """True if some of it is DoRA."""
-        return any(entry.magnitude is not None for entries in self.by_path.values() for entry in entries)
-
-    @property
     def storages(self) -> Collection[int]:
         """Addresses of the memory that the version accounts for."""
         found = (entry.magnitude for entries in self.by_path.values() for entry in entries)
