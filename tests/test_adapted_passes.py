@@ -9,9 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PeftConfig, get_peft_model
+from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
 
-from support.adapters import LocalStep, adapted_modules, flat_gradients, local_step, prefix_step, random_version
+from support.adapters import (
+    LocalStep,
+    adapted_modules,
+    flat_gradients,
+    local_step,
+    prefix_step,
+    random_version,
+    step_of,
+)
 from support.batches import tokens
 from support.models import CUT, tiny_model
 from test_merging import tensors
@@ -27,7 +37,7 @@ from zsl.trunk.compute.stash import TorchStash
 from zsl.trunk.compute.trunk_model import TrunkModel
 from zsl.trunk.daemon.load import plan_trunk
 from zsl.trunk.work import Alone, Batch, Done, Keep, Kind, Outcome, Shape, Sharing, Work
-from zsl.wire.tensors import encode_tensor
+from zsl.wire.tensors import decode_tensor, encode_tensor
 
 LAYERS = range(2, 4)
 
@@ -121,10 +131,12 @@ def test_a_prefix_alone_has_the_numbers_of_a_local_peft_model(
     check_all_routes(compute, step, monkeypatch)
 
 
-def check_all_routes(compute: TorchCompute, step: LocalStep, monkeypatch: pytest.MonkeyPatch) -> None:
+def check_all_routes(
+    compute: TorchCompute, step: LocalStep, monkeypatch: pytest.MonkeyPatch, dropout_seed: int | None = None
+) -> None:
     """From the graph, from linear outputs, from the input, and layer by layer."""
     for keep in (Keep.GRAPH, Keep.LINEAR_OUTPUTS, Keep.INPUT):
-        work = forward_of(step.activations, AdapterUse(step.version), Alone(), keep)
+        work = forward_of(step.activations, AdapterUse(step.version, dropout_seed), Alone(), keep)
         (done,) = run(compute, [work])
         assert torch.equal(tensors([done])[0], step.output)
         back = backward_of(work, done, step.at_output)
@@ -142,12 +154,66 @@ def check_all_routes(compute: TorchCompute, step: LocalStep, monkeypatch: pytest
 def test_half_precision_trunks_compute_with_adapters_in_single_precision(
     checkpoints: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = load_whole(resolve(str(checkpoints("llama"))), torch.bfloat16)
-    step = local_step(model, tokens(1, 9, 3), LAYERS, lora())
-    assert step.version.dtype == step.version.layout.dtype == "f32" and step.activations.dtype == torch.bfloat16
     compute = compute_of(checkpoints("llama"), torch.bfloat16)
     compute._trunk._own_attention = False  # its attention on a CPU rounds less than the local model's
-    check_all_routes(compute, step, monkeypatch)
+    for config in (lora(), lora(use_dora=True)):
+        model = load_whole(resolve(str(checkpoints("llama"))), torch.bfloat16)
+        step = local_step(model, tokens(1, 9, 3), LAYERS, config)
+        assert step.version.dtype == step.version.layout.dtype == "f32" and step.activations.dtype == torch.bfloat16
+        check_all_routes(compute, step, monkeypatch)
+
+
+@pytest.mark.parametrize(("family", "dtype"), [("gpt2", torch.float32), ("llama", torch.bfloat16)], ids=str)
+def test_the_norms_that_the_trunk_gives_are_the_first_magnitudes_of_a_local_peft_model(
+    family: str, dtype: torch.dtype, checkpoints: Callable[..., Path]
+) -> None:
+    model = load_whole(resolve(str(checkpoints(family))), dtype)
+    config = lora(use_dora=True, fan_in_fan_out=family == "gpt2")
+    found = compute_of(checkpoints(family), dtype).traits.weight_norms
+    modules = lora_layers(get_peft_model(model, config))
+    assert len(modules) == len(found) > 0
+    for module, norms in zip(modules, found.values(), strict=True):
+        magnitude = module.lora_magnitude_vector["default"].weight
+        assert isinstance(magnitude, torch.Tensor) and torch.equal(decode_tensor(*norms), magnitude)
+
+
+def lora_layers(model: PeftModel) -> list[LoraLayer]:
+    """Those of the cut, in order."""
+    layers = find_stack(model.get_base_model()).layers
+    return [one for index in LAYERS for one in layers[index].modules() if isinstance(one, LoraLayer)]
+
+
+class Masked(nn.Module):
+    """Dropout by known factors."""
+
+    def __init__(self, factors: torch.Tensor) -> None:
+        super().__init__()
+        self.factors = factors
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.factors.view(x.shape)
+
+
+def test_with_dropout_all_numbers_are_those_of_a_local_peft_model_with_the_same_masks(
+    checkpoints: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both for LoRA and for DoRA, which computes its base output from the dropped input."""
+    seed, dropout, ids, compute = 7, 0.3, tokens(2, 9, 3), compute_of(checkpoints("gpt2"))
+    for dora in (False, True):
+        config = lora(use_dora=dora, lora_dropout=dropout, fan_in_fan_out=True)
+        model = get_peft_model(tiny_model("gpt2"), config).train()
+        random = random_version(compute.traits.adaptable, 1)
+        drops = request_adapter(AdapterUse(random, seed), {}, torch.device("cpu"), trains=True)
+        for index, module in enumerate(lora_layers(model)):
+            factors = drops.dropout(index, dropout, ids.numel(), module.in_features)
+            assert factors is not None
+            module.lora_dropout["default"] = Masked(factors)
+            nn.init.normal_(module.lora_B["default"].weight, std=0.1)  # type: ignore[arg-type]
+        step = step_of(model, ids, LAYERS)
+        layout = step.version.layout
+        modules = tuple(module.model_copy(update={"dropout": dropout}) for module in layout.modules)
+        version = replace(step.version, layout=layout.model_copy(update={"modules": modules}))
+        check_all_routes(compute, replace(step, version=version), monkeypatch, seed)
 
 
 def test_gradients_of_adapters_are_answered_only_if_asked_for(checkpoints: Callable[..., Path]) -> None:

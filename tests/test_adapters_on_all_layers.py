@@ -23,7 +23,6 @@ from zsl.adapters.merge import merge
 from zsl.errors import AdapterError, ModelError
 from zsl.models.reference import resolve
 from zsl.split.sides import Side, Sides
-from zsl.trunk.settings import ServerSettings
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to")
 STEPS, MICRO_BATCHES = 20, 4
@@ -205,12 +204,14 @@ def test_dora_is_made_saved_loaded_exported_and_merged_as_on_the_local_model(
     assert all(torch.equal(one, of_merged[name]) for name, one in of_peft.items())
 
 
-def test_a_daemon_without_adapters_gives_no_norms(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ServerSettings, "adapter_limits", lambda *_: None)
-    with served(path) as endpoint, zsl.RemoteTrunk(endpoint) as trunk:
-        with pytest.raises(ModelError, match="--no-adapters"):
-            adapted(zsl.load_client(path, trunk), use_dora=True)
-        assert adapted(zsl.load_client(path, trunk, layers="client"), use_dora=True)
+def test_a_daemon_without_adapters_is_not_asked_for_norms(
+    path: str, trunk: zsl.RemoteTrunk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    welcome = trunk.client.welcome.model_copy(update={"adapters": None})
+    monkeypatch.setattr(zsl.TrunkClient, "welcome", welcome)
+    with pytest.raises(ModelError, match="--no-adapters"):
+        adapted(zsl.load_client(path, trunk), use_dora=True)
+    assert adapted(zsl.load_client(path, trunk, layers="client"), use_dora=True)
 
 
 def test_norms_are_those_of_the_linear_weights(path: str, trunk: zsl.RemoteTrunk) -> None:

@@ -28,9 +28,11 @@ class RowNorms:
 
         Raises `ZslError`.
         """
-        if path not in self._of_layer:
-            self._of_layer = dict(zip(in_layer, self._client.weight_norms(in_layer), strict=True))
-        return self._of_layer[path]
+        found = self._of_layer.get(path)
+        if found is None:
+            self._of_layer = of_layer = dict(zip(in_layer, self._client.weight_norms(in_layer), strict=True))
+            found = of_layer[path]
+        return found
 
     def give_to(self, slots: Slots) -> None:
         """Let the ghosts of linear weights in these slots ask for their norms."""
