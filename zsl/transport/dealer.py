@@ -17,7 +17,7 @@ from zsl.errors import ConfigError
 from zsl.transport.connection_digest import digest_at_client
 from zsl.transport.curve_keys import ClientKeys, encrypt_client
 from zsl.transport.greeting import offered_mechanism
-from zsl.transport.monitor import Monitor
+from zsl.transport.monitor import Monitor, is_readable
 from zsl.wire.frames import HEAD_FRAMES, MAX_HEADER_BYTES, Frame
 from zsl.wire.messages import MAX_TENSORS
 
@@ -121,7 +121,7 @@ class Dealer:
 
     def receive(self) -> list[Frame] | None:
         """Return the next message, or None. Frames beyond `MOST_FRAMES` + 1 are dropped."""
-        if not int(self.socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+        if not is_readable(self.socket):
             return None
         frames: list[Frame] = []
         more = True
