@@ -9,7 +9,8 @@ process with its own bottom, top, LoRA and optimizer on the same device, through
 over those of one process that trains the whole model for one client after the other (`over_sequential`), and over one
 that trains all of them as rows of one batch (`over_ideal`), which no separate clients can have.
 
-Exits with 1 if a path is out of its tolerance. To be run where nothing else uses the device.
+Exits with 1 if a path is out of its tolerance. To be run where nothing else uses the device. The batch of 32 clients'
+rows is for a device of 80 GB; smaller ones take `--size 1x32`.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from turns import Turn, Window
 
 import zsl
+from zsl.trunk.compute.attention import VARLEN_CAPABILITY
 from zsl.trunk.compute.transfer import Transfer
 from zsl.wire.tensors import float_wire_name
 
@@ -98,7 +100,16 @@ def check_paths(scale: Scale, report: Report) -> list[str]:
                 report.add(**row)
                 if row["within"] != "yes":
                     failed.append(f"{row['path']} in {row['dtype']}")
+                if row["path"] == "packed, graph" and has_varlen(scale.device, dtype) and not row["varlen_kernels"]:
+                    failed.append(f"{row['path']} in {row['dtype']}, without the variable-length kernel")
     return failed
+
+
+def has_varlen(device: str, dtype: torch.dtype) -> bool:
+    """Return whether packed passes use the variable-length flash kernel here."""
+    if device != "cuda" or dtype == torch.float32:
+        return False
+    return torch.cuda.get_device_capability() >= VARLEN_CAPABILITY
 
 
 def measure_transfers(device: torch.device, report: Report) -> None:
