@@ -98,19 +98,21 @@ def _adapter_versions(turn: Turn, seed: int) -> Iterator[CallAdapter]:
 
 def _whole_step(turn: Turn, seed: int, merged: list[int], stack: ExitStack) -> Step:
     """Training on random tokens, with LoRA on the layers outside the cut."""
-    reference, cut = resolved(turn.model), parse_cut(turn.cut)
+    reference, cut, dtype = resolved(turn.model), parse_cut(turn.cut), getattr(torch, turn.dtype)
     if turn.through == "local":
-        model = load_whole(reference)
+        model = load_whole(reference, dtype)
     else:
         trunk = zsl.RemoteTrunk(str(turn.endpoint))
         stack.callback(trunk.close)
-        model = zsl.load_client(reference, trunk, cut=cut, layers="client")
+        model = zsl.load_client(reference, trunk, cut=cut, dtype=dtype, layers="client")
         _note_merged(trunk.client, merged)
+    model.to(torch.device(turn.device))  # type: ignore[arg-type]
     layers = [layer for layer in range(layer_count(reference.config)) if not cut.start <= layer < cut.stop]
     trains = trainee(model, layers, seed)
     random = torch.Generator().manual_seed(seed)
     ids = torch.randint(reference.config.get_text_config().vocab_size, (turn.rows, turn.tokens), generator=random)
-    return lambda: trains.step(ids)[1]
+    on_device = ids.to(turn.device)
+    return lambda: trains.step(on_device)[1]
 
 
 def _note_merged(trunk: zsl.TrunkClient, merged: list[int]) -> None:

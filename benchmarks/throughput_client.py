@@ -36,12 +36,14 @@ def take_turn(turn: Turn, seed: int) -> Window | None:
             return None
         merged.clear()
         taken, steps = measure(step, json.loads(line)["seconds"])
+        device_bytes = torch.cuda.max_memory_reserved() if torch.cuda.is_initialized() else 0
     return Window(
         steps=steps,
         forward_seconds=[seconds.forward for seconds in taken],
         backward_seconds=[seconds.backward for seconds in taken],
         step_seconds=[seconds.total for seconds in taken],
         merged=merged,
+        device_bytes=device_bytes,
     )
 
 
@@ -61,6 +63,9 @@ def give_back_memory() -> None:
     """Free memory, so that the next turn is measured without it."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def say(content: dict[str, Any]) -> None:

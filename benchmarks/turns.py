@@ -35,6 +35,8 @@ class Turn:
     tokens: int
     adapter_rank: int = 0  # of adapters on all linear layers of the trunk; for `trunk` through `zsl`; 0: none
     left_padding: int = 0  # of the tokens; for `trunk` through `zsl`
+    dtype: str = "float32"  # of the model; for `whole`
+    device: str = "cpu"  # of the client's layers; for `whole`
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ class Window:
     """Work of one client in the measured seconds.
 
     `steps`: how many; the one that the end cuts counts for the part of it that lay before. The lists have an entry for
-    each step that was begun. `merged`: for each answer, how many requests shared its pass.
+    each step that was begun. `merged`: for each answer, how many requests shared its pass. `device_bytes`: the most
+    that torch reserved on a CUDA device.
     """
 
     steps: float
@@ -59,3 +62,4 @@ class Window:
     backward_seconds: list[float]
     step_seconds: list[float]
     merged: list[int]
+    device_bytes: int = 0

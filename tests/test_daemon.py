@@ -28,6 +28,7 @@ from support.echo import CUT as ECHO_CUT
 from support.echo import IDENTITY
 from support.models import CUT
 from support.peer import Peer
+from zsl.cli.openmp import SPINS, spin_shortly_if_shared
 from zsl.cli.trunkd import trunkd
 from zsl.cli.zsl import zsl as zsl_command
 from zsl.errors import ForbiddenError, ModelError, RunFailed, TrunkAuthError
@@ -81,9 +82,27 @@ def test_the_ready_line_names_endpoint_model_cut_and_parameters(
 
 
 def test_with_no_argument_it_serves_gpt2_small_cut_2_10(tmp_path: Path) -> None:
-    with Daemon(log=tmp_path / "log") as daemon:
+    busy = [COMMAND[0], "-c", f"import os; os.getloadavg = lambda: (1e6, 0, 0); {COMMAND[2]}"]
+    command = ["env", "-u", "OMP_WAIT_POLICY", *busy, "--port", "0", "--log-format", "json"]  # conftest sets it
+    with Daemon(log=tmp_path / "log", environment={"OMP_DISPLAY_ENV": "verbose"}, command=command) as daemon:
         ready = daemon.ready
     assert (ready["model"], ready["cut"], ready["parameters"]) == ("random:gpt2", "2:10", 56_702_976)
+    # Where other processes use the cores, libgomp, which says this, has been told to.
+    assert f"GOMP_SPINCOUNT = '{SPINS}'" in (tmp_path / "log").read_text()
+
+
+def test_spins_are_set_where_cores_are_shared_and_the_user_has_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    cores = os.cpu_count() or 1
+    for load, given, expected in (
+        (cores + 1.0, {}, {"GOMP_SPINCOUNT": SPINS}),
+        (cores / 1.0, {}, {}),
+        (cores + 1.0, {"OMP_WAIT_POLICY": "active"}, {"OMP_WAIT_POLICY": "active"}),
+        (cores + 1.0, {"GOMP_SPINCOUNT": "9"}, {"GOMP_SPINCOUNT": "9"}),
+    ):
+        monkeypatch.setattr(os, "getloadavg", lambda load=load: (load, 0.0, 0.0))
+        environ = dict(given)
+        assert spin_shortly_if_shared(environ) == (environ != given)
+        assert environ == expected
 
 
 def test_every_option_comes_from_the_environment_too(checkpoints: Callable[..., Path], tmp_path: Path) -> None:

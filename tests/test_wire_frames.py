@@ -17,7 +17,20 @@ from pydantic import ValidationError
 from support.mutations import mutated
 from zsl.errors import CorruptError, MalformedError, ProtocolVersionError, Retry, TooLargeError, WireError
 from zsl.text.printable import is_printable, printable
-from zsl.wire.frames import KIND, MAGIC, MAJOR, MAX_HEADER_BYTES, MAX_ITEMS, MAX_KEYS, Frame, decode, encode, seal
+from zsl.wire.frames import (
+    KIND,
+    MAGIC,
+    MAJOR,
+    MAX_HEADER_BYTES,
+    MAX_ITEMS,
+    MAX_KEYS,
+    UNCHECKED_BUFFERS,
+    Frame,
+    decode,
+    encode,
+    seal,
+    seal_again,
+)
 from zsl.wire.messages import (
     DTYPE_BYTES,
     MAX_DIMS,
@@ -115,6 +128,7 @@ HEADERS: list[Header] = [
         adapters=AdapterLimits(max_rank=8, max_bytes=9),
         reveals=["router_logits"],
         limits=LIMITS,
+        connection=b"c" * 16,
     ),
     Result(session=SESSION, request=1, epoch=EPOCH, merged=1, queue_us=0, compute_us=0, tensors=[ACTIVATIONS]),
     Error(request=None, session=None, epoch=EPOCH, code="MALFORMED", retry="never", retry_after_ms=0, text="no"),
@@ -249,7 +263,7 @@ BAD_FRAMES: dict[str, tuple[list[Frame], type[WireError]]] = {
     "major 255": (resealed(kind(major=255), *GOOD[1:]), ProtocolVersionError),
     "type 0": (resealed(kind(message_type=0), *GOOD[1:]), MalformedError),
     "type 255": (resealed(kind(message_type=255), *GOOD[1:]), MalformedError),
-    "unknown flags": (resealed(kind(flags=1), *GOOD[1:]), MalformedError),
+    "unknown flags": (resealed(kind(flags=2), *GOOD[1:]), MalformedError),
     "large header": (resealed(GOOD[0], bytes(MAX_HEADER_BYTES + 1), GOOD[2]), TooLargeError),
     "truncated header": (resealed(GOOD[0], GOOD[1][:-1], GOOD[2]), MalformedError),
     "trailing byte": (resealed(GOOD[0], GOOD[1] + b"\0", GOOD[2]), MalformedError),
@@ -304,6 +318,22 @@ def test_bad_frames_are_refused(name: str) -> None:
 def test_good_frames_are_taken() -> None:
     """So that the bad ones fail for what their names say."""
     assert isinstance(decode(GOOD, TO_DAEMON).header, Forward)
+
+
+def test_without_a_checksum_of_buffers_all_but_their_content_is_covered() -> None:
+    preamble, header, buffer = unchecked = encode(HEADERS[1], [bytes(32)], checked=False)
+    assert decode(GOOD, TO_DAEMON).checked and not decode(unchecked, TO_DAEMON).checked
+    assert decode([preamble, header, b"\1" * 32], TO_DAEMON).buffers == (b"\1" * 32,)
+    for damaged in (
+        [kind() + preamble[KIND.size :], header, buffer],  # without the flag
+        [preamble, header[:-1] + bytes([header[-1] ^ 1]), buffer],
+        [preamble, header, bytes(31)],
+        [kind(flags=UNCHECKED_BUFFERS) + bytes(8), header, buffer],
+    ):
+        with pytest.raises(CorruptError):
+            decode(damaged, TO_DAEMON)
+    assert seal_again(unchecked, checked=True) == encode(HEADERS[1], [bytes(32)])
+    assert seal_again(GOOD, checked=False)[0] == encode(HEADERS[1], [bytes(32)], checked=False)[0]
 
 
 def test_an_error_knows_the_request_that_it_refuses() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 
@@ -9,8 +10,11 @@ import click
 
 import zsl
 from zsl.cli.errors import Command, one_line_errors
+from zsl.cli.openmp import SPINS, spin_shortly_if_shared
 from zsl.errors import ConfigError
 from zsl.models.dtypes import DTYPES
+
+logger = logging.getLogger(__name__)
 
 
 class MemorySize(click.ParamType[int]):
@@ -205,6 +209,8 @@ def trunkd(
         host = host.removeprefix("[").removesuffix("]")  # as an IPv6 address is written before a port
         check_address(host, encrypted=access is not None, insecure=insecure)
         failpoint = failpoint_from(os.environ)
+        if spin_shortly_if_shared(os.environ):
+            logger.info("other processes use these cores: OpenMP's threads spin shortly (GOMP_SPINCOUNT=%s)", SPINS)
 
         import torch
         from transformers.utils.logging import disable_progress_bar

@@ -252,10 +252,18 @@ class Connection:
         try:
             self._advance(link, pending)
             while not pending.future.done() and not self._closing:
-                link.wait(self._wake_read)
+                self._wait(link)
                 self._advance(link)
         except Exception as error:
             self._fail(error)
+
+    def _wait(self, link: Link) -> None:
+        """Wait for something to do, and empty the pipe of wake-ups, whose commands are queued."""
+        if link.wait(self._wake_read):
+            try:
+                os.read(self._wake_read, 4096)
+            except BlockingIOError:
+                pass
 
     def _advance(self, link: Link, pending: Pending | None = None) -> None:
         """Run queued commands and one turn of the link. Raises `ZslError` if the link cannot go on."""
@@ -300,7 +308,7 @@ class Connection:
                 try:
                     self._advance(link)
                     while (link.busy or self._commands) and not self._closing:
-                        link.wait(self._wake_read)
+                        self._wait(link)
                         self._advance(link)
                 finally:
                     self._driving.release()
@@ -310,7 +318,7 @@ class Connection:
             ended_by = self._failure or self._closed()
             self._closing = True
             self._end(ended_by)
-            self._run_commands(link, wake_pipe_open=False)
+            self._run_commands(link)
             link.close(ended_by, say_bye=not self._torn)
 
     def _is_wanted(self) -> bool:
@@ -323,12 +331,7 @@ class Connection:
             self._wanted.get_nowait()  # one turn serves all of them
         return True
 
-    def _run_commands(self, link: Link, *, wake_pipe_open: bool = True) -> None:
-        if wake_pipe_open:
-            try:
-                os.read(self._wake_read, 4096)
-            except BlockingIOError:
-                pass
+    def _run_commands(self, link: Link) -> None:
         while self._commands:
             self._commands[0](link)  # twice, if interrupted before the next line: each command may run twice
             self._commands.popleft()

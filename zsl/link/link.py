@@ -103,8 +103,9 @@ class Link:
         if self._shared.last.release(step, session) and isinstance(self._state, Open):
             self._state.release(step)
 
-    def wait(self, wake: int) -> None:
-        """Sleep until something arrives, the file descriptor `wake` is readable, or a timer is due."""
+    def wait(self, wake: int) -> bool:
+        """Sleep until something arrives, the file descriptor `wake` is readable, or a timer is due. Return whether
+        `wake` is readable."""
         sockets = self._state.sockets
         if self._poller is None or sockets is not self._polled:
             poller = zmq.Poller()
@@ -112,7 +113,8 @@ class Link:
                 poller.register(readable, zmq.POLLIN)
             self._poller, self._polled = None, sockets
             self._poller = poller  # set when complete, because Ctrl-C may come before
-        self._poller.poll(max(0, math.ceil(self._seconds_to_next_timer() * 1000)))
+        ready = self._poller.poll(max(0, math.ceil(self._seconds_to_next_timer() * 1000)))
+        return any(readable == wake for readable, _ in ready)
 
     def turn(self) -> None:
         """Handle received messages and due timers, and send waiting requests.

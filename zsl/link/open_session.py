@@ -86,6 +86,12 @@ class Open:
         """True if the session pings on its only connection, because a balancer sends others elsewhere."""
         return self._heartbeat is None and self.endpoint in self._shared.balanced
 
+    @property
+    def _checks(self) -> bool:
+        """True if tensors need a checksum: nothing else notices damage, and the connection may leave the machine."""
+        digest = self._dealer.digest
+        return self._shared.keys is None and (digest is None or digest != self.welcome.connection)
+
     def due(self, now: float) -> Sequence[float]:
         times = [] if self._heartbeat is None else [self._heartbeat.next_ping]
         if self._shared.requests.under_way or self._heartbeat is None:
@@ -209,7 +215,7 @@ class Open:
                 raise TooLargeError(
                     f"a tensor of {largest} bytes is over the {most} that {self.endpoint} accepts; use a smaller batch"
                 )
-            frames = encode(header, buffers)
+            frames = encode(header, buffers, checked=self._checks)
             pending.nbytes = sum(len(buffer) for buffer in buffers)
             if not self._send_adapter(pending):
                 return False
@@ -227,7 +233,7 @@ class Open:
             return True
         if sent_versions.lacks(version, self.welcome.session):
             for header, buffers in version.pieces(self.welcome, pending.request):
-                frames = encode(header, buffers)
+                frames = encode(header, buffers, checked=self._checks)
                 if not self._put(frames):
                     return False
                 pending.adapter_bytes += sum(map(len, frames))

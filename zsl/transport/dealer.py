@@ -14,9 +14,10 @@ from enum import Enum
 import zmq
 
 from zsl.errors import ConfigError
+from zsl.transport.connection_digest import digest_at_client
 from zsl.transport.curve_keys import ClientKeys, encrypt_client
 from zsl.transport.greeting import offered_mechanism
-from zsl.transport.monitor import Monitor
+from zsl.transport.monitor import Monitor, is_readable
 from zsl.wire.frames import HEAD_FRAMES, MAX_HEADER_BYTES, Frame
 from zsl.wire.messages import MAX_TENSORS
 
@@ -70,6 +71,7 @@ _REFUSALS = {400: LinkEvent.UNKNOWN_KEY, 500: LinkEvent.WRONG_SERVER_KEY}
 class Dealer:
     """Connected DEALER and its monitor, encrypted with `keys`. Poll `socket` and `monitor`.
 
+    `digest`: of the connection, once `link_event` has returned that it is made; None if it leaves the machine.
     A frame over `max_frame_bytes` ends the connection before memory is allocated for it.
     """
 
@@ -81,6 +83,7 @@ class Dealer:
         *,
         max_frame_bytes: int = MAX_HEADER_BYTES,
     ) -> None:
+        self.digest: bytes | None = None
         self._endpoint = endpoint
         self._mechanism = "NULL" if keys is None else "CURVE"
         self.socket = context.socket(zmq.DEALER)
@@ -118,7 +121,7 @@ class Dealer:
 
     def receive(self) -> list[Frame] | None:
         """Return the next message, or None. Frames beyond `MOST_FRAMES` + 1 are dropped."""
-        if not int(self.socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+        if not is_readable(self.socket):
             return None
         frames: list[Frame] = []
         more = True
@@ -138,6 +141,8 @@ class Dealer:
         if happened is None:
             return None
         event, value = happened
+        if event == zmq.EVENT_CONNECTED:
+            self.digest = digest_at_client(value)
         if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
             return _REFUSALS.get(value, LinkEvent.MUTE)
         return self._why_no_handshake(value) if event in _FAILED_HANDSHAKES else _LINK_EVENTS.get(event)

@@ -12,6 +12,12 @@ import zmq
 
 _EVENT = struct.Struct("=HI")
 _numbers = count()
+_POLLIN = int(zmq.POLLIN)  # operations on a member of its enum take longer than to ask the socket
+
+
+def is_readable(socket: zmq.Socket[bytes]) -> bool:
+    """Return whether a message waits to be received."""
+    return bool(int(socket.getsockopt(zmq.EVENTS)) & _POLLIN)
 
 
 class Monitor:
@@ -28,7 +34,7 @@ class Monitor:
 
     def next_event(self) -> tuple[int, int] | None:
         """Return the next event and its value, or None."""
-        if not int(self.socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+        if not is_readable(self.socket):
             return None
         event, value = _EVENT.unpack(self.socket.recv_multipart(zmq.NOBLOCK)[0])
         return event, value

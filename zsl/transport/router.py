@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from zsl.errors import StartupError
+from zsl.transport.connection_digest import digest_at_server
 from zsl.transport.connection_places import those_to_go
 from zsl.transport.curve_keys import KeyPair
 from zsl.transport.listening import listen, most_connections
@@ -180,6 +181,11 @@ class Router:
     def is_connected(self, peer: bytes) -> bool:
         """Return whether the connection of a peer is open."""
         return peer in self._connections
+
+    def digest(self, peer: bytes) -> bytes | None:
+        """Return the digest of a connection; None if it leaves the machine, or is closed."""
+        connection = self._connections.get(peer)
+        return None if connection is None else digest_at_server(connection.socket)
 
     def slow_peers(self, now: float) -> list[bytes]:
         """Return the peers that have not read for too long."""

@@ -1,6 +1,6 @@
 """Encode and decode messages as frames: preamble, header, one buffer a tensor.
 
-    frame 0   preamble, 16 bytes: magic, major version, message type, flags (0), checksum of all the rest
+    frame 0   preamble, 16 bytes: magic, major version, message type, flags, checksum of all the rest
     frame 1   header: msgpack, at most `MAX_HEADER_BYTES`
     frame 2…  one raw buffer a tensor
 
@@ -9,7 +9,9 @@ a `WireError`. It copies no buffer. Imports no sockets and no torch.
 
 The checksum (xxh3, 64 bits) is needed because TCP's own has 16 bits: in a terabyte of activations some damage passes
 it (Stone and Partridge, "When the CRC and TCP checksum disagree", SIGCOMM 2000), and a flipped bit would be a wrong
-gradient that nobody notices. It does not protect against an attacker; keys do.
+gradient that nobody notices. It does not protect against an attacker; keys do. With the flag `UNCHECKED_BUFFERS` it
+covers all but the content of the buffers: on an encrypted connection, whose cipher notices damage, and on one that does
+not leave the machine (`zsl.transport.connection_digest`). A round trip of 8 MB takes 0.86 of the time then.
 """
 
 from __future__ import annotations
@@ -31,10 +33,11 @@ MAJOR = 4
 KIND = struct.Struct("<4sBBH")  # magic, major, type, flags
 CHECKSUM_BYTES = 8
 PREAMBLE_BYTES = KIND.size + CHECKSUM_BYTES
+UNCHECKED_BUFFERS = 1  # a flag
 MAX_HEADER_BYTES = 16 * 1024
 HEAD_FRAMES = 2
 # No valid header has more: parsing stops at the first item over it, before memory is taken for the rest.
-MAX_KEYS = MAX_ITEMS = 16  # of one map, of one list
+MAX_KEYS, MAX_ITEMS = 24, 16  # of one map, of one list
 MAX_CONTAINERS = 2 + 2 * MAX_TENSORS  # maps and lists: the header, its tensors, and per tensor a map and a shape
 
 Frame = bytes | memoryview
@@ -45,21 +48,22 @@ Container = TypeVar("Container", dict[Any, Any], list[Any])
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """Checked header and the buffers that its descriptors describe."""
+    """Checked header and the buffers that its descriptors describe. `checked`: the checksum covers them."""
 
     header: Header
     buffers: tuple[Frame, ...] = ()
+    checked: bool = True
 
 
-def encode(header: Header, buffers: Sequence[Frame] = ()) -> list[Frame]:
-    """Return the frames of one message. The buffers are not copied.
+def encode(header: Header, buffers: Sequence[Frame] = (), *, checked: bool = True) -> list[Frame]:
+    """Return the frames of one message. The buffers are not copied. `checked`: the checksum covers their content.
 
     Raises `TooLargeError` if the header is over `MAX_HEADER_BYTES`.
     """
     packed = msgpack.packb(header.model_dump())
     if len(packed) > MAX_HEADER_BYTES:
         raise TooLargeError(f"a header of {len(packed)} bytes is over {MAX_HEADER_BYTES}")
-    return seal([KIND.pack(MAGIC, MAJOR, header.TYPE, 0), packed, *buffers])
+    return seal([KIND.pack(MAGIC, MAJOR, header.TYPE, 0 if checked else UNCHECKED_BUFFERS), packed, *buffers])
 
 
 def seal(frames: Sequence[Frame]) -> list[Frame]:
@@ -68,12 +72,20 @@ def seal(frames: Sequence[Frame]) -> list[Frame]:
     return [bytes(kind) + _checksum(kind, rest), *rest]
 
 
+def seal_again(frames: Sequence[Frame], *, checked: bool) -> list[Frame]:
+    """Return an encoded message with a checksum that covers the content of its buffers, or not."""
+    *_, message_type, _ = KIND.unpack(frames[0][: KIND.size])
+    return seal([KIND.pack(MAGIC, MAJOR, message_type, 0 if checked else UNCHECKED_BUFFERS), *frames[1:]])
+
+
 def _checksum(kind: Frame, rest: Sequence[Frame]) -> bytes:
+    unchecked = kind[6] & UNCHECKED_BUFFERS
     digest = xxhash.xxh3_64(kind)
-    for frame in rest:
+    for index, frame in enumerate(rest):
         # The length too: the same bytes split differently into frames are another message.
         digest.update(len(frame).to_bytes(8, "little"))
-        digest.update(frame)
+        if index == 0 or not unchecked:
+            digest.update(frame)
     return digest.digest()
 
 
@@ -97,7 +109,7 @@ def decode(frames: Sequence[Frame], schemas: Mapping[int, type[Header]]) -> Mess
         raise MalformedError(f"{len(frames)} frames: a message has 2 to {HEAD_FRAMES + MAX_TENSORS}")
     if frames[0][KIND.size :] != _checksum(kind, frames[1:]):
         raise CorruptError()
-    if flags != 0:
+    if flags & ~UNCHECKED_BUFFERS:
         raise MalformedError(f"unknown flags {flags:#06x}")
     schema = schemas.get(message_type)
     if schema is None:
@@ -111,7 +123,7 @@ def decode(frames: Sequence[Frame], schemas: Mapping[int, type[Header]]) -> Mess
         raise _with_sender(MalformedError(_first_problem(schema, error)), fields) from None
     except WireError as error:
         raise _with_sender(error, fields) from None
-    return Message(header, buffers)
+    return Message(header, buffers, checked=not flags & UNCHECKED_BUFFERS)
 
 
 def _unpack(frame: Frame) -> dict[str, Any]:

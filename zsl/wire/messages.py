@@ -207,6 +207,7 @@ class Welcome(Header):
     adapters: AdapterLimits | None  # None: the daemon accepts no adapters
     reveals: Reveals  # what a FORWARD may ask for from inside the trunk
     limits: Limits
+    connection: Id16 | None  # its digest at the daemon's end (`zsl.transport.connection_digest`)
 
 
 class InSession(Header):

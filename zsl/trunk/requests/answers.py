@@ -70,4 +70,4 @@ class Answers:
             compute_us=round((times.ended - times.started) * 1e6),
             tensors=[descriptor for descriptor, _ in done.buffers.values()],
         )
-        return encode(result, [buffer for _, buffer in done.buffers.values()])
+        return encode(result, [buffer for _, buffer in done.buffers.values()], checked=request.session.checks)

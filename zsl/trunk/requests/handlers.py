@@ -30,7 +30,7 @@ from zsl.trunk.requests.intake import Intake
 from zsl.trunk.requests.request_table import RequestState, RequestTable
 from zsl.trunk.sessions.sessions import Session, Sessions
 from zsl.trunk.settings import check_wanted
-from zsl.wire.frames import MAGIC, Frame, decode
+from zsl.wire.frames import MAGIC, Frame, Message, decode, seal_again
 from zsl.wire.messages import (
     TO_DAEMON,
     Adapter,
@@ -38,7 +38,6 @@ from zsl.wire.messages import (
     Bye,
     Cancel,
     Forward,
-    Header,
     Hello,
     InSession,
     Limits,
@@ -105,7 +104,7 @@ class Handlers:
             return
         header = message.header
         try:
-            self._handle(_Sender(peer, tenant), header, message.buffers)
+            self._handle(_Sender(peer, tenant), message)
         except WireError as error:
             session = header.session if isinstance(header, InSession) else None
             self._answers.send_error(peer, error, request=getattr(header, "request", None), session=session)
@@ -133,9 +132,9 @@ class Handlers:
         self._forbidden.add(peer)
         self._answers.send_error(peer, ForbiddenError(), request=None, session=None)
 
-    def _handle(self, sender: _Sender, header: Header, frames: Sequence[Frame]) -> None:
+    def _handle(self, sender: _Sender, message: Message) -> None:
         """Dispatch a decoded message by its type. Raises `WireError`."""
-        now = self._clock()
+        now, header, frames = self._clock(), message.header, message.buffers
         match header:
             case Hello():
                 self._hello(sender, header, now)
@@ -144,7 +143,9 @@ class Handlers:
             case WeightNorms():
                 self._weight_norms(self._session(header, sender, now), header)
             case Forward() | Backward():
-                self._work(self._session(header, sender, now), header, frames, now)
+                session = self._session(header, sender, now)
+                session.checks = message.checked
+                self._work(session, header, frames, now)
             case Release():
                 self._requests.release(self._session(header, sender, now), header.step)
             case Cancel():
@@ -166,7 +167,10 @@ class Handlers:
             session = self._resumed(sender, header, now) or self._opened(sender, header, now)
         limits = self._limits_of(sender.tenant)
         adapters = intake.adapters.limits_of(sender.tenant)
-        welcome = welcome_to(header, session.id, self._answers.epoch, intake.info, intake.traits, adapters, limits)
+        digest = self._router.digest(sender.peer)
+        welcome = welcome_to(
+            header, session.id, self._answers.epoch, intake.info, intake.traits, adapters, limits, digest
+        )
         self._router.hold(sender.peer)
         if not self._answers.send(sender.peer, welcome):
             self.close_session(session, "its client disconnected before it was open")
@@ -213,7 +217,7 @@ class Handlers:
             request = self._intake.request(session, header, frames, now, draining=self._is_draining())
             self._requests.add(request, now, unsent=self._router.unsent_bytes, all_unsent=self._router.all_unsent_bytes)
         elif answer:
-            self._router.send(session.peer, answer)
+            self._router.send(session.peer, seal_again(answer, checked=session.checks))
 
     def _weight_norms(self, session: Session, header: WeightNorms) -> None:
         norms = self._intake.adapters.weight_norms(session, header.path)

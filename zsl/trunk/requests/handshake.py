@@ -15,8 +15,9 @@ def welcome_to(
     traits: TrunkTraits,
     adapters: AdapterLimits | None,
     limits: Limits,
+    connection: bytes | None = None,
 ) -> Welcome:
-    """Build the WELCOME of an open session."""
+    """Build the WELCOME of an open session. `connection`: its digest."""
     return Welcome(
         request=hello.request,
         software=zsl.__version__,
@@ -33,6 +34,7 @@ def welcome_to(
         adapters=adapters,
         reveals=list(info.reveals),
         limits=limits,
+        connection=connection,
     )
 
 

@@ -26,7 +26,8 @@ QUIET_SECONDS = 10.0
 @dataclass(slots=True)
 class Session:
     """A client's session. `peer`: routing id of its connection, for answers. `heartbeat`: routing id of the connection
-    of its pings. `hello`: id of the request that opened it."""
+    of its pings. `hello`: id of the request that opened it. `checks`: answers on its connection need a checksum of
+    their tensors, as its requests have one."""
 
     id: bytes
     peer: bytes
@@ -35,6 +36,7 @@ class Session:
     last_heard: float
     heartbeat: bytes | None = None
     held: dict[int, Held] = field(default_factory=dict)  # by step
+    checks: bool = True
 
     @property
     def peers(self) -> list[bytes]:
@@ -138,7 +140,7 @@ class Sessions:
         if self._by_peer.get(session.peer) is session:
             del self._by_peer[session.peer]
         old = [one for one in session.peers if one != peer]
-        session.peer, session.hello, session.heartbeat = peer, hello, None
+        session.peer, session.hello, session.heartbeat, session.checks = peer, hello, None, True
         self._by_peer[peer] = session
         return session, old
 
