@@ -52,6 +52,8 @@ def active_adapters(slots: Slots) -> Iterator[tuple[Computed, str, str]]:
             continue
         if type(tuner) not in _WEIGHTS or _is_tuner(type(tuner._modules["base_layer"])):  # type: ignore[arg-type]
             raise not_sent(path, f"{type(tuner).__module__}.{type(tuner).__name__} of PEFT")
+        if "forward" in vars(tuner):
+            raise not_sent(path, "a forward of its own, as X-LoRA gives it to its experts")
         if tuner.merged_adapters:
             raise not_sent(path, "a merged adapter")
         known: Any = tuner._modules[_WEIGHTS[type(tuner)]]
