@@ -60,7 +60,7 @@ def active_adapters(slots: Slots) -> Iterator[tuple[Computed, str, str]]:
         for name in tuner.active_adapters:
             if name in known:
                 if tuner._forward_pre_hooks or tuner._forward_hooks:
-                    raise not_sent(path, "hooks, as adapter_names sets them for a mixed batch")
+                    raise not_sent(path, "hooks, as aLoRA sets them, and adapter_names for a mixed batch")
                 variant = vars(tuner).get("lora_variant", {}).get(name)
                 if variant is not None:
                     raise not_sent(path, type(variant).__name__)
