@@ -495,10 +495,14 @@ def test_what_is_not_plain_lora_is_refused_by_name(kind: str, base: Any) -> None
         TrunkAdapters().find(in_the_trunk(model))
 
 
-def test_a_mixed_batch_is_refused(base: Any) -> None:
-    model: Any = get_peft_model(copy.deepcopy(base), LoraConfig(target_modules=["q_proj"])).eval()
-    with (
-        model.base_model._enable_peft_forward_hooks(adapter_names=["default"]),
-        pytest.raises(ModelError, match="adapter_names"),
+def test_hooks_of_a_call_are_refused_by_the_names_of_those_that_set_them(base: Any) -> None:
+    for made, call in (
+        (lambda model: get_peft_model(model, LoraConfig(target_modules=["q_proj"])), {"adapter_names": ["default"]}),
+        (OTHERS["alora"], {"alora_offsets": [1]}),
     ):
-        TrunkAdapters().find(in_the_trunk(model))
+        model: Any = made(copy.deepcopy(base)).eval()
+        with (
+            model.base_model._enable_peft_forward_hooks(**call),
+            pytest.raises(ModelError, match=r"aLoRA.*adapter_names"),
+        ):
+            TrunkAdapters().find(in_the_trunk(model))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,16 @@ import zsl
 from support import batches
 from support.compare import differing, numbers_of, within
 from support.embedded import served
+from support.faulty_link import FaultyLink
 from support.models import local_model
+from support.relay import Relay
 from zsl.adapters.export import export
 from zsl.adapters.merge import merge
 from zsl.errors import AdapterError, ModelError
 from zsl.models.reference import resolve
 from zsl.split.sides import Side, Sides
+from zsl.wire.frames import MAGIC, decode
+from zsl.wire.messages import TO_DAEMON, Adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to")
 STEPS, MICRO_BATCHES = 20, 4
@@ -256,6 +261,43 @@ def test_ia3_is_trained_saved_and_loaded_as_on_the_local_model(
     for base in (local_model(path), zsl.load_client(path, trunk)):
         assert torch.equal(logits(PeftModel.from_pretrained(base, str(tmp_path))), logits(whole))
     assert torch.equal(logits(zsl.load_adapter(zsl.load_client(path, trunk), tmp_path)), logits(whole))
+
+
+def test_layers_to_transform_leaves_the_trunk_out_and_no_adapter_is_sent(path: str, trunk: zsl.RemoteTrunk) -> None:
+    keys = {"target_modules": ["q_proj", "down_proj"], "layers_to_transform": [0, 1, 4, 5]}
+    split, whole = adapted(zsl.load_client(path, trunk), **keys), adapted(local_model(path), **keys)
+    before = trunk.client.traffic
+    assert differing(numbers_of(split, batches.plain()), numbers_of(whole, batches.plain())) == []
+    traffic = trunk.client.traffic - before
+    assert (traffic.answers, traffic.adapter_bytes_up, traffic.adapter_bytes_down) == (2, 0, 0)
+
+
+def test_a_version_crosses_once_in_the_life_of_a_daemon_although_connections_are_lost(path: str) -> None:
+    with (
+        served(path) as endpoint,
+        Relay(endpoint) as relay,
+        FaultyLink(int(relay.endpoint.rpartition(":")[2])) as link,
+        zsl.RemoteTrunk(link.endpoint) as trunk,
+    ):
+        split = adapted(zsl.load_client(path, trunk))
+        split.add_adapter("more", LoraConfig(r=2, target_modules=["v_proj"], init_lora_weights=False))
+        optimizer = torch.optim.AdamW([one for name, one in split.named_parameters() if ".lora_" in name], lr=1e-2)
+        for _ in range(2):
+            for name in ("default", "more", "default"):
+                split.set_adapter(name)
+                split(**batches.plain()).loss.backward()
+                logits(split)
+                link.reset("both", after_bytes=0)
+                trunk.client.status()  # brings it about
+            optimizer.step()
+            optimizer.zero_grad()
+        assert link.happened["reset"] > 3
+    starts = [at for at, frame in enumerate(relay.from_client) if len(frame) == 16 and frame.startswith(MAGIC)]
+    messages = [relay.from_client[start:end] for start, end in itertools.pairwise([*starts, None])]
+    headers = [decode(frames, TO_DAEMON).header for frames in messages]
+    pieces = [(one.version, one.offset) for one in headers if isinstance(one, Adapter)]
+    assert len({version for version, _ in pieces}) == 4
+    assert len(pieces) == len(set(pieces))
 
 
 def test_a_frozen_bottom_and_a_cut_at_the_first_layer_learn_too(path: str) -> None:

@@ -24,6 +24,11 @@ TINY = ["--model", "LLAMA", "--cut", CUT, "--threads", "1"]
 # By benchmark: its options (LLAMA is a checkpoint, HERE the test's directory), columns that say what it found, and its
 # files beside the first, which is its own name's with .json.
 RUNS: dict[str, tuple[list[str], set[str], list[str]]] = {
+    "adapter_bytes": (
+        [*TINY, "--size", "1x4", "--micro-batches", "2", "--steps", "1"],
+        {"adapters", "micro_batches", "up_mb", "down_mb", "adapter_up_mb", "adapter_down_mb"},
+        ["adapter_bytes.png"],
+    ),
     "budget": (TINY, {"budget_mib", "counted_mib", "resident_mib", "peak_mib", "stays_mib"}, ["budget.log"]),
     "connections": (
         ["--idle", "2", "--active", "1", "--seconds", "0.2", "--rounds", "1"],
@@ -44,6 +49,11 @@ RUNS: dict[str, tuple[list[str], set[str], list[str]]] = {
         ["--small"],
         {"clients", "over_sequential", "over_ideal", "step_p99_ms", "client_host_mib"},
         ["gpu-paths.json", "gpu.log"],
+    ),
+    "ghost_memory": (
+        [*TINY, "--size", "1x4"],
+        {"arrangement", "resident_mib", "peak_mib", "adapters_mib", "peak_over_without_mib"},
+        [],
     ),
     "gradient_modes": (
         ["--config", "HERE/run.toml", "--work", "HERE/work", "--samples", "20", "--epochs", "1"],

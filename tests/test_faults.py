@@ -5,11 +5,15 @@ from __future__ import annotations
 
 import random
 import signal
+import socket
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
 
 import pytest
 import torch
@@ -42,25 +46,37 @@ from zsl.wire.messages import (
 STEPS = 5
 MICRO_BATCHES = 2  # of a step, whose gradients of the trunk's adapters are summed up at the daemon
 LEARNING_RATE = 1e-2
+FAILPOINTS = ["before-forward", "after-forward", "before-backward", "after-backward"]
+RANDOM_KILLS = 4
+STEP_SECONDS = 0.1  # about as long as a step takes
+WAIT_SECONDS = 120
 HIDDEN = 32
 BAD_MESSAGES = 100_000
 BURST = 500
 
 
-def train(model: PeftModel, history: History, *, steps: int = STEPS) -> None:
-    """Adam on sums over micro-batches, each gradient noted when it is used."""
+def train(
+    model: PeftModel,
+    history: History,
+    *,
+    steps: int = STEPS,
+    micro_batches: int = MICRO_BATCHES,
+    on_step: Callable[[], None] = lambda: None,
+) -> None:
+    """AdamW on sums over micro-batches, each gradient noted when it is used."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.Adam(trainable, lr=LEARNING_RATE)
+    optimizer = torch.optim.AdamW(trainable, lr=LEARNING_RATE)
     for step in range(steps):
         history.begin("client", step)
         optimizer.zero_grad()
         sums = StepSums()
-        for number in range(MICRO_BATCHES):
-            with micro_batch(sums, is_last=number == MICRO_BATCHES - 1):
-                model(**batches.plain(seed=MICRO_BATCHES * step + number)).loss.backward()
+        for number in range(micro_batches):
+            with micro_batch(sums, is_last=number == micro_batches - 1):
+                model(**batches.plain(seed=micro_batches * step + number)).loss.backward()
         gradients = [b"" if parameter.grad is None else parameter.grad.numpy().data for parameter in trainable]
         history.gradient("client", step, digest(gradients))
         optimizer.step()
+        on_step()
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +109,7 @@ def violations(path: str, endpoint: str, oracle: History) -> list[str]:
     return check(history, oracle)
 
 
-@pytest.mark.parametrize("place", ["before-forward", "after-forward", "before-backward", "after-backward"])
+@pytest.mark.parametrize("place", FAILPOINTS)
 def test_a_daemon_killed_anywhere_in_a_step_leaves_every_gradient_as_it_was(
     path: str, oracle: History, serve: Callable[..., Daemon], tmp_path: Path, place: str
 ) -> None:
@@ -103,6 +119,67 @@ def test_a_daemon_killed_anywhere_in_a_step_leaves_every_gradient_as_it_was(
     with Daemon(*options, log=tmp_path / "log", environment=fails) as first:
         assert violations(path, f"{first.endpoint},{serve('llama').endpoint}", oracle) == []
         assert first.wait() == -signal.SIGKILL
+
+
+class MortalDaemon:
+    """A daemon that dies again and again, at each failpoint and at random moments, and is started on its port."""
+
+    def __init__(self, options: list[str], log: Path, chance: random.Random) -> None:
+        self.progress = threading.Semaphore(0)  # the client has taken a step
+        self.kills: Counter[str] = Counter()
+        self._options, self._log, self._chance = options, log, chance
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self._port = free.getsockname()[1]
+        self.endpoint = f"tcp://127.0.0.1:{self._port}"
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._live)
+
+    def _live(self) -> None:
+        # Of the 400 requests of the training, so that all lives have some of them.
+        deaths = [f"{place}:kill:{self._chance.randrange(2, 24)}" for place in FAILPOINTS] + [""] * RANDOM_KILLS
+        self._chance.shuffle(deaths)
+        for death in deaths:
+            with Daemon(*self._options, log=self._log, port=self._port, environment={"ZSL_FAILPOINT": death}) as daemon:
+                if not death:
+                    while self.progress.acquire(blocking=False):
+                        pass
+                    assert self.progress.acquire(timeout=WAIT_SECONDS)
+                    self._over.wait(self._chance.uniform(0, STEP_SECONDS))
+                    daemon.process.kill()
+                assert daemon.process.wait(WAIT_SECONDS) == -signal.SIGKILL
+                self.kills[death.partition(":")[0]] += 1
+        with Daemon(*self._options, log=self._log, port=self._port):
+            self._over.wait()
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._over.set()
+        self._thread.join(2 * WAIT_SECONDS)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.long
+def test_a_daemon_killed_again_and_again_leaves_the_weights_of_a_long_training_as_they_were(
+    path: str, tmp_path: Path
+) -> None:
+    """Fifty steps of AdamW over four micro-batches each, with adapters on all layers."""
+    how: dict[str, Any] = {"steps": 50, "micro_batches": 4}
+    whole, oracle, history = with_lora(local_model(path), layers=range(LAYERS)), History(), History()
+    train(whole, oracle, **how)
+    options = ["--model", path, "--cut", CUT, "--max-batch-tokens", "512", "--merge-below-tokens", "64"]
+    with MortalDaemon(options, tmp_path / "log", random.Random(0)) as daemon:
+        with split_model(path, daemon.endpoint) as model:
+            train(model, history, **how, on_step=daemon.progress.release)
+    assert daemon.kills == {**dict.fromkeys(FAILPOINTS, 1), "": RANDOM_KILLS}
+    assert check(history, oracle) == []
+    expected = whole.state_dict()
+    assert all(torch.equal(weight, expected[name]) for name, weight in model.state_dict().items())
 
 
 def test_a_line_that_breaks_and_flips_bits_leaves_every_gradient_as_it_was(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,14 +11,27 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from peft import LoraConfig, get_peft_model
-from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from datasets import Dataset
+from peft import (
+    LoKrConfig,
+    LoraConfig,
+    PeftConfig,
+    XLoraConfig,
+    convert_to_lora,
+    get_peft_model,
+    set_peft_model_state_dict,
+)
+from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM, set_seed
+from trl import SFTConfig, SFTTrainer
 
 import zsl
 from support import batches
 from support.compare import differing, numbers_of, within
+from support.data import synthetic_rows
 from support.embedded import served
 from support.models import VOCABULARY, local_model, with_lora
+from support.tokenizer import tiny_tokenizer
+from support.trainer_settings import silent_settings
 from zsl.cli.trunkd import trunkd
 from zsl.cli.zsl import zsl as command
 from zsl.client.overlap import run_overlapped
@@ -26,6 +40,7 @@ from zsl.split.cut import parse_cut
 from zsl.trunk.daemon.load import plan_trunk
 
 INSIDE = "1:5"  # its owner reveals the inputs of layers 2, 3 and 4
+OUTSIDE = [0, 5]
 SIZES = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -228,3 +243,102 @@ def test_modes_without_their_gradients_are_refused(revealing: Callable[[str], tu
             other: Any = zsl.load_client(path, exact)
             with pytest.raises(ModelError, match="overlap"):
                 run_overlapped([lambda: other(**batches.plain(), output_hidden_states=True)], in_flight=1)
+
+
+@pytest.mark.parametrize(
+    ("family", "steps"), [("mixtral", 3), *(pytest.param(one, 50, marks=pytest.mark.long) for one in MIXTURES)]
+)
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing:FutureWarning")  # TRL says it by its older name
+def test_sft_trainer_trains_a_mixture_with_the_local_losses(
+    family: str, steps: int, revealing: Callable[[str], tuple[str, str]], tmp_path: Path
+) -> None:
+    path, endpoint = revealing(family)
+    rows = Dataset.from_dict({"input_ids": synthetic_rows(2 * steps, 16, VOCABULARY, seed=0)})
+
+    def trained(model: Any) -> list[tuple[float, ...]]:
+        set_seed(0)
+        trainer = SFTTrainer(
+            model=model,
+            args=SFTConfig(**silent_settings(tmp_path, steps)),
+            train_dataset=rows,
+            processing_class=tiny_tokenizer(),
+            peft_config=LoraConfig(r=4, target_modules=["q_proj", "o_proj"]),
+        )
+        trainer.train()
+        log = trainer.state.log_history
+        return [tuple(entry[key] for key in ("loss", "aux_loss", "grad_norm")) for entry in log if "loss" in entry]
+
+    with zsl.RemoteTrunk(endpoint) as trunk:
+        split = trained(zsl.load_client(path, trunk))
+        assert trunk.client.traffic.adapter_bytes_down > 0
+    assert split == trained(local_model(path))
+    assert len(set(split)) == steps and all(auxiliary > 0 for _, auxiliary, _ in split)
+
+
+@pytest.mark.filterwarnings("ignore:Converting a PEFT adapter to LoRA that is already a LoRA adapter")
+def test_peft_converts_an_adapter_to_lora_as_on_the_local_model(revealing: Callable[[str], tuple[str, str]]) -> None:
+    path, endpoint = revealing("llama")
+    adapters = (
+        LoKrConfig(r=4, target_modules=["q_proj", "down_proj"], layers_to_transform=OUTSIDE, init_weights=False),
+        LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False),
+    )
+    with zsl.RemoteTrunk(endpoint) as trunk, torch.no_grad():
+
+        def run(model: Any) -> torch.Tensor:
+            return torch.stack(model(**batches.plain(), output_hidden_states=True).hidden_states)
+
+        def converted(load: Callable[[], Any], adapter: PeftConfig) -> tuple[dict[str, torch.Tensor], Any, Any]:
+            torch.manual_seed(1)
+            before = get_peft_model(load(), copy.deepcopy(adapter))
+            config, weights = convert_to_lora(before, rank=32)
+            after = get_peft_model(load(), config)
+            set_peft_model_state_dict(after, weights)
+            return weights, run(before), run(after)
+
+        for adapter in adapters:
+            mine = converted(lambda: zsl.load_client(path, trunk), adapter)
+            theirs = converted(lambda: local_model(path), adapter)
+            assert mine[0].keys() == theirs[0].keys()
+            assert all(torch.equal(mine[0][name], theirs[0][name]) for name in mine[0])
+            assert torch.equal(mine[1], theirs[1]) and torch.equal(mine[2], theirs[2])
+            assert within(1e-5)(mine[2], mine[1])
+
+
+def test_x_lora_has_the_local_numbers_where_its_experts_leave_the_trunk_out(
+    revealing: Callable[[str], tuple[str, str]], tmp_path: Path
+) -> None:
+    path, endpoint = revealing("llama")
+
+    def x_lora(model: Any, layers: list[int] | None) -> Any:
+        experts = {}
+        for name in ("0", "1"):
+            directory = tmp_path / f"{name} {layers}"
+            experts[name] = str(directory)
+            if not directory.exists():
+                keys = {"r": 4, "target_modules": ["q_proj", "up_proj"], "layers_to_transform": layers}
+                torch.manual_seed(int(name))
+                get_peft_model(local_model(path), LoraConfig(**keys, init_lora_weights=False)).save_pretrained(
+                    experts[name]
+                )
+        torch.manual_seed(2)
+        sizes = {
+            "hidden_size": 32,
+            "xlora_depth": 2,
+            "xlora_size": 8,
+            "layerwise_scalings": True,
+            "xlora_dropout_p": 0.0,
+        }
+        return get_peft_model(model, XLoraConfig(task_type="CAUSAL_LM", adapters=experts, **sizes))
+
+    with zsl.RemoteTrunk(endpoint) as trunk:
+        split, whole = x_lora(zsl.load_client(path, trunk), OUTSIDE), x_lora(local_model(path), OUTSIDE)
+        on_padding = batches.padded("right") | {"labels": batches.tokens(3, 16)}
+        for batch in (batches.plain(), batches.padded("left"), on_padding):
+            mine, theirs = numbers_of(split, batch), numbers_of(whole, batch)
+            assert differing(mine, theirs) == []
+        assert any(gradient is not None and gradient.any() for gradient in mine.gradients.values())
+        everywhere = x_lora(zsl.load_client(path, trunk), None)
+        with pytest.raises(ModelError, match=r"1\.self_attn\.q_proj.*X-LoRA.*layers_to_transform"):
+            everywhere(**batches.plain())
+        with everywhere.disable_adapter(), pytest.raises(ModelError, match=r"1\.self_attn\.q_proj.*X-LoRA"):
+            everywhere(**batches.plain())

@@ -147,6 +147,7 @@ HEADERS: list[Header] = [
         sessions=0,
         queued_requests=0,
         held_bytes=0,
+        adapter_bytes=0,
     ),
 ]
 

@@ -61,7 +61,10 @@ class Serving:
             *rows,
             ("sessions", f"{status.sessions:,}"),
             ("queued", counted(status.queued_requests, "request")),
-            ("held", f"{in_units(status.held_bytes)} for pending backwards"),
+            (
+                "held",
+                f"{in_units(status.held_bytes)} for pending backwards, {in_units(status.adapter_bytes)} for adapters",
+            ),
             ("round trip", f"{self.round_trip_seconds * 1000:.2f} ms"),
             ("software", f"zsl {status.software}"),
             ("lifetime", status.epoch.hex()),

@@ -96,9 +96,12 @@ def put_trunk(model: PreTrainedModel, trunk: RemoteTrunk, cut: Cut) -> None:
         arguments = arguments_of_model(args, kwargs)
         call.labels = tuple(arguments[name] for name in _LABELS if arguments.get(name) is not None)
 
+    def forget_labels(*_: Any) -> None:
+        call.__dict__.pop("labels", None)
+
     def observe(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         arguments = arguments_of_runner(args, kwargs)
-        labels = call.__dict__.pop("labels", ())
+        labels = call.__dict__.get("labels", ())
 
         def is_asked(name: str) -> bool:
             asked = arguments.get(name)
@@ -123,6 +126,7 @@ def put_trunk(model: PreTrainedModel, trunk: RemoteTrunk, cut: Cut) -> None:
             )
 
     model.register_forward_pre_hook(note_labels, with_kwargs=True)
+    model.register_forward_hook(forget_labels, always_call=True)
     runner.register_forward_pre_hook(observe, with_kwargs=True)
 
 

@@ -53,13 +53,15 @@ def active_adapters(slots: Slots) -> Iterator[tuple[Computed, str, str]]:
             continue
         if type(tuner) not in _WEIGHTS or _is_tuner(type(tuner._modules["base_layer"])):  # type: ignore[arg-type]
             raise not_sent(path, f"{type(tuner).__module__}.{type(tuner).__name__} of PEFT")
+        if "forward" in vars(tuner):
+            raise not_sent(path, "a forward of its own, as X-LoRA gives it to its experts")
         if tuner.merged_adapters:
             raise not_sent(path, "a merged adapter")
         known: Any = tuner._modules[_WEIGHTS[type(tuner)]]
         for name in tuner.active_adapters:
             if name in known:
                 if tuner._forward_pre_hooks or tuner._forward_hooks:
-                    raise not_sent(path, "hooks, as adapter_names sets them for a mixed batch")
+                    raise not_sent(path, "hooks, as aLoRA sets them, and adapter_names for a mixed batch")
                 variant = vars(tuner).get("lora_variant", {}).get(name)
                 if variant is not None and type(variant) is not DoraLinearVariant:
                     raise not_sent(path, type(variant).__name__)

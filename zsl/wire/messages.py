@@ -395,7 +395,8 @@ class Status(Header):
     trunk_parameters: Count
     sessions: Count
     queued_requests: Count
-    held_bytes: Count
+    held_bytes: Count  # of steps, for pending backwards
+    adapter_bytes: Count
 
 
 # Messages that each end may receive. STATUS is the one type with a schema for each direction.

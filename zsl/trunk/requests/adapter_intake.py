@@ -66,6 +66,11 @@ class AdapterIntake:
         self._limits = limits
         self._arriving: dict[bytes, _Arriving] = {}  # by session
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all versions, and of those that are arriving."""
+        return self._store.nbytes
+
     def limits_of(self, tenant: Tenant | None) -> AdapterLimits | None:
         """Return the limits of a version, lowered to the tenant's; None if the daemon accepts no adapters."""
         if self._limits is None or tenant is None or tenant.max_adapter_bytes is None:

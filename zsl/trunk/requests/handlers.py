@@ -256,6 +256,7 @@ class Handlers:
             sessions=len(self._sessions),
             queued_requests=self._requests.queued,
             held_bytes=self._sessions.held_bytes,
+            adapter_bytes=self._intake.adapters.nbytes,
         )
         self._answers.send(sender.peer, status)
 

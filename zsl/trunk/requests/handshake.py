@@ -47,6 +47,7 @@ def status_for(
     sessions: int,
     queued_requests: int,
     held_bytes: int,
+    adapter_bytes: int,
 ) -> Status:
     """Build the STATUS: the served trunk, and the load of the daemon."""
     return Status(
@@ -62,4 +63,5 @@ def status_for(
         sessions=sessions,
         queued_requests=queued_requests,
         held_bytes=held_bytes,
+        adapter_bytes=adapter_bytes,
     )
