@@ -133,26 +133,38 @@ def test_ctrl_c_stops_an_answer_and_the_chat_goes_on(path: Path, monkeypatch: py
     assert len(says) > 9
 
 
-def test_eval_measures_the_validation_loss_of_a_training(path: Path, tmp_path: Path) -> None:
-    file = tmp_path / "notes.jsonl"
+@pytest.fixture(scope="module")
+def config(path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A training with a validation before and after it, and dropout."""
+    place = tmp_path_factory.mktemp("training")
     rows = [{"prompt": text, "completion": ANSWERS[number % 2]} for number, text in enumerate(SENTENCES)]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = tmp_path / "run.toml"
-    config.write_text(
-        f'[model]\nname = "{path}"\n[data]\nname = "{file}"\nvalidation = 0.4\nmax_length = 40\n'
-        f'[train]\nmax_steps = 2\noutput_dir = "{tmp_path / "run"}"\nlearning_rate = 1e-2\n'
+    (place / "notes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (place / "run.toml").write_text(
+        f'[model]\nname = "{path}"\n[data]\nname = "{place / "notes.jsonl"}"\nvalidation = 0.4\nmax_length = 40\n'
+        '[peft]\nr = 4\ntarget_modules = "all-linear"\nlora_dropout = 0.2\n'
+        f'[train]\nmax_steps = 2\noutput_dir = "{place / "run"}"\nlearning_rate = 1e-2\n'
     )
+    return place / "run.toml"
+
+
+@pytest.fixture(scope="module")
+def trained(config: Path) -> Path:
     train_from_config(read_config(config, overrides={}), str(config))
-    lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
-    losses = [line["eval_loss"] for line in lines if "eval_loss" in line]
-    before, after = (
-        json.loads(run("eval", config, "--json", *more).stdout) for more in ([], ["--adapter", tmp_path / "run"])
-    )
+    return config.parent / "run"
+
+
+def lines_of(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_eval_measures_the_validation_loss_of_a_training(path: Path, config: Path, trained: Path) -> None:
+    losses = [line["eval_loss"] for line in lines_of(trained) if "eval_loss" in line]
+    before, after = (json.loads(run("eval", config, "--json", *more).stdout) for more in ([], ["--adapter", trained]))
     assert [before["loss"], after["loss"]] == pytest.approx(losses, abs=1e-6)
     assert before["loss"] != after["loss"]
     assert after["perplexity"] == pytest.approx(torch.tensor(after["loss"]).exp().item(), rel=1e-5)
     assert (after["rows"], after["tokens"]) == (before["rows"], before["tokens"])
-    all_rows = run("eval", "--model", path, "--dataset", file, "--max-length", 40)
+    all_rows = run("eval", "--model", path, "--dataset", config.parent / "notes.jsonl", "--max-length", 40)
     assert ["rows", "27"] in map(str.split, all_rows.stdout.splitlines()), all_rows.output
 
 
@@ -185,3 +197,26 @@ def test_tasks_go_to_the_harness_with_the_split_model(path: Path, monkeypatch: p
     monkeypatch.setattr("zsl.cli.eval.find_spec", lambda name: object())
     shown = run("eval", "--model", path, "--tasks", "lambada, piqa", "--json")
     assert json.loads(shown.stdout)["piqa acc,none"] == 0.5
+
+
+def test_a_sample_prompt_shows_a_text_as_it_trains_and_changes_no_loss(
+    path: Path, config: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompt = SENTENCES[0][:20]
+    settings = {"output_dir": str(tmp_path / "run"), "sample_prompt": prompt}
+    train_from_config(read_config(config, overrides={"train": settings}), str(config))
+    lines = lines_of(tmp_path / "run")
+    samples = {line["step"]: line["sample"] for line in lines if "sample" in line}
+    assert [line["step"] for line in lines if "sample" in line] == [0, 2], "with a validation at each of them"
+    for loss in ("loss", "eval_loss"):
+        assert [line[loss] for line in lines if loss in line] == [
+            line[loss] for line in lines_of(trained) if loss in line
+        ]
+    tokenizer = resolve(str(path)).tokenizer()
+    tokens = tokens_of_text(tokenizer, prompt)
+    whole = AutoModelForCausalLM.from_pretrained(path)
+    most = 64 - len(tokens)
+    assert samples[0] == generate(whole, tokenizer, tokens, max_tokens=most).text
+    adapted = PeftModel.from_pretrained(whole, tmp_path / "run" / "adapter")
+    assert samples[2] == generate(adapted, tokenizer, tokens, max_tokens=most).text != samples[0]
+    assert f"step 0/2: {prompt}|" in capsys.readouterr().out
