@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import asynccontextmanager
@@ -364,3 +365,37 @@ def test_serve_refuses_what_it_cannot_do(
     monkeypatch.delenv("ZSL_API_KEY", raising=False)
     ended = CliRunner().invoke(command, ["serve", "--port", "0", *arguments])
     assert (ended.exit_code, said in ended.stderr) == (code, True), ended.output
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+async def test_a_hundred_streams_at_once_break_nowhere_and_leave_no_memory_behind(
+    server: Server, local: Callable[..., str]
+) -> None:
+    expected = [local("own", text, most=4) for text in SENTENCES]
+    status = Path(f"/proc/{server.process.pid}/status")
+
+    def resident_kilobytes() -> int:
+        return int(re.findall(r"VmRSS:\s+(\d+)", status.read_text())[0])
+
+    async with AsyncOpenAI(base_url=server.address, api_key=KEY, max_retries=0, timeout=500) as client:
+
+        async def stream(number: int) -> None:
+            for turn in range(4):
+                index = (number + turn) % len(SENTENCES)
+                streamed = await client.completions.create(
+                    model="own", prompt=SENTENCES[index], max_tokens=4, temperature=0, stream=True
+                )
+                text = ""
+                async for chunk in streamed:
+                    text += chunk.choices[0].text
+                    if number % 10 == 9:
+                        break  # hangs up
+                await streamed.close()
+                assert text == expected[index] or number % 10 == 9
+
+        sizes = []
+        for _ in range(3):
+            await asyncio.gather(*map(stream, range(100)))
+            sizes.append(resident_kilobytes())
+    assert sizes[2] - sizes[1] < 16 * 1024, f"{sizes} kB"
