@@ -55,14 +55,16 @@ def tokens_by_transformers(model: Any, prompt: list[int], **how: Any) -> list[in
     return made[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.8, 0.9, 5), Sampling(1.0, 1.0, 7)], ids=str)
+@pytest.mark.parametrize(
+    "sampling", [Sampling(), Sampling(1e-30), Sampling(0.8, 0.9, 5), Sampling(1.0, 1.0, 7)], ids=str
+)
 def test_a_split_model_has_the_text_that_transformers_generates_on_the_whole_one(
     sampling: Sampling, whole: Any, split: Any, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     prompt = tokens_of_text(tokenizer, SENTENCES[0])
     torch.manual_seed(sampling.seed or 0)
     how = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p}
-    expected = tokens_by_transformers(whole, prompt, **(how if sampling.temperature else {"do_sample": False}))
+    expected = tokens_by_transformers(whole, prompt, **(how if sampling.temperature > 0.1 else {"do_sample": False}))
     before = torch.get_rng_state()
     pieces: list[Piece] = []
     made = generate(split, tokenizer, prompt, max_tokens=TOKENS, sampling=sampling, logprobs=0, on_piece=pieces.append)

@@ -344,9 +344,21 @@ def test_one_request_more_than_may_wait_is_refused_and_an_unknown_error_tells_no
     assert (refused.status_code, refused.json()["error"]["type"]) == (429, "rate_limit_error")
     failing, _ = api(lambda _: (fail, answer()))
     with TestClient(failing, base_url="http://localhost") as client:
-        failed = client.post("/v1/chat/completions", json=request)
-    assert (failed.status_code, failed.json()["error"]["type"]) == (500, "server_error")
-    assert "secret" not in failed.text
+        for stream in (False, True):
+            failed = client.post("/v1/chat/completions", json={**request, "stream": stream})
+            assert (failed.status_code, failed.json()["error"]["type"]) == (500, "server_error")
+            assert "secret" not in failed.text
+
+
+def test_an_error_behind_the_first_piece_ends_a_stream_as_an_error() -> None:
+    def fail(on_piece: Callable[[Piece], None], _: Any) -> Generated:
+        on_piece(Piece("begun"))
+        raise ConnectionLost("the daemon is gone")
+
+    request = {"model": "m", "messages": [{"role": "user", "content": "x"}], "stream": True}
+    with TestClient(api(lambda _: (fail, answer()))[0], base_url="http://localhost") as client:
+        events = client.post("/v1/chat/completions", json=request).text.split("\n\n")
+    assert "begun" in events[1] and "trunk_unavailable" in events[-2] and "[DONE]" not in events
 
 
 @pytest.mark.parametrize(

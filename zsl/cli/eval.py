@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -90,7 +91,11 @@ def evaluate(
             else:
                 found = _perplexity(used, data, opened, checked.data.max_length, batch_size)
         if as_json:
-            say(json.dumps(found, default=str))
+            finite = {
+                name: None if isinstance(value, float) and not math.isfinite(value) else value
+                for name, value in found.items()
+            }
+            say(json.dumps(finite, default=str))
         else:
             for name, value in found.items():
                 say(f"{name:<12}  {value:.4f}" if isinstance(value, float) else f"{name:<12}  {value}")

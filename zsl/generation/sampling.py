@@ -10,6 +10,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogits
 from zsl.generation.pieces import TokenLogprob
 
 LOWEST = -9999.0  # of log-probabilities
+LEAST_TEMPERATURE = 1e-5  # logits divided by less may be infinite
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,18 +32,19 @@ class Chooser(LogitsProcessor):
 
     def __init__(self, sampling: Sampling, *, top: int | None = None) -> None:
         self._sampling = sampling
+        self._is_greedy = sampling.temperature < LEAST_TEMPERATURE
         self._top = top
         self._generator: torch.Generator | None = None
         self._warpers = LogitsProcessorList()
-        if sampling.temperature not in (0.0, 1.0):
+        if not self._is_greedy and sampling.temperature != 1.0:
             self._warpers.append(TemperatureLogitsWarper(sampling.temperature))
-        if sampling.temperature and sampling.top_p < 1.0:
+        if not self._is_greedy and sampling.top_p < 1.0:
             self._warpers.append(TopPLogitsWarper(sampling.top_p))
         self.last: TokenLogprob | None = None
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """Return `scores` `[1, vocabulary]` with minus infinity everywhere but at the chosen token."""
-        if self._sampling.temperature == 0.0:
+        if self._is_greedy:
             chosen = scores.argmax(-1, keepdim=True)
         else:
             probabilities = self._warpers(input_ids, scores).softmax(-1)
