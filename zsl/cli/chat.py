@@ -96,6 +96,8 @@ def _lines() -> Iterator[str]:
         try:
             line = input("> " if shows_prompt else "")
         except EOFError:
+            if shows_prompt:
+                say("")
             return
         except KeyboardInterrupt:
             if not shows_prompt:
