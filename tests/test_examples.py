@@ -59,7 +59,7 @@ def test_the_trainers_of_others_train_through_a_daemon(name: str, smollm2: str, 
     command = [sys.executable, str(EXAMPLES / f"{name}.py"), "--server", smollm2, "--steps", "2"]
     finished = subprocess.run(command, capture_output=True, text=True, timeout=RUN_SECONDS, check=False, cwd=tmp_path)
     assert finished.returncode == 0, finished.stderr
-    assert re.search(r"'train_loss': '\d+\.\d+'", finished.stdout)
+    assert re.search(r"'train_loss': '-?\d", finished.stdout)
     assert (tmp_path / "runs" / name / "adapter" / "adapter_model.safetensors").exists()
 
 
