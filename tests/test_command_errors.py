@@ -28,6 +28,8 @@ from zsl.text.printable import PrintableFormatter
 #   zsl info          test_info.py -k nothing_there
 #   zsl keygen        test_keygen.py -k second_pair
 #   zsl doctor        test_doctor.py -k packages_are_compared
+#   zsl generate, chat, eval, serve
+#                     test_generate_command.py -k without_a_model
 
 LONG = "x" * 5000
 

@@ -54,12 +54,12 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", ["hf_trainer", "trl_sft"])
+@pytest.mark.parametrize("name", ["hf_trainer", "trl_sft", "trl_grpo", "trl_dpo"])
 def test_the_trainers_of_others_train_through_a_daemon(name: str, smollm2: str, tmp_path: Path) -> None:
     command = [sys.executable, str(EXAMPLES / f"{name}.py"), "--server", smollm2, "--steps", "2"]
     finished = subprocess.run(command, capture_output=True, text=True, timeout=RUN_SECONDS, check=False, cwd=tmp_path)
     assert finished.returncode == 0, finished.stderr
-    assert re.search(r"'train_loss': '\d+\.\d+'", finished.stdout)
+    assert re.search(r"'train_loss': '-?\d", finished.stdout)
     assert (tmp_path / "runs" / name / "adapter" / "adapter_model.safetensors").exists()
 
 

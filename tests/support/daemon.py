@@ -44,9 +44,12 @@ class Daemon:
             self.process = subprocess.Popen(
                 self._arguments, stdout=subprocess.PIPE, stderr=stderr, env=self._environment
             )
+        self._read_ready()
+        return self
+
+    def _read_ready(self) -> None:
         self.ready: dict[str, Any] = json.loads(self._read_line())
         assert self.ready["event"] == "ready"
-        return self
 
     @property
     def port(self) -> int:

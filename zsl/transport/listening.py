@@ -1,10 +1,11 @@
-"""The listening socket of the daemon, and the open files that its connections take."""
+"""Listening sockets: their addresses, and the open files that their connections take."""
 
 from __future__ import annotations
 
 import errno
 import resource
 import socket
+from ipaddress import ip_address
 
 from zsl.errors import StartupError
 
@@ -48,6 +49,14 @@ def _listening_socket(host: str, port: int) -> socket.socket:
         listening.close()
         raise
     return listening
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether only this machine reaches the address."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def raise_file_limit() -> None:

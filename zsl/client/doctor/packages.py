@@ -18,6 +18,7 @@ DISTRIBUTION = "zsl-split"  # on PyPI, `zsl` is another project
 NEEDED_FOR = {
     "gguf": "models in .gguf files",
     "quantized": "4- and 8-bit layers",
+    "serve": "zsl serve",
     "train": "zsl-train",
     "tensorboard": "report_to = tensorboard",
     "trl": "SFTTrainer",

@@ -118,6 +118,12 @@ class TrainerExtras(Table):
     early_stopping_threshold: float = Field(
         default=0.0, ge=0, description="The smallest decrease of the validation loss that counts as an improvement."
     )
+    sample_prompt: str | None = Field(
+        default=None,
+        min_length=1,
+        description="A text that the model continues, with its most probable tokens, before the training, at each "
+        "validation, and after it.",
+    )
 
 
 class TrainConfig(Table):

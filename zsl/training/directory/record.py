@@ -35,6 +35,7 @@ _MAY_DIFFER = {
     "train.report_to",
     "train.run_name",
     "train.project",
+    "train.sample_prompt",
 }
 _MAY_DIFFER_PREFIXES = ("train.log_", "train.logging_", "train.trackio_", "train.hub_", "train.push_to_")
 

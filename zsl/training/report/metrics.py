@@ -1,4 +1,4 @@
-"""Losses of steps and validations of a run, in memory and in `metrics.jsonl`."""
+"""Losses of steps and validations of a run, and its samples, in memory and in `metrics.jsonl`."""
 
 from __future__ import annotations
 
@@ -78,6 +78,9 @@ class RunMetrics:
     def add_validation(self, step: int, epoch: float, loss: float, perplexity: float) -> None:
         self.validations.append((step, loss))
         self._add({"step": step, "eval_loss": loss, "eval_perplexity": perplexity, "epoch": epoch})
+
+    def add_sample(self, step: int, epoch: float, text: str) -> None:
+        self._add({"step": step, "sample": text, "epoch": epoch})
 
     def end_epoch(self) -> list[float]:
         """Return the losses of the epoch's steps, and begin a new epoch."""

@@ -123,6 +123,11 @@ def validation_line(step: int, of_steps: int, loss: float, perplexity: float) ->
     return f"  step {step}/{of_steps}: validation loss {loss:.4f}, perplexity {perplexity:.2f}"
 
 
+def sample_line(step: int, of_steps: int, prompt: str, text: str) -> str:
+    """Format the line of a sample text."""
+    return f"  step {step}/{of_steps}: {prompt}|{text}"
+
+
 def stopped_early(
     step: int, of_steps: int, patience: int, best: float | None, *, threshold: float = 0.0, went_by: str = "loss"
 ) -> str:

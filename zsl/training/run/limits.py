@@ -11,8 +11,16 @@ from peft import PeftModel
 from zsl.client.remote import RemoteTrunk
 from zsl.client.trunk_adapters import TrunkAdapters
 from zsl.errors import ConfigError, ZslError
+from zsl.models.reference import ModelReference
 from zsl.split.trunk_lora import slots_of
-from zsl.wire.messages import Limits
+from zsl.wire.messages import Limits, Welcome
+
+
+def context_tokens(reference: ModelReference, welcome: Welcome) -> int:
+    """Return the largest number of tokens of a text: that of the model, or of the daemon's requests."""
+    granted = welcome.limits.max_row_tokens
+    positions = getattr(reference.config.get_text_config(), "max_position_embeddings", None)
+    return granted if positions is None else min(granted, int(positions))
 
 
 def check_limits(

@@ -36,12 +36,11 @@ from zsl.training.report.overview import communication, overview
 from zsl.training.report.screen import final_summary
 from zsl.training.run.earlier_adapter import EarlierAdapter
 from zsl.training.run.fits import check_fits
-from zsl.training.run.limits import check_adapters, check_limits
+from zsl.training.run.limits import check_adapters, check_limits, context_tokens
+from zsl.training.run.open_trunk import check_keys_are_for_a_daemon, open_trunk
 from zsl.training.run.results import Results
+from zsl.training.trainer.sample import SampleCallback
 from zsl.training.trainer.trainer import SplitTrainer
-from zsl.trunk.daemon.embedded import EmbeddedTrunk
-from zsl.trunk.daemon.load import plan_trunk
-from zsl.wire.messages import Cut
 
 
 def train_from_config(config: TrainConfig, where: str, *, dry_run: bool = False) -> None:
@@ -61,8 +60,7 @@ def train_from_config(config: TrainConfig, where: str, *, dry_run: bool = False)
     directory = Path(str(arguments.output_dir))
     record = RunRecord(configuration=configuration_of(config), run=secrets.token_hex(8))
     cut = parse_cut(config.trunk.cut) if config.trunk.cut else None
-    if config.trunk.endpoint is None and (config.trunk.server_key or config.trunk.client_key):
-        raise ConfigError("trunk.server_key and trunk.client_key are for a daemon: name it with --server HOST:PORT")
+    check_keys_are_for_a_daemon(config.trunk)
     with ExitStack() as stack:
         stack.enter_context(held(directory))
         if config.resume_from is None:
@@ -77,8 +75,7 @@ def train_from_config(config: TrainConfig, where: str, *, dry_run: bool = False)
         if not isinstance(data.train, Dataset) and arguments.max_steps <= 0:
             raise ConfigError(f"{where}: a stream has no length: set train.max_steps, or data.samples")
         set_seed(arguments.seed)
-        trunk, trunk_place = _trunk(config, cut, dtype, stack)
-        stack.callback(trunk.close)
+        trunk, trunk_place = open_trunk(config.trunk, config.model.name, cut, dtype, stack)
         base = load_client(reference, trunk, cut=cut, dtype=dtype, quantize=config.model.quantize, layers=config.layers)
         sides = Sides(base, trunk.client.welcome.cut)
         try:
@@ -119,11 +116,16 @@ def train_from_config(config: TrainConfig, where: str, *, dry_run: bool = False)
             arguments.eval_on_start = False  # the run's first process did that
         metrics = RunMetrics(run.path / METRICS_FILE, start.metrics if start else "")
         stack.enter_context(closing(metrics))
+        sample = None
+        if (prompt := config.extras.sample_prompt) is not None:
+            tokens = context_tokens(reference, trunk.client.welcome) - virtual_tokens
+            sample = SampleCallback(prompt, reference.tokenizer(), metrics, context_tokens=tokens)
         trainer = _trainer(
             where,
             metrics=metrics,
             directory=run,
             extras=config.extras,
+            sample=sample,
             trunk=trunk,
             base_model=reference.hub_id,
             start=start,
@@ -232,29 +234,6 @@ def _digest(*parts: Any) -> str:
                 rows.update(memoryview(values.value_lengths().to_numpy(zero_copy_only=False)))
                 rows.update(memoryview(values.flatten().to_numpy(zero_copy_only=False)))
     return rows.hexdigest()
-
-
-def _trunk(config: TrainConfig, cut: Cut | None, dtype: torch.dtype, stack: ExitStack) -> tuple[RemoteTrunk, str]:
-    """Return the trunk to train through, and its place in words. `stack` closes an embedded trunk."""
-    table = config.trunk
-    endpoint, place = table.endpoint, table.endpoint
-    if endpoint is None:
-        plan = plan_trunk(config.model.name, cut, dtype, "cpu", forward_only=False)
-        endpoint = stack.enter_context(EmbeddedTrunk(plan, deterministic=table.deterministic is not None)).endpoint
-        place = "embedded trunk"
-    trunk = RemoteTrunk(
-        endpoint,
-        server_key=table.server_key,
-        client_key=table.client_key,
-        mode=table.mode,
-        wire_dtype=getattr(torch, table.wire_dtype) if table.wire_dtype else None,
-        adapter_wire_dtype=getattr(torch, table.adapter_wire_dtype) if table.adapter_wire_dtype else None,
-        deterministic=table.deterministic,
-        padding=table.padding,
-        connect_timeout_seconds=table.connect_timeout_seconds,
-        request_timeout_seconds=table.request_timeout_seconds,
-    )
-    return trunk, str(place)
 
 
 def _goes_on(run: RunDirectory) -> str:

@@ -32,6 +32,7 @@ from zsl.training.report.metrics import RunMetrics
 from zsl.training.report.screen import epoch_summary, step_line, stopped_early, validation_line
 from zsl.training.report.step_measure import StepMeasure
 from zsl.training.trainer.overlap_mixin import OverlapMixin
+from zsl.training.trainer.sample import SampleCallback
 from zsl.training.trainer.step_times import StepTimes
 from zsl.training.trainer.validation_loss import TokenLossMixin
 from zsl.training.trainer.whole_checkpoints import WholeCheckpointsMixin, write_error
@@ -42,7 +43,8 @@ logger = logging.getLogger(__name__)
 class SplitTrainer(OverlapMixin, TokenLossMixin, WholeCheckpointsMixin, Trainer):
     """`Trainer` that reports losses to `metrics`, and first steps and checkpoints to `directory`.
 
-    `start` is the checkpoint of a resumed run. `extras` are the keys of `[train]` that `TrainingArguments` lacks.
+    `start` is the checkpoint of a resumed run. `extras` are the keys of `[train]` that `TrainingArguments` lacks, and
+    `sample` reports a text where its `sample_prompt` asks for one.
     Raises `ConfigError`.
     """
 
@@ -54,6 +56,7 @@ class SplitTrainer(OverlapMixin, TokenLossMixin, WholeCheckpointsMixin, Trainer)
         extras: TrainerExtras,
         trunk: RemoteTrunk,
         start: Start | None = None,
+        sample: SampleCallback | None = None,
         **arguments: Any,
     ) -> None:
         super().__init__(overlap=extras.overlap, metrics=metrics, directory=directory, start=start, **arguments)
@@ -63,6 +66,8 @@ class SplitTrainer(OverlapMixin, TokenLossMixin, WholeCheckpointsMixin, Trainer)
         self.remove_callback(PrinterCallback)
         self._show = _Progress(metrics, directory, self._times, extras)
         self.add_callback(self._show)
+        if sample is not None:
+            self.add_callback(sample)
         if extras.early_stopping_patience is not None:
             early = EarlyStoppingCallback(extras.early_stopping_patience, extras.early_stopping_threshold)
             early.early_stopping_patience_counter = start.validations_without_gain if start else 0

