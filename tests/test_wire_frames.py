@@ -49,6 +49,7 @@ from zsl.wire.messages import (
     StatusRequest,
     TensorDescriptor,
     UsedAdapter,
+    UsedCache,
     Welcome,
 )
 
@@ -73,12 +74,13 @@ WORK["tensors"] = [ACTIVATIONS]
 
 HEADERS: list[Header] = [
     Hello(request=1, software="0", dtype="f32", model=IDENTITY, cut=None, resume=None),
-    Forward(**WORK, keep=True, reveal=[], adapter=None),
+    Forward(**WORK, keep=True, reveal=[], cache=None, adapter=None),
     Forward(
         **WORK,
         keep=True,
         reveal=["hidden_states", "router_logits"],
         adapter=UsedAdapter(version=VERSION, dropout_seed=7),
+        cache=UsedCache(name=1, version=2, length=3),
     ),
     Backward(**WORK, step=1, adapter=None, adapter_sum=None, adapter_gradients=False),
     Backward(**WORK, step=1, adapter=None, adapter_sum=AdapterSum(name=1, position=0), adapter_gradients=True),
@@ -112,6 +114,7 @@ HEADERS: list[Header] = [
         trunk_parameters=3,
         adapters=AdapterLimits(max_rank=8, max_bytes=9),
         reveals=["router_logits"],
+        caches=True,
         limits=LIMITS,
     ),
     Result(session=SESSION, request=1, epoch=EPOCH, merged=1, queue_us=0, compute_us=0, tensors=[ACTIVATIONS]),

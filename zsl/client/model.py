@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.cache_utils import Cache
 
 from zsl.client.remote import RemoteTrunk
 from zsl.client.revealed import ARGUMENTS
@@ -22,8 +23,6 @@ from zsl.wire.messages import Cut, Quantization
 
 # Arguments of a model that need data from inside the trunk that the daemon does not send.
 _REFUSED = {
-    "use_cache": "the trunk keeps no keys and values; pass use_cache=False",
-    "past_key_values": "the trunk keeps no keys and values; pass use_cache=False",
     "output_attentions": "the attentions inside the trunk stay there; "
     "for those of your own layers register forward hooks on them",
 }
@@ -66,6 +65,8 @@ def load_client(
         reference, welcome.cut, dtype, quantize=quantize, layers=layers, auto_class=auto_class
     )
     put_trunk(client_model, trunk, welcome.cut)
+    if not welcome.caches and getattr(client_model, "generation_config", None) is not None:  # a classifier has none
+        client_model.generation_config.use_cache = False
     return client_model
 
 
@@ -93,7 +94,7 @@ def put_trunk(model: PreTrainedModel, trunk: RemoteTrunk, cut: Cut) -> None:
 
     def observe(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         arguments = arguments_of_runner(args, kwargs)
-        labels = call.__dict__.pop("labels", ())
+        labels, past = call.__dict__.pop("labels", ()), arguments.get("past_key_values")
 
         def is_asked(name: str) -> bool:
             asked = arguments.get(name)
@@ -113,6 +114,7 @@ def put_trunk(model: PreTrainedModel, trunk: RemoteTrunk, cut: Cut) -> None:
                 labels,
                 {index: layers[index] for index in range(cut.start, cut.stop)},
                 tuple(name for argument, (name, _) in ARGUMENTS.items() if is_asked(argument)),
+                behind_cache=isinstance(past, Cache) and past.get_seq_length() > 0,
             )
 
     model.register_forward_pre_hook(note_labels, with_kwargs=True)

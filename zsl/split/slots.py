@@ -176,8 +176,8 @@ def _load_adapter(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
 
 def _refuse_continuous_batching(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
     raise ModelError(
-        "continuous batching (generate_batch) is not supported by a split model: the trunk keeps no keys and values. "
-        "Use generate, which runs without them; for TRL set use_transformers_continuous_batching=False"
+        "continuous batching (generate_batch) is not supported by a split model, whose trunk has no pages of keys and "
+        "values. Use generate; for TRL set use_transformers_continuous_batching=False"
     )
 
 

@@ -11,6 +11,7 @@ from zsl.trunk.costs import (
     UNKNOWN_GRAPH_MEMORY,
     UNKNOWN_PASS_MEMORY,
     BatchLimits,
+    CacheMemory,
     Costs,
     GraphMemory,
     PassMemory,
@@ -59,7 +60,8 @@ class TrunkTraits:
     linear modules that may have adapters, by path (`zsl.wire.adapter_layout`); `merges_adapters`: requests with
     adapters may share a pass. `graph_memory_with_adapters`, `pass_memory_with_adapters`: memory of passes of requests
     with adapters. `routers`: number of the layers with experts, and experts of each; counted for a trunk that reveals
-    their logits.
+    their logits. `cache_memory`: of keys and values; None for a trunk whose layers keep others, or something else.
+    `merges_caches`: requests with caches may share a pass.
     """
 
     parameters: int
@@ -77,6 +79,8 @@ class TrunkTraits:
     graph_memory_with_adapters: GraphMemory = UNKNOWN_GRAPH_MEMORY
     pass_memory_with_adapters: PassMemory = UNKNOWN_PASS_MEMORY
     routers: tuple[int, int] = (0, 0)
+    cache_memory: CacheMemory | None = None
+    merges_caches: bool = False
 
     def memory_of(self, *, adapted: bool) -> tuple[GraphMemory, PassMemory]:
         """Return the memory of a pass in which a request has an adapter, or none has."""
@@ -93,6 +97,7 @@ class ServerSettings:
     `reply_memory_bytes`: memory of answers that a client may ask for again.
     `adapter_memory_bytes`: memory of adapters in the trunk's layers, of which a version may take `ADAPTER_SHARE`; 0:
     none are accepted.
+    `cache_memory_bytes`: memory of keys and values; 0: none are kept.
     `max_wait_seconds`: a request that has waited so long runs next, regardless of fairness.
     `stuck_seconds`: a pass that takes longer is considered hung; the daemon exits, so that another can take over.
     A session uses two connections: one for requests, one for heartbeats.
@@ -111,6 +116,7 @@ class ServerSettings:
     reply_memory_bytes: int = 64 << 20
     adapter_memory_bytes: int = 1 << 30
     max_adapter_rank: int = 256
+    cache_memory_bytes: int = 4 << 30
     stuck_seconds: float = 1800.0
     drain_seconds: float = 10.0
 

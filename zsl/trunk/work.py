@@ -11,6 +11,7 @@ from typing import Protocol
 
 from zsl.errors import WireError
 from zsl.trunk.adapter import AdapterUse
+from zsl.trunk.cache import CacheUse
 from zsl.trunk.settings import TrunkTraits
 from zsl.wire.frames import Frame
 from zsl.wire.messages import Reveal, Role, TensorDescriptor, UsedAdapter
@@ -77,7 +78,12 @@ class Stacked:
     has_positions: bool
 
 
-Sharing = Alone | Packed | Stacked
+@dataclass(frozen=True, slots=True)
+class BehindCache:
+    """A request behind a cache that may be packed: its tokens in one row with those of others behind caches."""
+
+
+Sharing = Alone | Packed | Stacked | BehindCache
 
 
 class Stash(Protocol):
@@ -118,7 +124,7 @@ class Work:
 
     The outcome of a backward with `adapter.gradients` has `adapter_gradients` among its buffers: flat, in the dtype of
     the version's weights. `reveals`: tensors from inside the trunk that a forward answers with, or that have gradients
-    in a backward. Such a request runs alone.
+    in a backward. Such a request runs alone. `cache`: keys and values that a forward runs behind.
     """
 
     kind: Kind
@@ -129,6 +135,7 @@ class Work:
     stash: Stash | None = None
     adapter: AdapterUse | None = None
     reveals: tuple[Reveal, ...] = ()
+    cache: CacheUse | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,10 +160,11 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """The tensors of an answer, and the stash for its backward."""
+    """The tensors of an answer, the stash for its backward, and the cache after it in the computation's own form."""
 
     buffers: Buffers
     stash: Stash | None = None
+    kept: object | None = None
 
 
 Outcome = Done | WireError

@@ -27,14 +27,14 @@ from zsl.errors import CorruptError, MalformedError, ProtocolVersionError, TooLa
 from zsl.wire.messages import ID_BYTES, MAX_TENSORS, MAX_TEXT_CHARS, Header, TensorDescriptor
 
 MAGIC = b"ZSLT"
-MAJOR = 4
+MAJOR = 5
 KIND = struct.Struct("<4sBBH")  # magic, major, type, flags
 CHECKSUM_BYTES = 8
 PREAMBLE_BYTES = KIND.size + CHECKSUM_BYTES
 MAX_HEADER_BYTES = 16 * 1024
 HEAD_FRAMES = 2
 # No valid header has more: parsing stops at the first item over it, before memory is taken for the rest.
-MAX_KEYS = MAX_ITEMS = 16  # of one map, of one list
+MAX_KEYS, MAX_ITEMS = 20, 16  # of one map, of one list
 MAX_CONTAINERS = 2 + 2 * MAX_TENSORS  # maps and lists: the header, its tensors, and per tensor a map and a shape
 
 Frame = bytes | memoryview

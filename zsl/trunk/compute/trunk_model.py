@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 
 from zsl.models.quantize import bits_of
 from zsl.split.sides import numbers_in
@@ -26,6 +27,7 @@ from zsl.split.stack import find_stack
 from zsl.trunk.compute.adapters import FlatGradients, PassAdapters
 from zsl.trunk.compute.attention import flash_is_slow, layout_of, segments_attention
 from zsl.trunk.compute.by_layers import Layer, gradients_at, gradients_by_layers
+from zsl.trunk.compute.keys_and_values import KeysAndValues, PackedCaches, no_keys_and_values
 from zsl.trunk.compute.linear_outputs import LinearLayers, LinearOutputs
 from zsl.trunk.compute.passes import Pass, Rows, Sequences
 from zsl.wire.messages import Cut, Reveal
@@ -103,7 +105,11 @@ class TrunkModel:
 
     def __init__(self, model: PreTrainedModel, cut: Cut) -> None:
         self._model = model
+        self._cut = cut
         layers = find_stack(model).layers
+        self._layer_count = len(layers)
+        self._cache: Cache | None = None
+        self._packed_caches: PackedCaches | None = None
         first = layers[cut.start]
         self._first_parameter = next(iter(inspect.signature(first.forward).parameters))
         first.register_forward_pre_hook(self._enter, with_kwargs=True)
@@ -176,6 +182,21 @@ class TrunkModel:
             self.forward(Rows(activations))
             found = revealed["router_logits"]
             return len(found), found[0].shape[-1] if found else 0
+
+    def no_keys_and_values(self) -> KeysAndValues | None:
+        """Make an empty cache; None if a layer keeps something else than keys and values."""
+        return no_keys_and_values(self._model.config.get_text_config(decoder=True), self._cut)
+
+    @contextmanager
+    def behind(self, cache: KeysAndValues | PackedCaches | None) -> Iterator[None]:
+        """Run passes behind the tokens of a cache, or of those of a packed row's requests, which take the keys and
+        values of each pass."""
+        self._cache = None if cache is None else cache.in_model(self._cut, self._layer_count)
+        self._packed_caches = cache if isinstance(cache, PackedCaches) else None
+        try:
+            yield
+        finally:
+            self._cache = self._packed_caches = None
 
     def _revealed(self) -> Revealed:
         return {name: tuple(tensors) for name, tensors in self._revealing.items()}
@@ -293,13 +314,13 @@ class TrunkModel:
         if isinstance(inputs, Sequences):
             # Unused, but with a mask transformers does not search the positions for packed sequences.
             mask: torch.Tensor | None = torch.ones(activations.shape[:2], dtype=torch.bool, device=self.device)
-            layout = layout_of(
+            layout = self._packed_caches or layout_of(
                 inputs.lengths, inputs.masked, inputs.seen, invariant=inputs.invariant, device=self.device
             )
             attend = partial(segments_attention, self._model.config, layout)
         else:
             mask = inputs.attention_mask
-            if self._own_attention:
+            if self._own_attention and self._cache is None:
                 attend = partial(segments_attention, self._model.config, None)
         placeholder = torch.zeros((), dtype=self.dtype, device=self.device).expand(activations.shape)
         self._entering, self._attend = activations, attend
@@ -312,7 +333,8 @@ class TrunkModel:
                     inputs_embeds=placeholder,
                     attention_mask=mask,
                     position_ids=inputs.position_ids,
-                    use_cache=False,
+                    past_key_values=self._cache,
+                    use_cache=self._cache is not None,
                     **asked,
                 )
             if asked:

@@ -163,7 +163,10 @@ class Handlers:
             session = self._resumed(sender, header, now) or self._opened(sender, header, now)
         limits = self._limits_of(sender.tenant)
         adapters = intake.adapters.limits_of(sender.tenant)
-        welcome = welcome_to(header, session.id, self._answers.epoch, intake.info, intake.traits, adapters, limits)
+        caches = intake.cache_memory is not None
+        welcome = welcome_to(
+            header, session.id, self._answers.epoch, intake.info, intake.traits, adapters, limits, caches=caches
+        )
         self._router.hold(sender.peer)
         if not self._answers.send(sender.peer, welcome):
             self.close_session(session, "its client disconnected before it was open")

@@ -15,6 +15,8 @@ def welcome_to(
     traits: TrunkTraits,
     adapters: AdapterLimits | None,
     limits: Limits,
+    *,
+    caches: bool,
 ) -> Welcome:
     """Build the WELCOME of an open session."""
     return Welcome(
@@ -32,6 +34,7 @@ def welcome_to(
         trunk_parameters=traits.parameters,
         adapters=adapters,
         reveals=list(info.reveals),
+        caches=caches,
         limits=limits,
     )
 

@@ -19,8 +19,8 @@ from zsl.errors import (
 )
 from zsl.trunk.requests.finite import not_finite
 from zsl.trunk.settings import TrunkTraits
-from zsl.trunk.work import Alone, Buffers, Packed, Shape, Sharing, Stacked
-from zsl.wire.messages import FLOAT_DTYPES, Limits, Role, TensorDescriptor
+from zsl.trunk.work import Alone, BehindCache, Buffers, Packed, Shape, Sharing, Stacked
+from zsl.wire.messages import FLOAT_DTYPES, Limits, Role, TensorDescriptor, UsedCache
 
 _NUMPY_DTYPES = {"i64": np.int64, "i32": np.int32, "i16": np.int16, "i8": np.int8, "u8": np.uint8, "bool": np.uint8}
 
@@ -28,17 +28,20 @@ _NUMPY_DTYPES = {"i64": np.int64, "i32": np.int32, "i16": np.int16, "i8": np.int
 Integers = np.ndarray[tuple[int, ...], np.dtype[np.integer[Any]]]
 
 _OPTIONAL: set[Role] = {"attention_mask", "position_ids", "lengths"}
+_BEHIND_CACHE: set[Role] = {"attention_mask", "position_ids", "cache_rows"}
 
 
-def check_forward(buffers: Buffers, hidden_size: int, limits: Limits) -> Shape:
+def check_forward(buffers: Buffers, hidden_size: int, limits: Limits, cache: UsedCache | None = None) -> Shape:
     """Validate a forward, and return the shape of its activations `[rows, tokens, hidden]`.
 
     Optional tensors: `attention_mask` `[rows, tokens]` of 0 and 1, `position_ids` `[rows or 1, tokens]`, and
-    for a single row `lengths` `[sequences]`, whose sum is its tokens.
+    for a single row `lengths` `[sequences]`, whose sum is its tokens. With a `cache` there are no lengths, and the mask
+    is of the tokens in it too.
     Raises `MalformedError`, `BadShapeError`, `BadDtypeError`, `TooLargeError` or `NonFiniteError`.
     """
-    _check_roles(buffers, needed={"activations"}, optional=_OPTIONAL)
-    return _check_inputs(buffers, hidden_size, limits)
+    optional = _OPTIONAL if cache is None else _BEHIND_CACHE
+    _check_roles(buffers, needed={"activations"}, optional=optional)
+    return _check_inputs(buffers, hidden_size, limits, cache)
 
 
 def check_backward(buffers: Buffers, held: Shape | None, hidden_size: int, limits: Limits) -> Shape:
@@ -86,6 +89,20 @@ def sharing_of(buffers: Buffers, shape: Shape, traits: TrunkTraits) -> Sharing:
     return Stacked(shape.tokens, has_mask, has_positions)
 
 
+def cache_rows(buffers: Buffers, shape: Shape) -> tuple[int, ...] | None:
+    """Return the rows of its cache that a forward runs behind; None for all, in order. Raises as `check_forward`."""
+    if "cache_rows" not in buffers:
+        return None
+    rows = _integers(buffers, "cache_rows", {(shape.rows,)}, lowest=0, highest=2**31)
+    return tuple(rows.tolist())
+
+
+def sharing_behind_cache(shape: Shape, traits: TrunkTraits) -> Sharing:
+    """Decide how a valid request behind a cache may share a pass. In a deterministic trunk it runs alone."""
+    small = shape.total_tokens <= traits.batch_limits.merge_below_tokens
+    return BehindCache() if traits.merges_caches and small and not traits.deterministic else Alone()
+
+
 def _check_roles(buffers: Buffers, *, needed: set[Role], optional: set[Role]) -> None:
     missing, extra = needed - buffers.keys(), buffers.keys() - needed - optional
     if missing or extra:
@@ -93,7 +110,7 @@ def _check_roles(buffers: Buffers, *, needed: set[Role], optional: set[Role]) ->
         raise MalformedError(f"the request {wrong}")
 
 
-def _check_inputs(buffers: Buffers, hidden_size: int, limits: Limits) -> Shape:
+def _check_inputs(buffers: Buffers, hidden_size: int, limits: Limits, cache: UsedCache | None = None) -> Shape:
     activations = buffers["activations"][0]
     _check_float(activations)
     if len(activations.shape) != 3 or 0 in activations.shape:
@@ -107,16 +124,18 @@ def _check_inputs(buffers: Buffers, hidden_size: int, limits: Limits) -> Shape:
             "or start the daemon with more --stash-memory"
         )
     masked: frozenset[int] = frozenset()
+    past = 0 if cache is None else cache.length
     if "attention_mask" in buffers:
-        mask = _integers(buffers, "attention_mask", {(rows, tokens)}, lowest=0, highest=1)
-        masked = frozenset(np.flatnonzero((mask.reshape(rows, tokens) == 0).any(1)).tolist())
+        mask = _integers(buffers, "attention_mask", {(rows, past + tokens)}, lowest=0, highest=1)
+        masked = frozenset(np.flatnonzero((mask.reshape(rows, -1) == 0).any(1)).tolist())
     positions = None
     if "position_ids" in buffers:
         shapes: set[tuple[int, ...]] = {(rows, tokens), (1, tokens)}
         positions = _integers(buffers, "position_ids", shapes, lowest=0, highest=limits.max_row_tokens - 1)
-    lengths = _lengths(buffers, rows, tokens, positions)
-    if positions is None and max(lengths) > limits.max_row_tokens:  # given positions are within the limit
-        raise TooLargeError(f"sequences of {max(lengths)} tokens; this model accepts up to {limits.max_row_tokens}")
+    lengths = (tokens,) * rows if cache is not None else _lengths(buffers, rows, tokens, positions)
+    if positions is None and past + max(lengths) > limits.max_row_tokens:  # given positions are within the limit
+        longest = past + max(lengths)
+        raise TooLargeError(f"sequences of {longest} tokens; this model accepts up to {limits.max_row_tokens}")
     _check_finite(buffers)
     fits_rows = "lengths" in buffers or tokens <= limits.max_row_tokens
     return Shape(rows, tokens, lengths, masked, fits_rows)
