@@ -199,7 +199,8 @@ def _masks_behind_caches(
     for layer, (rows, tokens), seen in zip(packed.sized, packed.shapes, packed.masks, strict=True):
         kv_length, kv_offset = layer.get_mask_sizes(tokens)
         where = {"q_offset": layer.get_seq_length(), "kv_offset": kv_offset}
-        masks.append(own(rows, tokens, kv_length, attention_mask=seen, **where, **arguments))
+        mask = None if seen is None else seen.bool()  # as transformers passes it
+        masks.append(own(rows, tokens, kv_length, attention_mask=mask, **where, **arguments))
     return CacheMasks(packed, tuple(masks))
 
 
