@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -168,13 +168,13 @@ def test_more_texts_than_fit_into_the_memory_wait_for_each_other(path: str, whol
     bytes_of_a_text = _bytes_of_a_text(path)
     budget = 5 * bytes_of_a_text // 2
     seen: list[int] = []
-    with server_of(path, budget) as server:
+    with server_of(path, budget) as server, ExitStack() as stack:
 
         def write(seed: int) -> list[int]:
-            with split_model(path, server.endpoint) as split:
-                barrier.wait(WAIT_SECONDS)
-                return text(split, seed, at=At(9, lambda: seen.append(server.server.stats.cache_bytes)))
+            barrier.wait(WAIT_SECONDS)
+            return text(splits[seed], seed, at=At(9, lambda: seen.append(server.server.stats.cache_bytes)))
 
+        splits = [stack.enter_context(split_model(path, server.endpoint)) for _ in range(3)]
         barrier = threading.Barrier(3)
         with ThreadPoolExecutor(3) as threads:
             found = list(threads.map(write, range(3)))

@@ -50,7 +50,8 @@ class Absent(nn.Module):
     def forward(self, first: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if first.ndim == 3 and first.is_floating_point():
             return first  # [rows, tokens, hidden]
-        return torch.zeros((), dtype=self.dtype, device=first.device).expand(*first.shape, self.hidden_size)
+        ones = (1,) * first.ndim  # the shape of a mask behind a cache is not that of the activations
+        return torch.zeros((), dtype=self.dtype, device=first.device).expand(*ones, self.hidden_size)
 
 
 def copy_plain_attributes(source: nn.Module, target: nn.Module) -> None:
