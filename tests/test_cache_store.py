@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from zsl.errors import BadShapeError, MalformedError, OverloadedError, TooLargeError, UnknownCacheError, WireError
 from zsl.trunk.access.tenants import Tenant
-from zsl.trunk.cache import CacheUse
 from zsl.trunk.costs import CacheMemory
 from zsl.trunk.sessions.cache_store import QUIET_SECONDS, CacheStore
 from zsl.trunk.sessions.sessions import Session, Sessions
+from zsl.trunk.work import CacheUse
 from zsl.wire.messages import UsedCache
 
 MEMORY = CacheMemory(((1, None),))  # a byte for each token of a row

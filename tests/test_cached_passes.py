@@ -18,9 +18,8 @@ from support.compare import within
 from test_merging import compute_of
 from zsl.errors import InternalError
 from zsl.trunk.adapter import AdapterUse
-from zsl.trunk.cache import CacheUse
 from zsl.trunk.compute.engine import TorchCompute
-from zsl.trunk.work import Alone, Batch, BehindCache, Done, Kind, Shape, Sharing, Work
+from zsl.trunk.work import Alone, Batch, BehindCache, CacheUse, Done, Kind, Shape, Sharing, Work
 from zsl.wire.tensors import decode_tensor, encode_tensor
 
 HIDDEN = 32

@@ -21,10 +21,13 @@ from support.daemon import Daemon
 from support.echo import EchoServer
 from support.faulty_link import FaultyLink
 from support.models import CUT, local_model, with_lora
+from zsl.client.replayable_step import Answer, read_answer
 from zsl.errors import TooLargeError
 from zsl.split.cut import parse_cut
 from zsl.trunk.daemon.load import plan_trunk
 from zsl.trunk.settings import ServerSettings
+from zsl.wire.frames import Message
+from zsl.wire.messages import Role
 
 SHARP = {"initializer_range": 0.3}
 TOKENS = 16
@@ -101,6 +104,7 @@ def served(path: str) -> Iterator[tuple[EchoServer, Any]]:
         yield server, split
 
 
+@pytest.mark.long
 def test_a_daemon_that_is_killed_within_a_text_costs_time_only(
     path: str, whole: PreTrainedModel, tmp_path: Path
 ) -> None:
@@ -147,10 +151,10 @@ def test_a_session_that_ends_within_a_text_changes_no_token(
 def test_the_memory_is_free_again_when_a_text_is_done(served: tuple[EchoServer, Any]) -> None:
     server, split = served
     held = []
-    text(split, at=At(9, lambda: held.append(server.server.stats.cache_bytes)))
+    text(split, at=At(9, lambda: held.append(server.server._caches.nbytes)))
     gc.collect()
     assert held[0] > 0
-    until(lambda: server.server.stats.cache_bytes == 0)
+    until(lambda: server.server._caches.nbytes == 0)
 
 
 def test_a_prompt_longer_than_a_request_comes_in_pieces(
@@ -172,7 +176,7 @@ def test_more_texts_than_fit_into_the_memory_wait_for_each_other(path: str, whol
 
         def write(seed: int) -> list[int]:
             barrier.wait(WAIT_SECONDS)
-            return text(splits[seed], seed, at=At(9, lambda: seen.append(server.server.stats.cache_bytes)))
+            return text(splits[seed], seed, at=At(9, lambda: seen.append(server.server._caches.nbytes)))
 
         splits = [stack.enter_context(split_model(path, server.endpoint)) for _ in range(3)]
         barrier = threading.Barrier(3)
@@ -180,6 +184,39 @@ def test_more_texts_than_fit_into_the_memory_wait_for_each_other(path: str, whol
             found = list(threads.map(write, range(3)))
         assert found == [text(whole, seed) for seed in range(3)]
         assert 0 < max(seen) <= budget
+
+
+def test_clients_that_write_at_once_share_passes_and_each_gets_its_local_text(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ways: list[dict[str, Any]] = [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 2}, {"max_new_tokens": 7}]
+    merged: list[int] = []
+
+    def note(message: Message, role: Role, **how: Any) -> Answer:
+        answer = read_answer(message, role, **how)
+        merged.append(answer.merged)
+        return answer
+
+    with server_of(path) as server, ExitStack() as stack:
+        wholes = [with_lora(local_model(path), seed=seed, layers=range(6), rank=2 + seed).eval() for seed in range(4)]
+        trunks = [stack.enter_context(zsl.RemoteTrunk(server.endpoint)) for _ in ways]
+        splits = [
+            with_lora(zsl.load_client(path, trunk), seed=seed, layers=range(6), rank=2 + seed).eval()
+            for seed, trunk in enumerate(trunks)
+        ]
+        expected = [text(whole, seed, **ways[seed]) for seed, whole in enumerate(wholes)]
+        monkeypatch.setattr("zsl.client.trunk_client.read_answer", note)
+        barrier = threading.Barrier(4)
+
+        def write(seed: int) -> list[int]:
+            barrier.wait(WAIT_SECONDS)
+            return text(splits[seed], seed, **ways[seed])
+
+        with ThreadPoolExecutor(4) as threads:
+            found = list(threads.map(write, range(4)))
+    assert found == expected
+    assert len({tuple(one) for one in expected}) == 4, "clients with one text would hide a mix-up"
+    assert max(merged) > 1, "nothing was merged: the test would show nothing"
 
 
 def test_a_text_that_needs_more_than_the_whole_memory_is_refused_by_name(path: str) -> None:

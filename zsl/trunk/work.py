@@ -11,7 +11,6 @@ from typing import Protocol
 
 from zsl.errors import WireError
 from zsl.trunk.adapter import AdapterUse
-from zsl.trunk.cache import CacheUse
 from zsl.trunk.settings import TrunkTraits
 from zsl.wire.frames import Frame
 from zsl.wire.messages import Reveal, Role, TensorDescriptor, UsedAdapter
@@ -116,6 +115,21 @@ class Held:
     sharing: Sharing
     adapter: UsedAdapter | None = None
     reveals: tuple[Reveal, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class CacheUse:
+    """Keys and values that a session's forward runs behind.
+
+    `kept`: those before the request, in the computation's own form; None for a new cache. The request runs behind the
+    first `length` tokens of these `rows` (None: of all, in order). `nbytes`: size of the cache after it.
+    """
+
+    name: int
+    kept: object | None
+    length: int
+    rows: tuple[int, ...] | None
+    nbytes: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,6 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.cache_utils import (
     Cache,
-    CacheLayerMixin,
     DummyLayer,
     DynamicCache,
     DynamicLayer,
@@ -102,14 +101,14 @@ class PackedCaches:
         return [part.unflatten(1, shape).transpose(0, 1) for part, shape in zip(parts, self.shapes, strict=True)]
 
 
-class _PackedLayer(CacheLayerMixin):
+class _PackedLayer(DynamicLayer):
     """One layer of the caches in a pass: hands each request's keys and values to its own."""
 
     def __init__(self, packed: PackedCaches, layers: tuple[Any, ...]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._packed = packed
         self._layers = layers
-        self.is_sliding = layers[0].is_sliding
+        self.is_sliding = layers[0].is_sliding  # masks of windows are sized by such a layer
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -124,9 +123,3 @@ class _PackedLayer(CacheLayerMixin):
 
     def get_seq_length(self) -> int:
         return 0
-
-    def get_max_length(self) -> int:
-        return -1
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        pass

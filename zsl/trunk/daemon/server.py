@@ -45,13 +45,12 @@ CONTROL_MESSAGES = 64
 
 @dataclass(frozen=True, slots=True)
 class ServerStats:
-    """Numbers of open sessions and connections, bytes of stashes, adapters and caches, and requests by state."""
+    """Numbers of open sessions and connections, bytes of stashes and of adapters, and requests by state."""
 
     sessions: int
     connections: int
     held_bytes: int
     adapter_bytes: int
-    cache_bytes: int
     requests: RequestStats
 
 
@@ -124,7 +123,6 @@ class TrunkServer:
             connections=self._router.connections,
             held_bytes=self._sessions.held_bytes,
             adapter_bytes=self._adapters.nbytes,
-            cache_bytes=self._caches.nbytes,
             requests=RequestStats() if self._running is None else self._running.requests.stats,
         )
 

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from zsl.errors import DrainingError, ForwardOnlyError, MalformedError
-from zsl.trunk.cache import CacheUse
 from zsl.trunk.costs import CacheMemory
 from zsl.trunk.requests.adapter_intake import AdapterIntake
 from zsl.trunk.requests.request_table import Request
@@ -19,7 +18,7 @@ from zsl.trunk.scheduling.scheduler import Job
 from zsl.trunk.sessions.cache_store import CacheStore
 from zsl.trunk.sessions.sessions import Session
 from zsl.trunk.settings import TrunkInfo, TrunkTraits
-from zsl.trunk.work import Alone, Buffers, Kind, Shape
+from zsl.trunk.work import Alone, Buffers, CacheUse, Kind, Shape
 from zsl.wire.frames import Frame
 from zsl.wire.messages import Backward, Forward, Limits
 

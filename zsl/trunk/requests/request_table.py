@@ -19,14 +19,13 @@ from typing import cast
 
 from zsl.errors import CancelledByClientError, MalformedError, WireError
 from zsl.trunk.adapter import AdapterUse
-from zsl.trunk.cache import CacheUse
 from zsl.trunk.requests.credit import Credit, InFlight
 from zsl.trunk.requests.reply_cache import ReplyCache, asked_by
 from zsl.trunk.scheduling.scheduler import Job, Scheduler
 from zsl.trunk.sessions.adapter_store import AdapterStore
 from zsl.trunk.sessions.cache_store import CacheStore
 from zsl.trunk.sessions.sessions import Session, Sessions
-from zsl.trunk.work import Buffers, Held, Kind, Outcome, Shape, Sharing
+from zsl.trunk.work import Buffers, CacheUse, Held, Kind, Outcome, Shape, Sharing
 from zsl.wire.frames import Frame
 from zsl.wire.messages import Backward, Forward, Reveal
 

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from itertools import count
 
 from zsl.errors import BadShapeError, MalformedError, OverloadedError, TooLargeError, UnknownCacheError
-from zsl.trunk.cache import CacheUse
 from zsl.trunk.costs import CacheMemory
 from zsl.trunk.sessions.sessions import Session
+from zsl.trunk.work import CacheUse
 from zsl.wire.messages import UsedCache
 
 QUIET_SECONDS = 60.0
