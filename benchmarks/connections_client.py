@@ -180,6 +180,7 @@ class ActiveClient:
                 adapter=None,
                 keep=False,
                 reveal=[],
+                cache=None,
                 tensors=[descriptor],
             )
             return header, [activations]

@@ -128,6 +128,7 @@ class Place:
             budget_ms=1,
             keep=False,
             reveal=[],
+            cache=None,
             adapter=UsedAdapter(version=name, dropout_seed=None),
             tensors=[_bytes("weights", 1)],
         )

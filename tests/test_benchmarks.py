@@ -35,6 +35,11 @@ RUNS: dict[str, tuple[list[str], set[str], list[str]]] = {
         {"forwards_per_second", "p99_ms", "daemon_mib", "daemon_files"},
         ["connections.png"],
     ),
+    "decode": (
+        ["--model", "LLAMA", "--cut", CUT, "--sessions", "1,2", "--tokens", "4", "--lengths", "8,16", "--rounds", "1"],
+        {"tokens_per_second", "over_merging_off", "over_local", "late_over_early"},
+        [],
+    ),
     "floods": (
         ["--seconds", "0.2", "--rounds", "1", "--kinds", "status,unknown key's handshakes"],
         {"p50_alone_ms", "p50_ms", "p99_ratio"},

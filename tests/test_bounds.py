@@ -42,7 +42,8 @@ def asked(session: bytes, request: int) -> Forward:
         for role in ("attention_mask", "position_ids")
     ]
     activations = TensorDescriptor(role="activations", dtype="f32", shape=(1, 2, 4), nbytes=32)
-    fields = {"epoch": session, "attempt": 0, "budget_ms": 1, "adapter": None, "keep": True, "reveal": []}
+    fields = {"epoch": session, "attempt": 0, "budget_ms": 1, "adapter": None}
+    fields |= {"keep": True, "reveal": [], "cache": None}
     tensors = [activations, *masks]
     return Forward.model_validate({"session": session, "request": request, "tensors": tensors, **fields})
 

@@ -39,6 +39,14 @@ OWN_SHAPE = {name: BATCHES[name] for name in ("plain", "right padding", "left pa
 RESHAPED = ("right padding", "packed, longer than the positions")
 
 
+def text(model: Any) -> torch.Tensor:
+    """Of a left-padded batch, with keys and values on both sides of the cut."""
+    padded = {key: value for key, value in BATCHES["left padding"].items() if key != "labels"}
+    found: torch.Tensor = model.generate(**padded, do_sample=False, max_new_tokens=6, eos_token_id=None)
+    assert found.shape == (3, 22)
+    return found
+
+
 @pytest.mark.parametrize("family", CONFIGS)
 def test_the_split_model_is_the_local_model(family: str, checkpoints: Callable[..., Path]) -> None:
     path = str(checkpoints(family))
@@ -57,6 +65,8 @@ def test_the_split_model_is_the_local_model(family: str, checkpoints: Callable[.
         with torch.no_grad():
             padded = {key: value for key, value in BATCHES["right padding"].items() if key != "labels"}
             assert torch.equal(split(**padded).logits, whole(**padded).logits), "at padding too"
+        texts = [text(model.eval()) for model in (split, whole)]
+        assert torch.equal(*texts)
         trunk.close()
 
 

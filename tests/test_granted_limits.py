@@ -96,7 +96,7 @@ def submit(
         fields = client._fields(welcome, pending)
         if complete:
             return Backward(**fields, **NO_ADAPTER, step=request, tensors=descriptors), list(buffers)
-        return Forward(**fields, adapter=None, keep=False, reveal=[], tensors=descriptors), list(buffers)
+        return Forward(**fields, adapter=None, keep=False, reveal=[], cache=None, tensors=descriptors), list(buffers)
 
     return client.connection.submit(request, build, nbytes=sum(map(len, buffers)))
 

@@ -23,7 +23,7 @@ MESSAGES = [
     [bytes(frame) for frame in encode(header, [b"\1" * tensor.nbytes for tensor in getattr(header, "tensors", [])])]
     for header in (
         Hello(request=1, software="0", dtype="f32", model=MODEL, cut=Cut(start=2, stop=4), resume=None),
-        Forward(request=2, adapter=None, keep=True, reveal=[], tensors=[ACTIVATIONS, MASK], **WORK),
+        Forward(request=2, adapter=None, keep=True, reveal=[], cache=None, tensors=[ACTIVATIONS, MASK], **WORK),
         Backward(
             request=3, step=2, adapter=None, adapter_sum=None, adapter_gradients=False, tensors=[GRADIENTS], **WORK
         ),

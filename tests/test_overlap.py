@@ -91,9 +91,9 @@ def test_requests_of_a_step_are_in_flight_together(
 def test_an_error_in_one_micro_batch_ends_the_step_and_leaves_no_thread(
     serve: Callable[..., Daemon], checkpoints: Callable[..., Path]
 ) -> None:
-    samples = [batches.plain(seed=1), {**batches.plain(seed=2), "use_cache": True}, batches.plain(seed=3)]
+    samples = [batches.plain(seed=1), {**batches.plain(seed=2), "output_attentions": True}, batches.plain(seed=3)]
     with split_model(checkpoints("llama"), serve("llama").endpoint, "exact") as model:
-        with pytest.raises(ModelError, match="use_cache"):
+        with pytest.raises(ModelError, match="output_attentions"):
             gradients(model, 3, samples)
         assert gradients(model, 3, [samples[0]])[0] == gradients(model, 1, [samples[0]])[0]
 

@@ -23,6 +23,7 @@ from zsl.trunk.requests.request_table import (
 )
 from zsl.trunk.scheduling.scheduler import Job, Scheduler
 from zsl.trunk.sessions.adapter_store import AdapterStore
+from zsl.trunk.sessions.cache_store import CacheStore
 from zsl.trunk.sessions.sessions import Session, Sessions
 from zsl.trunk.work import Alone, Done, Held, Keep, Kind, Shape
 from zsl.wire.messages import Backward, Forward, TensorDescriptor
@@ -71,7 +72,13 @@ class Room:
             "tensors": [TensorDescriptor(role="activations", dtype="u8", shape=(nbytes,), nbytes=nbytes)],
         }
         kind = Kind.FORWARD if step is None else Kind.BACKWARD
-        header: Forward | Backward = Forward(**common, adapter=None, keep=True, reveal=[])  # type: ignore[arg-type]
+        header: Forward | Backward = Forward(
+            **common,  # type: ignore[arg-type]
+            adapter=None,
+            keep=True,
+            reveal=[],
+            cache=None,
+        )
         if step is not None:
             header = Backward(**common, **NO_ADAPTER, step=step)
         job = Job((session.id, number), session.owner, kind, 1, None, cost_seconds, deadline, session.id)
@@ -95,7 +102,8 @@ def room() -> Room:
         lease_seconds=60, max_sessions=10, stash_memory_bytes=1000, new_id=lambda: next(ids).to_bytes(16, "big")
     )
     credit = Credit(max_requests=2, max_bytes=100, max_all_bytes=150)
-    table = RequestTable(sessions, AdapterStore(100), Scheduler(max_batch_tokens=100), ReplyCache(1 << 20), credit)
+    stores = AdapterStore(100), CacheStore(100)
+    table = RequestTable(sessions, *stores, Scheduler(max_batch_tokens=100), ReplyCache(1 << 20), credit)
     return Room(sessions, table)
 
 

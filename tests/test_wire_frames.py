@@ -62,6 +62,7 @@ from zsl.wire.messages import (
     StatusRequest,
     TensorDescriptor,
     UsedAdapter,
+    UsedCache,
     WeightNorms,
     Welcome,
 )
@@ -87,12 +88,13 @@ WORK["tensors"] = [ACTIVATIONS]
 
 HEADERS: list[Header] = [
     Hello(request=1, software="0", dtype="f32", model=IDENTITY, cut=None, resume=None),
-    Forward(**WORK, keep=True, reveal=[], adapter=None),
+    Forward(**WORK, keep=True, reveal=[], cache=None, adapter=None),
     Forward(
         **WORK,
         keep=True,
         reveal=["hidden_states", "router_logits"],
         adapter=UsedAdapter(version=VERSION, dropout_seed=7),
+        cache=UsedCache(name=1, version=2, length=3),
     ),
     Backward(**WORK, step=1, adapter=None, adapter_sum=None, adapter_gradients=False),
     Backward(**WORK, step=1, adapter=None, adapter_sum=AdapterSum(name=1, position=0), adapter_gradients=True),
@@ -127,6 +129,7 @@ HEADERS: list[Header] = [
         trunk_parameters=3,
         adapters=AdapterLimits(max_rank=8, max_bytes=9),
         reveals=["router_logits"],
+        caches=True,
         limits=LIMITS,
         connection=b"c" * 16,
     ),

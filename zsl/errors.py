@@ -232,6 +232,12 @@ class UnknownSumError(WireError):
     code = "UNKNOWN_SUM"
 
 
+class UnknownCacheError(WireError):
+    """The daemon does not hold these keys and values, or not in this version: send all of the trunk's inputs again."""
+
+    code = "UNKNOWN_CACHE"
+
+
 class OverloadedError(WireError):
     """The session has too many requests or bytes in flight."""
 
@@ -294,6 +300,7 @@ WIRE_ERRORS: dict[str, type[WireError]] = {
         AdapterError,
         UnknownAdapterError,
         UnknownSumError,
+        UnknownCacheError,
         OverloadedError,
         DeadlineError,
         CancelledByClientError,

@@ -178,7 +178,8 @@ def forward(
     **changes: object,
 ) -> list[bytes]:
     """A FORWARD. Without `buffers`: zeros of the sizes that the descriptors say."""
-    return _work(MessageType.FORWARD, welcome, tensors, buffers, {"keep": False, "reveal": [], **changes})
+    fields = {"keep": False, "reveal": [], "cache": None, **changes}
+    return _work(MessageType.FORWARD, welcome, tensors, buffers, fields)
 
 
 def backward(

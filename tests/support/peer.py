@@ -116,6 +116,7 @@ def forward(
         "adapter": None,
         "keep": False,
         "reveal": [],
+        "cache": None,
         "tensors": [activations],
     }
     return Forward.model_validate({**fields, **changes}), [bytes(nbytes)]

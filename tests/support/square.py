@@ -117,9 +117,8 @@ class SquareClient:
 
         def build(welcome: Welcome, pending: Pending) -> tuple[Header, Sequence[Frame]]:
             fields = self._fields(welcome, pending)
-            return Forward(**fields, adapter=None, keep=True, reveal=[], tensors=[_descriptor("activations", x)]), [
-                _bytes(x)
-            ]
+            fields |= {"adapter": None, "keep": True, "reveal": [], "cache": None}
+            return Forward(**fields, tensors=[_descriptor("activations", x)]), [_bytes(x)]
 
         return _array(self.connection.call(request, build, nbytes=x.nbytes)), request
 

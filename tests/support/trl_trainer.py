@@ -56,7 +56,6 @@ def _grpo(task: Task, model: Any) -> GRPOTrainer:
         num_generations=2,
         max_completion_length=6,
         beta=0.1,
-        generation_kwargs={"use_cache": False},
     )
     return GRPOTrainer(
         model=model,

@@ -118,6 +118,14 @@ class MemorySize(click.ParamType[int]):
     help="Refuse adapters in the trunk's layers: clients adapt their own.",
 )
 @click.option(
+    "--cache-memory",
+    type=MemorySize(),
+    default="4GiB",
+    show_default=True,
+    show_envvar=True,
+    help="Memory for the keys and values of the texts that clients generate; 0: none are kept, and generation is slow.",
+)
+@click.option(
     "--max-batch-tokens",
     type=click.IntRange(1),
     show_envvar=True,
@@ -177,6 +185,7 @@ def trunkd(
     adapter_memory: int,
     max_adapter_rank: int,
     no_adapters: bool,
+    cache_memory: int,
     max_batch_tokens: int | None,
     merge_below_tokens: int | None,
     deterministic: str | None,
@@ -232,6 +241,7 @@ def trunkd(
             stash_memory_bytes=stash_memory,
             adapter_memory_bytes=0 if no_adapters else adapter_memory,
             max_adapter_rank=max_adapter_rank,
+            cache_memory_bytes=cache_memory,
             max_batch_tokens=max_batch_tokens,
             merge_below_tokens=merge_below_tokens,
             deterministic=deterministic == "packed",

@@ -27,19 +27,22 @@ class CallInputs:
     position_ids: torch.Tensor | None = None  # [rows or 1, tokens]
     labels: tuple[torch.Tensor, ...] = ()  # each [rows, tokens]
 
-    def check(self, rows: int, tokens: int, prefix_tokens: int = 0) -> None:
-        """Check that mask and positions fit a batch `[rows, tokens, hidden]`. Raises `ModelError`."""
+    def check(self, rows: int, tokens: int, past: int = 0) -> None:
+        """Check that mask and positions fit a batch `[rows, tokens, hidden]` behind `past` tokens.
+
+        Raises `ModelError`.
+        """
         mask, positions = self.attention_mask, self.position_ids
         if mask is not None and not isinstance(mask, torch.Tensor):
             raise ModelError(
                 f"an attention mask of type {type(mask).__name__} cannot cross to the trunk; "
                 "give a tensor of shape [rows, tokens]"
             )
-        keys = prefix_tokens + tokens
+        keys = past + tokens
         if mask is not None and tuple(mask.shape) != (rows, keys):
             raise ModelError(
                 f"an attention mask of shape {tuple(mask.shape)} cannot cross to the trunk; "
-                f"give the one of shape [rows, {'prefix + ' if prefix_tokens else ''}tokens], here ({rows}, {keys})"
+                f"give the one of shape [rows, {'past + ' if past else ''}tokens], here ({rows}, {keys})"
             )
         if positions is not None and tuple(positions.shape) not in {(rows, tokens), (1, tokens)}:
             raise ModelError(
@@ -53,7 +56,7 @@ class Crossing:
     """Form in which one batch is sent to the trunk and received. `real`: its real tokens, if padding is left out."""
 
     wire_dtype: torch.dtype
-    attention_mask: torch.Tensor | None  # [rows, prefix tokens + tokens]
+    attention_mask: torch.Tensor | None  # [rows, tokens], with those of a prefix or a cache
     position_ids: torch.Tensor | None  # [rows or 1, tokens]
     real: RealTokens | None
 
@@ -130,3 +133,16 @@ def crossing_of(
     if positions is None and bool(mask.all()):
         mask = None  # masks nothing
     return Crossing(wire_dtype, mask, positions, None)
+
+
+def crossing_behind(inputs: CallInputs, batch: torch.Tensor, wire_dtype: torch.dtype, *, past: int) -> Crossing:
+    """Choose how a batch `[rows, tokens, hidden]` is sent behind `past` tokens of a cache: with its padding.
+
+    Raises `ModelError` for a mask or positions that cannot cross.
+    """
+    rows, tokens = batch.shape[:2]
+    inputs.check(rows, tokens, past)
+    mask = None if inputs.attention_mask is None else inputs.attention_mask != 0
+    if mask is not None and bool(mask.all()):
+        mask = None  # masks nothing
+    return Crossing(wire_dtype, mask, inputs.position_ids, None)

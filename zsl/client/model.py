@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.cache_utils import Cache
 
 from zsl.client.prefix import find_prefix
 from zsl.client.remote import RemoteTrunk
@@ -25,8 +26,6 @@ from zsl.wire.messages import Cut, Quantization
 
 # Arguments of a model that need data from inside the trunk that the daemon does not send.
 _REFUSED = {
-    "use_cache": "the trunk keeps no keys and values; pass use_cache=False",
-    "past_key_values": "the trunk keeps no keys and values; leave it out, and pass use_cache=False",
     "output_attentions": "the attentions inside the trunk stay there; "
     "for those of your own layers register forward hooks on them",
 }
@@ -71,6 +70,8 @@ def load_client(
     )
     put_trunk(client_model, trunk, welcome.cut)
     RowNorms(trunk.client).give_to(slots_of(client_model))
+    if not welcome.caches and getattr(client_model, "generation_config", None) is not None:  # a classifier has none
+        client_model.generation_config.use_cache = False
     return client_model
 
 
@@ -101,15 +102,20 @@ def put_trunk(model: PreTrainedModel, trunk: RemoteTrunk, cut: Cut) -> None:
 
     def observe(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         arguments = arguments_of_runner(args, kwargs)
-        labels = call.__dict__.get("labels", ())
+        labels, past = call.__dict__.get("labels", ()), arguments.get("past_key_values")
 
         def is_asked(name: str) -> bool:
             asked = arguments.get(name)
             return bool(asked or (asked is None and getattr(module.config, name, False)))
 
-        prefix = find_prefix(arguments.get("past_key_values"), range(cut.start, cut.stop))
+        prefix = find_prefix(past, range(cut.start, cut.stop))
+        if prefix and is_asked("use_cache"):
+            raise ModelError(
+                "the trunk keeps no keys and values behind a prefix: pass use_cache=False, and generate "
+                "with the whole model"
+            )
         for name, reason in _REFUSED.items():
-            if is_asked(name) and not (prefix and name == "past_key_values"):
+            if is_asked(name):
                 asked = arguments.get(name)
                 raise ModelError(f"{name}={asked or True!r:.40} is not supported by a split model: {reason}")
         # Looked up in each call: a copy of the model has a copy of the trunk.
@@ -123,6 +129,7 @@ def put_trunk(model: PreTrainedModel, trunk: RemoteTrunk, cut: Cut) -> None:
                 {index: layers[index] for index in range(cut.start, cut.stop)},
                 tuple(name for argument, (name, _) in ARGUMENTS.items() if is_asked(argument)),
                 prefix,
+                behind_cache=prefix is None and isinstance(past, Cache) and past.get_seq_length() > 0,
             )
 
     model.register_forward_pre_hook(note_labels, with_kwargs=True)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import Cache
 
+from zsl.client.trunk_cache import TRUNK_CACHE
 from zsl.errors import ModelError
 
 # Keys and values, each [rows, heads, tokens, dim], or of one row if all have the same, by index of the layer.
@@ -15,11 +16,14 @@ Prefix = Mapping[int, tuple[torch.Tensor, torch.Tensor]]
 
 
 def find_prefix(past_key_values: Any, layers: range) -> Prefix | None:
-    """Return the prefix of `layers`, with autograd's graph; None if the cache is empty or no cache.
+    """Return the prefix of `layers`, with autograd's graph; None if the cache is empty, no cache, or a generation's.
 
     Raises `ModelError` if the cache is not as long in all layers.
     """
     if not isinstance(past_key_values, Cache) or not past_key_values.get_seq_length():
+        return None
+    cached: Any = past_key_values.layers
+    if len(cached) > layers.start and hasattr(cached[layers.start], TRUNK_CACHE):
         return None
     found = [_keys_and_values(layer) for layer in past_key_values.layers]
     shapes = {tensor.shape for pair in found for tensor in pair}

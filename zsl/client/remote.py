@@ -16,13 +16,15 @@ from typing import Any, Literal, Self, get_args
 
 import torch
 from torch.autograd import forward_ad
+from transformers.cache_utils import Cache
 
-from zsl.client.crossing import CallInputs, PaddingMode, crossing_of
+from zsl.client.crossing import CallInputs, Crossing, PaddingMode, crossing_behind, crossing_of
 from zsl.client.gradient_sum import current_micro_batch
 from zsl.client.overlap import current_lane
 from zsl.client.prefix import Prefix, prefix_tokens
 from zsl.client.revealed import check_collected, check_reveals, collect
 from zsl.client.trunk_adapters import Found, TrunkAdapters
+from zsl.client.trunk_cache import cache_among, edit_of, note_untracked, trunk_cache_of
 from zsl.client.trunk_client import CONNECT_TIMEOUT_SECONDS, REQUEST_TIMEOUT_SECONDS, TrunkClient
 from zsl.client.trunk_function import Call, CrossingEvent
 from zsl.errors import ConfigError, ModelError, WrongModelError
@@ -41,13 +43,15 @@ GradientMode = Literal["exact", "straight-through", "none"]
 
 @dataclass(frozen=True, slots=True)
 class _Observed:
-    """Findings of the hook on the model, for one forward of the trunk. `inside`: what of `asked` the trunk has."""
+    """Findings of the hook on the model, for one forward of the trunk. `inside`: what of `asked` the trunk has.
+    `behind_cache`: there are tokens before these in a cache."""
 
     inputs: CallInputs = field(default_factory=CallInputs)
     slots: Slots | None = None
     asked: tuple[Reveal, ...] = ()
     inside: tuple[Reveal, ...] = ()
     prefix: Prefix | None = None
+    behind_cache: bool = False
 
 
 class RemoteTrunk(NoWeights):
@@ -227,13 +231,15 @@ class RemoteTrunk(NoWeights):
         slots: Slots | None = None,
         reveal: tuple[Reveal, ...] = (),
         prefix: Prefix | None = None,
+        *,
+        behind_cache: bool = False,
     ) -> None:
         """Keep arguments of the model's call for this thread's next `forward`: the trunk rebuilds mask and positions.
 
         The mask `[rows, tokens]` is not passed to layers, so a hook on the model calls this; see `load_client`.
         `slots`: the modules in the places of the trunk's layers, whose adapters are sent. `reveal`: tensors from inside
-        the trunk that the model is asked for. `prefix`: keys and values in front of those of the trunk's layers. Raises
-        `ModelError` for tensors that the trunk keeps.
+        the trunk that the model is asked for. `prefix`: keys and values in front of those of the trunk's layers.
+        `behind_cache`: the call has a cache with tokens. Raises `ModelError` for tensors that the trunk keeps.
         """
         inside: tuple[Reveal, ...] = ()
         if reveal:  # torch.compile traces this, and cannot trace the rest
@@ -243,7 +249,7 @@ class RemoteTrunk(NoWeights):
             )
             check_reveals(inside, welcome.reveals, self.endpoint)
         inputs = CallInputs(attention_mask, position_ids, labels)
-        self._call.observed = _Observed(inputs, slots, reveal, inside, prefix)
+        self._call.observed = _Observed(inputs, slots, reveal, inside, prefix, behind_cache)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # waiting for a daemon cannot be traced
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -260,26 +266,23 @@ class RemoteTrunk(NoWeights):
         observed = observed or _Observed()
         adapters, reveal = self._found_adapters(observed), observed.inside
         check_collected(observed.asked)
-        crossing = crossing_of(
-            observed.inputs,
-            hidden_states,
-            self.wire_dtype or hidden_states.dtype,
-            packs=self.client.welcome.packs,
-            padding="send" if reveal else self.padding,  # revealed at padded positions too
-            prefix_tokens=prefix_tokens(observed.prefix),
-        )
+        mode = self.effective_mode
+        weights = None if adapters is None or mode != "exact" else adapters.weights
+        learns = hidden_states.requires_grad or (weights is not None and weights.requires_grad)
+        learns = learns and torch.is_grad_enabled() and mode != "none"
+        cache = self._cache(observed, args, kwargs, hidden_states if learns else None)
+        crossing = self._crossing(observed, hidden_states, cache)
         if forward_ad.unpack_dual(hidden_states).tangent is not None:
             raise ModelError("forward-mode differentiation does not pass the trunk; use backward")
         self._warn_of_autocast(hidden_states)
-        mode = self.effective_mode
         adapter = None if adapters is None else self._adapters.for_call(adapters, self.adapter_wire_dtype)
         # A sum of several backwards takes no other gradients, and the graph of a prefix's encoder ends with the first.
         micro_batch = None if reveal or observed.prefix else current_micro_batch()
         call = Call(self.client, crossing, mode == "exact", self.on_crossing, adapter, micro_batch, reveal)
-        weights = None if adapters is None or mode != "exact" else adapters.weights
-        learns = hidden_states.requires_grad or (weights is not None and weights.requires_grad)
         lane = current_lane()
-        if not (torch.is_grad_enabled() and learns) or mode == "none":
+        if cache is not None:
+            output, *revealed = call.behind(cache, hidden_states)
+        elif not learns:
             output, *revealed = call.without_gradient(hidden_states)
         elif reveal and (lane is not None or mode != "exact"):
             why = f"mode {mode!r}" if lane is None else "micro-batches in flight (overlap)"
@@ -292,6 +295,41 @@ class RemoteTrunk(NoWeights):
             return call.in_lane(lane, hidden_states, weights)
         collect(observed.asked, dict(zip(reveal, revealed, strict=True)), hidden_states, output)
         return output
+
+    def _cache(
+        self, observed: _Observed, args: tuple[Any, ...], kwargs: dict[str, Any], learning: torch.Tensor | None
+    ) -> Cache | None:
+        """Return the cache to run behind: none for a batch that is `learning`. Raises `ModelError`."""
+        if observed.prefix:
+            return None
+        cache, welcome = cache_among(args, kwargs, expected=observed.behind_cache), self.client.welcome
+        if cache is None:
+            return None
+        if learning is not None:
+            note_untracked(cache, welcome.cut, learning)
+            return None
+        if not welcome.caches:
+            raise ModelError(
+                f"the trunk at {self.endpoint} keeps no keys and values: pass use_cache=False, or start it with "
+                "--cache-memory (it keeps none of layers with another state)"
+            )
+        return cache
+
+    def _crossing(self, observed: _Observed, hidden_states: torch.Tensor, cache: Cache | None) -> Crossing:
+        """Choose how a batch is sent. Raises `ModelError` for a mask or positions that cannot cross."""
+        welcome, wire_dtype = self.client.welcome, self.wire_dtype or hidden_states.dtype
+        if cache is not None:
+            trunk_cache_of(cache, welcome.cut)
+            past, _ = edit_of(cache, welcome.cut)
+            return crossing_behind(observed.inputs, hidden_states, wire_dtype, past=past)
+        return crossing_of(
+            observed.inputs,
+            hidden_states,
+            wire_dtype,
+            packs=welcome.packs,
+            padding="send" if observed.inside else self.padding,  # revealed at padded positions too
+            prefix_tokens=prefix_tokens(observed.prefix),
+        )
 
     def _found_adapters(self, observed: _Observed) -> Found | None:
         """Return the adapters on the trunk's layers. Raises `ZslError` for those that the daemon would not train."""

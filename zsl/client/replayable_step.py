@@ -13,7 +13,7 @@ from zsl.errors import ChangedError, InternalError
 from zsl.link.adapter_versions import EncodedAdapter
 from zsl.link.connection import Connection
 from zsl.wire.frames import Message
-from zsl.wire.messages import Result, Reveal, Role, UsedAdapter
+from zsl.wire.messages import Result, Reveal, Role, UsedAdapter, UsedCache
 from zsl.wire.tensors import decode_tensor
 
 
@@ -108,6 +108,34 @@ class Step:
         # Bound here, because at interpreter shutdown `sys` may be gone, and no release is needed.
         if self.held_in_session is not None and not finalizing():
             self._connection.release(self.request, self.held_in_session)
+
+
+class HeldCache:
+    """Keys and values of the first `length` tokens of a text, which the daemon may hold. Garbage-collected, it releases
+    them."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self.length = 0
+        self._version = 0  # forwards that they have had
+        self._name = 0  # the id of the first of them
+        self._session: bytes | None = None  # in which the last of them was sent
+
+    def sent(self, request: int, session: bytes) -> UsedCache:
+        """Note a forward behind its tokens, and return what its header says of them."""
+        if not self._version:
+            self._name = request
+        self._session = session
+        return UsedCache(name=self._name, version=self._version, length=self.length)
+
+    def answered(self, tokens: int) -> None:
+        """Note that the forward that was sent has added tokens."""
+        self._version += 1
+        self.length += tokens
+
+    def __del__(self, finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        if self._session is not None and not finalizing():
+            self.connection.release(self._name, self._session)
 
 
 def _version(tensor: torch.Tensor) -> int | None:

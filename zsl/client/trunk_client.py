@@ -15,7 +15,7 @@ from typing import Self
 
 import torch
 
-from zsl.client.replayable_step import Answer, CallAdapter, Step, read_answer
+from zsl.client.replayable_step import Answer, CallAdapter, HeldCache, Step, read_answer
 from zsl.errors import InternalError, ModelError
 from zsl.link.adapter_versions import NO_ADAPTERS, EncodedAdapter
 from zsl.link.connection import Connection
@@ -113,19 +113,33 @@ class TrunkClient:
         keep: bool = False,
         adapter: CallAdapter | None = None,
         reveal: Sequence[Reveal] = (),
+        cache: HeldCache | None = None,
+        rows: list[int] | None = None,
     ) -> Step:
         """Run the trunk on activations `[rows, tokens, hidden]`; `keep` if a backward will follow.
 
         Optional: a mask `[rows, tokens]`, positions `[rows or 1, tokens]`; for one row of several concatenated
         sequences their lengths `[sequences]` (if `welcome.packs`); an adapter in the trunk's layers (if
         `welcome.adapters`). `reveal`: tensors from inside the trunk to return too, in `Step.answer` (those of
-        `welcome.reveals`).
+        `welcome.reveals`). `cache`: run behind its tokens, of these `rows` (None: of all, in order), and add to it (if
+        `welcome.caches`); the mask is of all tokens then.
 
         Raises `ZslError`: the request was refused, timed out, or the connection was lost for good.
         """
-        step, build, nbytes = self._forward(activations, attention_mask, position_ids, lengths, keep, adapter, reveal)
+        beside = attention_mask, position_ids, lengths
+        step, build, nbytes = self._forward(activations, *beside, keep, adapter, reveal, cache, rows)
         self.finish_forward(step, self._connection.call(step.request, build, nbytes=nbytes, adapter=_version(adapter)))
+        if cache is not None:
+            cache.answered(activations.shape[1])
         return step
+
+    def new_cache(self) -> HeldCache:
+        """Return an empty cache for `forward`."""
+        return HeldCache(self._connection)
+
+    def has(self, cache: HeldCache) -> bool:
+        """Return whether a cache is on this connection."""
+        return cache.connection is self._connection
 
     def backward(
         self,
@@ -199,13 +213,16 @@ class TrunkClient:
         keep: bool,
         adapter: CallAdapter | None,
         reveal: Sequence[Reveal],
+        cache: HeldCache | None = None,
+        rows: list[int] | None = None,
     ) -> tuple[Step, Build, int]:
         """Return a step, the builder of its FORWARD message, and the bytes of its tensors."""
         if keep and activations.is_inference():
             activations = activations.clone()  # it has no version counter to detect in-place changes
         step = Step(self._connection, activations, attention_mask, position_ids, lengths, adapter, reveal)
         request = step.request
-        encoded = encode_tensors(step.inputs())
+        cache_rows = None if rows is None else torch.tensor(rows, dtype=torch.int32)
+        encoded = encode_tensors({**step.inputs(), "cache_rows": cache_rows})
 
         def build(welcome: Welcome, pending: Pending) -> tuple[Header, Sequence[Frame]]:
             step.held_in_session = welcome.session if keep else None
@@ -219,6 +236,7 @@ class TrunkClient:
                 adapter=None if adapter is None else adapter.header,
                 keep=keep,
                 reveal=list(step.reveal),
+                cache=None if cache is None else cache.sent(request, welcome.session),
                 tensors=descriptors,
             )
             return header, buffers

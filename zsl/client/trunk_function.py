@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,12 +10,14 @@ from typing import Any, Literal
 
 import torch
 from torch.autograd.function import once_differentiable
+from transformers.cache_utils import Cache
 
 from zsl.client.crossing import Crossing
 from zsl.client.gradient_sum import MicroBatch, Summand
 from zsl.client.overlap import Deferred, Lane
 from zsl.client.replayable_step import Answer, CallAdapter, Step, read_answer
 from zsl.client.revealed import check_shapes
+from zsl.client.trunk_cache import Piece, edit_of, note_forward, trunk_cache_of
 from zsl.client.trunk_client import TrunkClient
 from zsl.errors import InternalError
 from zsl.wire.messages import Reveal
@@ -54,14 +56,32 @@ class Call:
         results = _TrunkFunction.apply(hidden_states, weights, self)  # type: ignore[no-untyped-call]
         return results
 
+    def behind(self, cache: Cache, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Run new tokens `[rows, tokens, hidden]` behind those of a cache, without a backward. Return the output and
+        what is revealed."""
+        cut = self.client.welcome.cut
+        activations = self.crossing.sent(hidden_states.detach())
+        piece = Piece(activations.clone(), self.crossing.position_ids, self.adapter)
+        of_trunk, edit = trunk_cache_of(cache, cut), edit_of(cache, cut)
+        with self._noted("forward"):
+            steps = of_trunk.forward(self.client, piece, self.crossing.attention_mask, edit, self.reveal)
+            results = self._results(steps, hidden_states)
+        note_forward(cache, cut, hidden_states)
+        return results
+
+    def _results(self, steps: Sequence[Step], hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return the output of forwards of one batch, and what the last of them reveals."""
+        output = steps[0].output if len(steps) == 1 else torch.cat([step.output for step in steps], 1)
+        output, last = self.crossing.received(output, hidden_states), steps[-1].answer
+        revealed = {} if last is None else last.revealed
+        check_shapes(revealed, hidden_states, self.client.welcome.cut)
+        return (output, *(revealed[name].to(output) for name in self.reveal))
+
     def _forward(self, hidden_states: torch.Tensor, *, keep: bool) -> tuple[Step, tuple[torch.Tensor, ...]]:
         activations = self.crossing.sent(hidden_states.detach())
         with self._noted("forward"):
             step = self.crossing.forward(self.client, activations, keep=keep, adapter=self.adapter, reveal=self.reveal)
-            output = self.crossing.received(step.output, hidden_states)
-            revealed = {} if step.answer is None else step.answer.revealed
-            check_shapes(revealed, hidden_states, self.client.welcome.cut)
-            return step, (output, *(revealed[name].to(output) for name in self.reveal))
+            return step, self._results([step], hidden_states)
 
     def in_lane(self, lane: Lane[Any], hidden_states: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
         """Run one of several overlapped micro-batches. Return a leaf, whose gradient is sent to the trunk later."""

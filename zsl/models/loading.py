@@ -36,7 +36,7 @@ def load_client_part(
     A head that the checkpoint lacks is initialized as transformers does, except that of a causal language model.
     `layers="all"`: they have those layers' modules, with weights that hold no memory, for adapters.
     `quantize` loads the linear layers in 4 or 8 bits; see `zsl.models.quantize`.
-    `use_cache` is off: the trunk keeps no keys and values, so a cached generation would be wrong.
+    `use_cache` is off in forwards that do not ask for it; `generate` does.
     Raises `ModelError`.
     """
     _check(reference, "client", cut)
@@ -50,8 +50,6 @@ def load_client_part(
     if reference.part is not None:
         model.name_or_path = reference.hub_id or ""  # an adapter is saved for the whole model, not for the part
     model.config.use_cache = False
-    if getattr(model, "generation_config", None) is not None:  # a classifier has none
-        model.generation_config.use_cache = False
     return model
 
 

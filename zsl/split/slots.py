@@ -51,7 +51,8 @@ class Absent(nn.Module):
     def forward(self, first: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if first.ndim == 3 and first.is_floating_point():
             return first  # [rows, tokens, hidden]
-        return torch.zeros(1, 1, self.hidden_size, dtype=self.dtype, device=first.device)
+        ones = (1,) * first.ndim  # the shape of a mask behind a cache is not that of the activations
+        return torch.zeros((), dtype=self.dtype, device=first.device).expand(*ones, self.hidden_size)
 
 
 def copy_plain_attributes(source: nn.Module, target: nn.Module) -> None:
@@ -177,8 +178,8 @@ def _load_adapter(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
 
 def _refuse_continuous_batching(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
     raise ModelError(
-        "continuous batching (generate_batch) is not supported by a split model: the trunk keeps no keys and values. "
-        "Use generate, which runs without them; for TRL set use_transformers_continuous_batching=False"
+        "continuous batching (generate_batch) is not supported by a split model, whose trunk has no pages of keys and "
+        "values. Use generate; for TRL set use_transformers_continuous_batching=False"
     )
 
 

@@ -72,6 +72,19 @@ def fit_graph_memory(samples: Sequence[tuple[int, int]]) -> GraphMemory:
 
 
 @dataclass(frozen=True, slots=True)
+class CacheMemory:
+    """Bytes of the keys and values of one token and row, and the window that they are kept for (None: all tokens), by
+    layer."""
+
+    layers: tuple[tuple[int, int | None], ...]
+
+    def nbytes(self, rows: int, tokens: int, new_tokens: int) -> int:
+        """Return the bytes of a cache of `tokens`, of which a request has just added `new_tokens`."""
+        kept = (size * (tokens if window is None else min(tokens, window + new_tokens)) for size, window in self.layers)
+        return rows * sum(kept)
+
+
+@dataclass(frozen=True, slots=True)
 class PassMemory:
     """Peak bytes of a backward computed layer by layer, the least that a request can run in: the memory of one layer,
     and the kept tensors of the input's size."""

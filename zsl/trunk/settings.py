@@ -13,6 +13,7 @@ from zsl.trunk.costs import (
     UNKNOWN_GRAPH_MEMORY,
     UNKNOWN_PASS_MEMORY,
     BatchLimits,
+    CacheMemory,
     Costs,
     GraphMemory,
     PassMemory,
@@ -67,6 +68,8 @@ class TrunkTraits:
     they may have no prefix. `graph_memory_with_adapters`, `pass_memory_with_adapters`: memory of passes of requests
     with adapters. `routers`: number of the layers with experts, and experts of each; counted for a trunk that reveals
     their logits. `weight_norms`: norms of the rows of the weights of the `adaptable` modules, as they are answered.
+    `cache_memory`: of keys and values; None for a trunk whose layers keep others, or something else. `merges_caches`:
+    requests with caches may share a pass.
     """
 
     parameters: int
@@ -86,6 +89,8 @@ class TrunkTraits:
     pass_memory_with_adapters: PassMemory = UNKNOWN_PASS_MEMORY
     routers: tuple[int, int] = (0, 0)
     weight_norms: Mapping[str, tuple[TensorDescriptor, Frame]] = field(default_factory=dict)
+    cache_memory: CacheMemory | None = None
+    merges_caches: bool = False
 
     def memory_of(self, uses: Iterable[AdapterUse | None]) -> tuple[GraphMemory, PassMemory]:
         """Return the memory of a pass of requests with these adapters, or without."""
@@ -110,6 +115,7 @@ class ServerSettings:
     `reply_memory_bytes`: memory of answers that a client may ask for again.
     `adapter_memory_bytes`: memory of adapters in the trunk's layers, of which a version may take `ADAPTER_SHARE`; 0:
     none are accepted.
+    `cache_memory_bytes`: memory of keys and values; 0: none are kept.
     `max_wait_seconds`: a request that has waited so long runs next, regardless of fairness.
     `stuck_seconds`: a pass that takes longer is considered hung; the daemon exits, so that another can take over.
     A session uses two connections: one for requests, one for heartbeats.
@@ -128,6 +134,7 @@ class ServerSettings:
     reply_memory_bytes: int = 64 << 20
     adapter_memory_bytes: int = 1 << 30
     max_adapter_rank: int = 256
+    cache_memory_bytes: int = 4 << 30
     stuck_seconds: float = 1800.0
     drain_seconds: float = 10.0
 

@@ -77,7 +77,12 @@ class Stacked:
     has_positions: bool
 
 
-Sharing = Alone | Packed | Stacked
+@dataclass(frozen=True, slots=True)
+class BehindCache:
+    """A request behind a cache that may be packed: its tokens in one row with those of others behind caches."""
+
+
+Sharing = Alone | Packed | Stacked | BehindCache
 
 
 class Stash(Protocol):
@@ -113,12 +118,27 @@ class Held:
 
 
 @dataclass(frozen=True, slots=True)
+class CacheUse:
+    """Keys and values that a session's forward runs behind.
+
+    `kept`: those before the request, in the computation's own form; None for a new cache. The request runs behind the
+    first `length` tokens of these `rows` (None: of all, in order). `nbytes`: size of the cache after it.
+    """
+
+    name: int
+    kept: object | None
+    length: int
+    rows: tuple[int, ...] | None
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Work:
     """The computation of one valid request. A backward has a `stash`, or activations among its buffers.
 
     The outcome of a backward with `adapter.gradients` has `adapter_gradients` among its buffers: flat, in the dtype of
     the version's weights. `reveals`: tensors from inside the trunk that a forward answers with, or that have gradients
-    in a backward. Such a request runs alone.
+    in a backward. Such a request runs alone. `cache`: keys and values that a forward runs behind.
     """
 
     kind: Kind
@@ -129,6 +149,7 @@ class Work:
     stash: Stash | None = None
     adapter: AdapterUse | None = None
     reveals: tuple[Reveal, ...] = ()
+    cache: CacheUse | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,10 +174,11 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """The tensors of an answer, and the stash for its backward."""
+    """The tensors of an answer, the stash for its backward, and the cache after it in the computation's own form."""
 
     buffers: Buffers
     stash: Stash | None = None
+    kept: object | None = None
 
 
 Outcome = Done | WireError

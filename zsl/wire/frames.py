@@ -29,7 +29,7 @@ from zsl.errors import CorruptError, MalformedError, ProtocolVersionError, TooLa
 from zsl.wire.messages import ID_BYTES, MAX_TENSORS, MAX_TEXT_CHARS, Header, TensorDescriptor
 
 MAGIC = b"ZSLT"
-MAJOR = 4
+MAJOR = 5
 KIND = struct.Struct("<4sBBH")  # magic, major, type, flags
 CHECKSUM_BYTES = 8
 PREAMBLE_BYTES = KIND.size + CHECKSUM_BYTES

@@ -41,11 +41,13 @@ FloatDtypeName = Literal["f32", "f16", "bf16"]
 Quantization = Literal["4bit", "8bit"]
 # `lengths`: the activations are one row of concatenated sequences of these lengths.
 # `layout`, `weights`, `adapter_gradients`: flat, of an adapter in the trunk's layers (`zsl.wire.adapter_layout`).
+# `cache_rows` [rows]: the row of the cache that each row of the activations goes on with.
 # `hidden_states` [states, rows, tokens, hidden]: the inputs of the trunk's layers but the first. `router_logits`
 # [routers, rows * tokens, experts]: of its layers with experts, in order.
 Reveal = Literal["hidden_states", "router_logits"]
 Role = Literal[
-    "activations", "gradients", "attention_mask", "position_ids", "lengths", "layout", "weights", "adapter_gradients",
+    "activations", "gradients", "attention_mask", "position_ids", "lengths", "cache_rows",
+    "layout", "weights", "adapter_gradients",
     "hidden_states", "router_logits", "hidden_states_gradients", "router_logits_gradients",
     "weight_norms",
 ]  # fmt: skip
@@ -206,6 +208,7 @@ class Welcome(Header):
     trunk_parameters: Count
     adapters: AdapterLimits | None  # None: the daemon accepts no adapters
     reveals: Reveals  # what a FORWARD may ask for from inside the trunk
+    caches: bool  # keeps keys and values between forwards
     limits: Limits
     connection: Id16 | None  # its digest at the daemon's end (`zsl.transport.connection_digest`)
 
@@ -262,6 +265,19 @@ class AdapterSum(_Strict):
     position: Annotated[int, Field(ge=0, le=2**20)]
 
 
+class UsedCache(_Strict):
+    """Keys and values of the trunk's layers that a FORWARD continues, or makes.
+
+    `name`: id of the FORWARD that made them. `version`: number of forwards that they have had, 0 to make new ones. The
+    request runs behind the first `length` tokens of its `cache_rows` (without them: of all rows, in order).
+    A cache: a FORWARD whose version is not the newest is answered with UNKNOWN_CACHE.
+    """
+
+    name: Count
+    version: Count
+    length: Dim
+
+
 class WorkHeader(InSession):
     """Base class of FORWARD and BACKWARD. A BACKWARD names the same adapter as its FORWARD."""
 
@@ -275,12 +291,14 @@ class WorkHeader(InSession):
 class Forward(WorkHeader):
     """Run the trunk on activations. `keep`: a BACKWARD for this request will follow.
 
-    `reveal`: answer with these tensors from inside the trunk too.
+    `reveal`: answer with these tensors from inside the trunk too. `cache`: keys and values of the tokens before these;
+    the attention mask is of all tokens then.
     """
 
     TYPE = MessageType.FORWARD
     keep: bool
     reveal: Reveals
+    cache: UsedCache | None
 
 
 class Backward(WorkHeader):
@@ -326,7 +344,8 @@ class Error(Header):
 
 
 class Release(InSession):
-    """Tell the daemon that no backward will follow for this step. Not answered."""
+    """Tell the daemon that no backward will follow for this step, and no forward for the cache of its name. Not
+    answered."""
 
     TYPE = MessageType.RELEASE
     step: Count

@@ -7,6 +7,7 @@
     max_inflight_bytes = "2GiB"
     max_stash_bytes = "1GiB"     # stashes of pending backwards; default: the daemon's own limit
     max_adapter_bytes = "1GiB"   # adapters in the trunk's layers; default: the daemon's own limit
+    max_cache_bytes = "1GiB"     # keys and values of generations; default: the daemon's own limit
 
 Each authenticated key is one tenant: the quotas apply to all of its clients together.
 """
@@ -55,6 +56,7 @@ class _TenantTable(BaseModel):
     max_inflight_bytes: Annotated[_Bytes, Field(ge=1)] = 2 << 30
     max_stash_bytes: Annotated[_Bytes, Field(ge=0)] | None = None
     max_adapter_bytes: Annotated[_Bytes, Field(ge=1)] | None = None
+    max_cache_bytes: Annotated[_Bytes, Field(ge=1)] | None = None
 
 
 class _File(BaseModel):
@@ -65,7 +67,8 @@ class _File(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Tenant:
-    """A tenant and its quotas. `max_stash_bytes`, `max_adapter_bytes` None: only the daemon's own limit applies."""
+    """A tenant and its quotas. `max_stash_bytes`, `max_adapter_bytes`, `max_cache_bytes` None: only the daemon's
+    own limit applies."""
 
     name: str
     public_key: str
@@ -74,6 +77,7 @@ class Tenant:
     max_inflight_bytes: int
     max_stash_bytes: int | None
     max_adapter_bytes: int | None = None
+    max_cache_bytes: int | None = None
 
 
 class Tenants:

@@ -24,6 +24,8 @@ from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from zsl.trunk.compute.keys_and_values import PackedCaches
+
 IMPLEMENTATION = "zsl_segments"
 
 # Up to this length the matrix of scores is faster than the CPU's flash kernel in half precision, whose backward is
@@ -70,9 +72,17 @@ class GroupMasks:
 
 
 @dataclass(frozen=True, slots=True)
+class CacheMasks:
+    """Masks of a pass of requests behind caches, one per request from the family's mask function."""
+
+    packed: PackedCaches
+    masks: tuple[torch.Tensor | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class _Active:
     own: str  # attention implementation of the family
-    layout: Layout | None  # None: unpacked rows
+    layout: Layout | PackedCaches | None  # None: unpacked rows
     # Shared by all layers of a pass, and freed with it: those of a long row would be memory that no session accounts
     # for.
     biases: dict[tuple[object, ...], torch.Tensor] = field(default_factory=dict)
@@ -109,8 +119,9 @@ def layout_of(
 
 
 @contextmanager
-def segments_attention(config: Any, layout: Layout | None) -> Iterator[None]:
-    """Make the model of `config` use this module's attention: for a packed row of this layout, or for unpacked rows."""
+def segments_attention(config: Any, layout: Layout | PackedCaches | None) -> Iterator[None]:
+    """Make the model of `config` use this module's attention: for a packed row of this layout, or of requests behind
+    caches, or for unpacked rows."""
     own = config._attn_implementation
     token = _active.set(_Active(own, layout))
     config._attn_implementation = IMPLEMENTATION
@@ -126,14 +137,18 @@ def flash_is_slow(dtype: torch.dtype, device: torch.device) -> bool:
     return device.type == "cpu" and dtype != torch.float32
 
 
-def _mask(batch_size: int, q_length: int, kv_length: int, **arguments: Any) -> torch.Tensor | GroupMasks | None:
-    """Mask function for transformers: the family's own mask, or one per group of a packed row."""
+def _mask(
+    batch_size: int, q_length: int, kv_length: int, **arguments: Any
+) -> torch.Tensor | GroupMasks | CacheMasks | None:
+    """Mask function for transformers: the family's own mask, or one per group or request of a packed row."""
     active = _active.get()
     own: Callable[..., torch.Tensor | None] = ALL_MASK_ATTENTION_FUNCTIONS[active.own]
     if active.layout is None:
         return own(batch_size, q_length, kv_length, **arguments)
     for of_the_row in ("attention_mask", "q_offset", "kv_offset"):
         arguments.pop(of_the_row, None)
+    if isinstance(active.layout, PackedCaches):
+        return _masks_behind_caches(own, active.layout, arguments)
     masks, start = [], 0
     for group in active.layout.groups:
         rows, seen = 1, None
@@ -151,10 +166,12 @@ def _attention(
     query: torch.Tensor,  # [rows, heads, tokens, dim]
     key: torch.Tensor,  # [rows, key heads, tokens, dim]
     value: torch.Tensor,
-    attention_mask: torch.Tensor | GroupMasks | None,
+    attention_mask: torch.Tensor | GroupMasks | CacheMasks | None,
     **arguments: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention function for transformers. Returns `[rows, tokens, heads, dim]`, and no weights."""
+    if isinstance(attention_mask, CacheMasks):
+        return _attend_behind_caches(module, query, attention_mask, **arguments), None
     if not isinstance(attention_mask, GroupMasks):
         return _attend(module, query, key, value, attention_mask, invariant=False, **arguments), None
     layout, masks = attention_mask.layout, attention_mask.masks
@@ -174,6 +191,29 @@ def _attention(
     return attended.unsqueeze(0), None
 
 
+def _masks_behind_caches(
+    own: Callable[..., torch.Tensor | None], packed: PackedCaches, arguments: dict[str, Any]
+) -> CacheMasks:
+    """Make the family's mask of each request, from the sizes of the layer that was asked for them last."""
+    masks = []
+    for layer, (rows, tokens), seen in zip(packed.sized, packed.shapes, packed.masks, strict=True):
+        kv_length, kv_offset = layer.get_mask_sizes(tokens)
+        where = {"q_offset": layer.get_seq_length(), "kv_offset": kv_offset}
+        mask = None if seen is None else seen.bool()  # as transformers passes it
+        masks.append(own(rows, tokens, kv_length, attention_mask=mask, **where, **arguments))
+    return CacheMasks(packed, tuple(masks))
+
+
+def _attend_behind_caches(
+    module: nn.Module, query: torch.Tensor, attention_mask: CacheMasks, **arguments: Any
+) -> torch.Tensor:
+    """Compute attention of each request to its own keys and values: `[1, tokens, heads, dim]`."""
+    packed, outputs = attention_mask.packed, []
+    for q, (k, v), mask in zip(packed.rows_of(query), packed.pairs, attention_mask.masks, strict=True):
+        outputs.append(_attend(module, q, k, v, mask, invariant=False, **arguments).flatten(0, 1))
+    return torch.cat(outputs).unsqueeze(0)
+
+
 def _rows_of(packed: torch.Tensor, start: int, group: Group) -> torch.Tensor:
     """Reshape a group's sequences to rows: `[1, heads, all tokens, dim]` to `[count, heads, length, dim]`."""
     part = packed[0, :, start : start + group.tokens]
@@ -184,7 +224,7 @@ def _rows_of(packed: torch.Tensor, start: int, group: Group) -> torch.Tensor:
 def _attend(
     module: nn.Module,
     query: torch.Tensor,  # [rows, heads, length, dim]
-    key: torch.Tensor,  # [rows, key heads, length, dim]
+    key: torch.Tensor,  # [rows, key heads, length, dim]; longer behind a cache
     value: torch.Tensor,
     mask: torch.Tensor | None,  # from the family's mask function
     *,
@@ -193,7 +233,7 @@ def _attend(
 ) -> torch.Tensor:
     """Compute attention of rows, by the family's function or the matrix of scores: `[rows, length, heads, dim]`."""
     own = _active.get().own
-    slow = flash_is_slow(query.dtype, query.device) and query.shape[2] <= MAX_SCORES_LENGTH
+    slow = flash_is_slow(query.dtype, query.device) and query.shape[2] == key.shape[2] <= MAX_SCORES_LENGTH
     if own == "sdpa" and (invariant or slow) and arguments.get("position_bias") is None:
         causal = _is_causal(module, arguments)
         return _attend_by_scores(query, key, value, mask, _scale(query, arguments), causal).transpose(1, 2)

@@ -90,7 +90,7 @@ def find_packed_forms(trunk: TrunkModel) -> PackedForms:
 
 def _packs(trunk: TrunkModel, forms: Sequence[Form]) -> bool:
     random = torch.Generator().manual_seed(SEED)
-    parts = [_request(trunk, form, random) for form in forms]
+    parts = [random_request(trunk, form, random) for form in forms]
     gradients = [torch.randn(part.activations.shape, generator=random).to(part.activations) for part in parts]
     shapes = [form.shape for form in forms]
     try:
@@ -102,7 +102,7 @@ def _packs(trunk: TrunkModel, forms: Sequence[Form]) -> bool:
     # distribution and amplify rounding errors.
     tolerance = math.sqrt(torch.finfo(trunk.dtype).eps)
     return all(
-        _close(ours, theirs, tolerance)
+        is_close(ours, theirs, tolerance)
         for pair in zip(together, separate, strict=True)
         for ours, theirs in zip(*pair, strict=True)
     )
@@ -121,13 +121,13 @@ def is_deterministic(trunk: TrunkModel, pass_tokens: int, forms: PackedForms) ->
         room = pass_tokens - form.shape.total_tokens
         if room < 0:
             continue
-        probe = _request(trunk, form, random)
+        probe = random_request(trunk, form, random)
         gradient = torch.randn(probe.activations.shape, generator=random).to(probe.activations)
         (expected,) = _packed_results(trunk, [probe], [form.shape], [gradient], pass_tokens=pass_tokens)
         for _ in range(COMPOSITIONS if form is probes[0] else COMPOSITIONS_OF_A_FORM):
             neighbours = _random_forms(room, special, below)
             place = below(len(neighbours) + 1)
-            others = [_request(trunk, one, random) for one in neighbours]
+            others = [random_request(trunk, one, random) for one in neighbours]
             gradients = [torch.randn(one.activations.shape, generator=random).to(probe.activations) for one in others]
             found = _packed_results(
                 trunk,
@@ -158,7 +158,7 @@ def measure_costs(trunk: TrunkModel, clock: Callable[[], float] = time.perf_coun
     random = torch.Generator().manual_seed(SEED)
     samples: dict[str, list[tuple[int, float]]] = {"forward": [], "backward": [], "linear_outputs": []}
     for tokens in COST_TOKENS:
-        part = alone(_request(trunk, plain(1, tokens), random)).inputs
+        part = alone(random_request(trunk, plain(1, tokens), random)).inputs
         gradient = torch.ones_like(part.activations)
         _, linear_outputs = trunk.forward_with_linear_outputs(part)  # and warm up
         best = {name: float("inf") for name in samples}
@@ -185,7 +185,7 @@ def measure_graph_memory(trunk: TrunkModel, adapter: RequestAdapter | None = Non
     """Measure three graphs, and fit the memory that a graph of this trunk keeps, without or with an adapter."""
     random, samples = torch.Generator().manual_seed(SEED), []
     for tokens in MEMORY_TOKENS:
-        request = _request(trunk, plain(1, tokens), random)
+        request = random_request(trunk, plain(1, tokens), random)
         with trunk.adapted(_adapters_of_one(adapter, tokens)):
             graph, linear_outputs = trunk.graph_to_keep(request, with_linear_outputs=True)
         samples.append((tokens, graph.nbytes + (0 if linear_outputs is None else linear_outputs.nbytes)))
@@ -200,7 +200,7 @@ def measure_pass_memory(
     for tokens in LAYER_TOKENS:
         # A mask with a hole: the mask that families build from it is quadratic in the row length.
         mask = ((0, *(1,) * (tokens - 1)),)
-        rows = _request(trunk, Form(Shape(1, tokens, (tokens,), frozenset({0})), mask), random)
+        rows = random_request(trunk, Form(Shape(1, tokens, (tokens,), frozenset({0})), mask), random)
         adapters = _adapters_of_one(adapter, tokens)
         leaves = adapters.leaves([0]) if adapters else []
         with trunk.adapted(adapters), trunk.separate_layers(rows) as layers:
@@ -241,7 +241,7 @@ def merges_adapters(trunk: TrunkModel) -> bool:
     The tokens of a layer that gets others, such as a routed expert, cannot be told apart by request; nor those of one
     that is not called in the test.
     """
-    request = _request(trunk, plain(2, 3), torch.Generator().manual_seed(SEED))
+    request = random_request(trunk, plain(2, 3), torch.Generator().manual_seed(SEED))
     seen = _SeenInputs()
     with trunk.adapted(seen):
         trunk.forward(request)
@@ -255,7 +255,7 @@ def key_sizes(trunk: TrunkModel, cut: Cut) -> dict[str, tuple[int, int]]:
     seen = _WithCache()
     try:
         with trunk.adapted(seen):
-            trunk.forward(_request(trunk, plain(2, 3), torch.Generator().manual_seed(SEED)))
+            trunk.forward(random_request(trunk, plain(2, 3), torch.Generator().manual_seed(SEED)))
     except Exception:  # any error of the family's code with a cache
         return {}
     found = seen.keys.sizes
@@ -301,7 +301,7 @@ def _timed(run: Callable[[], Timed], device: torch.device, clock: Callable[[], f
     return result, clock() - begun
 
 
-def _request(trunk: TrunkModel, form: Form, random: torch.Generator) -> Rows:
+def random_request(trunk: TrunkModel, form: Form, random: torch.Generator) -> Rows:
     """Make a random request of this form."""
 
     def optional(bits: Bits | None) -> torch.Tensor | None:
@@ -333,6 +333,6 @@ def _packed_results(
     return list(zip(merged.split(output), merged.split(at_input), strict=True))
 
 
-def _close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) -> bool:
+def is_close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) -> bool:
     scale = float(theirs.abs().max()) or 1.0
     return float((ours - theirs).abs().max()) <= tolerance * scale

@@ -14,8 +14,9 @@ import torch
 from zsl.errors import InternalError, OutOfMemoryError, UnknownSumError, WireError
 from zsl.trunk.compute.adapters import FlatGradients, PassAdapters, SeparateAdapters, Span, loaded, request_adapter
 from zsl.trunk.compute.gradient_sums import add_to_sums
+from zsl.trunk.compute.keys_and_values import KeysAndValues, PackedCaches
 from zsl.trunk.compute.merged_adapters import Companies, MergedAdapters
-from zsl.trunk.compute.packing import MergedPass, alone, packed, stacked
+from zsl.trunk.compute.packing import MergedPass, alone, packed, packed_behind_caches, stacked
 from zsl.trunk.compute.passes import Pass, Rows, Sequences, sequences_of
 from zsl.trunk.compute.stash import (
     TorchStash,
@@ -28,7 +29,7 @@ from zsl.trunk.compute.transfer import Transfer
 from zsl.trunk.compute.trunk_model import Revealed, TrunkModel
 from zsl.trunk.malloc import give_back_freed_memory, resident_bytes
 from zsl.trunk.settings import TrunkTraits
-from zsl.trunk.work import Batch, Buffers, Done, Keep, Kind, Outcome, Packed, Stacked, Work
+from zsl.trunk.work import Batch, BehindCache, Buffers, Done, Keep, Kind, Outcome, Packed, Stacked, Work
 from zsl.wire.messages import GRADIENTS_OF, Reveal, Role
 from zsl.wire.tensors import TORCH_DTYPES, decode_tensor, encode_tensor
 
@@ -104,7 +105,9 @@ class TorchCompute:
         graph = linear_outputs = None
         # The backward of a kept graph says whether it needs gradients of adapters.
         adapters, reveals = self._adapters(works, merged, trained=range(len(works))), works[0].reveals
-        with self._trunk.adapted(adapters), self._trunk.revealing(reveals) as revealed:
+        caches = [self._cache(work) for work in works]
+        behind = caches[0] if len(works) == 1 else _packed_caches(caches, parts)
+        with self._trunk.adapted(adapters), self._trunk.behind(behind), self._trunk.revealing(reveals) as revealed:
             if set(keeps) <= set(_WITH_GRAPH):
                 graph, linear_outputs = self._trunk.graph_to_keep(
                     merged.inputs, with_linear_outputs=with_linear_outputs
@@ -119,7 +122,17 @@ class TorchCompute:
         for name in reveals:  # of one request, which runs alone
             replies[0].update(self._replies(name, [_stacked(name, revealed, works[0])], dtypes)[0])
         stashes = stashes_of(merged, parts, [work.shape for work in works], dtypes, keeps, graph, linear_outputs)
-        return [Done(reply, stash) for reply, stash in zip(replies, stashes, strict=True)]
+        return [Done(*parts) for parts in zip(replies, stashes, caches, strict=True)]
+
+    def _cache(self, work: Work) -> KeysAndValues | None:
+        """Return the keys and values that a request runs behind, to be added to. Raises `UnknownCacheError`."""
+        use = work.cache
+        if use is None:
+            return None
+        if use.kept is None:
+            return self._trunk.no_keys_and_values()
+        assert isinstance(use.kept, KeysAndValues)
+        return use.kept.behind(use.length, use.rows)
 
     def _backward(self, works: Sequence[Work]) -> list[Outcome]:
         stashes = [self._stash(work) for work in works]
@@ -235,6 +248,9 @@ class TorchCompute:
             sequences = [_sequences(part, work) for part, work in zip(parts, works, strict=True)]
             shapes = [(work.shape.rows, work.shape.tokens) for work in works]
             return packed(sequences, shapes, pass_tokens=self._pass_tokens)
+        if isinstance(sharing, BehindCache) and shared:
+            lengths = [0 if work.cache is None else work.cache.length for work in works]
+            return packed_behind_caches([_rows(part) for part in parts], lengths)
         if isinstance(sharing, Stacked) and shared:
             return stacked([_rows(part) for part in parts])
         (part,) = parts
@@ -301,6 +317,15 @@ def _trained(works: Sequence[Work]) -> list[int]:
 
 def _sequences(part: Pass, work: Work) -> Sequences:
     return part if isinstance(part, Sequences) else sequences_of(part, work.shape)
+
+
+def _packed_caches(caches: Sequence[KeysAndValues | None], parts: Sequence[Pass]) -> PackedCaches | None:
+    """Return the caches of requests that share a packed row; None if they have none."""
+    those = [cache for cache in caches if cache is not None]
+    if not those:
+        return None
+    shapes = tuple((part.rows, part.tokens) for part in parts)
+    return PackedCaches(tuple(those), shapes, tuple(_rows(part).attention_mask for part in parts))
 
 
 def _rows(part: Pass) -> Rows:

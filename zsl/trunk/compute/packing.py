@@ -86,6 +86,21 @@ def packed(
     return MergedPass(inputs, tuple(order), tuple(shapes[index] for index in order), filling)
 
 
+def packed_behind_caches(parts: Sequence[Rows], lengths: Sequence[int]) -> MergedPass:
+    """Pack the rows of requests, each behind a cache of its length, into one row, in order."""
+    activations, positions = [], []
+    for part, length in zip(parts, lengths, strict=True):
+        given = part.position_ids
+        if given is None:
+            given = torch.arange(length, length + part.tokens, device=part.activations.device).unsqueeze(0)
+        activations.append(part.activations.flatten(0, 1))
+        positions.append(given.expand(part.rows, -1).flatten())
+    row, at = torch.cat(activations).unsqueeze(0), torch.cat(positions).unsqueeze(0)
+    shapes = tuple((part.rows, part.tokens) for part in parts)
+    each = tuple(tokens for rows, tokens in shapes for _ in range(rows))
+    return MergedPass(Sequences(row, at, each), tuple(range(len(parts))), shapes)
+
+
 def stacked(parts: Sequence[Rows]) -> MergedPass:
     """Concatenate the rows of requests with equal row length and the same optional tensors."""
 

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 
 from zsl.models.quantize import bits_of
 from zsl.split.sides import numbers_in
@@ -27,6 +28,7 @@ from zsl.trunk.compute.adapters import FlatGradients, PassAdapters
 from zsl.trunk.compute.attention import flash_is_slow, layout_of, segments_attention
 from zsl.trunk.compute.by_layers import Layer, gradients_at, gradients_by_layers
 from zsl.trunk.compute.frozen_linear import FrozenLinear
+from zsl.trunk.compute.keys_and_values import KeysAndValues, PackedCaches, no_keys_and_values
 from zsl.trunk.compute.linear_outputs import LinearLayers, LinearOutputs
 from zsl.trunk.compute.passes import Pass, Rows, Sequences
 from zsl.wire.messages import Cut, Reveal
@@ -104,7 +106,11 @@ class TrunkModel:
 
     def __init__(self, model: PreTrainedModel, cut: Cut) -> None:
         self._model = model
+        self._cut = cut
         layers = find_stack(model).layers
+        self._layer_count = len(layers)
+        self._cache: Cache | None = None
+        self._packed_caches: PackedCaches | None = None
         first = layers[cut.start]
         self._first_parameter = next(iter(inspect.signature(first.forward).parameters))
         first.register_forward_pre_hook(self._enter, with_kwargs=True)
@@ -182,6 +188,21 @@ class TrunkModel:
             self.forward(Rows(activations))
             found = revealed["router_logits"]
             return len(found), found[0].shape[-1] if found else 0
+
+    def no_keys_and_values(self) -> KeysAndValues | None:
+        """Make an empty cache; None if a layer keeps something else than keys and values."""
+        return no_keys_and_values(self._model.config.get_text_config(decoder=True), self._cut)
+
+    @contextmanager
+    def behind(self, cache: KeysAndValues | PackedCaches | None) -> Iterator[None]:
+        """Run passes behind the tokens of a cache, or of those of a packed row's requests, which take the keys and
+        values of each pass."""
+        self._cache = None if cache is None else cache.in_model(self._cut, self._layer_count)
+        self._packed_caches = cache if isinstance(cache, PackedCaches) else None
+        try:
+            yield
+        finally:
+            self._cache = self._packed_caches = None
 
     def _revealed(self) -> Revealed:
         return {name: tuple(tensors) for name, tensors in self._revealing.items()}
@@ -300,13 +321,13 @@ class TrunkModel:
         if isinstance(inputs, Sequences):
             # Unused, but with a mask transformers does not search the positions for packed sequences.
             mask: torch.Tensor | None = torch.ones(activations.shape[:2], dtype=torch.bool, device=self.device)
-            layout = layout_of(
+            layout = self._packed_caches or layout_of(
                 inputs.lengths, inputs.masked, inputs.seen, invariant=inputs.invariant, device=self.device
             )
             attend = partial(segments_attention, self._model.config, layout)
         else:
             mask = inputs.attention_mask
-            if self._own_attention and prefix is None:
+            if self._own_attention and prefix is None and self._cache is None:
                 attend = partial(segments_attention, self._model.config, None)
         placeholder = torch.zeros((), dtype=self.dtype, device=self.device).expand(activations.shape)
         self._entering, self._attend = activations, attend
@@ -314,15 +335,14 @@ class TrunkModel:
             tensors.clear()
         routers = "router_logits" in self._revealing
         further: dict[str, Any] = {"output_router_logits": True} if routers else {}
-        if prefix is not None:
-            further["past_key_values"] = prefix
         try:
             with attend():
                 result = self._model(
                     inputs_embeds=placeholder,
                     attention_mask=mask,
                     position_ids=inputs.position_ids,
-                    use_cache=False,
+                    past_key_values=prefix if self._cache is None else self._cache,
+                    use_cache=self._cache is not None,
                     **further,
                 )
             if routers:

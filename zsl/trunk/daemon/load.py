@@ -29,6 +29,7 @@ from zsl.trunk.compute.calibrate import (
 )
 from zsl.trunk.compute.engine import TorchCompute
 from zsl.trunk.compute.trunk_model import TrunkModel
+from zsl.trunk.compute.try_caches import measure_cache_memory, merges_caches
 from zsl.trunk.costs import UNKNOWN_COSTS, BatchLimits, batch_limits
 from zsl.trunk.malloc import give_back_freed_memory
 from zsl.trunk.settings import TrunkInfo, TrunkTraits
@@ -94,6 +95,7 @@ class TrunkPlan:
         graph_memory = measure_graph_memory(trunk)
         adapter = typical_adapter(trunk)
         with_adapters = measure_graph_memory(trunk, adapter)
+        cache_memory = measure_cache_memory(trunk)
         merges = not trunk.mixes_rows and limits.merge_below_tokens > 0
         traits = TrunkTraits(
             parameters=trunk.parameter_count,
@@ -116,6 +118,8 @@ class TrunkPlan:
                 path: encode_tensor("weight_norms", layer.row_norms().float())
                 for path, layer in trunk.linear_layers.items()
             },
+            cache_memory=cache_memory,
+            merges_caches=merges and forms.plain and cache_memory is not None and merges_caches(trunk),
         )
         if pass_memory_bytes is not None:
             # The resident size is the baseline of the growth: free what loading and calibration left.

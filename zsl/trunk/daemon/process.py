@@ -56,6 +56,7 @@ class DaemonOptions:
     stash_memory_bytes: int
     adapter_memory_bytes: int
     max_adapter_rank: int
+    cache_memory_bytes: int
     max_batch_tokens: int | None
     merge_below_tokens: int | None
     deterministic: bool
@@ -96,6 +97,7 @@ async def _serve(plan: TrunkPlan, options: DaemonOptions, loading: Loading, hang
         stash_memory_bytes=options.stash_memory_bytes,
         adapter_memory_bytes=options.adapter_memory_bytes,
         max_adapter_rank=options.max_adapter_rank,
+        cache_memory_bytes=options.cache_memory_bytes,
     )
     server = TrunkServer(
         plan.info,

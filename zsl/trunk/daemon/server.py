@@ -29,6 +29,7 @@ from zsl.trunk.requests.reply_cache import ReplyCache
 from zsl.trunk.requests.request_table import RequestStats, RequestTable
 from zsl.trunk.scheduling.scheduler import Scheduler
 from zsl.trunk.sessions.adapter_store import AdapterStore
+from zsl.trunk.sessions.cache_store import CacheStore
 from zsl.trunk.sessions.sessions import Sessions
 from zsl.trunk.settings import ServerSettings, TrunkInfo
 from zsl.trunk.work import Compute
@@ -103,6 +104,7 @@ class TrunkServer:
             new_id=new_id,
         )
         self._adapters = AdapterStore(self._settings.adapter_memory_bytes)
+        self._caches = CacheStore(self._settings.cache_memory_bytes)
         self._running: _Running | None = None
         self._draining_until: float | None = None
         self._stuck = False  # a pass hangs
@@ -188,9 +190,10 @@ class TrunkServer:
         )
         credit = Credit(settings.max_inflight_requests, settings.max_inflight_bytes, settings.max_total_inflight_bytes)
         replies = ReplyCache(settings.reply_memory_bytes)
-        requests = RequestTable(self._sessions, self._adapters, scheduler, replies, credit)
+        requests = RequestTable(self._sessions, self._adapters, self._caches, scheduler, replies, credit)
         of_adapters = settings.adapter_limits(traits)
         adapters = AdapterIntake(self._adapters, traits.adaptable, traits.key_sizes, traits.weight_norms, of_adapters)
+        cache_memory = traits.cache_memory if settings.cache_memory_bytes else None
         trim_policy = TrimPolicy(resident_bytes(), settings.stash_memory_bytes)
         runner = BatchRunner(
             compute,
@@ -204,7 +207,7 @@ class TrunkServer:
             failpoint=self._failpoint,
         )
         handlers = Handlers(
-            Intake(self.info, limits, traits, adapters),
+            Intake(self.info, limits, traits, adapters, self._caches, cache_memory),
             requests,
             self._sessions,
             runner,
@@ -248,7 +251,7 @@ class TrunkServer:
         if running.trimming is not None and not running.trimming.done():
             return
         busy = running.runner.is_busy or running.requests.queued > 0
-        held, resident = self._sessions.held_bytes, resident_bytes()
+        held, resident = self._sessions.held_bytes + self._caches.nbytes, resident_bytes()
         if running.trim_policy.is_due(now, busy=busy, held_bytes=held, resident_bytes=resident):
             running.trimming = asyncio.get_running_loop().run_in_executor(None, give_back_freed_memory)
 

@@ -131,6 +131,7 @@ class BatchRunner:
             stash,
             request.adapter,
             request.reveals,
+            request.cache,
         )
 
     def _keep(self, request: Request, room: bool) -> Keep:

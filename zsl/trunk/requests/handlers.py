@@ -167,9 +167,9 @@ class Handlers:
             session = self._resumed(sender, header, now) or self._opened(sender, header, now)
         limits = self._limits_of(sender.tenant)
         adapters = intake.adapters.limits_of(sender.tenant)
-        digest = self._router.digest(sender.peer)
+        digest, caches = self._router.digest(sender.peer), intake.cache_memory is not None
         welcome = welcome_to(
-            header, session.id, self._answers.epoch, intake.info, intake.traits, adapters, limits, digest
+            header, session.id, self._answers.epoch, intake.info, intake.traits, adapters, limits, digest, caches=caches
         )
         self._router.hold(sender.peer)
         if not self._answers.send(sender.peer, welcome):

@@ -16,6 +16,8 @@ def welcome_to(
     adapters: AdapterLimits | None,
     limits: Limits,
     connection: bytes | None = None,
+    *,
+    caches: bool,
 ) -> Welcome:
     """Build the WELCOME of an open session. `connection`: its digest."""
     return Welcome(
@@ -33,6 +35,7 @@ def welcome_to(
         trunk_parameters=traits.parameters,
         adapters=adapters,
         reveals=list(info.reveals),
+        caches=caches,
         limits=limits,
         connection=connection,
     )

@@ -33,7 +33,7 @@ def asked_by(header: Forward | Backward) -> bytes:
             gradients = [one for one in tensors if one[0].endswith("gradients")]
             asked = "backward", header.step, gradients, header.adapter, header.adapter_sum, header.adapter_gradients
         case Forward():
-            asked = "forward", header.keep, tensors, header.adapter, header.reveal
+            asked = "forward", header.keep, tensors, header.adapter, header.reveal, header.cache
     return xxhash.xxh3_128_digest(repr(asked).encode())
 
 

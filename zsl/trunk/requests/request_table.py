@@ -23,8 +23,9 @@ from zsl.trunk.requests.credit import Credit, InFlight
 from zsl.trunk.requests.reply_cache import ReplyCache, asked_by
 from zsl.trunk.scheduling.scheduler import Job, Scheduler
 from zsl.trunk.sessions.adapter_store import AdapterStore
+from zsl.trunk.sessions.cache_store import CacheStore
 from zsl.trunk.sessions.sessions import Session, Sessions
-from zsl.trunk.work import Buffers, Held, Kind, Outcome, Shape, Sharing
+from zsl.trunk.work import Buffers, CacheUse, Held, Kind, Outcome, Shape, Sharing
 from zsl.wire.frames import Frame
 from zsl.wire.messages import Backward, Forward, Reveal
 
@@ -57,6 +58,7 @@ class Request:
     job: Job
     adapter: AdapterUse | None = None
     reveals: tuple[Reveal, ...] = ()
+    cache: CacheUse | None = None
     state: RequestState = RequestState.QUEUED
     released: bool = False
 
@@ -91,10 +93,17 @@ class RequestTable:
     """
 
     def __init__(
-        self, sessions: Sessions, adapters: AdapterStore, scheduler: Scheduler, replies: ReplyCache, credit: Credit
+        self,
+        sessions: Sessions,
+        adapters: AdapterStore,
+        caches: CacheStore,
+        scheduler: Scheduler,
+        replies: ReplyCache,
+        credit: Credit,
     ) -> None:
         self._sessions = sessions
         self._adapters = adapters
+        self._caches = caches
         self._scheduler = scheduler
         self._replies = replies
         self._credit = credit
@@ -156,7 +165,8 @@ class RequestTable:
     def add(
         self, request: Request, now: float, *, unsent: Callable[[bytes], int] = lambda _: 0, all_unsent: int = 0
     ) -> None:
-        """Queue a request. Raises `OverloadedError` over the limits of its session, its tenant, or the total.
+        """Queue a request. Raises `OverloadedError` over the limits of its session, its tenant, or the total, and
+        `TooLargeError` for a cache over the limit.
 
         `unsent` returns the bytes of unread answers of a connection, `all_unsent` is their total. Both count as in
         flight.
@@ -169,6 +179,8 @@ class RequestTable:
             all_bytes=self._bytes + all_unsent,
         )
         self._credit.check(request.nbytes, inflight, session.tenant, retry_after_ms=self._retry_after_ms())
+        if request.cache is not None:
+            self._caches.begin_request(session, request.cache, now)
         if isinstance(header, Backward):  # a backward ends its step
             if request.held is None:
                 self._sessions.release(session, header.step)
@@ -204,6 +216,10 @@ class RequestTable:
         self.taken_bytes -= request.taken_bytes
         if request.adapter is not None:
             self._adapters.end_request(request.session, request.adapter.version.version)
+        if request.cache is not None:
+            kept = None if isinstance(outcome, WireError) else outcome.kept
+            rows, tokens = request.shape.rows, request.shape.tokens
+            self._caches.end_request(request.session, request.cache, kept, rows=rows, tokens=tokens)
         if isinstance(outcome, WireError):
             if request.held is not None:
                 request.held.stash.drop()
@@ -222,8 +238,10 @@ class RequestTable:
             self._replies.put(request.session.id, request.header, answer)
 
     def release(self, session: Session, step: int) -> None:
-        """Drop the stash of a step, also of a queued or running one: its client will request no backward."""
+        """Drop the stash of a step, also of a queued or running one, and the cache that it made: its client will
+        request no backward, and no forward behind it."""
         self._sessions.release(session, step)
+        self._caches.drop(session, step)
         request = self.get(session, step)
         if request is not None:
             request.released = True
@@ -237,6 +255,7 @@ class RequestTable:
             request.state = RequestState.ABANDONED
             if was_queued:
                 self.end(request, CancelledByClientError())
+        self._caches.close(session)
         self._replies.close(session.id)
         self._scheduler.forget_client(session.id)
         if session.tenant is None:  # the used time of a tenant with a key must survive a reconnect

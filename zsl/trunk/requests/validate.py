@@ -19,9 +19,9 @@ from zsl.errors import (
 )
 from zsl.trunk.requests.finite import not_finite
 from zsl.trunk.settings import TrunkTraits
-from zsl.trunk.work import Alone, Buffers, Packed, Shape, Sharing, Stacked
+from zsl.trunk.work import Alone, BehindCache, Buffers, Packed, Shape, Sharing, Stacked
 from zsl.wire.adapter_layout import PrefixLayer
-from zsl.wire.messages import FLOAT_DTYPES, Limits, Role, TensorDescriptor
+from zsl.wire.messages import FLOAT_DTYPES, Limits, Role, TensorDescriptor, UsedCache
 
 _NUMPY_DTYPES = {"i64": np.int64, "i32": np.int32, "i16": np.int16, "i8": np.int8, "u8": np.uint8, "bool": np.uint8}
 
@@ -29,18 +29,28 @@ _NUMPY_DTYPES = {"i64": np.int64, "i32": np.int32, "i16": np.int16, "i8": np.int
 Integers = np.ndarray[tuple[int, ...], np.dtype[np.integer[Any]]]
 
 _OPTIONAL: set[Role] = {"attention_mask", "position_ids", "lengths"}
+_BEHIND_CACHE: set[Role] = {"attention_mask", "position_ids", "cache_rows"}
 
 
-def check_forward(buffers: Buffers, hidden_size: int, limits: Limits, prefix: PrefixLayer | None = None) -> Shape:
+def check_forward(
+    buffers: Buffers,
+    hidden_size: int,
+    limits: Limits,
+    prefix: PrefixLayer | None = None,
+    cache: UsedCache | None = None,
+) -> Shape:
     """Validate a forward, and return the shape of its activations `[rows, tokens, hidden]`.
 
     Optional tensors: `attention_mask` `[rows, tokens]` of 0 and 1, `position_ids` `[rows or 1, tokens]`, and
     for a single row `lengths` `[sequences]`, whose sum is its tokens. With a prefix, the mask is `[rows, prefix
-    tokens + tokens]`, and the lengths in the shape count it too.
+    tokens + tokens]`, and the lengths in the shape count it too. With a `cache` there are no lengths, and the mask is
+    of the tokens in it too.
     Raises `MalformedError`, `BadShapeError`, `BadDtypeError`, `TooLargeError` or `NonFiniteError`.
     """
-    _check_roles(buffers, needed={"activations"}, optional=_OPTIONAL)
-    return _check_inputs(buffers, hidden_size, limits, prefix)
+    if prefix is not None and cache is not None:
+        raise MalformedError("a request with a cache has no prefix")
+    _check_roles(buffers, needed={"activations"}, optional=_OPTIONAL if cache is None else _BEHIND_CACHE)
+    return _check_inputs(buffers, hidden_size, limits, prefix, cache)
 
 
 def check_backward(
@@ -90,6 +100,20 @@ def sharing_of(buffers: Buffers, shape: Shape, traits: TrunkTraits) -> Sharing:
     return Stacked(shape.tokens, has_mask, has_positions)
 
 
+def cache_rows(buffers: Buffers, shape: Shape) -> tuple[int, ...] | None:
+    """Return the rows of its cache that a forward runs behind; None for all, in order. Raises as `check_forward`."""
+    if "cache_rows" not in buffers:
+        return None
+    rows = _integers(buffers, "cache_rows", {(shape.rows,)}, lowest=0, highest=2**31)
+    return tuple(rows.tolist())
+
+
+def sharing_behind_cache(shape: Shape, traits: TrunkTraits) -> Sharing:
+    """Decide how a valid request behind a cache may share a pass. In a deterministic trunk it runs alone."""
+    small = shape.total_tokens <= traits.batch_limits.merge_below_tokens
+    return BehindCache() if traits.merges_caches and small and not traits.deterministic else Alone()
+
+
 def _check_roles(buffers: Buffers, *, needed: set[Role], optional: set[Role]) -> None:
     missing, extra = needed - buffers.keys(), buffers.keys() - needed - optional
     if missing or extra:
@@ -97,7 +121,13 @@ def _check_roles(buffers: Buffers, *, needed: set[Role], optional: set[Role]) ->
         raise MalformedError(f"the request {wrong}")
 
 
-def _check_inputs(buffers: Buffers, hidden_size: int, limits: Limits, prefix: PrefixLayer | None) -> Shape:
+def _check_inputs(
+    buffers: Buffers,
+    hidden_size: int,
+    limits: Limits,
+    prefix: PrefixLayer | None = None,
+    cache: UsedCache | None = None,
+) -> Shape:
     activations = buffers["activations"][0]
     _check_float(activations)
     if len(activations.shape) != 3 or 0 in activations.shape:
@@ -112,19 +142,21 @@ def _check_inputs(buffers: Buffers, hidden_size: int, limits: Limits, prefix: Pr
             "or start the daemon with more --stash-memory"
         )
     masked: frozenset[int] = frozenset()
+    past = 0 if cache is None else cache.length
     if "attention_mask" in buffers:
-        mask = _integers(buffers, "attention_mask", {(rows, keys)}, lowest=0, highest=1)
-        masked = frozenset(np.flatnonzero((mask.reshape(rows, keys) == 0).any(1)).tolist())
+        mask = _integers(buffers, "attention_mask", {(rows, past + keys)}, lowest=0, highest=1)
+        masked = frozenset(np.flatnonzero((mask.reshape(rows, -1) == 0).any(1)).tolist())
     positions = None
     if "position_ids" in buffers:
         shapes: set[tuple[int, ...]] = {(rows, tokens), (1, tokens)}
         positions = _integers(buffers, "position_ids", shapes, lowest=0, highest=limits.max_row_tokens - 1)
     if prefix and ("lengths" in buffers or prefix.rows not in (1, rows)):
         raise BadShapeError(f"a prefix of {prefix.rows} rows needs as many, without lengths; the request has {rows}")
-    lengths = (keys,) * rows if prefix else _lengths(buffers, rows, tokens, positions)
+    lengths = (keys,) * rows if prefix or cache else _lengths(buffers, rows, tokens, positions)
+    longest = past + max(lengths)
     # Given positions are within the limit, but with a prefix a long row would not be packed.
-    if (positions is None or prefix) and max(lengths) > limits.max_row_tokens:
-        raise TooLargeError(f"sequences of {max(lengths)} tokens; this model accepts up to {limits.max_row_tokens}")
+    if (positions is None or prefix) and longest > limits.max_row_tokens:
+        raise TooLargeError(f"sequences of {longest} tokens; this model accepts up to {limits.max_row_tokens}")
     _check_finite(buffers)
     fits_rows = "lengths" in buffers or tokens <= limits.max_row_tokens
     return Shape(rows, tokens, lengths, masked, fits_rows)

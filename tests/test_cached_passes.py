@@ -1,0 +1,144 @@
+"""Requests behind caches that share a pass get what they get alone, and a pass that fails changes no cache."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from support.adapters import random_version
+from support.compare import within
+from test_merging import compute_of
+from zsl.errors import InternalError
+from zsl.trunk.adapter import AdapterUse
+from zsl.trunk.compute.engine import TorchCompute
+from zsl.trunk.work import Alone, Batch, BehindCache, CacheUse, Done, Kind, Shape, Sharing, Work
+from zsl.wire.tensors import decode_tensor, encode_tensor
+
+HIDDEN = 32
+FAMILIES = {"llama": {}, "gpt2": {}, "gemma2": {}, "mistral": {}, "gpt_oss": {}}
+UNMERGED = {"llama4_text", "xglm"}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def compute(request: pytest.FixtureRequest, checkpoints: Callable[..., Path]) -> TorchCompute:
+    found = compute_of(checkpoints(request.param))
+    assert found.traits.cache_memory is not None and found.traits.merges_caches
+    return found
+
+
+@pytest.mark.parametrize("family", UNMERGED)
+def test_a_family_whose_requests_cannot_be_told_apart_keeps_caches_and_merges_none(
+    family: str, checkpoints: Callable[..., Path]
+) -> None:
+    traits = compute_of(checkpoints(family)).traits
+    assert traits.cache_memory is not None and not traits.merges_caches
+
+
+class Text:
+    """A session's requests, one behind the other, with random edits of its cache between them."""
+
+    def __init__(self, compute: TorchCompute, seed: int, steps: int) -> None:
+        source = random.Random(seed)
+        generator = torch.Generator().manual_seed(seed)
+        adapter = random_version(compute.traits.adaptable, seed, rank=1 + seed % 5) if seed % 3 else None
+        rows, length, last, mask = source.randint(1, 3), 0, 0, None
+        if source.random() < 0.4:
+            mask = torch.ones(rows, 0, dtype=torch.bool)
+        self.requests: list[dict[str, Any]] = []
+        for step in range(steps):
+            tokens = source.randint(2, 9) if step == 0 else source.choice([1, 1, 1, 3])
+            chosen = None
+            if step and source.random() < 0.3:
+                chosen = tuple(source.randrange(rows) for _ in range(source.randint(1, 3)))
+                rows = len(chosen)
+                mask = None if mask is None else mask[list(chosen)]
+            if step and source.random() < 0.3 and last > 1:
+                length -= 1
+                mask = None if mask is None else mask[:, :-1]
+            last = tokens
+            if mask is not None:
+                new = torch.ones(rows, tokens, dtype=torch.bool)
+                if step == 0:
+                    new[:, : tokens // 2] = torch.rand(rows, tokens // 2, generator=generator) < 0.5
+                mask = torch.cat([mask, new], 1)
+            activations = torch.randn(rows, tokens, HIDDEN, generator=generator)
+            tensors = {"activations": activations, "attention_mask": mask}
+            if source.random() < 0.5:
+                tensors["position_ids"] = torch.arange(length, length + tokens).unsqueeze(0)
+            given: dict[Any, torch.Tensor] = {role: one for role, one in tensors.items() if one is not None}
+            buffers = {role: encode_tensor(role, one) for role, one in given.items()}
+            self.requests.append(
+                {
+                    "buffers": buffers,
+                    "shape": Shape(rows, tokens, (tokens,) * rows),
+                    "length": length,
+                    "rows": chosen,
+                    "adapter": None if adapter is None else AdapterUse(adapter),
+                }
+            )
+            length += tokens
+
+    def work(self, step: int, kept: object | None, sharing: Sharing) -> Work:
+        request = self.requests[step]
+        cache = CacheUse(1, kept, request["length"], request["rows"], 0)
+        return Work(
+            Kind.FORWARD, request["buffers"], request["shape"], sharing, adapter=request["adapter"], cache=cache
+        )
+
+
+def output(done: object) -> torch.Tensor:
+    assert isinstance(done, Done), done
+    return decode_tensor(*done.buffers["activations"]).clone()
+
+
+def alone(compute: TorchCompute, text: Text) -> list[torch.Tensor]:
+    kept, outputs = None, []
+    for step in range(len(text.requests)):
+        (done,) = compute.run(Batch((text.work(step, kept, Alone()),)))
+        outputs.append(output(done))
+        kept = done.kept  # type: ignore[union-attr]
+    return outputs
+
+
+@settings(max_examples=15, suppress_health_check=list(HealthCheck))
+@given(st.lists(st.tuples(st.integers(0, 10_000), st.integers(1, 6)), min_size=2, max_size=5), st.integers(0, 10_000))
+def test_texts_that_share_passes_get_what_they_get_alone(
+    compute: TorchCompute, drawn: list[tuple[int, int]], seed: int
+) -> None:
+    source = random.Random(seed)
+    texts = [Text(compute, *one) for one in drawn]
+    expected = [alone(compute, text) for text in texts]
+    found: list[list[torch.Tensor]] = [[] for _ in texts]
+    kept: list[object | None] = [None] * len(texts)
+    while waiting := [index for index, text in enumerate(texts) if len(found[index]) < len(text.requests)]:
+        chosen = source.sample(waiting, source.randint(1, len(waiting)))
+        works = [texts[index].work(len(found[index]), kept[index], BehindCache()) for index in chosen]
+        for index, done in zip(chosen, compute.run(Batch(tuple(works))), strict=True):
+            found[index].append(output(done))
+            kept[index] = done.kept  # type: ignore[union-attr]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert all(within(1e-5)(one, other) for one, other in zip(ours, theirs, strict=True))
+
+
+def test_a_request_that_fails_leaves_its_cache_and_those_of_its_neighbours_as_they_were(
+    checkpoints: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compute = compute_of(checkpoints("llama"))
+    texts = [Text(compute, seed, 2) for seed in (1, 2)]
+    expected = [alone(compute, text) for text in texts]
+    kept = [compute.run(Batch((text.work(0, None, Alone()),)))[0].kept for text in texts]  # type: ignore[union-attr]
+    works = tuple(text.work(1, cache, BehindCache()) for text, cache in zip(texts, kept, strict=True))
+    with monkeypatch.context() as patch:
+        patch.setattr(compute, "_replies", lambda *_: 1 / 0)
+        assert all(isinstance(outcome, InternalError) for outcome in compute.run(Batch(works)))
+    for work, theirs in zip(works, expected, strict=True):
+        (done,) = compute.run(Batch((replace(work, sharing=Alone()),)))
+        assert torch.equal(output(done), theirs[1])

@@ -1,0 +1,214 @@
+"""A split model generates what the whole local model generates, with keys and values kept on both sides of the cut."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+import zsl
+from support import batches
+from support.embedded import served
+from support.models import local_model, tiny_model, with_lora
+from zsl.errors import ModelError
+
+SHARP = {"initializer_range": 0.3}  # so that texts do not repeat one token
+# Family, cut, and layers with adapters.
+MODELS = {
+    "llama": ("llama", "2:4", (0, 1, 4, 5)),
+    "gpt2 from its first layer": ("gpt2", "0:3", (4, 5)),
+    "qwen3 with adapters in the trunk": ("qwen3", "1:5", range(6)),
+    "gemma2, all of it": ("gemma2", "0:6", ()),
+    "gemma2, whose trunk begins with a full layer": ("gemma2", "1:4", range(6)),
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def pair(request: pytest.FixtureRequest, checkpoints: Callable[..., Path]) -> Iterator[tuple[Any, Any]]:
+    """A split model and the whole local one, with the same LoRA weights."""
+    family, cut, layers = MODELS[request.param]
+    path = str(checkpoints(family, **SHARP))
+    with served(path, cut=cut) as endpoint, zsl.RemoteTrunk(endpoint) as trunk:
+        models = zsl.load_client(path, trunk), local_model(path)
+        yield tuple(with_lora(model, layers=layers) if layers else model for model in models)  # type: ignore[misc]
+
+
+def prompt(rows: int = 1, length: int = 8, seed: int = 0) -> dict[str, torch.Tensor]:
+    ids = batches.tokens(rows, length, seed)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def left_padded() -> dict[str, torch.Tensor]:
+    batch = batches.padded("left", 16)
+    del batch["labels"]
+    return batch
+
+
+def generated(model: Any, inputs: dict[str, torch.Tensor], **how: Any) -> list[torch.Tensor]:
+    """The tokens, and the logits that they were chosen by."""
+    torch.manual_seed(3)
+    kwargs = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, **how}
+    result = model.generate(**inputs, **kwargs, return_dict_in_generate=True, output_logits=True)
+    return [result.sequences, *result.logits]
+
+
+def chat(model: Any) -> list[torch.Tensor]:
+    """Three turns that reuse the cache of the turns before."""
+    cache, ids, results = DynamicCache(config=model.config), prompt(length=6)["input_ids"], []
+    for turn in range(3):
+        found = generated(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, past_key_values=cache)
+        results += found
+        ids = torch.cat([found[0], batches.tokens(1, 4, seed=turn)], 1)
+    return results
+
+
+def forked(model: Any) -> list[torch.Tensor]:
+    """Two texts that begin with one prompt, whose cache is copied."""
+    cache, begin = DynamicCache(config=model.config), prompt(length=6)
+    with torch.no_grad():
+        model(**begin, past_key_values=cache, use_cache=True)
+    results = []
+    for seed in (1, 2):
+        ids = torch.cat([begin["input_ids"], batches.tokens(1, 3, seed)], 1)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        results += generated(model, inputs, past_key_values=copy.deepcopy(cache))
+    return results
+
+
+def by_hand(model: Any) -> list[torch.Tensor]:
+    """A lazy cache, a row repeated, selected, cropped and reset between forwards."""
+    cache, ids, results = DynamicCache(), prompt(2, 9)["input_ids"], []
+    with torch.no_grad():
+
+        def run(new: torch.Tensor) -> None:
+            results.append(model(input_ids=new, past_key_values=cache, use_cache=True).logits)
+
+        run(ids[:, :4])
+        cache.batch_repeat_interleave(2)
+        cache.reorder_cache(torch.tensor([3, 0, 1, 2]))
+        run(ids[[1, 0, 0, 1], 4:6])
+        cache.batch_select_indices(torch.tensor([2, 0]))
+        cache.crop(-1)
+        run(ids[:, 6:9])
+        cache.crop(-4)  # into the forward before
+        run(ids[:, 1:3])
+        cache.reset()
+        run(ids[:1])
+    return results
+
+
+def assisted(model: Any) -> list[torch.Tensor]:
+    helper = tiny_model("llama", seed=5, **SHARP).eval()
+    return generated(model, prompt(), assistant_model=helper, num_assistant_tokens=3)
+
+
+DECODINGS: dict[str, Callable[[Any], list[torch.Tensor]]] = {
+    "greedy": lambda model: generated(model, prompt()),
+    "a left-padded batch": lambda model: generated(model, left_padded()),
+    "sampling": lambda model: generated(model, prompt(), do_sample=True, num_return_sequences=2),
+    "4 beams": lambda model: generated(model, prompt(2), num_beams=4, num_return_sequences=2),
+    "sampled beams of a padded batch": lambda model: generated(model, left_padded(), num_beams=3, do_sample=True),
+    "prompt lookup": lambda model: generated(model, prompt(), prompt_lookup_num_tokens=3),
+    "assisted": assisted,
+    "a prompt in pieces": lambda model: generated(model, prompt(2, 11), prefill_chunk_size=4),
+    "a chat of 3 turns": chat,
+    "two texts with one beginning": forked,
+    "forwards by hand": by_hand,
+}
+
+
+@pytest.mark.parametrize("decoding", DECODINGS)
+def test_texts_and_logits_are_those_of_the_whole_local_model(pair: tuple[Any, Any], decoding: str) -> None:
+    split, whole = pair
+    with torch.no_grad():
+        ours, theirs = DECODINGS[decoding](split.eval()), DECODINGS[decoding](whole.eval())
+    assert len(ours) == len(theirs)
+    assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+
+
+# --- what only the split model has -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def split(checkpoints: Callable[..., Path]) -> Iterator[PreTrainedModel]:
+    path = str(checkpoints("llama", **SHARP))
+    with served(path) as endpoint, zsl.RemoteTrunk(endpoint) as trunk:
+        yield zsl.load_client(path, trunk).eval()
+
+
+def trunk_of(model: Any) -> zsl.RemoteTrunk:
+    return next(module for module in model.modules() if isinstance(module, zsl.RemoteTrunk))
+
+
+def test_a_new_token_sends_itself_only(split: PreTrainedModel) -> None:
+    trunk = trunk_of(split)
+    sent = []
+    for length in (8, 40):
+        before = trunk.client.traffic.bytes_up
+        generated(split, prompt(length=length), max_new_tokens=1)
+        prefilled = trunk.client.traffic.bytes_up
+        generated(split, prompt(length=length), max_new_tokens=11)
+        sent.append(trunk.client.traffic.bytes_up - prefilled - (prefilled - before))
+    assert sent[0] == pytest.approx(sent[1], rel=0.05)
+
+
+def test_adapters_that_are_switched_off_or_changed_between_tokens_work_as_locally(
+    checkpoints: Callable[..., Path],
+) -> None:
+    path = str(checkpoints("llama", **SHARP))
+    with served(path) as endpoint, zsl.RemoteTrunk(endpoint) as trunk:
+        results = []
+        for whole in (zsl.load_client(path, trunk), local_model(path)):
+            model = with_lora(whole, layers=range(6)).eval()
+            cache, found = DynamicCache(config=model.config), []
+            ids = prompt(length=9)["input_ids"]
+            with torch.no_grad():
+
+                def run(part: slice) -> None:
+                    output = model(input_ids=ids[:, part], past_key_values=cache, use_cache=True)  # noqa: B023
+                    found.append(output.logits)  # noqa: B023
+
+                run(slice(0, 4))
+                with model.disable_adapter():
+                    run(slice(4, 6))
+                for name, parameter in model.named_parameters():
+                    if "lora_B" in name:
+                        parameter.mul_(-1)
+                run(slice(6, 9))
+            results.append(found)
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results, strict=True))
+
+
+def test_a_cache_that_cannot_be_followed_is_refused_by_name(split: PreTrainedModel) -> None:
+    with pytest.raises(ModelError, match=r"StaticCache.*DynamicCache"):
+        generated(split, prompt(), cache_implementation="static")
+    assert generated(split, prompt(), max_new_tokens=2)[0].shape == (1, 10)
+
+
+def test_a_forward_with_gradients_keeps_nothing_and_its_cache_is_refused_afterwards(split: PreTrainedModel) -> None:
+    ids = prompt()["input_ids"]
+    with_cache = split(input_ids=ids, use_cache=True)
+    assert torch.equal(with_cache.logits, split(input_ids=ids).logits)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad), pytest.raises(ModelError, match=r"past_key_values holds 8 tokens"):
+            split(input_ids=ids[:, :1], past_key_values=with_cache.past_key_values)
+    with torch.no_grad():
+        kept = split(input_ids=ids, use_cache=True).past_key_values
+    with pytest.raises(ModelError, match="gradients do not pass the keys and values of 8 tokens"):
+        split(input_ids=ids[:, :1], past_key_values=kept)
+
+
+def test_a_daemon_that_keeps_no_keys_and_values_has_generate_run_without(
+    checkpoints: Callable[..., Path], serve: Callable[..., Any]
+) -> None:
+    path = str(checkpoints("llama"))
+    with zsl.RemoteTrunk(serve("llama", "--cache-memory", "0").endpoint) as trunk:
+        model = zsl.load_client(path, trunk).eval()
+        assert torch.equal(generated(model, prompt())[0], generated(local_model(path), prompt(), use_cache=False)[0])
+        with pytest.raises(ModelError, match="--cache-memory"):
+            generated(model, prompt(), use_cache=True)

@@ -1,0 +1,231 @@
+"""Whatever happens to the keys and values at the daemon, the text is that of the whole local model."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LogitsProcessor, PreTrainedModel
+
+import zsl
+from support import batches
+from support.daemon import Daemon
+from support.echo import EchoServer
+from support.faulty_link import FaultyLink
+from support.models import CUT, local_model, with_lora
+from zsl.client.replayable_step import Answer, read_answer
+from zsl.errors import TooLargeError
+from zsl.split.cut import parse_cut
+from zsl.trunk.daemon.load import plan_trunk
+from zsl.trunk.settings import ServerSettings
+from zsl.wire.frames import Message
+from zsl.wire.messages import Role
+
+SHARP = {"initializer_range": 0.3}
+TOKENS = 16
+LENGTH = 8 + TOKENS
+WAIT_SECONDS = 30
+
+
+class At(LogitsProcessor):
+    """Calls something once, before the token of this number."""
+
+    def __init__(self, token: int, act: Callable[[], None]) -> None:
+        self._left, self._act = token, act
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        self._left -= 1
+        if self._left == 0:
+            self._act()
+        return scores
+
+
+def text(model: Any, seed: int = 0, at: LogitsProcessor | None = None, **how: Any) -> list[int]:
+    ids = batches.tokens(1, 8, seed)
+    kwargs = {"max_new_tokens": TOKENS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, **how}
+    processors = [] if at is None else [at]
+    found = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), logits_processor=processors, **kwargs)
+    return found[0].tolist()
+
+
+@pytest.fixture(scope="module")
+def path(checkpoints: Callable[..., Path]) -> str:
+    return str(checkpoints("llama", **SHARP))
+
+
+@pytest.fixture(scope="module")
+def whole(path: str) -> PreTrainedModel:
+    return with_lora(local_model(path), layers=range(6)).eval()
+
+
+@contextmanager
+def server_of(path: str, cache_memory_bytes: int = 1 << 30) -> Iterator[EchoServer]:
+    """The trunk of a checkpoint in this process, whose store can be looked into."""
+    plan = plan_trunk(path, parse_cut(CUT), torch.float32, "cpu", forward_only=False)
+    with EchoServer(
+        compute=plan.load(max_batch_tokens=64, merge_below_tokens=16),
+        model=plan.info.model,
+        cut=plan.info.cut,
+        row_tokens=plan.info.max_row_tokens,
+        settings=ServerSettings(cache_memory_bytes=cache_memory_bytes),
+    ) as server:
+        yield server
+
+
+@contextmanager
+def split_model(path: str, endpoint: str, **how: Any) -> Iterator[Any]:
+    with zsl.RemoteTrunk(endpoint, **how) as trunk:
+        yield with_lora(zsl.load_client(path, trunk), layers=range(6)).eval()
+
+
+def trunk_of(model: Any) -> zsl.RemoteTrunk:
+    return next(module for module in model.modules() if isinstance(module, zsl.RemoteTrunk))
+
+
+def until(true: Callable[[], bool]) -> None:
+    """Wait for the loop of a server in this process."""
+    end = time.monotonic() + WAIT_SECONDS
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+@pytest.fixture(scope="module")
+def served(path: str) -> Iterator[tuple[EchoServer, Any]]:
+    with server_of(path) as server, split_model(path, server.endpoint) as split:
+        yield server, split
+
+
+@pytest.mark.long
+def test_a_daemon_that_is_killed_within_a_text_costs_time_only(
+    path: str, whole: PreTrainedModel, tmp_path: Path
+) -> None:
+    arguments = ["--model", path, "--cut", CUT, "--threads", "1"]
+    with Daemon(*arguments, log=tmp_path / "first.log") as first, FaultyLink(first.port) as link:
+        with split_model(path, link.endpoint, connect_timeout_seconds=60) as split:
+            second = Daemon(*arguments, log=tmp_path / "second.log")
+
+            def replace() -> None:
+                first.kill()
+                link.retarget(second.start().port)
+
+            try:
+                assert text(split, at=At(7, replace), num_beams=3) == text(whole, num_beams=3)
+            finally:
+                second.__exit__(None, None, None)
+
+
+@pytest.mark.parametrize(
+    "how", [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 3}], ids=["greedy", "beams", "lookup"]
+)
+def test_keys_and_values_that_are_lost_again_and_again_change_no_token(
+    served: tuple[EchoServer, Any], whole: PreTrainedModel, how: dict[str, Any]
+) -> None:
+    server, split = served
+
+    class Losses(At):
+        def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+            for session in server.server._sessions:
+                server.loop.call_soon_threadsafe(server.server._caches.close, session)
+            return scores
+
+    assert text(split, at=Losses(0, lambda: None), **how) == text(whole, **how)
+
+
+def test_a_session_that_ends_within_a_text_changes_no_token(
+    served: tuple[EchoServer, Any], whole: PreTrainedModel
+) -> None:
+    server, split = served
+    session = trunk_of(split).client.welcome.session
+    assert text(split, at=At(5, lambda: server.close_session(session))) == text(whole)
+
+
+def test_the_memory_is_free_again_when_a_text_is_done(served: tuple[EchoServer, Any]) -> None:
+    server, split = served
+    held = []
+    text(split, at=At(9, lambda: held.append(server.server._caches.nbytes)))
+    gc.collect()
+    assert held[0] > 0
+    until(lambda: server.server._caches.nbytes == 0)
+
+
+def test_a_prompt_longer_than_a_request_comes_in_pieces(
+    served: tuple[EchoServer, Any], whole: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, split = served
+    trunk = trunk_of(split)
+    welcome = trunk.client.welcome
+    limits = welcome.limits.model_copy(update={"max_request_tokens": 3})
+    monkeypatch.setattr(trunk.client._connection, "_welcome", welcome.model_copy(update={"limits": limits}))
+    assert text(split) == text(whole)
+
+
+def test_more_texts_than_fit_into_the_memory_wait_for_each_other(path: str, whole: PreTrainedModel) -> None:
+    bytes_of_a_text = _bytes_of_a_text(path)
+    budget = 5 * bytes_of_a_text // 2
+    seen: list[int] = []
+    with server_of(path, budget) as server, ExitStack() as stack:
+
+        def write(seed: int) -> list[int]:
+            barrier.wait(WAIT_SECONDS)
+            return text(splits[seed], seed, at=At(9, lambda: seen.append(server.server._caches.nbytes)))
+
+        splits = [stack.enter_context(split_model(path, server.endpoint)) for _ in range(3)]
+        barrier = threading.Barrier(3)
+        with ThreadPoolExecutor(3) as threads:
+            found = list(threads.map(write, range(3)))
+        assert found == [text(whole, seed) for seed in range(3)]
+        assert 0 < max(seen) <= budget
+
+
+def test_clients_that_write_at_once_share_passes_and_each_gets_its_local_text(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ways: list[dict[str, Any]] = [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 2}, {"max_new_tokens": 7}]
+    merged: list[int] = []
+
+    def note(message: Message, role: Role, **how: Any) -> Answer:
+        answer = read_answer(message, role, **how)
+        merged.append(answer.merged)
+        return answer
+
+    with server_of(path) as server, ExitStack() as stack:
+        wholes = [with_lora(local_model(path), seed=seed, layers=range(6), rank=2 + seed).eval() for seed in range(4)]
+        trunks = [stack.enter_context(zsl.RemoteTrunk(server.endpoint)) for _ in ways]
+        splits = [
+            with_lora(zsl.load_client(path, trunk), seed=seed, layers=range(6), rank=2 + seed).eval()
+            for seed, trunk in enumerate(trunks)
+        ]
+        expected = [text(whole, seed, **ways[seed]) for seed, whole in enumerate(wholes)]
+        monkeypatch.setattr("zsl.client.trunk_client.read_answer", note)
+        barrier = threading.Barrier(4)
+
+        def write(seed: int) -> list[int]:
+            barrier.wait(WAIT_SECONDS)
+            return text(splits[seed], seed, **ways[seed])
+
+        with ThreadPoolExecutor(4) as threads:
+            found = list(threads.map(write, range(4)))
+    assert found == expected
+    assert len({tuple(one) for one in expected}) == 4, "clients with one text would hide a mix-up"
+    assert max(merged) > 1, "nothing was merged: the test would show nothing"
+
+
+def test_a_text_that_needs_more_than_the_whole_memory_is_refused_by_name(path: str) -> None:
+    with server_of(path, _bytes_of_a_text(path)) as server, split_model(path, server.endpoint) as split:
+        with pytest.raises(TooLargeError, match="--cache-memory"):
+            text(split)
+        assert len(text(split, use_cache=False)) == LENGTH
+
+
+def _bytes_of_a_text(path: str) -> int:
+    """Of the cut's two layers: keys and values of 2 heads of 8, in single precision."""
+    return 2 * LENGTH * 2 * 2 * 8 * 4

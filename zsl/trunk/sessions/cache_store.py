@@ -1,0 +1,199 @@
+"""Store of caches: keys and values of the trunk's layers, within the daemon's memory and the quotas of tenants. Pure.
+
+A client that lost a cache sends the trunk's inputs again. Memory is reserved before a request runs: for the cache that
+it makes, beside the one that it continues. A cache with a request in the daemon stays. An owner (a tenant; without
+keys, a session) loses the others, the least recently used first, to its own requests. It loses them to those of another
+owner if it has not used them for `QUIET_SECONDS`, if it holds more than twice the memory of the other, or, else, to
+older caches of the other. So two that both need more memory never wait for each other, nor take it in turn.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from itertools import count
+
+from zsl.errors import BadShapeError, MalformedError, OverloadedError, TooLargeError, UnknownCacheError
+from zsl.trunk.costs import CacheMemory
+from zsl.trunk.sessions.sessions import Session
+from zsl.trunk.work import CacheUse
+from zsl.wire.messages import UsedCache
+
+QUIET_SECONDS = 60.0
+RETRY_AFTER_MS = 200
+
+_Key = tuple[bytes, int]  # session and name
+
+
+@dataclass(slots=True)
+class _Entry:
+    """A cache. `reserved`: bytes for the request that runs with it, if any. `dropped`: it goes after that request."""
+
+    owner: Hashable
+    born: int  # in order of the caches' first requests
+    last_used: float
+    nbytes: int = 0
+    version: int = 0
+    rows: int = 0
+    length: int = 0
+    kept: object | None = field(default=None, repr=False)
+    reserved: int | None = None
+    dropped: bool = False
+
+
+class CacheStore:
+    """Caches by session, of up to `memory_bytes` in total. Times are in seconds."""
+
+    def __init__(self, memory_bytes: int) -> None:
+        self._memory_bytes = memory_bytes
+        self._entries: OrderedDict[_Key, _Entry] = OrderedDict()  # least recently used first
+        self._of_owner: Counter[Hashable] = Counter()  # bytes
+        self._of_session: dict[bytes, set[int]] = {}
+        self.nbytes = 0
+        self._births = count()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def use(
+        self,
+        session: Session,
+        used: UsedCache,
+        kept_rows: tuple[int, ...] | None,
+        *,
+        request: int,
+        rows: int,
+        tokens: int,
+        memory: CacheMemory,
+    ) -> CacheUse:
+        """Return the cache that a request of `rows` x `tokens` runs with: these of its rows (None: all, in order).
+
+        Raises `UnknownCacheError` if it is not here in this version, `MalformedError` or `BadShapeError` if the request
+        does not fit it.
+        """
+        nbytes = memory.nbytes(rows, used.length + tokens, tokens)
+        entry = self._entries.get((session.id, used.name))
+        if used.version == 0:
+            if used.name != request or used.length or kept_rows is not None:
+                raise MalformedError("a new cache is named by its first request, and holds nothing before it")
+            if entry is not None and entry.reserved is not None:
+                raise UnknownCacheError()
+            return CacheUse(used.name, None, 0, None, nbytes)
+        if entry is None or entry.version != used.version or entry.reserved is not None or entry.dropped:
+            raise UnknownCacheError()
+        if not 0 < used.length <= entry.length:
+            raise BadShapeError(f"the cache holds {entry.length} tokens, {used.length} of them are asked for")
+        if kept_rows is not None and max(kept_rows) >= entry.rows:
+            raise BadShapeError(f"the cache has {entry.rows} rows, row {max(kept_rows)} is asked for")
+        if rows != (entry.rows if kept_rows is None else len(kept_rows)):
+            raise BadShapeError(f"{rows} rows of activations for a cache of {entry.rows}")
+        return CacheUse(used.name, entry.kept, used.length, kept_rows, nbytes)
+
+    def begin_request(self, session: Session, use: CacheUse, now: float) -> None:
+        """Reserve the memory of a request, and keep its cache until `end_request`.
+
+        Raises `TooLargeError` if the request needs more than is granted, `OverloadedError` if others use the room.
+        """
+        key = session.id, use.name
+        if use.kept is None:
+            self.drop(session, use.name)  # a request that comes again
+        held = 0 if use.kept is None else self._entries[key].nbytes
+        quota = self._quota(session)
+        if held + use.nbytes > quota:
+            raise TooLargeError(
+                f"a cache of {use.nbytes} bytes, beside its last form of {held}, is over the {quota} that are granted: "
+                "generate with fewer rows or tokens, with use_cache=False, or start the daemon with more --cache-memory"
+            )
+        while self._of_owner[session.owner] + use.nbytes > quota:
+            self._evict_one(session, key, use.nbytes, now, of_owner_only=True)
+        while self.nbytes + use.nbytes > self._memory_bytes:
+            self._evict_one(session, key, use.nbytes, now, of_owner_only=False)
+        if use.kept is None:
+            self._entries[key] = _Entry(session.owner, next(self._births), now)
+            self._of_session.setdefault(session.id, set()).add(use.name)
+        entry = self._entries[key]
+        entry.last_used, entry.reserved = now, use.nbytes
+        self._entries.move_to_end(key)
+        self._count(entry, use.nbytes)
+
+    def end_request(self, session: Session, use: CacheUse, kept: object | None, *, rows: int, tokens: int) -> None:
+        """Keep what a request of `rows` x `tokens` made; with None, what there was before it."""
+        key = session.id, use.name
+        entry = self._entries[key]
+        assert entry.reserved is not None
+        self._count(entry, -entry.reserved)
+        entry.reserved = None
+        if kept is not None:
+            self._count(entry, use.nbytes - entry.nbytes)
+            entry.nbytes, entry.kept = use.nbytes, kept
+            entry.version, entry.rows, entry.length = entry.version + 1, rows, use.length + tokens
+        if entry.dropped or entry.kept is None:
+            self._remove(key)
+
+    def drop(self, session: Session, name: int) -> None:
+        """Forget a cache, when no request runs with it any more."""
+        entry = self._entries.get((session.id, name))
+        if entry is None:
+            return
+        if entry.reserved is None:
+            self._remove((session.id, name))
+        else:
+            entry.dropped = True
+
+    def close(self, session: Session) -> None:
+        """Forget the caches of a session."""
+        for name in list(self._of_session.get(session.id, ())):
+            self.drop(session, name)
+
+    def _quota(self, session: Session) -> int:
+        own = None if session.tenant is None else session.tenant.max_cache_bytes
+        return self._memory_bytes if own is None else min(own, self._memory_bytes)
+
+    def _evict_one(self, session: Session, key: _Key, nbytes: int, now: float, *, of_owner_only: bool) -> None:
+        """Remove the cache that leaves first for `nbytes`: of the same owner, then of whoever uses most.
+
+        Raises `OverloadedError` if none may leave.
+        """
+        mine = self._entries.get(key)
+        candidates = [
+            other
+            for other, entry in self._entries.items()
+            if entry.reserved is None
+            and other != key
+            and (
+                entry.owner == session.owner
+                or (not of_owner_only and self._is_displaceable(entry, session.owner, mine, nbytes, now))
+            )
+        ]
+        if not candidates:
+            raise OverloadedError(
+                "the daemon's memory for keys and values is in use; its operator can give it more with --cache-memory",
+                retry_after_ms=RETRY_AFTER_MS,
+            )
+        self._remove(min(candidates, key=lambda other: self._rank(session, other)))  # the oldest of equal ones
+
+    def _is_displaceable(self, entry: _Entry, owner: Hashable, mine: _Entry | None, nbytes: int, now: float) -> bool:
+        """Return whether an entry leaves for a request of another owner, which continues `mine`, or makes `nbytes`."""
+        ours, theirs = self._of_owner[owner] + (nbytes if mine is None else 0), self._of_owner[entry.owner]
+        # Of two owners that both wait, one may displace the other.
+        is_older = mine is not None and mine.born < entry.born and ours <= 2 * theirs
+        return is_older or theirs > 2 * ours or now - entry.last_used >= QUIET_SECONDS
+
+    def _rank(self, session: Session, key: _Key) -> tuple[bool, int]:
+        owner = self._entries[key].owner
+        return owner != session.owner, -self._of_owner[owner]
+
+    def _count(self, entry: _Entry, nbytes: int) -> None:
+        self.nbytes += nbytes
+        self._of_owner[entry.owner] += nbytes
+
+    def _remove(self, key: _Key) -> None:
+        entry = self._entries.pop(key)
+        self._count(entry, -entry.nbytes)
+        if not self._of_owner[entry.owner]:
+            del self._of_owner[entry.owner]
+        of_session = self._of_session[key[0]]
+        of_session.discard(key[1])
+        if not of_session:
+            del self._of_session[key[0]]
