@@ -85,7 +85,7 @@ def _adapter_versions(turn: Turn, seed: int) -> Iterator[CallAdapter]:
             if type(module).__name__ in ("Linear", "Conv1D"):
                 outputs, inputs = module.weight.shape[:: -1 if type(module).__name__ == "Conv1D" else 1]
                 fields = {"inputs": inputs, "outputs": outputs, "rank": turn.adapter_rank}
-                sizes = {**fields, "scaling": 2.0, "dropout": 0.0, "has_bias": False}
+                sizes = {**fields, "scaling": 2.0, "dropout": 0.0, "has_bias": False, "has_magnitude": False}
                 modules.append(LoraModule.model_validate({"path": f"{index}.{path}", **sizes}))
     layout = AdapterLayout(dtype="f32", modules=tuple(modules))
     encoded = layout.encoded()

@@ -158,7 +158,7 @@ def random_requests(path: ComputePath, dtype: torch.dtype, compute: TorchCompute
 
 def random_adapter(compute: TorchCompute, seed: int) -> AdapterVersion:
     """Make LoRA on all linear layers of the trunk, in single precision, as PEFT has it."""
-    sizes = {"rank": ADAPTER_RANK + seed, "scaling": 2.0, "dropout": 0.0, "has_bias": False}
+    sizes = {"rank": ADAPTER_RANK + seed, "scaling": 2.0, "dropout": 0.0, "has_bias": False, "has_magnitude": False}
     modules = [
         LoraModule.model_validate({"path": path, "inputs": inputs, "outputs": outputs, **sizes})
         for path, (inputs, outputs) in compute.traits.adaptable.items()
@@ -226,7 +226,7 @@ def exact_numbers(trunk: TrunkModel, request: Request) -> Numbers:
     mask = None if request.real.all() else request.real.to(device)
     adapters, members = None, []
     if request.version is not None:
-        adapter = request_adapter(AdapterUse(request.version), device, trains=True)
+        adapter = request_adapter(AdapterUse(request.version), trunk.linear_layers, device, trains=True)
         adapters, members = SeparateAdapters([Span(rows * request.tokens, 0, adapter)]), [0]
     with trunk.adapted(adapters):
         graph = trunk.graph(Rows(request.activations.double().to(device), mask))
