@@ -236,7 +236,7 @@ def test_a_prefix_is_refused_where_it_cannot_reach_the_trunk(path: str, trunk: z
     split = tuned(zsl.load_client(path, trunk))
     with pytest.raises(ModelError, match="overlap"):
         run_overlapped([lambda: split(**batches.plain()).loss.backward()], in_flight=1)
-    with pytest.raises(ModelError, match="use_cache=True"):
+    with pytest.raises(ModelError, match="use_cache=False"):
         split(**batches.plain(), use_cache=True)
     base, used = zsl.load_client(path, trunk), cache()
     base(input_ids=batches.tokens(2, 4), past_key_values=used)

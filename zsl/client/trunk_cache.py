@@ -233,5 +233,5 @@ def note_untracked(cache: Cache, cut: Cut, batch: torch.Tensor) -> None:
             f"gradients do not pass the keys and values of {length} tokens that the trunk keeps: use torch.no_grad(), "
             "or a forward of all tokens with use_cache=False"
         )
-    delattr(cache.layers[cut.start], TRUNK_CACHE)
+    setattr(cache.layers[cut.start], TRUNK_CACHE, None)
     note_forward(cache, cut, batch)
