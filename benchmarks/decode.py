@@ -13,6 +13,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from itertools import pairwise
 from typing import Any
@@ -62,44 +63,41 @@ def decode(model: Any, prompt_tokens: int, tokens: int, seed: int = 0) -> list[f
 
 
 class Session:
-    """A client process: told to decode so many tokens, it answers with its seconds."""
+    """A client process of several daemons: told to decode so many tokens through one, it answers with its seconds."""
 
-    def __init__(self, model: str, endpoint: str, seed: int) -> None:
-        command = [sys.executable, __file__, "--client", model, endpoint, str(seed)]
+    def __init__(self, model: str, seed: int, endpoints: Sequence[str]) -> None:
+        command = [sys.executable, __file__, "--client", model, str(seed), *endpoints]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def begin(self, tokens: int) -> None:
+    def begin(self, endpoint: int, tokens: int) -> None:
         assert self._process.stdin is not None
-        print(tokens, file=self._process.stdin, flush=True)
+        print(endpoint, tokens, file=self._process.stdin, flush=True)
 
     def seconds(self) -> float:
         assert self._process.stdout is not None
         return float(json.loads(self._process.stdout.readline()))
 
-    def __enter__(self) -> Session:
-        self.begin(4)
-        self.seconds()  # connected and warm
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
+    def close(self) -> None:
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait(60)
 
 
-def run_client(model: str, endpoint: str, seed: int) -> None:
+def run_client(model: str, seed: int, endpoints: Sequence[str]) -> None:
     """The body of a client process."""
     torch.set_num_threads(1)
-    with zsl.RemoteTrunk(endpoint) as trunk:
-        split = zsl.load_client(model, trunk).eval()
+    with ExitStack() as stack:
+        trunks = [stack.enter_context(zsl.RemoteTrunk(endpoint)) for endpoint in endpoints]
+        models = [zsl.load_client(model, trunk).eval() for trunk in trunks]
         for line in sys.stdin:
-            print(sum(decode(split, PROMPT_TOKENS, int(line), seed)), flush=True)
+            endpoint, tokens = map(int, line.split())
+            print(sum(decode(models[endpoint], PROMPT_TOKENS, tokens, seed)), flush=True)
 
 
-def tokens_per_second(sessions: list[Session], tokens: int) -> float:
+def tokens_per_second(sessions: Sequence[Session], endpoint: int, tokens: int) -> float:
     """Have all sessions decode so many tokens at once; return what they have together in a second."""
     for session in sessions:
-        session.begin(tokens)
+        session.begin(endpoint, tokens)
     return sum((tokens - 1) / session.seconds() for session in sessions)
 
 
@@ -121,16 +119,18 @@ def main(model: str, cut: str, sessions: str, tokens: int, lengths: str, rounds:
         arguments = ["--model", model, "--cut", cut, "--threads", str(threads)]
         on = stack.enter_context(trunk_daemon(*arguments))["endpoint"]
         off = stack.enter_context(trunk_daemon(*arguments, "--merge-below-tokens", "0"))["endpoint"]
+        running: list[Session] = []
         for number in map(int, sessions.split(",")):
-            with ExitStack() as running:
-                started = {
-                    endpoint: [running.enter_context(Session(model, endpoint, seed)) for seed in range(number)]
-                    for endpoint in (on, off)
-                }
-                found: list[tuple[float, ...]] = []
-                for _ in range(rounds):
-                    alone = (tokens - 1) / sum(decode(local, PROMPT_TOKENS, tokens)[: tokens - 1])
-                    found.append((alone, *(tokens_per_second(started[endpoint], tokens) for endpoint in (on, off))))
+            fresh = [Session(model, seed, (on, off)) for seed in range(len(running), number)]
+            for session in fresh:
+                stack.callback(session.close)
+            running += fresh
+            for endpoint in range(2):
+                tokens_per_second(running, endpoint, 4)  # connected and warm
+            found: list[tuple[float, ...]] = []
+            for _ in range(rounds):
+                alone = (tokens - 1) / sum(decode(local, PROMPT_TOKENS, tokens))
+                found.append((alone, *(tokens_per_second(running, endpoint, tokens) for endpoint in range(2))))
             report.add(
                 sessions=number,
                 local_tokens_per_second=median([one[0] for one in found]),
@@ -153,6 +153,6 @@ def main(model: str, cut: str, sessions: str, tokens: int, lengths: str, rounds:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--client"]:
-        run_client(sys.argv[2], sys.argv[3], int(sys.argv[4]))
+        run_client(sys.argv[2], int(sys.argv[3]), sys.argv[4:])
     else:
         main()

@@ -28,7 +28,7 @@ MODELS = {
 }
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module")
 def pair(request: pytest.FixtureRequest, checkpoints: Callable[..., Path]) -> Iterator[tuple[Any, Any]]:
     """A split model and the whole local one, with the same LoRA weights."""
     family, cut, layers = MODELS[request.param]
@@ -122,7 +122,21 @@ DECODINGS: dict[str, Callable[[Any], list[torch.Tensor]]] = {
 }
 
 
-@pytest.mark.parametrize("decoding", DECODINGS)
+# In every model; others in the first one, and in `bin/test long`.
+EVERYWHERE = {"a left-padded batch", "4 beams", "prompt lookup", "a chat of 3 turns"}
+FIRST = next(iter(MODELS))
+
+
+@pytest.mark.parametrize(
+    ("pair", "decoding"),
+    [
+        pytest.param(model, name, marks=[] if name in EVERYWHERE or model == FIRST else pytest.mark.long)
+        for model in MODELS
+        for name in DECODINGS
+    ],
+    indirect=["pair"],
+    scope="module",
+)
 def test_texts_and_logits_are_those_of_the_whole_local_model(pair: tuple[Any, Any], decoding: str) -> None:
     split, whole = pair
     with torch.no_grad():

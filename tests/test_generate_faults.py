@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LogitsProcessor, PreTrainedModel
+from transformers import DynamicCache, LogitsProcessor, PreTrainedModel
 
 import zsl
 from support import batches
+from support.compare import within
 from support.daemon import Daemon
 from support.echo import EchoServer
 from support.faulty_link import FaultyLink
@@ -138,6 +139,24 @@ def test_keys_and_values_that_are_lost_again_and_again_change_no_token(
             return scores
 
     assert text(split, at=Losses(0, lambda: None), **how) == text(whole, **how)
+
+
+def test_tokens_of_other_adapters_are_computed_again_with_theirs(
+    served: tuple[EchoServer, Any], whole: PreTrainedModel
+) -> None:
+    """The second part runs without its adapter; before the third everything is lost."""
+    server, split = served
+    ids, results = batches.tokens(1, 12), []
+    for model in (split, whole):
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            model(input_ids=ids[:, :5], past_key_values=cache, use_cache=True)
+            with model.disable_adapter():
+                model(input_ids=ids[:, 5:9], past_key_values=cache, use_cache=True)
+            for session in list(server.server._sessions):
+                server.loop.call_soon_threadsafe(server.server._caches.close, session)
+            results.append(model(input_ids=ids[:, 9:], past_key_values=cache, use_cache=True).logits)
+    assert within(1e-5)(*results)
 
 
 def test_a_session_that_ends_within_a_text_changes_no_token(
