@@ -28,7 +28,7 @@ from support.echo import CUT as ECHO_CUT
 from support.echo import IDENTITY
 from support.models import CUT
 from support.peer import Peer
-from zsl.cli.openmp import SPINS, spin_shortly_if_shared
+from zsl.cli.openmp import SPINS, stop_spinning_if_shared
 from zsl.cli.trunkd import trunkd
 from zsl.cli.zsl import zsl as zsl_command
 from zsl.errors import ForbiddenError, ModelError, RunFailed, TrunkAuthError
@@ -101,7 +101,7 @@ def test_spins_are_set_where_cores_are_shared_and_the_user_has_not(monkeypatch: 
     ):
         monkeypatch.setattr(os, "getloadavg", lambda load=load: (load, 0.0, 0.0))
         environ = dict(given)
-        assert spin_shortly_if_shared(environ) == (environ != given)
+        assert stop_spinning_if_shared(environ) == (environ != given)
         assert environ == expected
 
 

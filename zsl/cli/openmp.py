@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import MutableMapping
 
-# Some tens of microseconds: about as long as between two operations of a pass. libgomp's own count is 300,000.
-SPINS = "1000"
+# libgomp's own count is 300,000, some milliseconds.
+SPINS = "0"
 
 
-def spin_shortly_if_shared(environ: MutableMapping[str, str]) -> bool:
-    """Lower libgomp's count of spins if more threads are ready to run than there are cores; return whether it was done.
+def stop_spinning_if_shared(environ: MutableMapping[str, str]) -> bool:
+    """Have libgomp's threads not spin if more threads are ready to run than there are cores. Return whether so.
 
     The user's own variables stay. Call it before torch is imported.
     """

@@ -10,7 +10,7 @@ import click
 
 import zsl
 from zsl.cli.errors import Command, one_line_errors
-from zsl.cli.openmp import SPINS, spin_shortly_if_shared
+from zsl.cli.openmp import SPINS, stop_spinning_if_shared
 from zsl.errors import ConfigError
 from zsl.models.dtypes import DTYPES
 
@@ -218,8 +218,8 @@ def trunkd(
         host = host.removeprefix("[").removesuffix("]")  # as an IPv6 address is written before a port
         check_address(host, encrypted=access is not None, insecure=insecure)
         failpoint = failpoint_from(os.environ)
-        if spin_shortly_if_shared(os.environ):
-            logger.info("other processes use these cores: OpenMP's threads spin shortly (GOMP_SPINCOUNT=%s)", SPINS)
+        if stop_spinning_if_shared(os.environ):
+            logger.info("other processes use these cores: OpenMP's threads do not spin (GOMP_SPINCOUNT=%s)", SPINS)
 
         import torch
         from transformers.utils.logging import disable_progress_bar
