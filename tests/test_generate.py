@@ -215,14 +215,3 @@ def test_a_forward_with_gradients_keeps_nothing_and_its_cache_is_refused_afterwa
         kept = split(input_ids=ids, use_cache=True).past_key_values
     with pytest.raises(ModelError, match="gradients do not pass the keys and values of 8 tokens"):
         split(input_ids=ids[:, :1], past_key_values=kept)
-
-
-def test_a_daemon_that_keeps_no_keys_and_values_has_generate_run_without(
-    checkpoints: Callable[..., Path], serve: Callable[..., Any]
-) -> None:
-    path = str(checkpoints("llama"))
-    with zsl.RemoteTrunk(serve("llama", "--cache-memory", "0").endpoint) as trunk:
-        model = zsl.load_client(path, trunk).eval()
-        assert torch.equal(generated(model, prompt())[0], generated(local_model(path), prompt(), use_cache=False)[0])
-        with pytest.raises(ModelError, match="--cache-memory"):
-            generated(model, prompt(), use_cache=True)

@@ -23,7 +23,7 @@ from support.echo import EchoServer
 from support.faulty_link import FaultyLink
 from support.models import CUT, local_model, with_lora
 from zsl.client.replayable_step import Answer, read_answer
-from zsl.errors import TooLargeError
+from zsl.errors import ModelError, TooLargeError
 from zsl.split.cut import parse_cut
 from zsl.trunk.daemon.load import plan_trunk
 from zsl.trunk.settings import ServerSettings
@@ -248,3 +248,10 @@ def test_a_text_that_needs_more_than_the_whole_memory_is_refused_by_name(path: s
 def _bytes_of_a_text(path: str) -> int:
     """Of the cut's two layers: keys and values of 2 heads of 8, in single precision."""
     return 2 * LENGTH * 2 * 2 * 8 * 4
+
+
+def test_a_daemon_that_keeps_no_keys_and_values_has_generate_run_without(path: str, whole: PreTrainedModel) -> None:
+    with server_of(path, 0) as server, split_model(path, server.endpoint) as split:
+        assert text(split) == text(whole)
+        with pytest.raises(ModelError, match="--cache-memory"):
+            text(split, use_cache=True)
