@@ -81,6 +81,7 @@ def test_the_ready_line_names_endpoint_model_cut_and_parameters(
     assert logged and [line for line in logged if " INFO " not in line] == []  # no library's warnings
 
 
+@pytest.mark.long
 def test_with_no_argument_it_serves_gpt2_small_cut_2_10(tmp_path: Path) -> None:
     busy = [COMMAND[0], "-c", f"import os; os.getloadavg = lambda: (1e6, 0, 0); {COMMAND[2]}"]
     command = ["env", "-u", "OMP_WAIT_POLICY", *busy, "--port", "0", "--log-format", "json"]  # conftest sets it
@@ -105,6 +106,7 @@ def test_spins_are_set_where_cores_are_shared_and_the_user_has_not(monkeypatch: 
         assert environ == expected
 
 
+@pytest.mark.long
 def test_every_option_comes_from_the_environment_too(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
     environment = {
         "ZSL_TRUNKD_MODEL": str(checkpoints("gpt2")),
@@ -123,6 +125,7 @@ def test_every_option_comes_from_the_environment_too(checkpoints: Callable[..., 
     )
 
 
+@pytest.mark.long
 def test_what_is_kept_stays_within_the_stash_memory_and_costs_no_result(
     checkpoints: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -156,6 +159,7 @@ def test_batch_sizes_are_measured_or_given_and_shown(checkpoints: Callable[..., 
         assert (daemon.ready["max_batch_tokens"], daemon.ready["merge_below_tokens"]) == (99, 0)
 
 
+@pytest.mark.long
 def test_a_bfloat16_trunk_computes_in_bfloat16(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
     arguments = ["--model", str(checkpoints("llama")), "--cut", CUT, "--dtype", "bfloat16"]
     with Daemon(*arguments, log=tmp_path / "log") as daemon, zsl.TrunkClient(daemon.endpoint) as client:
@@ -445,16 +449,19 @@ def test_a_malformed_cut_is_exit_2_with_an_example(cut: str) -> None:
     assert_one_line(run("--cut", cut), 2, cut, "2:10")
 
 
+LONG = pytest.mark.long
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--model", "random:nothing"], ["nothing"]),
+        pytest.param(["--model", "random:nothing"], ["nothing"], marks=LONG),
         (["--model", "random:bloom", "--cut", "0:1"], ["bloom", "tuple"]),
-        (["--model", "/nowhere/model.gguf"], ["/nowhere/model.gguf", "No such file"]),
+        pytest.param(["--model", "/nowhere/model.gguf"], ["/nowhere/model.gguf", "No such file"], marks=LONG),
         (["--model", "no-such-org/no-such-model"], ["no-such-org/no-such-model", "random:<model_type>"]),
-        (["--model", "package:no-such-package"], ["no-such-package", "pip install"]),
-        (["--cut", "2:13"], ["2:13", "layers 0 to 11"]),
-        (["--device", "cuda:7"], ["cuda:7"]),
+        pytest.param(["--model", "package:no-such-package"], ["no-such-package", "pip install"], marks=LONG),
+        pytest.param(["--cut", "2:13"], ["2:13", "layers 0 to 11"], marks=LONG),
+        pytest.param(["--device", "cuda:7"], ["cuda:7"], marks=LONG),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else value,
 )
@@ -462,6 +469,7 @@ def test_what_cannot_be_served_is_exit_3_with_its_name(arguments: list[str], wor
     assert_one_line(run("--port", "0", *arguments, HF_HUB_OFFLINE="1"), 3, *words)
 
 
+@pytest.mark.long
 def test_debug_shows_the_traceback() -> None:
     finished = run("--model", "random:nothing", "--debug")
     assert "Traceback" in finished.stderr

@@ -73,6 +73,7 @@ def run_example(name: str, *settings: str, cwd: Path) -> str:
     return finished.stdout
 
 
+@pytest.mark.long
 def test_the_synthetic_example_has_the_sizes_of_gpt2_small_split_2_10_and_its_loss_falls(tmp_path: Path) -> None:
     shown = run_example("synthetic", cwd=tmp_path)
     for expected in (

@@ -168,7 +168,7 @@ def test_a_new_token_sends_itself_only(split: PreTrainedModel) -> None:
         prefilled = trunk.client.traffic.bytes_up
         generated(split, prompt(length=length), max_new_tokens=11)
         sent.append(trunk.client.traffic.bytes_up - prefilled - (prefilled - before))
-    assert sent[0] == pytest.approx(sent[1], rel=0.05)
+    assert sent[0] == pytest.approx(sent[1], rel=0.1)
 
 
 def test_adapters_that_are_switched_off_or_changed_between_tokens_work_as_locally(

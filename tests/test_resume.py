@@ -178,6 +178,7 @@ RunMetrics.add_micro_batch = standing
 """
 
 
+@pytest.mark.long
 def test_killed_while_it_saves_and_again_at_a_step_it_ends_as_if_never_killed(
     config: Path, uninterrupted: Path, tmp_path: Path
 ) -> None:
@@ -392,6 +393,7 @@ def test_a_run_that_has_ended_begins_anew_and_keeps_its_checkpoints_until_then(
     assert numbers_in(out) != numbers_in(uninterrupted)
 
 
+@pytest.mark.long
 def test_what_the_user_says_about_checkpoints_is_respected(
     config: Path, uninterrupted: Path, killed: Path, tmp_path: Path
 ) -> None:

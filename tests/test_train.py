@@ -185,6 +185,7 @@ def test_through_a_daemon_the_losses_are_those_of_the_embedded_trunk(
     assert losses_in(tmp_path / "out") == losses_in(finished_run[0])
 
 
+@pytest.mark.long
 def test_any_key_can_be_set_and_the_mode_shows(config: Path, tmp_path: Path) -> None:
     finished = train(
         config, "--set", "train.max_steps=2", "--set", "trunk.mode=straight-through", "--save-dir", "out", cwd=tmp_path
@@ -287,6 +288,7 @@ def test_another_cut_or_other_weights_at_the_daemon_are_exit_3(
     assert_one_line(finished, 3, "weights", "same checkpoint", server)
 
 
+@pytest.mark.long
 def test_an_empty_text_file_is_exit_3_and_a_model_without_tokenizer_is_named(config: Path, tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text(" \n")
     assert_one_line(train(config, "--set", "data.name=empty.txt", cwd=tmp_path), 3, "empty.txt", "empty")
@@ -322,7 +324,7 @@ def test_a_daemon_that_dies_leaves_what_was_trained_so_far_on_disk(
     assert len(losses_in(tmp_path / "out")) >= 3
 
 
-@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("stop", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)])
 def test_a_run_that_is_stopped_saves_what_it_has(
     config: Path, serve: Callable[..., Daemon], tmp_path: Path, stop: signal.Signals
 ) -> None:

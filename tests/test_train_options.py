@@ -462,6 +462,7 @@ def test_the_adapter_of_an_earlier_run_is_not_taken_for_that_of_one_that_was_kil
     assert find_trained([tmp_path]).adapters == [tmp_path / "adapter"]
 
 
+@pytest.mark.long
 def test_a_reader_of_the_output_that_goes_away_ends_no_training(small: list[str], tmp_path: Path) -> None:
     command = [*COMMAND, *small, "--save-dir", str(tmp_path / "out")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -567,6 +568,7 @@ def test_early_stopping_needs_a_validation(small: list[str], tmp_path: Path) -> 
     assert result.exit_code == 2 and "data.validation" in result.stderr
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("limit", [1, 2])
 def test_where_the_best_could_not_be_written_the_next_best_is_kept(
     limit: int, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -643,6 +645,7 @@ def test_a_side_that_has_no_adapter_any_more_keeps_none_of_an_earlier_run(small:
     assert (tmp_path / "top_lora").is_dir() and not (tmp_path / "bottom_lora").exists()
 
 
+@pytest.mark.long
 def test_a_run_goes_on_from_another_ones_checkpoint_and_looks_for_its_own_best(
     small: list[str], tmp_path: Path
 ) -> None:

@@ -60,7 +60,9 @@ class Rogue:
     def _to(self, header: Header) -> Sequence[Answer]:
         if isinstance(header, Hello):
             limits = ServerSettings(ping_seconds=0.1).limits(INFO)
-            welcome = welcome_to(header, SESSION, EPOCH, INFO, replace(TRAITS, deterministic=True), None, limits, caches=True)
+            welcome = welcome_to(
+                header, SESSION, EPOCH, INFO, replace(TRAITS, deterministic=True), None, limits, caches=True
+            )
             return [(answer, ()) for answer in (*self._hello(header, welcome), welcome)]
         if isinstance(header, Ping):
             return [(pong_to(header), ())]

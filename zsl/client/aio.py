@@ -9,7 +9,7 @@ from typing import Self
 
 import torch
 
-from zsl.client.replayable_step import Answer, CallAdapter, Step, read_answer
+from zsl.client.replayable_step import Answer, CallAdapter, HeldCache, Step, read_answer
 from zsl.client.trunk_client import CONNECT_TIMEOUT_SECONDS, REQUEST_TIMEOUT_SECONDS, TrunkClient
 from zsl.link.traffic import Traffic
 from zsl.wire.messages import AdapterSum, Cut, FloatDtypeName, ModelIdentity, Reveal, Status, Welcome
@@ -79,6 +79,8 @@ class AsyncTrunkClient:
         keep: bool = False,
         adapter: CallAdapter | None = None,
         reveal: Sequence[Reveal] = (),
+        cache: HeldCache | None = None,
+        rows: list[int] | None = None,
     ) -> Step:
         """Run the trunk on activations `[rows, tokens, hidden]`."""
         step, future = self._client.submit_forward(
@@ -89,9 +91,19 @@ class AsyncTrunkClient:
             keep=keep,
             adapter=adapter,
             reveal=reveal,
+            cache=cache,
+            rows=rows,
         )
-        self._client.finish_forward(step, await asyncio.wrap_future(future))
+        self._client.finish_forward(step, await asyncio.wrap_future(future), cache)
         return step
+
+    def new_cache(self) -> HeldCache:
+        """Return an empty cache for `forward`."""
+        return self._client.new_cache()
+
+    def has(self, cache: HeldCache) -> bool:
+        """Return whether a cache is on this connection."""
+        return self._client.has(cache)
 
     async def backward(
         self,

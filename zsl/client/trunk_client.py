@@ -128,9 +128,8 @@ class TrunkClient:
         """
         beside = attention_mask, position_ids, lengths
         step, build, nbytes = self._forward(activations, *beside, keep, adapter, reveal, cache, rows)
-        self.finish_forward(step, self._connection.call(step.request, build, nbytes=nbytes, adapter=_version(adapter)))
-        if cache is not None:
-            cache.answered(activations.shape[1])
+        message = self._connection.call(step.request, build, nbytes=nbytes, adapter=_version(adapter))
+        self.finish_forward(step, message, cache)
         return step
 
     def new_cache(self) -> HeldCache:
@@ -199,9 +198,12 @@ class TrunkClient:
         keep: bool = False,
         adapter: CallAdapter | None = None,
         reveal: Sequence[Reveal] = (),
+        cache: HeldCache | None = None,
+        rows: list[int] | None = None,
     ) -> tuple[Step, Future[Message]]:
         """Send a forward without waiting. Return the step, and the future of the message for `finish_forward`."""
-        step, build, nbytes = self._forward(activations, attention_mask, position_ids, lengths, keep, adapter, reveal)
+        beside = attention_mask, position_ids, lengths
+        step, build, nbytes = self._forward(activations, *beside, keep, adapter, reveal, cache, rows)
         return step, self._connection.submit(step.request, build, nbytes=nbytes, adapter=_version(adapter))
 
     def _forward(
@@ -213,8 +215,8 @@ class TrunkClient:
         keep: bool,
         adapter: CallAdapter | None,
         reveal: Sequence[Reveal],
-        cache: HeldCache | None = None,
-        rows: list[int] | None = None,
+        cache: HeldCache | None,
+        rows: list[int] | None,
     ) -> tuple[Step, Build, int]:
         """Return a step, the builder of its FORWARD message, and the bytes of its tensors."""
         if keep and activations.is_inference():
@@ -252,9 +254,12 @@ class TrunkClient:
         """Return the message of a submitted request's future. Raises `ZslError`."""
         return self._connection.wait(future)
 
-    def finish_forward(self, step: Step, message: Message) -> None:
-        """Set the answer of a step's forward. Raises `InternalError` for an unexpected message."""
+    def finish_forward(self, step: Step, message: Message, cache: HeldCache | None = None) -> None:
+        """Set the answer of a step's forward, behind a `cache` if it has one. Raises `InternalError` for an unexpected
+        message."""
         step.answer = read_answer(message, "activations", reveal=step.reveal)
+        if cache is not None:
+            cache.answered(step.answer.tensor.shape[1])
 
     def submit_backward(
         self,
