@@ -22,6 +22,7 @@ from support.daemon import Daemon
 from support.echo import EchoServer
 from support.faulty_link import FaultyLink
 from support.models import CUT, local_model, with_lora
+from support.requests import HIDDEN
 from zsl.client.replayable_step import Answer, read_answer
 from zsl.errors import ModelError, TooLargeError
 from zsl.split.cut import parse_cut
@@ -174,6 +175,17 @@ def test_the_memory_is_free_again_when_a_text_is_done(served: tuple[EchoServer, 
     gc.collect()
     assert held[0] > 0
     until(lambda: server.server._caches.nbytes == 0)
+
+
+async def test_the_asyncio_face_runs_behind_its_own_cache(served: tuple[EchoServer, Any]) -> None:
+    activations = torch.randn(3, 7, HIDDEN, generator=torch.Generator().manual_seed(1))
+    async with zsl.AsyncTrunkClient(served[0].endpoint) as client:
+        cache = client.new_cache()
+        assert client.has(cache)
+        await client.forward(activations[:, :5], cache=cache)
+        behind = await client.forward(activations[[2, 0], 5:], cache=cache, rows=[2, 0])
+        whole = await client.forward(activations)
+        assert cache.length == 7 and within(1e-5)(behind.output, whole.output[[2, 0], 5:])
 
 
 def test_a_prompt_longer_than_a_request_comes_in_pieces(

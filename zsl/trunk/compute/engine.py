@@ -12,9 +12,10 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import torch
 
 from zsl.errors import InternalError, OutOfMemoryError, UnknownSumError, WireError
-from zsl.trunk.compute.adapters import FlatGradients, PassAdapters, SeparateAdapters, Span, loaded, request_adapter
+from zsl.trunk.compute.adapters import FlatGradients, PassAdapters, SeparateAdapters, Span, request_adapter
 from zsl.trunk.compute.gradient_sums import add_to_sums
 from zsl.trunk.compute.keys_and_values import KeysAndValues, PackedCaches
+from zsl.trunk.compute.loaded_adapter import loaded
 from zsl.trunk.compute.merged_adapters import Companies, MergedAdapters
 from zsl.trunk.compute.packing import MergedPass, alone, packed, packed_behind_caches, stacked
 from zsl.trunk.compute.passes import Pass, Rows, Sequences, sequences_of

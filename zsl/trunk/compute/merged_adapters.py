@@ -16,18 +16,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from zsl.trunk.compute.adapters import (
-    FlatGradients,
-    LoadedAdapter,
-    LowRank,
-    Magnitude,
-    Scale,
-    Scaled,
-    Span,
-    flat,
-    gradient_or_zeros,
-)
+from zsl.trunk.compute.adapters import FlatGradients, Span, flat, gradient_or_zeros
 from zsl.trunk.compute.frozen_linear import FrozenLinear
+from zsl.trunk.compute.loaded_adapter import LoadedAdapter, LowRank, Magnitude, Scale, Scaled
 from zsl.trunk.compute.rows import TokenRows, add_rows, put_rows, take_rows
 
 # Companies whose stacked weights are kept: those of a forward serve its backward.
