@@ -150,6 +150,7 @@ def test_a_malformed_size_is_exit_2_with_an_example(size: str) -> None:
     assert "4GiB" in finished.stderr and "Traceback" not in finished.stderr
 
 
+@pytest.mark.long
 def test_batch_sizes_are_measured_or_given_and_shown(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
     arguments = ["--model", str(checkpoints("llama")), "--cut", CUT]
     with Daemon(*arguments, log=tmp_path / "log") as daemon:
@@ -184,6 +185,7 @@ def test_sigterm_ends_it_with_0_and_frees_the_port(checkpoints: Callable[..., Pa
     assert any("SIGTERM" in event["message"] for event in events)
 
 
+@pytest.mark.long
 def test_a_second_sigterm_ends_it_at_once(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
     arguments = ["--model", str(checkpoints("llama")), "--cut", CUT]
     with Daemon(*arguments, log=tmp_path / "log") as daemon, zsl.TrunkClient(daemon.endpoint) as client:
@@ -259,6 +261,7 @@ def test_before_it_knows_its_model_and_while_it_reads_the_weights_it_says_that_i
         pass
 
 
+@pytest.mark.long
 def test_neither_unread_output_nor_sighup_stops_an_open_daemon_and_a_closed_terminal_drains_it(
     checkpoints: Callable[..., Path],
 ) -> None:

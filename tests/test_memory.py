@@ -176,6 +176,7 @@ def kernel_bytes(pid: int, field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_largest_request_that_is_granted_takes_what_the_daemon_said_and_leaves_no_more_than_its_budget(
     checkpoints: Callable[..., Path], tmp_path: Path

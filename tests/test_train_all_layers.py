@@ -132,6 +132,7 @@ def check_same_training(directory: Path, local: Local) -> list[float]:
     return losses
 
 
+@pytest.mark.long
 def test_dora_on_all_layers_is_trained_as_locally_and_goes_on_from_its_checkpoint(config: Path, tmp_path: Path) -> None:
     out, settings = tmp_path / "out", ["data.samples=16", "train.save_steps=2", "peft.use_dora=true"]
     command = [config, "--save-dir", out, *(word for setting in settings for word in ("--set", setting))]

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import msgpack
+import pytest
 import torch
 
 import zsl
@@ -84,6 +85,7 @@ print(peak() - before, owned)
 """
 
 
+@pytest.mark.long
 def test_the_client_process_never_allocates_the_trunks_parameters(
     checkpoints: Callable[..., Path], tmp_path: Path
 ) -> None:
