@@ -15,7 +15,7 @@ LEAST_TEMPERATURE = 1e-5  # logits divided by less may be infinite
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How tokens are chosen. Without `temperature` the most probable one; without `seed` each text is another."""
+    """Choice of tokens. Without `temperature` the most probable ones; without `seed` each text is another."""
 
     temperature: float = 0.0
     top_p: float = 1.0
