@@ -48,7 +48,7 @@ FIRST_TOKENS = 16
 
 @dataclass(frozen=True)
 class Scale:
-    """What is measured with: the clients' model, and their numbers."""
+    """Size of the measurements: the clients' model, and their numbers."""
 
     device: str
     dtype: torch.dtype

@@ -124,7 +124,7 @@ def test_alone_all_numbers_are_those_of_a_local_peft_model(
 def test_a_prefix_alone_has_the_numbers_of_a_local_peft_model(
     checkpoints: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of as many rows as a sum over them would add up in another order."""
+    """The rows are so many that a plain sum over them would add up in another order."""
     step = prefix_step(tiny_model("gemma2"), tokens(40, 9, 3), LAYERS, 5)
     compute = compute_of(checkpoints("gemma2"))
     assert step.gradients.count_nonzero() == step.gradients.numel()

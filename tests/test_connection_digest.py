@@ -59,7 +59,7 @@ def test_an_end_without_digest_is_at_no_other_end(connect: Connect, monkeypatch:
 
 @pytest.fixture
 def checked(monkeypatch: pytest.MonkeyPatch) -> set[tuple[str, bool]]:
-    """Who received tensors, and whether with a checksum of them."""
+    """Ends that received tensors, and whether with a checksum of them."""
     seen: set[tuple[str, bool]] = set()
 
     def noting(end: str) -> Callable[..., Message]:

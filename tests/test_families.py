@@ -40,7 +40,7 @@ RESHAPED = ("right padding", "packed, longer than the positions")
 
 
 def text(model: Any) -> torch.Tensor:
-    """Of a left-padded batch, with keys and values on both sides of the cut."""
+    """Tokens generated for a left-padded batch, with keys and values on both sides of the cut."""
     padded = {key: value for key, value in BATCHES["left padding"].items() if key != "labels"}
     found: torch.Tensor = model.generate(**padded, do_sample=False, max_new_tokens=6, eos_token_id=None)
     assert found.shape == (3, 22)

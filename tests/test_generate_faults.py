@@ -258,7 +258,7 @@ def test_a_text_that_needs_more_than_the_whole_memory_is_refused_by_name(path: s
 
 
 def _bytes_of_a_text(path: str) -> int:
-    """Of the cut's two layers: keys and values of 2 heads of 8, in single precision."""
+    """Keys and values of the cut's two layers, of 2 heads of 8, in single precision."""
     return 2 * LENGTH * 2 * 2 * 8 * 4
 
 

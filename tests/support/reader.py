@@ -160,7 +160,7 @@ class Reader:
         return nullcontext(self._running.enter_context(opened(*arguments, **options)))
 
     def _http_server(self, *arguments: Any, on_ready: Any, **options: Any) -> Any:
-        """What `zsl serve` runs, in a thread of this process."""
+        """Server of `zsl serve`, in a thread of this process."""
         ready = threading.Event()
         server = make_server(*arguments, on_ready=ready.set, **options)
 

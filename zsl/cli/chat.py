@@ -60,7 +60,7 @@ def chat(
         messages = [{"role": "system", "content": system}] if system else []
         tokens_of_chat(tokenizer, [*messages, {"role": "user", "content": "Hello"}])  # raises for a missing template
         with opened(reference, **trunk) as open_model:
-            used = open_model.with_adapter(trained) if trained else open_model.base
+            used = open_model.with_adapter(trained)
             reusable = Reusable()
             for line in _lines():
                 messages.append({"role": "user", "content": line})

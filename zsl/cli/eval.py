@@ -85,7 +85,7 @@ def evaluate(
         data = None if tasks else _load(checked, reference, trained)
         precision = getattr(torch, checked.model.dtype)
         with open_model(reference, checked.trunk, dtype=precision, quantize=checked.model.quantize) as opened:
-            used = opened.with_adapter(trained) if trained else opened.base
+            used = opened.with_adapter(trained)
             if tasks:
                 found = _tasks(used, reference, tasks, batch_size)
             else:

@@ -85,7 +85,7 @@ def generate(
         tokens = tokens_of_text(tokenizer, text)
         with opened(reference, **trunk) as open_model:
             limit = room_for_answer(len(tokens), open_model.context_tokens, None, default=max_tokens)
-            used = open_model.with_adapter(trained) if trained else open_model.base
+            used = open_model.with_adapter(trained)
             times = [time.perf_counter()]
 
             def show(piece: Piece) -> None:

@@ -38,9 +38,9 @@ class OpenModel:
         """Largest number of tokens of a text."""
         return context_tokens(self.reference, self.trunk.client.welcome)
 
-    def with_adapter(self, trained: Trained) -> Any:
-        """Attach the adapter to the model in place, and return the PEFT model. Raises `ZslError`."""
-        return load_adapter(self.base, self._checked(trained))
+    def with_adapter(self, trained: Trained | None) -> Any:
+        """Attach an adapter to the model in place, and return the PEFT model; the base if None. Raises `ZslError`."""
+        return self.base if trained is None else load_adapter(self.base, self._checked(trained))
 
     def copies(self, adapters: Mapping[str, Trained]) -> dict[str, Any]:
         """Return a model for each adapter, which share the base weights and the connection. Raises `ZslError`.
