@@ -8,6 +8,7 @@ import threading
 import tracemalloc
 from concurrent.futures import Future
 from contextlib import ExitStack
+from itertools import pairwise
 
 import pytest
 import torch
@@ -202,5 +203,6 @@ def test_a_storm_of_cancelled_backwards_leaves_nothing_held_and_no_memory() -> N
             give_back_freed_memory()
             return resident_bytes() - server.server._running.requests._replies.nbytes  # type: ignore[union-attr]
 
-        before = storm(CANCELLED // 2)
-        assert storm(CANCELLED) - before < CANCELLED * step_bytes / 4
+        # The process has other tests' threads, which may allocate during one storm: what a storm leaves, each one leaves.
+        left = [storm(CANCELLED) for _ in range(4)]
+        assert min(after - before for before, after in pairwise(left)) < CANCELLED * step_bytes / 4
