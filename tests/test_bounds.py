@@ -104,8 +104,8 @@ def test_answers_that_nobody_reads_are_so_many() -> None:
         peer.send(asks * 20_000, wait_seconds=1.0)
         (connection,) = on_loop(server, lambda: list(server.server._router._connections.values()))
         most = ServerSettings().max_inflight_requests + CONTROL_MESSAGES
-        comes_to(most, lambda: connection._unsent_messages)
-        assert connection.unsent_bytes < most * 1024
+        comes_to(most, lambda: connection.unsent.messages)
+        assert connection.unsent.nbytes < most * 1024
 
 
 class Busy:
@@ -203,6 +203,6 @@ def test_a_storm_of_cancelled_backwards_leaves_nothing_held_and_no_memory() -> N
             give_back_freed_memory()
             return resident_bytes() - server.server._running.requests._replies.nbytes  # type: ignore[union-attr]
 
-        # The process has other tests' threads, which may allocate during one storm: what a storm leaves, each one leaves.
+        # Other tests' threads may allocate during one storm: what a storm leaves, each one leaves.
         left = [storm(CANCELLED) for _ in range(4)]
         assert min(after - before for before, after in pairwise(left)) < CANCELLED * step_bytes / 4

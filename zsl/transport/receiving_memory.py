@@ -14,6 +14,21 @@ class ReceivingMemory:
         self._receiving: dict[Connection, int] = {}  # bytes received of a large message; oldest first
         self._parked: dict[Connection, None] = {}
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes received of large messages."""
+        return self._nbytes
+
+    @property
+    def receiving(self) -> int:
+        """Number of large messages that were admitted, and are not whole."""
+        return len(self._receiving)
+
+    @property
+    def parked(self) -> int:
+        """Number of parked connections."""
+        return len(self._parked)
+
     def __contains__(self, connection: Connection) -> bool:
         """True if the connection is parked."""
         return connection in self._parked

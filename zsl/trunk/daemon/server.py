@@ -120,7 +120,7 @@ class TrunkServer:
         """The current numbers of sessions, connections, bytes and requests."""
         return ServerStats(
             sessions=len(self._sessions),
-            connections=self._router.connections,
+            connections=len(self._router.connections),
             held_bytes=self._sessions.held_bytes,
             adapter_bytes=self._adapters.nbytes,
             requests=RequestStats() if self._running is None else self._running.requests.stats,
