@@ -14,15 +14,13 @@ class ReceivingMemory:
         self._receiving: dict[Connection, int] = {}  # bytes received of a large message; oldest first
         self._parked: dict[Connection, None] = {}
 
+    def __repr__(self) -> str:
+        return f"<ReceivingMemory: {self._nbytes} bytes of {len(self._receiving)} messages, {self.parked} parked>"
+
     @property
     def nbytes(self) -> int:
         """Bytes received of large messages."""
         return self._nbytes
-
-    @property
-    def receiving(self) -> int:
-        """Number of large messages that were admitted, and are not whole."""
-        return len(self._receiving)
 
     @property
     def parked(self) -> int:
