@@ -10,7 +10,6 @@ import logging
 import socket
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
-from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 
@@ -320,8 +319,10 @@ class Connection:
             self.close(error.strerror or "it was reset")
             return
         if self.state is State.REFUSED and not self.unsent.has_sealed:
-            with suppress(OSError):  # the peer may have closed already
+            try:
                 self.socket.shutdown(socket.SHUT_WR)
+            except OSError:
+                pass  # the peer has closed already
         self._changed(self)
 
     # --- the end -------------------------------------------------------------------------------------------------
