@@ -105,7 +105,7 @@ class RemoteTrunk(NoWeights):
         self.deterministic = deterministic
         self.padding: PaddingMode = padding
         read_client_keys(server_key, client_key)  # raises for missing or invalid keys
-        self._connection = LazyClient(
+        self._lazy_client = LazyClient(
             self.endpoint,
             server_key=server_key,
             client_key=client_key,  # the path, not the key
@@ -136,13 +136,13 @@ class RemoteTrunk(NoWeights):
         Raises `TrunkUnreachable`, `TrunkAuthError`, `WrongModelError` or another `WireError`.
         """
         wanted = Wanted(model, cut, dtype)
-        if self._connection.client is None:
-            self._connection.wanted = wanted
+        if self._lazy_client.client is None:
+            self._lazy_client.wanted = wanted
         welcome = self.client.welcome
         compare(
             welcome,
             self.endpoint,
-            connected_for=self._connection.wanted,
+            connected_for=self._lazy_client.wanted,
             wanted=wanted,
             mode=self.mode,
             deterministic=self.deterministic,
@@ -153,20 +153,20 @@ class RemoteTrunk(NoWeights):
     @property
     def client(self) -> TrunkClient:
         """Client with an open session, connecting if needed. Raises `ClosedError` in a forked child."""
-        return self._connection.connected(self.wire_dtype)
+        return self._lazy_client.connected(self.wire_dtype)
 
     @property
     def effective_mode(self) -> GradientMode:
         """Mode in force: `mode`, or `none` instead of `exact` if the daemon serves forward only."""
-        client = self._connection.client
+        client = self._lazy_client.client
         if self.mode == "exact" and client is not None and client.welcome.forward_only:
             return "none"
         return self.mode
 
     def close(self) -> None:
         """End the session."""
-        if self._connection.client is not None:
-            self._connection.client.close()
+        if self._lazy_client.client is not None:
+            self._lazy_client.client.close()
 
     def __enter__(self) -> Self:
         return self
@@ -317,9 +317,9 @@ class RemoteTrunk(NoWeights):
         )
 
     def extra_repr(self) -> str:
-        if self._connection.client is None:
+        if self._lazy_client.client is None:
             return f"{self.endpoint}, mode={self.mode}, not connected"
-        welcome = self._connection.client.welcome
+        welcome = self._lazy_client.client.welcome
         return f"{self.endpoint}, mode={self.effective_mode}, cut={welcome.cut}, session={welcome.session.hex()[:8]}"
 
     @property
