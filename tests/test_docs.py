@@ -6,14 +6,12 @@ import ast
 import re
 import shutil
 import subprocess
-from importlib import import_module
 from itertools import count
 from pathlib import Path
 
-import click
 import pytest
 
-from support.pages import LANGUAGES, PAGES, ROOT, TRANSLATED, blocks_of, prose_of
+from support.pages import LANGUAGES, PAGES, ROOT, TRANSLATED, blocks_of, options_of_command, prose_of
 from zsl.cli.train import train
 from zsl.cli.trunkd import trunkd
 from zsl.cli.zsl import zsl
@@ -84,22 +82,14 @@ def test_every_block_says_what_it_is() -> None:
     assert indented == []
 
 
-def options_of(command: click.Command) -> set[str]:
-    return {text for parameter in command.params for text in (*parameter.opts, *parameter.secondary_opts)}
-
-
-def test_every_option_that_is_named_is_one_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+def test_every_option_that_is_named_is_one_of_the_command() -> None:
     commands = {**{f"zsl {name}": command for name, command in zsl.commands.items()}, "zsl-train": train}
     commands["zsl-trunkd"] = trunkd
-    options = {name: options_of(command) for name, command in commands.items()}
+    options = {name: options_of_command(command) for name, command in commands.items()}
     everybodys = {"--help", "--version"}.union(*options.values())
     named = 0
     for page in PAGES:
         for span in re.findall(r"`([^`\n]+)`", prose_of(page)):
-            bench = re.match(r"bin/bench (\w+)(.*)", span)
-            if bench:
-                assert set(re.findall(r"--[a-z-]+", bench[2])) <= options_of(import_module(bench[1]).main), span
             first = re.match(r"(?:bin/)?(zsl-train|zsl-trunkd|zsl [a-z]+)\b", span)
             if first is None and not span.startswith("--"):
                 continue

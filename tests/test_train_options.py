@@ -44,7 +44,6 @@ from zsl.training.trainer.validation_loss import TokenLossMixin
 from zsl.trunk.settings import ServerSettings
 
 ROOT = Path(__file__).parent.parent
-TABLES = {"model", "trunk", "data", "peft", "train"}
 
 
 def run(*arguments: str | Path) -> Result:
