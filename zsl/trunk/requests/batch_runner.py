@@ -1,4 +1,4 @@
-"""Batch runner: take a batch from the scheduler, run it on the compute thread, answer its requests.
+"""Batch runner: run batches on the compute thread, answer their requests, and end those past their deadline.
 
 Whenever the device is free, the next batch is sent to the compute thread. Model code never runs on the loop, which
 answers pings while the device is busy. Imports no torch.
