@@ -155,7 +155,7 @@ def test_half_precision_trunks_compute_with_adapters_in_single_precision(
     checkpoints: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compute = compute_of(checkpoints("llama"), torch.bfloat16)
-    compute.trunk._own_attention = False  # its attention on a CPU rounds less than the local model's
+    compute.trunk.own_attention = False  # its attention on a CPU rounds less than the local model's
     for config in (lora(), lora(use_dora=True)):
         model = load_whole(resolve(str(checkpoints("llama"))), torch.bfloat16)
         step = local_step(model, tokens(1, 9, 3), LAYERS, config)

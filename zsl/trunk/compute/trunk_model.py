@@ -125,7 +125,7 @@ class TrunkModel:
         self._entering: torch.Tensor | None = None
         self._leaving: torch.Tensor | None = None
         self._attend: Callable[[], AbstractContextManager[None]] = nullcontext
-        self._own_attention = model.config._attn_implementation == "sdpa" and flash_is_slow(self.dtype, self.device)
+        self.own_attention = model.config._attn_implementation == "sdpa" and flash_is_slow(self.dtype, self.device)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -293,7 +293,7 @@ class TrunkModel:
             attend = partial(segments_attention, self.model.config, layout)
         else:
             mask = inputs.attention_mask
-            if self._own_attention and prefix is None and self._cache is None:
+            if self.own_attention and prefix is None and self._cache is None:
                 attend = partial(segments_attention, self.model.config, None)
         placeholder = torch.zeros((), dtype=self.dtype, device=self.device).expand(activations.shape)
         self._entering, self._attend = activations, attend
