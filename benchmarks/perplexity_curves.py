@@ -1,22 +1,47 @@
-"""Runs of `zsl-train`, their validation perplexity after each epoch, and a plot of it."""
+"""Runs of `zsl-train` to compare: their options, their validation perplexity after each epoch, and a plot of it."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import click
 from matplotlib.figure import Figure
-from report import Report
+from report import Report, out_option
 
 COMMAND = [sys.executable, "-c", "from zsl.cli.train import train; train(prog_name='zsl-train')"]
 FIGURE_INCHES = (7, 4.2)
 DOTS_PER_INCH = 150
+EXAMPLE = Path(__file__).parent.parent / "examples/smollm2.toml"
+OPTIONS: tuple[Callable[[Any], Any], ...] = (
+    click.option(
+        "--config",
+        default=EXAMPLE,
+        type=click.Path(path_type=Path),
+        show_default=True,
+        help="Configuration of the runs.",
+    ),
+    click.option("--samples", default=512, show_default=True, help="Rows to train on."),
+    click.option("--epochs", default=3, show_default=True, help="Epochs of each run."),
+    click.option("--work", required=True, type=click.Path(path_type=Path), help="Directory for the runs."),
+    click.option("--figure", type=click.Path(path_type=Path), help="PNG file for the plot."),
+    out_option,
+)
+
+Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
 Curve = Sequence[Mapping[str, float]]  # validation lines of a run: epoch, step, eval_loss, eval_perplexity
+
+
+def options_of_runs(command: Decorated) -> Decorated:
+    """Add the options of runs that are compared."""
+    for option in reversed(OPTIONS):
+        command = option(command)
+    return command
 
 
 def train(config: Path, directory: Path, settings: Mapping[str, Any]) -> Curve:

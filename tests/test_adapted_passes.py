@@ -155,7 +155,7 @@ def test_half_precision_trunks_compute_with_adapters_in_single_precision(
     checkpoints: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compute = compute_of(checkpoints("llama"), torch.bfloat16)
-    compute._trunk._own_attention = False  # its attention on a CPU rounds less than the local model's
+    compute.trunk.own_attention = False  # its attention on a CPU rounds less than the local model's
     for config in (lora(), lora(use_dora=True)):
         model = load_whole(resolve(str(checkpoints("llama"))), torch.bfloat16)
         step = local_step(model, tokens(1, 9, 3), LAYERS, config)
@@ -266,7 +266,7 @@ def test_the_memory_of_a_graph_with_adapters_is_known_before_its_pass_and_counte
     with_dora, by_layers = compute.traits.memory_of([None, ranks[8], dora])
     assert stash_bytes(dora) == pytest.approx(with_dora.nbytes((60,)) - linear_outputs, rel=0.15)
     assert stash_bytes(dora) > 1.5 * small
-    trunk = compute._trunk
+    trunk = compute.trunk
     measured = measure_pass_memory(
         trunk, with_dora, request_adapter(dora, trunk.linear_layers, trunk.device, trains=True)
     )

@@ -223,7 +223,7 @@ def test_a_version_that_the_daemon_lost_is_sent_once_more_for_all_that_were_refu
 
 def test_a_version_that_is_lost_again_and_again_is_a_typed_error() -> None:
     daemon = ScalingDaemon()
-    daemon.rogue._answers = lambda header: [(refusal(header, UnknownAdapterError), ())] * isinstance(header, Forward)
+    daemon.rogue.answers = lambda header: [(refusal(header, UnknownAdapterError), ())] * isinstance(header, Forward)
     with daemon.running(), zsl.TrunkClient(daemon.rogue.endpoint) as client, pytest.raises(UnknownAdapterError):
         client.forward(some(), adapter=CallAdapter(version()))
 
@@ -231,7 +231,7 @@ def test_a_version_that_is_lost_again_and_again_is_a_typed_error() -> None:
 @pytest.mark.parametrize(("second", "times"), [(SESSION, 1), (b"t" * 16, 2)], ids=["resumed", "another"])
 def test_another_session_is_sent_the_version_again(second: bytes, times: int) -> None:
     daemon = ScalingDaemon(sessions=[SESSION, second])
-    answer, refused = daemon.rogue._answers, []
+    answer, refused = daemon.rogue.answers, []
 
     def once_not_known(header: Any) -> Sequence[Answer]:
         if isinstance(header, Backward) and not refused:
@@ -239,7 +239,7 @@ def test_another_session_is_sent_the_version_again(second: bytes, times: int) ->
             return [(refusal(header, UnknownSessionError), ())]
         return answer(header)
 
-    daemon.rogue._answers = once_not_known
+    daemon.rogue.answers = once_not_known
     with daemon.running(), zsl.TrunkClient(daemon.rogue.endpoint) as client:
         step = client.forward(some(), adapter=CallAdapter(version()), keep=True)
         answered = client.backward(step, some(), adapter_gradients=True)

@@ -30,21 +30,21 @@ def servers() -> Iterator[list[SquareServer]]:
 
 
 def reconnects(client: SquareClient) -> int:
-    link = client.connection._link
+    link = client.connection.link
     assert link is not None
     return link.reconnects
 
 
 def session_of(client: SquareClient) -> Welcome:
     """The WELCOME of the session that is open."""
-    link = client.connection._link
+    link = client.connection.link
     assert link is not None and isinstance(link.state, Open), link
     return link.state.welcome
 
 
 def pings_alone(client: SquareClient) -> bool:
     """Return whether the session has one connection, which has carried a pong."""
-    link = client.connection._link
+    link = client.connection.link
     return link is not None and isinstance(link.state, Open) and link.state.pings_alone
 
 

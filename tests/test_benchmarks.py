@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -16,6 +18,7 @@ import pytest
 from click.testing import CliRunner
 
 from support.models import CUT
+from support.pages import PAGES, options_of_command
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 RUN_SECONDS = 400  # a minute at most, where no one else uses the cores
@@ -98,6 +101,17 @@ def test_every_benchmark_has_a_run_here() -> None:
     commands = {file.stem for file in BENCHMARKS.glob("*.py") if "@click.command" in file.read_text()}
     processes = {"connections_client", "throughput_client", "shaped_link"}  # which benchmarks start
     assert commands - processes == RUNS.keys() | {"scheduler_sim"}
+
+
+def test_every_option_that_a_page_names_is_one_of_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    named = 0
+    for page in PAGES:
+        for name, words in re.findall(r"bin/bench (\w+)([^`\n#]*)", page.read_text()):
+            found = set(re.findall(r"--[a-z-]+", words))
+            named += len(found)
+            assert not found or found <= options_of_command(import_module(name).main), f"{page.name}: {name} {words}"
+    assert named > 10
 
 
 def test_the_simulation_of_the_scheduler_has_a_row_for_each_policy(

@@ -102,10 +102,10 @@ def test_answers_that_nobody_reads_are_so_many() -> None:
         peer.handshake()
         asks = b"".join(peer.wrapped(body, flags) for body, flags in zip(status(), (1, 0), strict=True))
         peer.send(asks * 20_000, wait_seconds=1.0)
-        (connection,) = on_loop(server, lambda: list(server.server._router._connections.values()))
+        (connection,) = on_loop(server, lambda: list(server.server.router.connections.values()))
         most = ServerSettings().max_inflight_requests + CONTROL_MESSAGES
-        comes_to(most, lambda: connection._unsent_messages)
-        assert connection.unsent_bytes < most * 1024
+        comes_to(most, lambda: connection.unsent.messages)
+        assert connection.unsent.nbytes < most * 1024
 
 
 class Busy:
@@ -158,9 +158,9 @@ def test_who_was_told_that_its_key_is_off_the_list_is_remembered_while_it_is_the
             peer.handshake(DEALER, RawKeys.of_nobody(z85.decode(keys.public)))
             peer.send_message(status())
             peer.receive_message()
-        assert len(server.server._running.handlers._forbidden) == 20
+        assert server.server.stats.forbidden == 20
         stack.close()
-        comes_to(set(), lambda: server.server._running.handlers._forbidden)
+        comes_to(0, lambda: server.server.stats.forbidden)
 
 
 class GatedSquare(SquareTrunk):
@@ -201,8 +201,8 @@ def test_a_storm_of_cancelled_backwards_leaves_nothing_held_and_no_memory() -> N
             gc.collect()
             comes_to((0, 0), lambda: (server.held_bytes, under_way()))
             give_back_freed_memory()
-            return resident_bytes() - server.server._running.requests._replies.nbytes  # type: ignore[union-attr]
+            return resident_bytes() - server.server.replies.nbytes
 
-        # The process has other tests' threads, which may allocate during one storm: what a storm leaves, each one leaves.
+        # Other tests' threads may allocate during one storm: what a storm leaves, each one leaves.
         left = [storm(CANCELLED) for _ in range(4)]
         assert min(after - before for before, after in pairwise(left)) < CANCELLED * step_bytes / 4

@@ -206,7 +206,7 @@ def test_a_request_that_is_not_answered_in_time_raises_and_is_taken_back(server:
             client.forward(some())
         with pytest.raises(RequestTimeout):
             client.forward(some())
-        client._connection._request_timeout_seconds = 20  # of what is asked from now on
+        client._connection.request_timeout_seconds = 20  # of what is asked from now on
         server.compute.gate.set()
         assert client.status().queued_requests == 0
         assert torch.equal(client.forward(some()).output, some(1.0))
@@ -253,7 +253,7 @@ def test_a_daemon_that_comes_back_late_serves_the_same_client_again(server: Echo
         server.stop()
         with pytest.raises(ConnectionLost):
             client.forward(some())
-        client._connection._request_timeout_seconds = 20  # of what is asked from now on
+        client._connection.request_timeout_seconds = 20  # of what is asked from now on
         with EchoServer(port=server.port):
             assert torch.equal(client.forward(some()).output, some(1.0))
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from support.pages import LANGUAGES, PAGES, ROOT, TRANSLATED, blocks_of, prose_of
+from support.pages import LANGUAGES, PAGES, ROOT, TRANSLATED, blocks_of, options_of_command, prose_of
 from zsl.cli.train import train
 from zsl.cli.trunkd import trunkd
 from zsl.cli.zsl import zsl
@@ -85,18 +85,11 @@ def test_every_block_says_what_it_is() -> None:
 def test_every_option_that_is_named_is_one_of_the_command() -> None:
     commands = {**{f"zsl {name}": command for name, command in zsl.commands.items()}, "zsl-train": train}
     commands["zsl-trunkd"] = trunkd
-    options = {
-        name: {text for parameter in command.params for text in (*parameter.opts, *parameter.secondary_opts)}
-        for name, command in commands.items()
-    }
+    options = {name: options_of_command(command) for name, command in commands.items()}
     everybodys = {"--help", "--version"}.union(*options.values())
     named = 0
     for page in PAGES:
         for span in re.findall(r"`([^`\n]+)`", prose_of(page)):
-            bench = re.match(r"bin/bench (\w+)(.*)", span)
-            if bench:
-                source = (ROOT / f"benchmarks/{bench[1]}.py").read_text()
-                assert [word for word in re.findall(r"--[a-z-]+", bench[2]) if f'"{word}"' not in source] == [], span
             first = re.match(r"(?:bin/)?(zsl-train|zsl-trunkd|zsl [a-z]+)\b", span)
             if first is None and not span.startswith("--"):
                 continue

@@ -311,8 +311,8 @@ def test_a_daemon_that_is_told_to_end_while_a_pass_hangs_ends(tmp_path: Path) ->
 def test_a_client_that_reads_no_answers_is_dropped_and_the_others_do_not_notice(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("zsl.transport.peer_connection.SLOW_SECONDS", 0.5)
-    monkeypatch.setattr("zsl.transport.peer_connection.MIN_BYTES_PER_SECOND", 1e9)
+    monkeypatch.setattr("zsl.transport.send_queue.SLOW_SECONDS", 0.5)
+    monkeypatch.setattr("zsl.transport.send_queue.MIN_BYTES_PER_SECOND", 1e9)
     large = ServerSettings(max_request_tokens=1 << 20)
     with SquareServer(settings=large, row_tokens=1 << 20) as server, FaultyLink(server.port) as link:
         with SquareClient(server.endpoint) as healthy, Peer(link.endpoint) as slow:

@@ -135,8 +135,8 @@ def test_keys_and_values_that_are_lost_again_and_again_change_no_token(
 
     class Losses(At):
         def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-            for session in server.server._sessions:
-                server.loop.call_soon_threadsafe(server.server._caches.close, session)
+            for session in server.server.sessions:
+                server.loop.call_soon_threadsafe(server.server.caches.close, session)
             return scores
 
     assert text(split, at=Losses(0, lambda: None), **how) == text(whole, **how)
@@ -154,8 +154,8 @@ def test_tokens_of_other_adapters_are_computed_again_with_theirs(
             model(input_ids=ids[:, :5], past_key_values=cache, use_cache=True)
             with model.disable_adapter():
                 model(input_ids=ids[:, 5:9], past_key_values=cache, use_cache=True)
-            for session in list(server.server._sessions):
-                server.loop.call_soon_threadsafe(server.server._caches.close, session)
+            for session in list(server.server.sessions):
+                server.loop.call_soon_threadsafe(server.server.caches.close, session)
             results.append(model(input_ids=ids[:, 9:], past_key_values=cache, use_cache=True).logits)
     assert within(1e-5)(*results)
 
@@ -171,10 +171,10 @@ def test_a_session_that_ends_within_a_text_changes_no_token(
 def test_the_memory_is_free_again_when_a_text_is_done(served: tuple[EchoServer, Any]) -> None:
     server, split = served
     held = []
-    text(split, at=At(9, lambda: held.append(server.server._caches.nbytes)))
+    text(split, at=At(9, lambda: held.append(server.server.caches.nbytes)))
     gc.collect()
     assert held[0] > 0
-    until(lambda: server.server._caches.nbytes == 0)
+    until(lambda: server.server.caches.nbytes == 0)
 
 
 async def test_the_asyncio_face_runs_behind_its_own_cache(served: tuple[EchoServer, Any]) -> None:
@@ -207,7 +207,7 @@ def test_more_texts_than_fit_into_the_memory_wait_for_each_other(path: str, whol
 
         def write(seed: int) -> list[int]:
             barrier.wait(WAIT_SECONDS)
-            return text(splits[seed], seed, at=At(9, lambda: seen.append(server.server._caches.nbytes)))
+            return text(splits[seed], seed, at=At(9, lambda: seen.append(server.server.caches.nbytes)))
 
         splits = [stack.enter_context(split_model(path, server.endpoint)) for _ in range(3)]
         barrier = threading.Barrier(3)

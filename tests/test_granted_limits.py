@@ -93,7 +93,7 @@ def submit(
     descriptors, buffers = tensors_of(rows, tokens, complete=complete, dtype=dtype)
 
     def build(welcome: Welcome, pending: Pending) -> tuple[Header, list[Frame]]:
-        fields = client._fields(welcome, pending)
+        fields = client.fields(welcome, pending)
         if complete:
             return Backward(**fields, **NO_ADAPTER, step=request, tensors=descriptors), list(buffers)
         return Forward(**fields, adapter=None, keep=False, reveal=[], cache=None, tensors=descriptors), list(buffers)

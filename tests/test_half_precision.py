@@ -67,7 +67,7 @@ def test_a_bfloat16_trunk_is_as_near_to_the_truth_as_with_sdpa(family: str, chec
     truth = results(TrunkModel(load_trunk_part(reference, cut, torch.float64), cut), activations, gradients, mask)
     for own in (True, False):
         trunk = TrunkModel(load_trunk_part(reference, cut, torch.bfloat16), cut)
-        trunk._own_attention = own and trunk._own_attention
+        trunk.own_attention = own and trunk.own_attention
         found = results(trunk, activations, gradients, mask)
         errors[own] = [float((f.double() - t).abs().max() / t.abs().max()) for f, t in zip(found, truth, strict=True)]
     for ours, theirs in zip(errors[True], errors[False], strict=True):

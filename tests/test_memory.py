@@ -94,14 +94,14 @@ def test_the_memory_of_a_graph_is_known_before_its_pass_and_one_too_large_is_com
 ) -> None:
     plan = plan_trunk(str(checkpoints(family)), parse_cut("2:4"), torch.float32, "cpu", forward_only=False)
     compute = plan.load(max_batch_tokens=256, merge_below_tokens=64, pass_memory_bytes=300_000)
-    trunk, memory = compute._trunk, compute.traits.graph_memory
+    trunk, memory = compute.trunk, compute.traits.graph_memory
     rows = Rows(torch.randn(1, 60, 32))
     graph, linear_outputs = trunk.graph_to_keep(rows, with_linear_outputs=True)
     assert linear_outputs is not None
     assert memory.nbytes((60,)) == pytest.approx(graph.nbytes + linear_outputs.nbytes, rel=0.05)
     gradients = torch.randn(1, 60, 32)
     mlp_calls: Counter[str] = Counter()
-    for name, module in trunk._model.named_modules():
+    for name, module in trunk.model.named_modules():
         if name.endswith(".mlp"):
             module.register_forward_pre_hook(lambda *_, name=name: mlp_calls.update([name]))
     packed_rows = sequences_of(rows, Shape(1, 60, (7, 40, 13)))
@@ -110,11 +110,11 @@ def test_the_memory_of_a_graph_is_known_before_its_pass_and_one_too_large_is_com
         assert (mlp_calls - whole).total() == 3, "the first of the two layers is computed again for its gradient"
         assert torch.equal(trunk.graph(inputs).gradients(gradients), by_layers)
     assert compute._fits([forward_work(0, tokens=5)]) and not compute._fits([forward_work(0, tokens=60)])
-    most = len(trunk._graph_bytes) + 1
-    monkeypatch.setattr("zsl.trunk.compute.trunk_model.MAX_SIZES_REMEMBERED", most)
+    most = len(trunk.graph_sizes) + 1
+    monkeypatch.setattr("zsl.trunk.compute.graph_sizes.MAX_SIZES_REMEMBERED", most)
     for tokens in (11, 12, 13):
         trunk.graph_to_keep(Rows(torch.randn(1, tokens, 32)), with_linear_outputs=False)
-    assert len(trunk._graph_bytes) == most
+    assert len(trunk.graph_sizes) == most
 
 
 def is_due(given: TrimPolicy, now: float, *, busy: bool = False, resident_bytes: int = 0) -> bool:
@@ -158,10 +158,10 @@ def test_a_request_is_granted_as_many_tokens_as_a_pass_has_memory_for(per_pair: 
 
 def test_layers_with_something_between_them_are_not_called_separately(checkpoints: Callable[..., Path]) -> None:
     plan = plan_trunk(str(checkpoints("llama")), parse_cut("2:4"), torch.float32, "cpu", forward_only=False)
-    trunk = plan.load(max_batch_tokens=256, merge_below_tokens=64)._trunk
+    trunk = plan.load(max_batch_tokens=256, merge_below_tokens=64).trunk
     rows, gradients = Rows(torch.randn(1, 9, 32)), torch.randn(1, 9, 32)
     plain, _ = trunk.gradients_by_layers(rows, gradients)
-    layers = find_stack(trunk._model).layers
+    layers = find_stack(trunk.model).layers
     layers[2].register_forward_hook(lambda layer, args, output: output * 2)
     with trunk.separate_layers(rows) as separate:
         assert separate == []

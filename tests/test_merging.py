@@ -27,11 +27,12 @@ from zsl.client.replayable_step import Answer, read_answer
 from zsl.split.cut import parse_cut
 from zsl.trunk.compute import attention
 from zsl.trunk.compute.engine import TorchCompute
+from zsl.trunk.compute.graph_sizes import NODE_BYTES, nodes_in
 from zsl.trunk.compute.linear_outputs import LinearLayers, LinearOutputs
 from zsl.trunk.compute.packing import packed
 from zsl.trunk.compute.passes import Pass, Rows, sequences_of
 from zsl.trunk.compute.stash import STEP_BYTES, TorchStash
-from zsl.trunk.compute.trunk_model import NODE_BYTES, Graph, TrunkModel, _nodes
+from zsl.trunk.compute.trunk_model import Graph, TrunkModel
 from zsl.trunk.costs import Costs, PassCost
 from zsl.trunk.daemon.load import plan_trunk
 from zsl.trunk.work import Batch, Done, Keep, Kind, Outcome, Packed, Shape, Sharing, Work
@@ -319,7 +320,7 @@ def test_sequences_of_equal_length_are_attended_to_at_once_in_whatever_order_the
 
     def outputs_and_gradients(lengths: tuple[int, ...], activations: torch.Tensor) -> list[torch.Tensor]:
         sequences = sequences_of(Rows(activations, None, torch.zeros(1, start).long()), Shape(1, start, lengths))
-        graph = compute._trunk.graph(sequences)
+        graph = compute.trunk.graph(sequences)
         return [graph.output.detach(), graph.gradients(activations)]
 
     alternating = outputs_and_gradients(lengths, activations)
@@ -342,12 +343,12 @@ def test_the_masks_of_a_pass_are_shared_by_its_layers_and_end_with_it(
         return bias
 
     monkeypatch.setattr("zsl.trunk.compute.attention._bias_without_mask", remembered)
-    monkeypatch.setattr(compute._trunk._model.config, "_attn_implementation", "sdpa")
+    monkeypatch.setattr(compute.trunk.model.config, "_attn_implementation", "sdpa")
     part = sequences_of(Rows(torch.randn(1, 40, 32)), Shape(1, 40, (40,)))
-    graph = compute._trunk.graph(packed([part], pass_tokens=64).inputs)
+    graph = compute.trunk.graph(packed([part], pass_tokens=64).inputs)
     assert len(made) <= 2, "one for the request, one for the filling"
     assert graph.output.requires_grad and all(bias() is None for bias in made)
-    if compute._trunk._model.config.model_type in ("llama", "gpt2"):
+    if compute.trunk.model.config.model_type in ("llama", "gpt2"):
         assert made, "the test would show nothing"
 
 
@@ -408,7 +409,7 @@ def test_the_memory_of_a_graph_is_measured_on_that_graph(compute: TorchCompute) 
             (done,) = run(compute, [forward_work(1, rows, keep=Keep.GRAPH)])
             assert isinstance(done, Done) and isinstance(done.stash, TorchStash)
             assert done.stash.shared is not None and done.stash.shared.graph is not None
-            nodes = _nodes(done.stash.shared.graph.output)
+            nodes = nodes_in(done.stash.shared.graph.output)
             assert nodes > 50
             sizes.append(done.stash.nbytes - NODE_BYTES * nodes - STEP_BYTES)
             demoted = done.stash.demoted()

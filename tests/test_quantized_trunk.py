@@ -77,11 +77,11 @@ def test_all_numbers_are_those_of_a_local_model_with_the_same_bits(
     assert traits.packs and traits.merges_adapters
     trunk = load_trunk_part(resolve(str(path)), plan.cut)
     assert traits.parameters == sum(parameter.numel() for parameter in trunk.parameters())
-    quantized = sum(p.nbytes for p in compute._trunk._model.parameters() if not p.is_floating_point())
+    quantized = sum(p.nbytes for p in compute.trunk.model.parameters() if not p.is_floating_point())
     linear = sum(inputs * outputs for inputs, outputs in traits.adaptable.values())
     assert quantized == (linear // 2 if bits == "4bit" else linear)
     step = local_step(model, tokens(2, 9, 3), LAYERS, lora(fan_in_fan_out=family == "gpt2"))
-    compute._trunk._own_attention = False  # its attention on a CPU rounds less than the local model's
+    compute.trunk.own_attention = False  # its attention on a CPU rounds less than the local model's
     check_all_routes(compute, step, monkeypatch)
 
 

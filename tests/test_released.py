@@ -88,7 +88,7 @@ def test_a_backward_that_was_refused_or_failed(server: EchoServer, client: Trunk
 def test_requests_whose_time_was_up(server: EchoServer, kind: str, where: str) -> None:
     with TrunkClient(server.endpoint, request_timeout_seconds=20) as client:
         steps = [client.forward(some(), keep=True) for _ in range(2)]
-        client._connection._request_timeout_seconds = 0.2
+        client._connection.request_timeout_seconds = 0.2
         server.compute.gate.clear()
         for step in steps if where == "waits at the client" else steps[:1]:
             if kind == "forward":
@@ -122,7 +122,7 @@ def test_a_step_that_is_dropped_while_its_connection_is_away() -> None:
         del steps[0]
         line.refuse()
         line.cut()
-        link = client._connection._link
+        link = client._connection.link
         assert link is not None
         pause = threading.Event()
         for _ in range(500):

@@ -190,7 +190,7 @@ def test_what_is_held_stays_within_the_memory_and_what_went_is_asked_for_again()
 
 def test_what_queued_backwards_will_use_is_part_of_the_memory_until_they_have_run() -> None:
     def kept(server: EchoServer) -> list[Keep]:
-        return [held.stash.keep for session in server.server._sessions for held in session.held.values()]
+        return [held.stash.keep for session in server.server.sessions for held in session.held.values()]
 
     settings, memory = ServerSettings(stash_memory_bytes=1000), GraphMemory(400.0, 0.0, 0.0)
     with EchoServer(settings=settings, graph_memory=memory) as server, Peer(server.endpoint) as one:

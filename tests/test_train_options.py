@@ -24,7 +24,7 @@ from transformers import Trainer, TrainingArguments
 from support.data import SENTENCES, conversation, write_model
 from support.models import local_model, tiny_model
 from test_train import COMMAND
-from zsl.cli.shown import Shown, shown_while_it_can_be
+from zsl.cli.broken_output import Shown, shown_while_it_can_be
 from zsl.cli.train import train as train_command
 from zsl.errors import EXIT_STARTUP_FAILED, EXIT_USAGE, ConfigError, RunFailed
 from zsl.link.traffic import Traffic
@@ -44,7 +44,6 @@ from zsl.training.trainer.validation_loss import TokenLossMixin
 from zsl.trunk.settings import ServerSettings
 
 ROOT = Path(__file__).parent.parent
-TABLES = {"model", "trunk", "data", "peft", "train"}
 
 
 def run(*arguments: str | Path) -> Result:

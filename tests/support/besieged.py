@@ -46,7 +46,7 @@ class Honest(SquareClient):
 
     def session(self) -> Welcome:
         """The session that is open now: others may have ended earlier ones."""
-        while (link := self.connection._link) is None or not isinstance(state := link.state, Open):
+        while (link := self.connection.link) is None or not isinstance(state := link.state, Open):
             self.bits()  # opens one
         return state.welcome
 

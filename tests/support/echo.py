@@ -127,7 +127,7 @@ class EchoServer:
     @property
     def connections_of_peers(self) -> int:
         """Count the connections that have shaken hands and are there."""
-        connections = list(self.server._router._connections.values())
+        connections = list(self.server.router.connections.values())
         return sum(connection.state is State.OPEN for connection in connections)
 
     @property
@@ -153,7 +153,7 @@ class EchoServer:
         def close() -> None:
             running = self.server._running
             assert running is not None
-            found = next(one for one in self.server._sessions if one.id == session)
+            found = next(one for one in self.server.sessions if one.id == session)
             running.handlers.close_session(found, "on purpose")
 
         self.loop.call_soon_threadsafe(close)

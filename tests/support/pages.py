@@ -7,6 +7,8 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+import click
+
 ROOT = Path(__file__).parent.parent.parent
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md"))]
 TRANSLATED = {page: page.with_suffix(".zh-CN.md") for page in PAGES if page.with_suffix(".zh-CN.md") in PAGES}
@@ -50,6 +52,11 @@ def blocks_of(page: Path) -> list[Block]:
 def prose_of(page: Path) -> str:
     """A page without its blocks."""
     return re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+def options_of_command(command: click.Command) -> set[str]:
+    """The options of a command, as they are written."""
+    return {text for parameter in command.params for text in (*parameter.opts, *parameter.secondary_opts)}
 
 
 def words_of(command: str) -> tuple[dict[str, str], list[str]]:

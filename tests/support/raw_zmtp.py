@@ -303,20 +303,6 @@ class RawPeer:
             except Ended:
                 return frames
 
-    def was_closed(self, *, wait_seconds: float = WAIT_SECONDS) -> bool:
-        """Return whether the other end closes the connection in this time; drop what it sends before."""
-        give_up_at = time.monotonic() + wait_seconds
-        while (left := give_up_at - time.monotonic()) > 0:
-            self.socket.settimeout(left)
-            try:
-                if not self.socket.recv(READ_BYTES):
-                    return True
-            except TimeoutError:
-                return False
-            except OSError:
-                return True
-        return False
-
     # Leaving.
 
     def half_close(self) -> None:

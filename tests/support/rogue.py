@@ -36,7 +36,7 @@ class Rogue:
         *,
         hello: Callable[[Hello, Welcome], Sequence[Header]] = lambda hello, welcome: (),
     ) -> None:
-        self._answers = answers
+        self.answers = answers
         self._hello = hello
         self._context = zmq.Context()
         self._router = self._context.socket(zmq.ROUTER)
@@ -66,7 +66,7 @@ class Rogue:
             return [(answer, ()) for answer in (*self._hello(header, welcome), welcome)]
         if isinstance(header, Ping):
             return [(pong_to(header), ())]
-        return self._answers(header) if isinstance(header, WorkHeader | Adapter) else ()
+        return self.answers(header) if isinstance(header, WorkHeader | Adapter) else ()
 
     def __enter__(self) -> Self:
         self._thread.start()

@@ -26,6 +26,17 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
     return lambda family, **how: write_checkpoint(directory, family, **how)
 
 
+@pytest.fixture(scope="module")
+def own_datasets_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep what `datasets` caches to one file of tests, and its progress bars off the screen."""
+    import datasets
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        datasets.disable_progress_bars()
+        yield
+
+
 @pytest.fixture(scope="session")
 def serve(
     checkpoints: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory

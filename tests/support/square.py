@@ -116,7 +116,7 @@ class SquareClient:
         request = self.connection.new_request_id()
 
         def build(welcome: Welcome, pending: Pending) -> tuple[Header, Sequence[Frame]]:
-            fields = self._fields(welcome, pending)
+            fields = self.fields(welcome, pending)
             fields |= {"adapter": None, "keep": True, "reveal": [], "cache": None}
             return Forward(**fields, tensors=[_descriptor("activations", x)]), [_bytes(x)]
 
@@ -129,7 +129,7 @@ class SquareClient:
         def build(welcome: Welcome, pending: Pending) -> tuple[Header, Sequence[Frame]]:
             named = {"activations": x, "gradients": gradients} if pending.complete else {"gradients": gradients}
             tensors = [_descriptor(role, array) for role, array in named.items()]
-            header = Backward(**self._fields(welcome, pending), **NO_ADAPTER, step=step, tensors=tensors)
+            header = Backward(**self.fields(welcome, pending), **NO_ADAPTER, step=step, tensors=tensors)
             return header, [_bytes(array) for array in named.values()]
 
         return _array(self.connection.call(request, build, nbytes=gradients.nbytes))
@@ -145,12 +145,12 @@ class SquareClient:
 
     def wait_for_answers(self, seconds: float) -> None:
         """From now on, so long at the most."""
-        self.connection._request_timeout_seconds = seconds
+        self.connection.request_timeout_seconds = seconds
 
     @property
     def is_open(self) -> bool:
         """True while a session is open."""
-        link = self.connection._link
+        link = self.connection.link
         return link is not None and isinstance(link.state, Open)
 
     def __enter__(self) -> Self:
@@ -162,7 +162,7 @@ class SquareClient:
     ) -> None:
         self.connection.close()
 
-    def _fields(self, welcome: Welcome, pending: Pending) -> dict[str, Any]:
+    def fields(self, welcome: Welcome, pending: Pending) -> dict[str, Any]:
         return {
             "session": welcome.session,
             "epoch": welcome.epoch,

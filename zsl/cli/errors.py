@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import click
 
-from zsl.cli.shown import to_nowhere
+from zsl.cli.broken_output import to_nowhere
 from zsl.errors import EXIT_RUN_FAILED, RunFailed, ZslError
 from zsl.text.printable import printable, printable_lines
 

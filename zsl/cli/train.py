@@ -13,9 +13,9 @@ from typing import Any
 import click
 
 import zsl
+from zsl.cli.broken_output import shown_while_it_can_be
 from zsl.cli.errors import Command, one_line_errors, stop_on_sigterm
 from zsl.cli.quiet import quiet_libraries
-from zsl.cli.shown import shown_while_it_can_be
 from zsl.errors import ConfigError, StartupError
 from zsl.text.printable import PrintableFormatter
 

@@ -1,4 +1,4 @@
-"""Leave padding out of the traffic: send only the real tokens of a batch, as one row of sequences.
+"""Leave padding out of the traffic: send only real tokens, as one row of sequences, and refuse gradients on padding.
 
 The layers behind the trunk get zeros at padded positions: their outputs there are not used, because attention weights
 are zero and labels are ignored. A batch with labels on its padding is sent whole.

@@ -7,7 +7,6 @@ layer in whose place it is, for adapters.
 from __future__ import annotations
 
 import copy
-import os
 import threading
 import warnings
 from collections.abc import Callable
@@ -18,6 +17,7 @@ import torch
 from torch.autograd import forward_ad
 from transformers.cache_utils import Cache
 
+from zsl.client.connect import GradientMode, LazyClient, Wanted, compare
 from zsl.client.crossing import CallInputs, Crossing, PaddingMode, crossing_behind, crossing_of
 from zsl.client.gradient_sum import current_micro_batch
 from zsl.client.overlap import current_lane
@@ -27,8 +27,7 @@ from zsl.client.trunk_adapters import Found, TrunkAdapters
 from zsl.client.trunk_cache import cache_among, edit_of, note_untracked, trunk_cache_of
 from zsl.client.trunk_client import CONNECT_TIMEOUT_SECONDS, REQUEST_TIMEOUT_SECONDS, TrunkClient
 from zsl.client.trunk_function import Call, CrossingEvent
-from zsl.errors import ConfigError, ModelError, WrongModelError
-from zsl.link.connection import after_fork
+from zsl.errors import ConfigError, ModelError
 from zsl.link.endpoints import parse_endpoints
 from zsl.link.keys import read_client_keys
 from zsl.link.pending import check_timeouts
@@ -37,8 +36,6 @@ from zsl.split.no_weights import NoWeights
 from zsl.split.trunk_lora import Slots
 from zsl.wire.messages import Cut, ModelIdentity, Quantization, Reveal, Welcome
 from zsl.wire.tensors import TORCH_DTYPES, float_wire_name
-
-GradientMode = Literal["exact", "straight-through", "none"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,19 +104,16 @@ class RemoteTrunk(NoWeights):
                 float_wire_name(dtype)  # raises for a dtype without a wire name
         self.deterministic = deterministic
         self.padding: PaddingMode = padding
-        self._how: dict[str, Any] = {
-            "server_key": server_key,
-            "client_key": client_key,  # the path, not the key
-            "connect_timeout_seconds": connect_timeout_seconds,
-            "request_timeout_seconds": request_timeout_seconds,
-        }
         read_client_keys(server_key, client_key)  # raises for missing or invalid keys
-        self._wanted: tuple[ModelIdentity | None, Cut | None, torch.dtype] = (None, None, torch.float32)
+        self._lazy_client = LazyClient(
+            self.endpoint,
+            server_key=server_key,
+            client_key=client_key,  # the path, not the key
+            connect_timeout_seconds=connect_timeout_seconds,
+            request_timeout_seconds=request_timeout_seconds,
+        )
         self.in_model = False  # True if the model passes mask and positions by `observe_inputs`
         self._warned_of_autocast = False
-        self._client: TrunkClient | None = None
-        self._connecting = threading.Lock()
-        self._pid: int | None = None  # of the process that first connected, or began to
         self._call = threading.local()
         self._adapters = TrunkAdapters()
         # Called when a batch is ready to be sent and when it has come back, forward and backward, by the thread that
@@ -141,79 +135,38 @@ class RemoteTrunk(NoWeights):
         Warns if no gradient will pass the trunk, or if it has another dtype or other bits than this model (`quantize`).
         Raises `TrunkUnreachable`, `TrunkAuthError`, `WrongModelError` or another `WireError`.
         """
-        if self._client is None:
-            self._wanted = (model, cut, dtype)
+        wanted = Wanted(model, cut, dtype)
+        if self._lazy_client.client is None:
+            self._lazy_client.wanted = wanted
         welcome = self.client.welcome
-        if self.deterministic and not welcome.deterministic:
-            raise WrongModelError(
-                f"the trunk at {self.endpoint} is not deterministic; start it with --deterministic "
-                f"{self.deterministic}, or leave out deterministic"
-            )
-        if self._wanted != (model, cut, dtype):
-            fits = model in (None, welcome.model) and cut in (None, welcome.cut)
-            if not fits:
-                raise WrongModelError(
-                    f"this RemoteTrunk is connected for another model or cut ({welcome.model.model_type}, "
-                    f"{welcome.cut}); make a RemoteTrunk of its own for each"
-                )
-        if welcome.forward_only and self.mode == "exact":
-            warnings.warn(
-                f"the trunk at {self.endpoint} serves forward only: mode 'none' is in force, and everything in front "
-                "of the trunk learns nothing",
-                stacklevel=2,
-            )
-        elif self.mode == "none":
-            warnings.warn(
-                "mode is 'none': no gradient passes the trunk, and everything in front of it learns nothing",
-                stacklevel=2,
-            )
-        if TORCH_DTYPES[welcome.dtype] != dtype:
-            warnings.warn(
-                f"the trunk at {self.endpoint} computes in {TORCH_DTYPES[welcome.dtype]}, this model in {dtype}: "
-                "losses will differ from the local model's",
-                stacklevel=2,
-            )
-        if welcome.quantization not in (None, quantize):
-            warnings.warn(
-                f"the linear layers of the trunk at {self.endpoint} are in {welcome.quantization}, those of this model "
-                f"{'are not quantized' if quantize is None else f'in {quantize}'}: losses will differ from the local "
-                "model's",
-                stacklevel=2,
-            )
+        compare(
+            welcome,
+            self.endpoint,
+            connected_for=self._lazy_client.wanted,
+            wanted=wanted,
+            mode=self.mode,
+            deterministic=self.deterministic,
+            quantize=quantize,
+        )
         return welcome
 
     @property
     def client(self) -> TrunkClient:
         """Client with an open session, connecting if needed. Raises `ClosedError` in a forked child."""
-        this_process = os.getpid()
-        if self._pid is None:
-            self._pid = this_process
-        elif self._pid != this_process and self._client is None:  # the lock may have been copied locked
-            raise after_fork(self.endpoint, self._pid)
-        with self._connecting:
-            if self._client is None:
-                model, cut, dtype = self._wanted
-                wire_dtype = float_wire_name(self.wire_dtype or dtype)
-                client = TrunkClient(self.endpoint, model=model, cut=cut, dtype=wire_dtype, **self._how)
-                try:
-                    client.connect()
-                except BaseException:
-                    client.close()
-                    raise
-                self._client = client
-            return self._client
+        return self._lazy_client.connected(self.wire_dtype)
 
     @property
     def effective_mode(self) -> GradientMode:
         """Mode in force: `mode`, or `none` instead of `exact` if the daemon serves forward only."""
-        if self.mode == "exact" and self._client is not None and self._client.welcome.forward_only:
+        client = self._lazy_client.client
+        if self.mode == "exact" and client is not None and client.welcome.forward_only:
             return "none"
         return self.mode
 
     def close(self) -> None:
         """End the session."""
-        if self._client is not None:
-            self._client.close()
+        if self._lazy_client.client is not None:
+            self._lazy_client.client.close()
 
     def __enter__(self) -> Self:
         return self
@@ -364,9 +317,9 @@ class RemoteTrunk(NoWeights):
         )
 
     def extra_repr(self) -> str:
-        if self._client is None:
+        if self._lazy_client.client is None:
             return f"{self.endpoint}, mode={self.mode}, not connected"
-        welcome = self._client.welcome
+        welcome = self._lazy_client.client.welcome
         return f"{self.endpoint}, mode={self.effective_mode}, cut={welcome.cut}, session={welcome.session.hex()[:8]}"
 
     @property
@@ -378,27 +331,12 @@ class RemoteTrunk(NoWeights):
         """Return a copy without the modules of a model's layer, on the same connection."""
         return copy.deepcopy(self, {id(self._modules): {}, id(self._parameters): {}})
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        trunk = memo[id(self)] = type(self).__new__(type(self))
-        trunk.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        trunk._client = self._client
-        return trunk
-
     def __getstate__(self) -> dict[str, Any]:
-        """Return all attributes but the connection, which belongs to this process."""
-        return {
-            **self.__dict__,
-            "_client": None,
-            "_pid": None,
-            "_connecting": None,
-            "_call": None,
-            "_adapters": None,
-            "on_crossing": _nothing,
-        }
+        """Return all attributes but those of this object alone."""
+        return {**self.__dict__, "_call": None, "_adapters": None, "on_crossing": _nothing}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._connecting = threading.Lock()
         self._call = threading.local()
         self._adapters = TrunkAdapters()
 

@@ -44,7 +44,7 @@ T = TypeVar("T")
 
 class Connection:
     """Session with a daemon, kept alive until `close`. `endpoint`: one, or several separated by commas, of which the
-    first that answers is used."""
+    first that answers is used. `link` is None before `open`."""
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class Connection:
         self.endpoint = ",".join(self._endpoints)
         self._keys = keys
         self._connect_timeout_seconds = connect_timeout_seconds
-        self._request_timeout_seconds = request_timeout_seconds
+        self.request_timeout_seconds = request_timeout_seconds
         self._pid = os.getpid()
         # Reentrant: a finalizer may run `release` at any point, also inside this thread's own `submit`.
         self._lock = threading.RLock()
@@ -67,7 +67,7 @@ class Connection:
         self._ids = count(1)
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._thread: threading.Thread | None = None
-        self._link: Link | None = None
+        self.link: Link | None = None
         # Reentrant, because its release by a thread that does not hold it raises an error and changes nothing.
         self._driving = threading.RLock()
         self._driver: int | None = None  # id of the calling thread that holds `_driving`
@@ -93,11 +93,11 @@ class Connection:
             if self._thread.ident is None:
                 self._thread.start()
         # The link ends it sooner: after the connect timeout, unless a daemon answers that it is still loading.
-        self._welcome = self._result(self._opened, self._connect_timeout_seconds + self._request_timeout_seconds)
+        self._welcome = self._result(self._opened, self._connect_timeout_seconds + self.request_timeout_seconds)
         return self._welcome
 
     def __repr__(self) -> str:
-        return f"Connection({self.endpoint}: {'not opened' if self._link is None else repr(self._link.state)})"
+        return f"Connection({self.endpoint}: {'not opened' if self.link is None else repr(self.link.state)})"
 
     @property
     def welcome(self) -> Welcome:
@@ -114,7 +114,7 @@ class Connection:
     @property
     def traffic(self) -> Traffic:
         """Messages and bytes sent and received so far."""
-        return Traffic() if self._link is None else self._link.traffic
+        return Traffic() if self.link is None else self.link.traffic
 
     def new_request_id(self) -> int:
         """Return an unused request id, larger than all before it."""
@@ -138,7 +138,7 @@ class Connection:
     def call(self, request: int, build: Build, *, nbytes: int = 0, adapter: EncodedAdapter | None = None) -> Message:
         """Submit a request and wait. This thread drives the link meanwhile if no other does."""
         self._check_usable()  # before any lock: in a forked child a lock may stay locked for ever
-        link, this_thread = self._link, threading.get_ident()
+        link, this_thread = self.link, threading.get_ident()
         if self._welcome is None or link is None or self._driver == this_thread:
             return self.wait(self.submit(request, build, nbytes=nbytes, adapter=adapter))
         pending: Pending | None = None
@@ -178,12 +178,12 @@ class Connection:
     @property
     def longest_wait_seconds(self) -> float:
         """Upper bound of the time from submitting a request to its end."""
-        return self._request_timeout_seconds + WAIT_GRACE_SECONDS
+        return self.request_timeout_seconds + WAIT_GRACE_SECONDS
 
     def wait(self, future: Future[Message]) -> Message:
         """Return the future's message. The wait is bounded even if the I/O thread has died."""
         try:
-            return self._result(future, self._request_timeout_seconds)
+            return self._result(future, self.request_timeout_seconds)
         except KeyboardInterrupt:
             future.cancel()
             raise
@@ -218,7 +218,7 @@ class Connection:
             raise self._closed()
 
     def _pending(self, request: int, build: Build, nbytes: int, adapter: EncodedAdapter | None) -> Pending:
-        return Pending(request, build, time.monotonic() + self._request_timeout_seconds, nbytes, adapter)
+        return Pending(request, build, time.monotonic() + self.request_timeout_seconds, nbytes, adapter)
 
     def _not_open(self) -> ClosedError:
         return ClosedError(f"the connection to {self.endpoint} is not open; call connect() first")
@@ -288,16 +288,16 @@ class Connection:
     def _run(self, hello: Hello) -> None:
         """Drive the link whenever it is busy, and at intervals while idle; body of the I/O thread."""
         with self._driving:
-            if self._link is not None:
+            if self.link is not None:
                 return  # Ctrl-C interrupted the start of the thread, and it was started again
-            link = self._link = Link(
+            link = self.link = Link(
                 self._endpoints,
                 hello,
                 keys=self._keys,
                 opened=self._opened,
                 new_request_id=self.new_request_id,
                 connect_timeout_seconds=self._connect_timeout_seconds,
-                request_timeout_seconds=self._request_timeout_seconds,
+                request_timeout_seconds=self.request_timeout_seconds,
             )
         try:
             self._wanted.put(None)

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import logging
 import socket
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from enum import Enum
-from itertools import islice
 
 from zsl.transport.mechanisms import Mechanism, Refused
+from zsl.transport.send_queue import THREAD_BYTES, SendQueue, slow_seconds
 from zsl.transport.zmtp import (
     COMMAND,
     GREETING_BYTES,
@@ -38,16 +37,8 @@ MAX_COMMAND_BYTES = 64
 PING_TTL_BYTES, MAX_PING_CONTEXT_BYTES = 2, 16
 HANDSHAKE_SECONDS = 5.0
 GOODBYE_SECONDS = 1.0  # for a refused peer to read the reason
-# Maximum time to receive a message, and to send the oldest frame: a base, plus the time that it takes at this speed.
-SLOW_SECONDS = 30.0
-MIN_BYTES_PER_SECOND = 100_000
 MESSAGES_PER_TURN = 16
 READS_PER_TURN = 4
-BUFFERS_PER_WRITE = 64
-# Frames from this size on are sealed and opened on another thread.
-THREAD_BYTES = 64 * 1024
-# Smaller frames are joined, so that one call sends them.
-COPIED_BYTES = 8 * 1024
 
 
 class State(Enum):
@@ -104,7 +95,6 @@ class Connection:
         self._executor = executor
         self._call_soon = call_soon
         self._clock = clock
-        # in
         self._greeting = bytearray()
         self._reader = FrameReader(self._admit)
         self._left = memoryview(b"")  # read but not parsed
@@ -114,14 +104,10 @@ class Connection:
         self._opening_bytes = 0  # of a frame being opened on another thread
         self._parked = False
         self.has_memory = False  # granted for the large message being received
-        # out: unsent part of a buffer, its full size, and whether it ends a message
-        self._out: deque[tuple[memoryview, int, bool]] = deque()
-        self._unsealed: deque[tuple[int, Frame]] = deque()  # flags and body; the first may be on another thread
-        self._sealing = False
-        self._unsent_messages = 0
-        self.unsent_bytes = 0
-        self._out_since = self.since
-        self._put(greeting(mechanism.name), ends=False)
+        self.unsent = SendQueue(
+            connected, mechanism, executor=executor, call_soon=call_soon, write=self.write, clock=clock
+        )
+        self.unsent.put(greeting(mechanism.name))
 
     @property
     def tenant(self) -> str:
@@ -134,7 +120,7 @@ class Connection:
 
     @property
     def wants_to_write(self) -> bool:
-        return bool(self._out) and self.state is not State.CLOSED
+        return self.unsent.has_sealed and self.state is not State.CLOSED
 
     @property
     def has_left(self) -> bool:
@@ -159,13 +145,7 @@ class Connection:
             return now - self.since > HANDSHAKE_SECONDS
         if self._message_since is None:
             return False
-        return now - self._message_since > SLOW_SECONDS + self.receiving_bytes / MIN_BYTES_PER_SECOND
-
-    def is_slow(self, now: float) -> bool:
-        """Return whether the oldest unsent frame waits too long, counted from the last completed one."""
-        if not self._out:
-            return False
-        return now - self._out_since > SLOW_SECONDS + self._out[0][1] / MIN_BYTES_PER_SECOND
+        return now - self._message_since > slow_seconds(self.receiving_bytes)
 
     # --- in ------------------------------------------------------------------------------------------------------
 
@@ -260,7 +240,7 @@ class Connection:
         """Handle a whole frame. Return the number of messages or commands that it completes."""
         if self.state is State.HANDSHAKE:
             answer = self._mechanism.answer(body)
-            self._put(head(len(answer), COMMAND) + answer, ends=False)
+            self.unsent.put(head(len(answer), COMMAND) + answer)
             self._message_since = None
             if self._mechanism.is_ready:
                 self.state = State.OPEN
@@ -312,9 +292,9 @@ class Connection:
         name, data = parse_command(body)
         if name != b"PING" or not PING_TTL_BYTES <= len(data) <= PING_TTL_BYTES + MAX_PING_CONTEXT_BYTES:
             raise ProtocolViolation("a command that is not known")
-        if not self._out and not self._unsealed:  # only a peer that has read all gets a PONG
+        if self.unsent.is_empty:  # only a peer that has read all gets a PONG
             before, sealed = self._mechanism.seal(COMMAND, command(b"PONG", data[PING_TTL_BYTES:]))
-            self._put(before + bytes(sealed), ends=False)
+            self.unsent.put(before + bytes(sealed))
             self.write()
 
     # --- out -----------------------------------------------------------------------------------------------------
@@ -325,82 +305,24 @@ class Connection:
         Return False, with nothing sent, if not open or too many messages wait. The frames' memory must not be written
         any more.
         """
-        if self.state is not State.OPEN or self._unsent_messages >= self._max_unsent_messages:
+        if self.state is not State.OPEN or self.unsent.messages >= self._max_unsent_messages:
             return False
-        if not self._out:
-            self._out_since = self._clock()
-        self._unsent_messages += 1
-        last = len(frames) - 1
-        for index, frame in enumerate(frames):
-            self._unsealed.append((0 if index == last else MORE, frame))
-            self.unsent_bytes += len(frame)
-        self._seal()
+        self.unsent.add(frames)
         self.write()
         return True
-
-    def _seal(self) -> None:
-        """Seal waiting frames, up to one that another thread has to seal."""
-        together = bytearray()
-        while self._unsealed and not self._sealing:
-            flags, body = self._unsealed[0]
-            if self._executor is not None and len(body) >= THREAD_BYTES:
-                self._sealing = True
-                sealed = self._executor.submit(self._mechanism.seal, flags, body)
-                sealed.add_done_callback(lambda done: self._call_soon(self._sealed, done))
-                break
-            self._unsealed.popleft()
-            self.unsent_bytes -= len(body)
-            before, crossing = self._mechanism.seal(flags, body)
-            together += before
-            if len(crossing) < COPIED_BYTES:
-                together += crossing
-                if not flags & MORE:
-                    self._put(together, ends=True)
-                    together = bytearray()
-            else:
-                self._put(together, ends=False)
-                self._put(crossing, ends=not flags & MORE)
-                together = bytearray()
-        if together:
-            self._put(together, ends=False)
-
-    def _sealed(self, done: object) -> None:
-        self._sealing = False
-        if self.state is State.CLOSED:
-            return
-        flags, body = self._unsealed.popleft()
-        self.unsent_bytes -= len(body)
-        before, crossing = done.result()  # type: ignore[attr-defined]
-        self._put(before, ends=False)
-        self._put(crossing, ends=not flags & MORE)
-        self._seal()
-        self.write()
-
-    def _put(self, data: Frame | bytearray, *, ends: bool) -> None:
-        self._out.append((memoryview(data), len(data), ends))
-        self.unsent_bytes += len(data)
 
     def write(self) -> None:
         """Send as much as the kernel accepts now."""
         try:
-            while self._out and self.state is not State.CLOSED:
-                sent = self.socket.sendmsg([view for view, _, _ in islice(self._out, BUFFERS_PER_WRITE)])
-                self.unsent_bytes -= sent
-                while self._out and sent >= len(self._out[0][0]):
-                    view, _, ends = self._out.popleft()
-                    sent -= len(view)
-                    self._unsent_messages -= ends
-                    self._out_since = self._clock()  # the peer reads
-                if sent:
-                    view, nbytes, ends = self._out[0]
-                    self._out[0] = view[sent:], nbytes, ends
-        except (BlockingIOError, InterruptedError):
-            pass
+            self.unsent.write()
         except OSError as error:
             self.close(error.strerror or "it was reset")
             return
-        if self.state is State.REFUSED and not self._out:
-            self._say_nothing_more()
+        if self.state is State.REFUSED and not self.unsent.has_sealed:
+            try:
+                self.socket.shutdown(socket.SHUT_WR)
+            except OSError:
+                pass  # the peer has closed already
         self._changed(self)
 
     # --- the end -------------------------------------------------------------------------------------------------
@@ -411,14 +333,8 @@ class Connection:
         self.why = why
         self._left = memoryview(b"")
         if answer:
-            self._put(head(len(answer), COMMAND) + answer, ends=False)
+            self.unsent.put(head(len(answer), COMMAND) + answer)
         self.write()
-
-    def _say_nothing_more(self) -> None:
-        try:
-            self.socket.shutdown(socket.SHUT_WR)
-        except OSError:
-            pass  # the peer has closed already
 
     def close(self, why: str) -> None:
         """Close the connection, and drop unsent messages."""
@@ -426,10 +342,8 @@ class Connection:
             return
         self.why = self.why or why
         self.state = State.CLOSED
-        self._out.clear()
-        self._unsealed.clear()
+        self.unsent.clear()
         self._frames.clear()
         self._left = memoryview(b"")
-        self.unsent_bytes = self._unsent_messages = 0
         self._changed(self)
         self.socket.close()

@@ -14,6 +14,19 @@ class ReceivingMemory:
         self._receiving: dict[Connection, int] = {}  # bytes received of a large message; oldest first
         self._parked: dict[Connection, None] = {}
 
+    def __repr__(self) -> str:
+        return f"<ReceivingMemory: {self._nbytes} bytes of {len(self._receiving)} messages, {self.parked} parked>"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes received of large messages."""
+        return self._nbytes
+
+    @property
+    def parked(self) -> int:
+        """Number of parked connections."""
+        return len(self._parked)
+
     def __contains__(self, connection: Connection) -> bool:
         """True if the connection is parked."""
         return connection in self._parked

@@ -14,8 +14,9 @@ import logging
 import selectors
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from types import MappingProxyType
 
 from zsl.errors import StartupError
 from zsl.transport.connection_digest import digest_at_server
@@ -25,7 +26,7 @@ from zsl.transport.listening import listen, most_connections
 from zsl.transport.mechanisms import Curve, Mechanism, Null
 from zsl.transport.peer_connection import Connection, MessageLimits, State
 from zsl.transport.receiving_memory import ReceivingMemory
-from zsl.transport.time_share import TimeShare
+from zsl.transport.turns import Turns
 from zsl.wire.frames import HEAD_FRAMES, MAX_HEADER_BYTES, Frame
 from zsl.wire.messages import MAX_TENSORS
 
@@ -40,7 +41,6 @@ FRAMES_OF_THE_LARGEST = 4
 STRANGER_MESSAGE_BYTES = 32 * 1024
 STRANGER_SECONDS = 30.0  # of silence
 ACCEPTED_PER_TURN = 16
-TURN_SECONDS = 0.002  # for strangers
 HOUSEKEEPING_SECONDS = 1.0
 WARNING_SECONDS = 10.0
 
@@ -74,7 +74,7 @@ class Router:
         self._clock = clock
         self._send_hwm_messages = send_hwm_messages
         self._max_connections = min(max_connections, most_connections())
-        self._memory = ReceivingMemory(max_receiving_bytes)
+        self.memory = ReceivingMemory(max_receiving_bytes)
         frame_bytes = max(max_message_bytes, MAX_HEADER_BYTES + 1)
         frames = 4 * (HEAD_FRAMES + MAX_TENSORS)  # more than valid messages have, so that a few too many get an ERROR
         self._member_limits = MessageLimits(frames, frame_bytes, FRAMES_OF_THE_LARGEST * frame_bytes)
@@ -90,19 +90,21 @@ class Router:
         self._connections: dict[bytes, Connection] = {}
         self._strangers: dict[Connection, None] = {}  # oldest first
         self._unread: set[Connection] = set()  # peers with unsent bytes
-        self._members_selector = selectors.DefaultSelector()
-        self._strangers_selector = selectors.DefaultSelector()
-        self._members_left: dict[Connection, None] = {}  # members with bytes read but not parsed
-        self._strangers_turn_for: dict[Connection, int] = {}
-        self._strangers_share = TimeShare(clock())
-        self._timers: dict[str, asyncio.Handle] = {}
+        self._turns = Turns(
+            turn=self._turn,
+            accept=self._accept,
+            ended=lambda: self._received(),
+            has_members=lambda: len(self._strangers) < len(self._connections),
+            clock=clock,
+        )
+        self._housekeeping: asyncio.Handle | None = None
         self._turned_away = 0
         self._warned_at = float("-inf")
 
     @property
-    def connections(self) -> int:
-        """Number of open TCP connections, also before their handshake."""
-        return len(self._connections)
+    def connections(self) -> Mapping[bytes, Connection]:
+        """Open TCP connections by peer, also before their handshake."""
+        return MappingProxyType(self._connections)
 
     def bind(self, host: str, port: int) -> str:
         """Bind, and return the endpoint (`port` 0 picks one). On a running loop, handshakes are answered at once.
@@ -132,7 +134,7 @@ class Router:
 
     def drain(self) -> None:
         """Receive the messages that members have sent, without waiting."""
-        self._members_turn()
+        self._turns.of_members()
 
     def send(self, peer: bytes, frames: Sequence[Frame]) -> bool:
         """Send without waiting. Return False, with nothing sent, if the peer is gone or does not read.
@@ -147,9 +149,8 @@ class Router:
         connection = self._connections.get(peer)
         if connection is not None and connection in self._strangers:
             del self._strangers[connection]
-            self._strangers_turn_for.pop(connection, None)
             connection.limits = self._member_limits
-            _forget(self._strangers_selector, connection)
+            self._turns.forget(connection)
             self._changed(connection)
 
     def release(self, peer: bytes) -> None:
@@ -164,19 +165,18 @@ class Router:
         connection = self._connections.get(peer)
         if connection is not None and connection not in self._strangers:
             self._strangers[connection] = None
-            self._members_left.pop(connection, None)
-            _forget(self._members_selector, connection)
+            self._turns.forget(connection)
             self._changed(connection)
 
     def unsent_bytes(self, peer: bytes) -> int:
         """Return the bytes in memory that wait for a peer to read them."""
         connection = self._connections.get(peer)
-        return 0 if connection is None else connection.unsent_bytes
+        return 0 if connection is None else connection.unsent.nbytes
 
     @property
     def all_unsent_bytes(self) -> int:
         """Total bytes in memory that wait for peers to read them."""
-        return sum(connection.unsent_bytes for connection in self._unread)
+        return sum(connection.unsent.nbytes for connection in self._unread)
 
     def is_connected(self, peer: bytes) -> bool:
         """Return whether the connection of a peer is open."""
@@ -189,7 +189,7 @@ class Router:
 
     def slow_peers(self, now: float) -> list[bytes]:
         """Return the peers that have not read for too long."""
-        return [connection.peer for connection in self._unread if connection.is_slow(now)]
+        return [connection.peer for connection in self._unread if connection.unsent.is_slow(now)]
 
     def cut(self, peer: bytes) -> None:
         """Close the connection of a peer, and drop its unsent messages. It may connect again."""
@@ -199,12 +199,9 @@ class Router:
 
     def close(self) -> None:
         """Stop receiving, send waiting messages for up to `LINGER_SECONDS`, and free the sockets."""
-        if self._loop is not None and not self._loop.is_closed():
-            for selector in (self._members_selector, self._strangers_selector):
-                self._loop.remove_reader(selector.fileno())
-        for timer in self._timers.values():
-            timer.cancel()
-        self._timers.clear()
+        self._turns.stop()
+        if self._housekeeping is not None:
+            self._housekeeping.cancel()
         self._loop = self._receive = None
         if self._listening is not None:
             self._listening.close()
@@ -214,8 +211,7 @@ class Router:
         self._linger()
         for connection in list(self._connections.values()):
             connection.close("the daemon ends")
-        self._members_selector.close()
-        self._strangers_selector.close()
+        self._turns.close()
 
     def _linger(self) -> None:
         until = time.monotonic() + LINGER_SECONDS
@@ -237,123 +233,42 @@ class Router:
             return
         assert self._listening is not None
         self._loop = asyncio.get_running_loop()
-        self._strangers_selector.register(self._listening, selectors.EVENT_READ, None)
-        self._loop.add_reader(self._members_selector.fileno(), self._members_turn)
-        self._loop.add_reader(self._strangers_selector.fileno(), self._strangers_turn)
+        self._turns.begin(self._listening)
         self._keep_house()
 
-    def _members_turn(self) -> None:
-        """Give one bounded turn to each member that can read or write."""
-        left, self._members_left = self._members_left, {}
-        turns: dict[Connection, int] = dict.fromkeys(left, selectors.EVENT_READ)
-        for key, mask in self._members_selector.select(0):
-            turns[key.data] = turns.get(key.data, 0) | mask
-        for connection, mask in turns.items():
-            self._turn(connection, mask)
-        self._received()
-
-    def _strangers_turn(self) -> None:
-        """Give strangers turns until their time is used up; the others keep their place."""
-        began = self._clock()
-        self._timers.pop("strangers", None)
-        waiting = self._strangers_turn_for
-        for key, mask in self._strangers_selector.select(0):
-            if key.data is None:
-                self._accept()
-            else:
-                waiting[key.data] = waiting.get(key.data, 0) | mask
-        now = began
-        while waiting and now - began < TURN_SECONDS:
-            connection = next(iter(waiting))
-            self._turn(connection, waiting.pop(connection))
-            now = self._clock()
-        self._received()
-        self._charge_strangers(began, self._clock())
-
-    def _charge_strangers(self, began: float, now: float) -> None:
-        """Schedule the strangers' next turn by the time they used. Without members they need not wait."""
-        assert self._loop is not None
-        has_members = len(self._strangers) < len(self._connections)
-        pause = self._strangers_share.charge(began, now, bounded=has_members)
-        if pause:
-            self._loop.remove_reader(self._strangers_selector.fileno())
-            self._timers["strangers"] = self._loop.call_later(pause, self._strangers_again)
-        elif self._strangers_turn_for:
-            self._strangers_soon()
-
-    def _strangers_again(self) -> None:
-        assert self._loop is not None
-        self._loop.add_reader(self._strangers_selector.fileno(), self._strangers_turn)
-        self._strangers_turn()
-
-    def _strangers_soon(self) -> None:
-        if self._loop is not None and "strangers" not in self._timers:
-            self._timers["strangers"] = self._loop.call_soon(self._strangers_turn)
-
-    def _turn(self, connection: Connection, mask: int) -> None:
+    def _turn(self, connection: Connection, events: int) -> None:
         try:
-            self._take_turn(connection, mask)
+            if events & selectors.EVENT_WRITE and connection.state is not State.CLOSED:
+                connection.write()
+            if events & selectors.EVENT_READ and connection.wants_to_read and self.memory.admits(connection):
+                connection.read(self._scratch)
+                self._changed(connection)
         except Exception:
             # No input of a peer may stop the loop, or fail again and again.
             logger.exception("a connection of %s failed", connection.address)
             connection.close("it failed")
 
-    def _take_turn(self, connection: Connection, mask: int) -> None:
-        if connection.state is State.CLOSED:
-            return
-        if mask & selectors.EVENT_WRITE:
-            connection.write()
-        if mask & selectors.EVENT_READ and connection.wants_to_read:
-            if not self._memory.admits(connection):
-                return
-            connection.read(self._scratch)
-            self._changed(connection)
-
     def _changed(self, connection: Connection) -> None:
-        """Update selectors and counts after a change of a connection."""
+        """Update turns and counts after a change of a connection."""
         if connection.peer not in self._connections:
             return
-        self._memory.count(connection)
-        stranger = connection in self._strangers
-        selector = self._strangers_selector if stranger else self._members_selector
+        self.memory.count(connection)
         if connection.state is State.CLOSED:
-            self._forget(connection, selector)
+            self._forget(connection)
             return
-        if connection.unsent_bytes:
+        if connection.unsent.nbytes:
             self._unread.add(connection)
         else:
             self._unread.discard(connection)
         # Messages are read only after `start`.
         reads = connection.wants_to_read and (self._receive is not None or connection.state is not State.OPEN)
-        wanted = reads * selectors.EVENT_READ | connection.wants_to_write * selectors.EVENT_WRITE
-        registered = selector.get_map().get(connection.socket)
-        if registered is None:
-            if wanted:
-                selector.register(connection.socket, wanted, connection)
-        elif not wanted:
-            selector.unregister(connection.socket)
-        elif registered.events != wanted:
-            selector.modify(connection.socket, wanted, connection)
-        if reads and connection.has_left and self._loop is not None:
-            if stranger:
-                self._strangers_turn_for.setdefault(connection, selectors.EVENT_READ)
-                self._strangers_soon()
-            else:
-                self._members_left[connection] = None
-                if "members" not in self._timers:
-                    self._timers["members"] = self._loop.call_soon(self._members_left_turn)
+        self._turns.watch(connection, stranger=connection in self._strangers, reads=reads)
 
-    def _members_left_turn(self) -> None:
-        del self._timers["members"]
-        self._members_turn()
-
-    def _forget(self, connection: Connection, selector: selectors.BaseSelector) -> None:
-        _forget(selector, connection)
+    def _forget(self, connection: Connection) -> None:
+        self._turns.forget(connection)
         del self._connections[connection.peer]
         self._strangers.pop(connection, None)
-        self._strangers_turn_for.pop(connection, None)
-        self._members_left.pop(connection, None)
-        self._memory.forget(connection)
+        self.memory.forget(connection)
         self._unread.discard(connection)
         logger.debug("a connection of %s ended: %s", connection.address, connection.why)
 
@@ -430,15 +345,10 @@ class Router:
         assert self._loop is not None
         now = self._clock()
         for connection in list(self._connections.values()):
-            if connection.overdue(now) and connection not in self._memory:
+            if connection.overdue(now) and connection not in self.memory:
                 connection.close("its handshake or a message took too long")
         for connection in list(self._strangers):
             if now - connection.heard_at > STRANGER_SECONDS:
                 connection.close("silent, without a session")
-        self._memory.unpark()
-        self._timers["house"] = self._loop.call_later(HOUSEKEEPING_SECONDS, self._keep_house)
-
-
-def _forget(selector: selectors.BaseSelector, connection: Connection) -> None:
-    if connection.socket.fileno() >= 0 and connection.socket in selector.get_map():
-        selector.unregister(connection.socket)
+        self.memory.unpark()
+        self._housekeeping = self._loop.call_later(HOUSEKEEPING_SECONDS, self._keep_house)

@@ -10,7 +10,7 @@ from datasets import Features, Value
 
 from zsl.errors import DataError
 from zsl.training.config.data_table import DataTable
-from zsl.training.data.reading import foreign_errors
+from zsl.training.data.dataset_errors import foreign_errors
 from zsl.training.data.sources import Documents
 
 STRINGS = ("string", "large_string", "string_view")

@@ -34,8 +34,8 @@ from zsl.training.directory.resume import METRICS_FILE, RunDirectory, Start, hel
 from zsl.training.report.metrics import RunMetrics
 from zsl.training.report.overview import communication, overview
 from zsl.training.report.screen import final_summary
+from zsl.training.run.checkpoint_fits import check_fits
 from zsl.training.run.earlier_adapter import EarlierAdapter
-from zsl.training.run.fits import check_fits
 from zsl.training.run.limits import check_adapters, check_limits, context_tokens
 from zsl.training.run.open_trunk import check_keys_are_for_a_daemon, open_trunk
 from zsl.training.run.results import Results

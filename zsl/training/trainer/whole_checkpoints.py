@@ -1,4 +1,4 @@
-"""Mixin for Hugging Face `Trainer` that writes checkpoints atomically, and survives failed writes.
+"""Mixin for Hugging Face `Trainer` that writes checkpoints atomically, tracks the best, and survives failed writes.
 
 All private methods of Trainer that zsl overrides are in this file, read against transformers 5.23.
 """

@@ -53,7 +53,7 @@ class TorchCompute:
         self._pass_memory_bytes = pass_memory_bytes
         self._resident_at_start = resident_bytes() if trunk.device.type == "cpu" else 0
         self.traits = traits
-        self._trunk = trunk
+        self.trunk = trunk
         self._pass_tokens = traits.batch_limits.max_batch_tokens if traits.deterministic else 0
         self._transfer = Transfer(trunk.device)
         self._companies = Companies()
@@ -96,7 +96,7 @@ class TorchCompute:
     def _serial(self, work: Work) -> int:
         if work.adapter is None:
             return -1
-        return loaded(work.adapter.version, self._trunk.linear_layers, self._trunk.device).serial
+        return loaded(work.adapter.version, self.trunk.linear_layers, self.trunk.device).serial
 
     def _forward(self, works: Sequence[Work]) -> list[Done]:
         parts = [self._inputs(work) for work in works]
@@ -108,16 +108,14 @@ class TorchCompute:
         adapters, reveals = self._adapters(works, merged, trained=range(len(works))), works[0].reveals
         caches = [self._cache(work) for work in works]
         behind = caches[0] if len(works) == 1 else _packed_caches(caches, parts)
-        with self._trunk.adapted(adapters), self._trunk.behind(behind), self._trunk.revealing(reveals) as revealed:
+        with self.trunk.adapted(adapters), self.trunk.behind(behind), self.trunk.revealing(reveals) as revealed:
             if set(keeps) <= set(_WITH_GRAPH):
-                graph, linear_outputs = self._trunk.graph_to_keep(
-                    merged.inputs, with_linear_outputs=with_linear_outputs
-                )
+                graph, linear_outputs = self.trunk.graph_to_keep(merged.inputs, with_linear_outputs=with_linear_outputs)
                 output = graph.output.detach()
             elif with_linear_outputs:
-                output, linear_outputs = self._trunk.forward_with_linear_outputs(merged.inputs)
+                output, linear_outputs = self.trunk.forward_with_linear_outputs(merged.inputs)
             else:
-                output = self._trunk.forward(merged.inputs)
+                output = self.trunk.forward(merged.inputs)
         dtypes = [_reply_dtype(work) for work in works]
         replies = self._replies("activations", merged.split(output), dtypes)
         for name in reveals:  # of one request, which runs alone
@@ -131,14 +129,14 @@ class TorchCompute:
         if use is None:
             return None
         if use.kept is None:
-            return self._trunk.no_keys_and_values()
+            return self.trunk.no_keys_and_values()
         assert isinstance(use.kept, KeysAndValues)
         return use.kept.behind(use.length, use.rows)
 
     def _backward(self, works: Sequence[Work]) -> list[Outcome]:
         stashes = [self._stash(work) for work in works]
         tensors = self._transfer.to_device([decode_tensor(*work.buffers["gradients"]) for work in works])
-        tensors = [tensor.to(self._trunk.dtype) for tensor in tensors]
+        tensors = [tensor.to(self.trunk.dtype) for tensor in tensors]
         at_revealed = self._at_revealed(works)
         results: dict[int, torch.Tensor] = {}  # by index of the request
         of_adapters: FlatGradients = {}
@@ -177,9 +175,9 @@ class TorchCompute:
         linear_outputs = take_linear_outputs(stashes)
         at_output, trained = merged.join(tensors), _trained(works)
         adapters = self._adapters(works, merged, trained=trained)
-        with self._trunk.adapted(adapters), self._trunk.revealing(at_revealed):
+        with self.trunk.adapted(adapters), self.trunk.revealing(at_revealed):
             if self._fits(works):
-                graph = self._trunk.graph(
+                graph = self.trunk.graph(
                     merged.inputs, None if linear_outputs is None else merged.join_linear_outputs(linear_outputs)
                 )
                 at_input, of_adapters = graph.all_gradients(at_output, trained, at_revealed)
@@ -190,7 +188,7 @@ class TorchCompute:
                 )
             else:
                 del linear_outputs
-                at_input, of_adapters = self._trunk.gradients_by_layers(
+                at_input, of_adapters = self.trunk.gradients_by_layers(
                     merged.inputs, at_output, trained, after_layer=self._trim_over_budget
                 )
         return merged.split(at_input), of_adapters
@@ -204,7 +202,7 @@ class TorchCompute:
             use = works[member].adapter
             adapter = None
             if use is not None:
-                layers, device = self._trunk.linear_layers, self._trunk.device
+                layers, device = self.trunk.linear_layers, self.trunk.device
                 adapter = request_adapter(use, layers, device, trains=member in trained)
             spans.append(Span(size, member, adapter))
         if merged.filling:
@@ -275,14 +273,14 @@ class TorchCompute:
         found = works[0].reveals
         sent = [decode_tensor(*works[0].buffers[GRADIENTS_OF[name]]) for name in found]
         moved = self._transfer.to_device(sent)
-        return {name: tensor.to(self._trunk.dtype) for name, tensor in zip(found, moved, strict=True)}
+        return {name: tensor.to(self.trunk.dtype) for name, tensor in zip(found, moved, strict=True)}
 
     def _inputs(self, work: Work) -> Pass:
         buffers, shape = work.buffers, work.shape
         roles: list[Role] = [role for role in ("activations", "attention_mask", "position_ids") if role in buffers]
         moved = self._transfer.to_device([decode_tensor(*buffers[role]) for role in roles])
         tensors = dict(zip(roles, moved, strict=True))
-        activations, positions = tensors["activations"].to(self._trunk.dtype), tensors.get("position_ids")
+        activations, positions = tensors["activations"].to(self.trunk.dtype), tensors.get("position_ids")
         rows = Rows(activations, tensors.get("attention_mask"), None if positions is None else positions.long())
         return sequences_of(rows, shape) if "lengths" in buffers else rows
 

@@ -8,7 +8,6 @@ the output of its last layer. Keeps no state between passes.
 from __future__ import annotations
 
 import inspect
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -28,6 +27,7 @@ from zsl.trunk.compute.adapters import FlatGradients, PassAdapters
 from zsl.trunk.compute.attention import flash_is_slow, layout_of, segments_attention
 from zsl.trunk.compute.by_layers import Layer, gradients_at, gradients_by_layers
 from zsl.trunk.compute.frozen_linear import FrozenLinear
+from zsl.trunk.compute.graph_sizes import GraphSizes
 from zsl.trunk.compute.keys_and_values import KeysAndValues, PackedCaches, no_keys_and_values
 from zsl.trunk.compute.linear_outputs import LinearLayers, LinearOutputs
 from zsl.trunk.compute.passes import Pass, Rows, Sequences
@@ -35,11 +35,6 @@ from zsl.wire.messages import Cut, Reveal
 
 # Rotary embeddings whose frequencies depend on the longest row of a pass: requests would change each other's results.
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
-# Bounds of the cache of graph sizes: forms of input, and distinct kinds of sequences in each.
-MAX_SIZES_REMEMBERED, MAX_KINDS_REMEMBERED = 1024, 16
-# Overhead of an autograd node and its saved tensors, beside their elements: 850 to 990 bytes on Linux.
-NODE_BYTES = 1024
-
 
 Revealed = Mapping[Reveal, Sequence[torch.Tensor]]  # of one pass, a tensor for each layer or router
 
@@ -105,7 +100,7 @@ class TrunkModel:
     """Runs passes of a model from `zsl.models.loading.load_trunk_part`. Not thread-safe."""
 
     def __init__(self, model: PreTrainedModel, cut: Cut) -> None:
-        self._model = model
+        self.model = model
         self._cut = cut
         layers = find_stack(model).layers
         self._layer_count = len(layers)
@@ -126,42 +121,41 @@ class TrunkModel:
             for index in range(cut.start, cut.stop)
             for name, module in layers[index].named_modules()
         )
-        self._weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-        self._graph_bytes: dict[tuple[object, ...], int] = {}
+        self.graph_sizes = GraphSizes(model.parameters())
         self._entering: torch.Tensor | None = None
         self._leaving: torch.Tensor | None = None
         self._attend: Callable[[], AbstractContextManager[None]] = nullcontext
-        self._own_attention = model.config._attn_implementation == "sdpa" and flash_is_slow(self.dtype, self.device)
+        self.own_attention = model.config._attn_implementation == "sdpa" and flash_is_slow(self.dtype, self.device)
 
     @property
     def dtype(self) -> torch.dtype:
-        return self._model.dtype
+        return self.model.dtype
 
     @property
     def device(self) -> torch.device:
-        return self._model.device
+        return self.model.device
 
     @property
     def hidden_size(self) -> int:
-        return int(self._model.config.get_text_config().hidden_size)
+        return int(self.model.config.get_text_config().hidden_size)
 
     @property
     def parameter_count(self) -> int:
-        return sum(numbers_in(parameter) for parameter in self._model.parameters())
+        return sum(numbers_in(parameter) for parameter in self.model.parameters())
 
     @property
     def masks_by_padding(self) -> bool:
         """True if the attention mask depends on the padding of a row, as in chunked attention."""
-        return "chunked_attention" in (getattr(self._model.config.get_text_config(), "layer_types", None) or ())
+        return "chunked_attention" in (getattr(self.model.config.get_text_config(), "layer_types", None) or ())
 
     @property
     def mixes_rows(self) -> bool:
         """True if a row's result depends on other rows of its pass, so that requests may not be merged."""
-        kinds = {str(getattr(module, "rope_type", "")) for module in self._model.modules()}
+        kinds = {str(getattr(module, "rope_type", "")) for module in self.model.modules()}
         if any(kind in LENGTH_DEPENDENT_ROPE for kind in kinds):
             return True
         # On a GPU, the features of 8-bit layers that are not quantized are those with an outlier in any token.
-        return self.device.type != "cpu" and any(bits_of(module) == "8bit" for module in self._model.modules())
+        return self.device.type != "cpu" and any(bits_of(module) == "8bit" for module in self.model.modules())
 
     @property
     def linear_features(self) -> Mapping[str, tuple[int, int]]:
@@ -191,7 +185,7 @@ class TrunkModel:
 
     def no_keys_and_values(self) -> KeysAndValues | None:
         """Make an empty cache; None if a layer keeps something else than keys and values."""
-        return no_keys_and_values(self._model.config.get_text_config(decoder=True), self._cut)
+        return no_keys_and_values(self.model.config.get_text_config(decoder=True), self._cut)
 
     @contextmanager
     def behind(self, cache: KeysAndValues | PackedCaches | None) -> Iterator[None]:
@@ -276,44 +270,16 @@ class TrunkModel:
     def graph_to_keep(self, inputs: Pass, *, with_linear_outputs: bool) -> tuple[Graph, LinearOutputs | None]:
         """Compute the output with a graph of known `nbytes`, and optionally the linear outputs."""
         leaf = inputs.activations.detach().requires_grad_()
-        # Measured once per form of input, because hooks on saved tensors slow small passes down.
-        form = _form(inputs)
-        if form is not None and self._adapters is not None:
-            form = (*form, self._adapters.form)
-        nbytes = None if form is None else self._graph_bytes.get(form)
         with ExitStack() as stack:
             linear_outputs = None
             if with_linear_outputs:
                 linear_outputs = stack.enter_context(self._linear_layers.recording(inputs.rows, inputs.tokens))
             stack.enter_context(torch.enable_grad())
-            if nbytes is None:
-                output, nbytes = self._measured(lambda: self._run(inputs, leaf))
-                if form is not None:
-                    if len(self._graph_bytes) == MAX_SIZES_REMEMBERED:
-                        del self._graph_bytes[next(iter(self._graph_bytes))]
-                    self._graph_bytes[form] = nbytes
-            else:
-                output = self._run(inputs, leaf)
+            output, nbytes = self.graph_sizes.of(inputs, self._adapters, lambda: self._run(inputs, leaf))
         revealed = self._revealed()
         nbytes += sum(tensor.nbytes for tensors in revealed.values() for tensor in tensors)
         graph = Graph(leaf, output, nbytes, self._adapters, revealed)
         return graph, linear_outputs() if linear_outputs else None
-
-    def _measured(self, run: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, int]:
-        """Return the result of `run`, and the bytes that its graph keeps."""
-        kept: dict[int, int] = {}
-        weights = self._weights if self._adapters is None else self._weights.union(self._adapters.storages)
-
-        def pack(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in weights:
-                kept[storage.data_ptr()] = storage.nbytes()
-            # Detached: a saved output that refers to its own graph would never be freed.
-            return tensor.detach(), tensor._version
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, _unpack):
-            output = run()
-        return output, sum(kept.values()) + NODE_BYTES * _nodes(output)
 
     def _run(self, inputs: Pass, activations: torch.Tensor) -> torch.Tensor:
         attend: Callable[[], AbstractContextManager[None]] = nullcontext
@@ -324,11 +290,11 @@ class TrunkModel:
             layout = self._packed_caches or layout_of(
                 inputs.lengths, inputs.masked, inputs.seen, invariant=inputs.invariant, device=self.device
             )
-            attend = partial(segments_attention, self._model.config, layout)
+            attend = partial(segments_attention, self.model.config, layout)
         else:
             mask = inputs.attention_mask
-            if self._own_attention and prefix is None and self._cache is None:
-                attend = partial(segments_attention, self._model.config, None)
+            if self.own_attention and prefix is None and self._cache is None:
+                attend = partial(segments_attention, self.model.config, None)
         placeholder = torch.zeros((), dtype=self.dtype, device=self.device).expand(activations.shape)
         self._entering, self._attend = activations, attend
         for tensors in self._revealing.values():
@@ -337,7 +303,7 @@ class TrunkModel:
         further: dict[str, Any] = {"output_router_logits": True} if routers else {}
         try:
             with attend():
-                result = self._model(
+                result = self.model(
                     inputs_embeds=placeholder,
                     attention_mask=mask,
                     position_ids=inputs.position_ids,
@@ -368,31 +334,3 @@ class TrunkModel:
 
     def _leave(self, layer: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
         self._leaving = output
-
-
-def _form(inputs: Pass) -> tuple[object, ...] | None:
-    """Return the cache key of a graph's size; None for too many kinds of sequences."""
-    if isinstance(inputs, Sequences):
-        kinds = Counter((length, index in inputs.masked) for index, length in enumerate(inputs.lengths))
-        return None if len(kinds) > MAX_KINDS_REMEMBERED else (inputs.tokens, *sorted(kinds.items()))
-    return (inputs.rows, inputs.tokens, inputs.attention_mask is None, inputs.position_ids is None)
-
-
-def _nodes(output: torch.Tensor) -> int:
-    """Count the nodes in the graph of a tensor."""
-    waiting, found = [output.grad_fn], {output.grad_fn}
-    while waiting:
-        node = waiting.pop()
-        assert node is not None
-        following = {after for after, _ in node.next_functions if after is not None} - found
-        found |= following
-        waiting += following
-    return len(found)
-
-
-def _unpack(packed: tuple[torch.Tensor, int]) -> torch.Tensor:
-    """Return a saved tensor. Raises `RuntimeError` if modified in place, as autograd does without hooks."""
-    tensor, version = packed
-    if tensor._version != version:
-        raise RuntimeError("a tensor that the backward needs was modified in place by the model's forward")
-    return tensor

@@ -45,10 +45,12 @@ CONTROL_MESSAGES = 64
 
 @dataclass(frozen=True, slots=True)
 class ServerStats:
-    """Numbers of open sessions and connections, bytes of stashes and of adapters, and requests by state."""
+    """Numbers of open sessions and connections, and of connections that were told that their key is not on the list;
+    bytes of stashes and of adapters; requests by state."""
 
     sessions: int
     connections: int
+    forbidden: int
     held_bytes: int
     adapter_bytes: int
     requests: RequestStats
@@ -68,7 +70,8 @@ class _Running:
 class TrunkServer:
     """Serves one trunk. `clock` returns seconds, `new_id` 16 random bytes.
 
-    With `keys`, traffic is encrypted, and only tenants on the `allowlist` may connect.
+    With `keys`, traffic is encrypted, and only tenants on the `allowlist` may connect. Its state, to look at
+    on the loop: `router`, `sessions`, `adapters`, `caches` and `replies`.
     """
 
     def __init__(
@@ -87,7 +90,7 @@ class TrunkServer:
         self._allowlist = allowlist
         self._failpoint = failpoint
         self._clock = clock
-        self._router = Router(
+        self.router = Router(
             max_message_bytes=self._settings.limits(info).max_message_bytes,
             send_hwm_messages=self._settings.max_inflight_requests + CONTROL_MESSAGES,
             max_connections=self._settings.max_connections,
@@ -96,15 +99,16 @@ class TrunkServer:
             allowed=None if allowlist is None else allowlist.allows,
             clock=clock,
         )
-        self._answers = Answers(self._router, epoch=new_id())
-        self._sessions = Sessions(
+        self._answers = Answers(self.router, epoch=new_id())
+        self.sessions = Sessions(
             lease_seconds=self._settings.lease_seconds,
             max_sessions=self._settings.max_sessions,
             stash_memory_bytes=self._settings.stash_memory_bytes,
             new_id=new_id,
         )
-        self._adapters = AdapterStore(self._settings.adapter_memory_bytes)
-        self._caches = CacheStore(self._settings.cache_memory_bytes)
+        self.adapters = AdapterStore(self._settings.adapter_memory_bytes)
+        self.caches = CacheStore(self._settings.cache_memory_bytes)
+        self.replies = ReplyCache(self._settings.reply_memory_bytes)
         self._running: _Running | None = None
         self._draining_until: float | None = None
         self._stuck = False  # a pass hangs
@@ -119,20 +123,21 @@ class TrunkServer:
     def stats(self) -> ServerStats:
         """The current numbers of sessions, connections, bytes and requests."""
         return ServerStats(
-            sessions=len(self._sessions),
-            connections=self._router.connections,
-            held_bytes=self._sessions.held_bytes,
-            adapter_bytes=self._adapters.nbytes,
+            sessions=len(self.sessions),
+            connections=len(self.router.connections),
+            forbidden=0 if self._running is None else self._running.handlers.forbidden,
+            held_bytes=self.sessions.held_bytes,
+            adapter_bytes=self.adapters.nbytes,
             requests=RequestStats() if self._running is None else self._running.requests.stats,
         )
 
     def bind(self, host: str, port: int) -> str:
         """Bind the port, and return the endpoint. Answers nothing before `run`. Raises `StartupError`."""
-        return self._router.bind(host, port)
+        return self.router.bind(host, port)
 
     def close(self) -> None:
         """Release the port of a server that has not run."""
-        self._router.close()
+        self.router.close()
 
     async def run(self, compute: Compute) -> None:
         """Serve until `stop`, or the end of a `drain`. Raises `RunFailed` if the compute thread hangs."""
@@ -144,7 +149,7 @@ class TrunkServer:
         finally:
             if not self._stuck and not await running.runner.stop(LAST_PASS_SECONDS):
                 logger.warning("the running pass has not ended in %.0f s; stopping without it", LAST_PASS_SECONDS)
-            self._router.close()
+            self.router.close()
         if self._stuck:
             raise RunFailed(
                 f"a pass has not ended in {self._settings.stuck_seconds:g} s; the device or its driver may hang. "
@@ -161,7 +166,7 @@ class TrunkServer:
             return
         self._draining_until = self._clock() + self._settings.drain_seconds
         drain_ms = round(self._settings.drain_seconds * 1000)
-        for session in self._sessions:
+        for session in self.sessions:
             self._answers.send(session.peer, GoAway(session=session.id, epoch=self.epoch, drain_ms=drain_ms))
 
     def reload_tenants(self) -> None:
@@ -173,7 +178,7 @@ class TrunkServer:
         self._allowlist.reload()
         if self._running is None:
             return
-        for session in list(self._sessions):
+        for session in list(self.sessions):
             tenant = session.tenant
             if tenant is not None and self._allowlist.by_key(tenant.public_key) is None:
                 self._running.handlers.close_session(session, f"the key of {tenant.name} was taken off the list")
@@ -189,17 +194,14 @@ class TrunkServer:
             costs=traits.costs,
         )
         credit = Credit(settings.max_inflight_requests, settings.max_inflight_bytes, settings.max_total_inflight_bytes)
-        replies = ReplyCache(settings.reply_memory_bytes)
-        requests = RequestTable(self._sessions, self._adapters, self._caches, scheduler, replies, credit)
+        requests = RequestTable(self.sessions, self.adapters, self.caches, scheduler, self.replies, credit)
         of_adapters = settings.adapter_limits(traits)
-        adapters = AdapterIntake(self._adapters, traits.adaptable, traits.key_sizes, traits.weight_norms, of_adapters)
+        adapters = AdapterIntake(self.adapters, traits.adaptable, traits.key_sizes, traits.weight_norms, of_adapters)
         cache_memory = traits.cache_memory if settings.cache_memory_bytes else None
         trim_policy = TrimPolicy(resident_bytes(), settings.stash_memory_bytes)
         runner = BatchRunner(
             compute,
             requests,
-            self._sessions,
-            self._router,
             self._answers,
             trim_policy,
             stash_memory_bytes=settings.stash_memory_bytes,
@@ -207,18 +209,16 @@ class TrunkServer:
             failpoint=self._failpoint,
         )
         handlers = Handlers(
-            Intake(self.info, limits, traits, adapters, self._caches, cache_memory),
+            Intake(self.info, limits, traits, adapters, self.caches, cache_memory),
             requests,
-            self._sessions,
             runner,
-            self._router,
             self._answers,
             trim_policy,
             self._allowlist,
             clock=self._clock,
             is_draining=lambda: self._draining_until is not None,
         )
-        self._router.start(handlers.receive, runner.step)
+        self.router.start(handlers.receive, runner.step)
         return _Running(requests, runner, handlers, trim_policy)
 
     def _keep_house(self, running: _Running) -> None:
@@ -231,27 +231,27 @@ class TrunkServer:
             self.stop()
         self._give_memory_back(running, now)
         if self._draining_until is not None:
-            open_steps = any(session.held or running.requests.inflight(session) for session in self._sessions)
+            open_steps = any(session.held or running.requests.inflight(session) for session in self.sessions)
             if not open_steps or now >= self._draining_until:
                 self.stop()
 
     def _close_dead_sessions(self, handlers: Handlers, now: float) -> None:
         """Close the sessions whose lease has ended, or whose client does not read its answers."""
-        for session in self._sessions.expired(now):
+        for session in self.sessions.expired(now):
             handlers.close_session(session, "no message during its lease")
             for peer in session.peers:
-                self._router.cut(peer)  # its host may have died without closing its connections
-        for peer in self._router.slow_peers(now):
-            for slow in [session for session in self._sessions if session.peer == peer]:
+                self.router.cut(peer)  # its host may have died without closing its connections
+        for peer in self.router.slow_peers(now):
+            for slow in [session for session in self.sessions if session.peer == peer]:
                 handlers.close_session(slow, "its client does not read its answers")
-            self._router.cut(peer)
+            self.router.cut(peer)
 
     def _give_memory_back(self, running: _Running, now: float) -> None:
         """Return freed memory to the system when due, in another thread."""
         if running.trimming is not None and not running.trimming.done():
             return
         busy = running.runner.is_busy or running.requests.queued > 0
-        held, resident = self._sessions.held_bytes + self._caches.nbytes, resident_bytes()
+        held, resident = self.sessions.held_bytes + self.caches.nbytes, resident_bytes()
         if running.trim_policy.is_due(now, busy=busy, held_bytes=held, resident_bytes=resident):
             running.trimming = asyncio.get_running_loop().run_in_executor(None, give_back_freed_memory)
 

@@ -1,4 +1,4 @@
-"""Batch runner: take a batch from the scheduler, run it on the compute thread, answer its requests.
+"""Batch runner: run batches on the compute thread, answer their requests, and end those past their deadline.
 
 Whenever the device is free, the next batch is sent to the compute thread. Model code never runs on the loop, which
 answers pings while the device is busy. Imports no torch.
@@ -10,13 +10,11 @@ import asyncio
 from collections.abc import Callable
 
 from zsl.errors import DeadlineError, WireError
-from zsl.transport.router import Router
 from zsl.trunk.compute.worker import Finished, Worker
 from zsl.trunk.failpoints import Failpoint
 from zsl.trunk.malloc import TrimPolicy
 from zsl.trunk.requests.answers import Answers, PassTimes
 from zsl.trunk.requests.request_table import Request, RequestState, RequestTable
-from zsl.trunk.sessions.sessions import Sessions
 from zsl.trunk.work import Alone, Batch, Compute, Keep, Outcome, Work
 from zsl.wire.messages import Backward
 
@@ -30,8 +28,6 @@ class BatchRunner:
         self,
         compute: Compute,
         requests: RequestTable,
-        sessions: Sessions,
-        router: Router,
         answers: Answers,
         trim_policy: TrimPolicy,
         *,
@@ -41,8 +37,8 @@ class BatchRunner:
     ) -> None:
         self._traits = compute.traits
         self._requests = requests
-        self._sessions = sessions
-        self._router = router
+        self._sessions = requests.sessions
+        self._router = answers.router
         self._answers = answers
         self._trim_policy = trim_policy
         self._stash_memory_bytes = stash_memory_bytes

@@ -20,7 +20,6 @@ from zsl.errors import (
     UnknownSessionError,
     WireError,
 )
-from zsl.transport.router import Router
 from zsl.trunk.access.tenants import Allowlist, Tenant
 from zsl.trunk.malloc import TrimPolicy
 from zsl.trunk.requests.answers import Answers
@@ -28,7 +27,7 @@ from zsl.trunk.requests.batch_runner import BatchRunner
 from zsl.trunk.requests.handshake import status_for, welcome_to
 from zsl.trunk.requests.intake import Intake
 from zsl.trunk.requests.request_table import RequestState, RequestTable
-from zsl.trunk.sessions.sessions import Session, Sessions
+from zsl.trunk.sessions.sessions import Session
 from zsl.trunk.settings import check_wanted
 from zsl.wire.frames import MAGIC, Frame, Message, decode, seal_again
 from zsl.wire.messages import (
@@ -66,9 +65,7 @@ class Handlers:
         self,
         intake: Intake,
         requests: RequestTable,
-        sessions: Sessions,
         runner: BatchRunner,
-        router: Router,
         answers: Answers,
         trim_policy: TrimPolicy,
         allowlist: Allowlist | None,
@@ -78,15 +75,20 @@ class Handlers:
     ) -> None:
         self._intake = intake
         self._requests = requests
-        self._sessions = sessions
+        self._sessions = requests.sessions
         self._runner = runner
-        self._router = router
+        self._router = answers.router
         self._answers = answers
         self._trim_policy = trim_policy
         self._allowlist = allowlist
         self._clock = clock
         self._is_draining = is_draining
         self._forbidden: set[bytes] = set()  # connections that were sent a ForbiddenError
+
+    @property
+    def forbidden(self) -> int:
+        """Number of connections that were sent a `ForbiddenError`."""
+        return len(self._forbidden)
 
     def receive(self, peer: bytes, tenant_key: str, frames: list[Frame]) -> None:
         """Handle a message, and answer an invalid one with an error."""

@@ -101,7 +101,7 @@ class RequestTable:
         replies: ReplyCache,
         credit: Credit,
     ) -> None:
-        self._sessions = sessions
+        self.sessions = sessions
         self._adapters = adapters
         self._caches = caches
         self._scheduler = scheduler
@@ -175,7 +175,7 @@ class RequestTable:
         inflight = InFlight(
             requests=self.inflight(session),
             session_bytes=self._bytes_of(session, unsent),
-            tenant_bytes=sum(self._bytes_of(one, unsent) for one in self._sessions.of_tenant(session.tenant)),
+            tenant_bytes=sum(self._bytes_of(one, unsent) for one in self.sessions.of_tenant(session.tenant)),
             all_bytes=self._bytes + all_unsent,
         )
         self._credit.check(request.nbytes, inflight, session.tenant, retry_after_ms=self._retry_after_ms())
@@ -183,9 +183,9 @@ class RequestTable:
             self._caches.begin_request(session, request.cache, now)
         if isinstance(header, Backward):  # a backward ends its step
             if request.held is None:
-                self._sessions.release(session, header.step)
+                self.sessions.release(session, header.step)
             else:
-                self._sessions.take(session, header.step)
+                self.sessions.take(session, header.step)
             self._replies.give_up(session.id, header.step)
         if request.adapter is not None:
             self._adapters.begin_request(session, request.adapter.version.version)
@@ -228,7 +228,7 @@ class RequestTable:
                 outcome.stash.drop()
             else:
                 held = Held(outcome.stash, request.shape, request.sharing, request.header.adapter, request.reveals)
-                self._sessions.hold(request.session, request.header.request, held)
+                self.sessions.hold(request.session, request.header.request, held)
         if request.state is RequestState.ABANDONED:
             self._scheduler.forget_client(request.session.id)
             return
@@ -240,7 +240,7 @@ class RequestTable:
     def release(self, session: Session, step: int) -> None:
         """Drop the stash of a step, also of a queued or running one, and the cache that it made: its client will
         request no backward, and no forward behind it."""
-        self._sessions.release(session, step)
+        self.sessions.release(session, step)
         self._caches.drop(session, step)
         request = self.get(session, step)
         if request is not None:
