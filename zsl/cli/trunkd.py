@@ -10,9 +10,9 @@ import click
 
 import zsl
 from zsl.cli.errors import Command, one_line_errors
-from zsl.cli.openmp import SPINS, stop_spinning_if_shared
 from zsl.errors import ConfigError
 from zsl.models.dtypes import DTYPES
+from zsl.trunk.openmp import SPINS, stop_spinning_if_shared
 
 logger = logging.getLogger(__name__)
 
