@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from servers import trunk_daemon
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import zsl
@@ -26,7 +27,6 @@ from zsl.trunk.compute.adapters import SeparateAdapters, Span, request_adapter
 from zsl.trunk.compute.engine import TorchCompute
 from zsl.trunk.compute.passes import Rows
 from zsl.trunk.compute.trunk_model import TrunkModel
-from zsl.trunk.daemon.embedded import EmbeddedTrunk
 from zsl.trunk.daemon.load import plan_trunk
 from zsl.trunk.requests.validate import check_forward
 from zsl.trunk.settings import ServerSettings
@@ -256,8 +256,10 @@ def error(ours: torch.Tensor, exact: torch.Tensor) -> float:
 def split_row(model: str, dtype: torch.dtype, device: str) -> dict[str, Any]:
     """Compare a step of a split model with that of the whole one, both in this dtype on this device."""
     reference, ids = resolve(model), torch.arange(60, device=device).view(2, 30) % CONFIG.vocab_size
-    plan = plan_trunk(model, parse_cut(CUT), dtype, device, forward_only=False)
-    with EmbeddedTrunk(plan) as served, zsl.RemoteTrunk(served.endpoint) as trunk:
+    dtype_name = str(dtype).removeprefix("torch.")
+    batches = ("--max-batch-tokens", "512", "--merge-below-tokens", "64")  # one client: not measured
+    serving = ("--model", model, "--cut", CUT, "--dtype", dtype_name, "--device", device, *batches)
+    with trunk_daemon(*serving) as daemon, zsl.RemoteTrunk(daemon["endpoint"]) as trunk:
         models = (zsl.load_client(reference, trunk, dtype=dtype, layers="client"), load_whole(reference, dtype))
         pairs = []
         for one in models:
@@ -270,7 +272,7 @@ def split_row(model: str, dtype: torch.dtype, device: str) -> dict[str, Any]:
     errors = error(logits, local_logits), error(at_weights, at_local_weights)
     return {
         "path": "split over local",
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_name,
         "output_ppm": errors[0] * 1e6,
         "gradient_ppm": errors[1] * 1e6,
         "tolerance_ppm": TOLERANCES[dtype] * 1e6,

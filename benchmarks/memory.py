@@ -30,6 +30,7 @@ from turns import Through, Turn, Window
 LOOK_EVERY_SECONDS = 0.05
 STEPS = 4  # of the slowest client, at their length without sampling
 MOST_OVER_LOCAL = 0.45  # the aim
+BY_DEFAULT = "default"
 
 
 @dataclass(frozen=True)
@@ -94,10 +95,10 @@ def add_row(report: Report, arrangement: Arrangement, clients: int, local: Arran
     "--stash-memory",
     "stashes",
     multiple=True,
-    default=("4GiB", "64MiB"),
+    default=(BY_DEFAULT, "4GiB", "64MiB"),
     show_default=True,
     metavar="SIZE",
-    help="Stash limit of the daemon; repeat it for one daemon each.",
+    help=f"Stash limit of the daemon, {BY_DEFAULT}: its own choice; repeat it for one daemon each.",
 )
 @out_option
 def main(
@@ -122,7 +123,8 @@ def main(
     serving = ("--model", model, "--cut", cut, "--threads", str(threads))
     split = []
     for stash in stashes:
-        with trunk_daemon(*serving, "--stash-memory", stash, log=out / "memory.log") as daemon:
+        limit = () if stash == BY_DEFAULT else ("--stash-memory", stash)
+        with trunk_daemon(*serving, *limit, log=out / "memory.log") as daemon:
             measured = measure(turn(daemon["endpoint"]), number, client_threads, [daemon["pid"]])
         split.append(Arrangement(f"daemon, stash {stash}, + clients", bare_and_one, *measured))
     description = f"Memory of {number} clients, {model}, cut {cut}, fp32, {size.rows} x {size.tokens} tokens"

@@ -43,6 +43,11 @@ RUNS: dict[str, tuple[list[str], set[str], list[str]]] = {
         {"tokens_per_second", "over_merging_off", "over_local", "late_over_early"},
         [],
     ),
+    "embedded": (
+        ["--config", "HERE/run.toml", "--steps", "3", "--rounds", "1"],
+        {"step_s", "over_beside", "first_step_after_s", "pss_mib"},
+        ["embedded.log"],
+    ),
     "floods": (
         ["--seconds", "0.2", "--rounds", "1", "--kinds", "status,unknown key's handshakes"],
         {"p50_alone_ms", "p50_ms", "p99_ratio"},

@@ -28,7 +28,6 @@ from support.echo import CUT as ECHO_CUT
 from support.echo import IDENTITY
 from support.models import CUT
 from support.peer import Peer
-from zsl.cli.openmp import SPINS, stop_spinning_if_shared
 from zsl.cli.trunkd import trunkd
 from zsl.cli.zsl import zsl as zsl_command
 from zsl.errors import ForbiddenError, ModelError, RunFailed, TrunkAuthError
@@ -36,6 +35,7 @@ from zsl.transport.curve_keys import read_public_key, write_key_pair
 from zsl.trunk.daemon.process import DaemonOptions, run_daemon
 from zsl.trunk.daemon.standard_streams import MAX_WAITING_BYTES, check_output, drain_output, written_by_threads
 from zsl.trunk.failpoints import failpoint_from
+from zsl.trunk.openmp import SPINS, stop_spinning_if_shared
 from zsl.trunk.settings import TrunkInfo
 
 

@@ -213,6 +213,16 @@ def test_what_queued_backwards_will_use_is_part_of_the_memory_until_they_have_ru
             assert kept(server) == [Keep.INPUT, Keep.GRAPH_AND_LINEAR_OUTPUTS]
 
 
+def test_by_default_a_graph_goes_before_the_next_if_both_take_more_than_the_weights() -> None:
+    settings, memory = ServerSettings(saves_graphs=True), GraphMemory(float(65 << 20), 0.0, 0.0)
+    with EchoServer(settings=settings, graph_memory=memory) as server, Peer(server.endpoint) as peer:
+        welcome = peer.hello()
+        for request in (1, 2):
+            peer.ask(*forward(welcome, request, keep=True))
+        kept = [held.stash.keep for session in server.server._sessions for held in session.held.values()]
+        assert kept[0].value < kept[1].value and kept[1].has_graph and not kept[0].has_graph
+
+
 def test_a_new_hello_ends_the_connections_earlier_session_and_its_queued_work(server: EchoServer, peer: Peer) -> None:
     server.compute.gate.clear()
     for opened in range(3):

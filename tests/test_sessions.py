@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from zsl.errors import QuotaError, UnknownSessionError
 from zsl.trunk.access.tenants import Tenant
 from zsl.trunk.sessions.sessions import Sessions
+from zsl.trunk.stash_memory import default_stash_memory
 from zsl.trunk.work import Alone, Held, Keep, Shape
 
 
@@ -96,6 +97,30 @@ def test_what_is_held_never_exceeds_the_memory(stashes: list[tuple[int, Keep]]) 
     for step in list(session.held):
         assert sessions.take(session, step)
     assert sessions.held_bytes == 0
+
+
+def test_graphs_of_several_passes_take_no_more_than_their_own_memory_and_one_pass_may_take_more() -> None:
+    sessions = table(stash_memory_bytes=1000)
+    sessions.graph_memory_bytes = 100
+    one, two = sessions.open(b"one", now=0.0), sessions.open(b"two", now=0.0)
+    assert sessions.make_room_for_graph(240)
+    sessions.hold(one, 1, kept(240, Keep.GRAPH))
+    assert sessions.make_room_for_graph(1)
+    assert one.held[1].stash == Kept(120), "the graph went before the next; the inputs stay"
+    sessions.hold(two, 2, kept(40, Keep.GRAPH_AND_LINEAR_OUTPUTS))
+    assert sessions.make_room_for_graph(500)
+    assert (one.held[1].stash, two.held[2].stash) == (Kept(120), Kept(10)), "so did linear outputs over it"
+    sessions.hold(two, 3, kept(500, Keep.GRAPH))
+    assert sessions.held_bytes == 630, "the newest pass may take more"
+    assert not sessions.make_room_for_graph(1000)
+    assert two.held[3].stash == Kept(500, Keep.GRAPH), "for a pass that has no graph none goes"
+
+
+@pytest.mark.parametrize(
+    ("available", "memory"), [(None, 4 << 30), (100 << 30, 4 << 30), (2 << 30, 1 << 30), (0, 64 << 20)]
+)
+def test_a_daemon_may_grow_by_half_of_the_free_memory_and_not_without_bound(available: int | None, memory: int) -> None:
+    assert default_stash_memory(available) == memory
 
 
 def tenant(name: str = "alice", **changes: object) -> Tenant:

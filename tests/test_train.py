@@ -295,13 +295,15 @@ def test_an_empty_text_file_is_exit_3_and_a_model_without_tokenizer_is_named(con
     assert_one_line(train(config, "--set", "data.name=python-docs", cwd=tmp_path), 3, "has no tokenizer; name a model")
 
 
-def start_long_run(config: Path, server: str, stderr: Path) -> subprocess.Popen[str]:
-    """A run of thousands of steps, which has taken three of them."""
+def start_long_run(config: Path, server: str | None, stderr: Path) -> subprocess.Popen[str]:
+    """A run of thousands of steps, which has taken three of them. It leads a group of processes, as in a terminal."""
     options = ["train.num_train_epochs=1000", "trunk.request_timeout_seconds=3"]
-    command = [*WITH_SIGINT, str(config), "--server", server, "--save-dir", "out"]
+    command = [*WITH_SIGINT, str(config), *(["--server", server] if server else []), "--save-dir", "out"]
     command += [word for option in options for word in ("--set", option)]
     with stderr.open("w") as log:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, cwd=config.parent)
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=log, text=True, cwd=config.parent, process_group=0
+        )
     assert process.stdout is not None
     for line in process.stdout:
         if "step 3/" in line:
@@ -335,6 +337,16 @@ def test_a_run_that_is_stopped_saves_what_it_has(
     last = (tmp_path / "stderr").read_text().strip().splitlines()[-1]
     assert re.match(r"zsl-train: training ended after step \d+: interrupted; .* are in out$", last), last
     assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.long
+def test_ctrl_c_ends_a_run_before_the_daemon_that_it_has_started(config: Path, tmp_path: Path) -> None:
+    process = start_long_run(config, None, tmp_path / "stderr")
+    os.killpg(process.pid, signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGINT
+    told = (tmp_path / "stderr").read_text().strip().splitlines()
+    assert len(told) == 1 and "interrupted" in told[0] and "adapters" in told[0], told
 
 
 def test_the_synthetic_language_is_seeded_and_learnable() -> None:

@@ -28,12 +28,12 @@ from zsl.cli.zsl import zsl
 from zsl.serving.server import make_server
 from zsl.transport.curve_keys import read_public_key, write_key_pair
 from zsl.trunk.costs import BatchLimits
-from zsl.trunk.daemon.embedded import EmbeddedTrunk
 from zsl.trunk.daemon.load import plan_trunk
 from zsl.trunk.daemon.process import DaemonOptions
 from zsl.trunk.daemon.server import TrunkServer
 
 from .data import ANSWERS, SENTENCES, conversation
+from .embedded import TrunkThread
 from .pages import ROOT, Block, words_of
 
 PROGRAMS: dict[str, Command] = {"zsl": zsl, "zsl-train": train, "zsl-trunkd": trunkd}
@@ -42,7 +42,7 @@ WAIT_SECONDS = 60
 SMALL = ["--samples", "20", "--max-length", "48", "--set", "train.max_steps=2"]
 
 
-class Served(EmbeddedTrunk):
+class Served(TrunkThread):
     """The trunk of a daemon with these options, in a thread of this process and on a free port."""
 
     def __init__(self, options: DaemonOptions) -> None:

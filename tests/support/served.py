@@ -11,12 +11,22 @@ import torch
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from .daemon import Daemon
+from .embedded import InsteadOfAProcess
 from .models import CUT, write_checkpoint
 
 # Two cores are shared with the daemons: more threads only wait for each other.
 torch.set_num_threads(2)
 disable_progress_bar()
 set_verbosity_error()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def embedded_trunks_in_threads() -> Iterator[None]:
+    """Commands that a test calls in its own process start no daemon: dozens would take minutes."""
+    with pytest.MonkeyPatch.context() as patched:
+        for module in ("zsl.trunk.daemon.embedded", "zsl.training.run.open_trunk"):
+            patched.setattr(f"{module}.EmbeddedTrunk", InsteadOfAProcess)
+        yield
 
 
 @pytest.fixture(scope="session")

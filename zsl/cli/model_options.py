@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _OPTIONS = (
     click.option("--model", metavar="REF", help="The model, as zsl-train takes it.  [default: that of the adapter]"),
-    click.option("--server", metavar="HOST:PORT", help="Its trunk's daemon.  [default: a trunk in this process]"),
+    click.option("--server", metavar="HOST:PORT", help="Its trunk's daemon.  [default: one of its own]"),
     click.option("--server-key", metavar="KEY", help="The daemon's .key file, or the key itself."),
     click.option("--client-key", metavar="FILE", help="Your own .key_secret file."),
     click.option("--cut", metavar="START:STOP", help="The trunk's layers, START to STOP-1.  [default: the daemon's]"),

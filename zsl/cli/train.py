@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -18,6 +18,10 @@ from zsl.cli.errors import Command, one_line_errors, stop_on_sigterm
 from zsl.cli.quiet import quiet_libraries
 from zsl.errors import ConfigError, StartupError
 from zsl.text.printable import PrintableFormatter
+
+if TYPE_CHECKING:
+    from zsl.training.config.config import TrainConfig
+    from zsl.trunk.daemon.embedded import EmbeddedTrunk
 
 # The table and key of the configuration that each option sets.
 FLAGS = {
@@ -63,6 +67,14 @@ def refuse_several_processes(environment: Mapping[str, str]) -> None:
             )
 
 
+def started_trunk(config: TrainConfig) -> EmbeddedTrunk:
+    """Return the embedded trunk of a configuration, for `with`, which starts it."""
+    from zsl.trunk.daemon.embedded import EmbeddedTrunk
+
+    trunk, model = config.trunk, config.model
+    return EmbeddedTrunk(model.name, trunk.cut, model.dtype, deterministic=trunk.deterministic is not None)
+
+
 class ShareOrPlace(click.ParamType[float | str]):
     """Option type: a number, or else a name."""
 
@@ -77,7 +89,7 @@ class ShareOrPlace(click.ParamType[float | str]):
 
 @click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("config", type=click.Path(dir_okay=False, path_type=Path), required=False)
-@click.option("--server", metavar="HOST:PORT", help="Train through this daemon.  [default: a trunk in this process]")
+@click.option("--server", metavar="HOST:PORT", help="Train through this daemon.  [default: one of its own]")
 @click.option("--server-key", metavar="KEY", help="The daemon's .key file, or the key itself.")
 @click.option("--client-key", metavar="FILE", help="Your own .key_secret file.")
 @click.option(
@@ -172,12 +184,15 @@ def train(
         handler = logging.StreamHandler()
         handler.setFormatter(PrintableFormatter("zsl-train: %(message)s"))
         logging.basicConfig(level=logging.WARNING, handlers=[handler])
-        quiet_libraries(debug=debug)
-        from zsl.training.run.run import train_from_config
-
         with contextlib.ExitStack() as stack:
+            embedded = None
+            if checked.trunk.endpoint is None:  # it loads beside this process's imports
+                embedded = stack.enter_context(started_trunk(checked))
+            quiet_libraries(debug=debug)
+            from zsl.training.run.run import train_from_config
+
             if quiet:
                 stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
             else:
                 stack.enter_context(shown_while_it_can_be())
-            train_from_config(checked, where_of(config), dry_run=dry_run)
+            train_from_config(checked, where_of(config), dry_run=dry_run, embedded=embedded)

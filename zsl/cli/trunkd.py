@@ -10,9 +10,9 @@ import click
 
 import zsl
 from zsl.cli.errors import Command, one_line_errors
-from zsl.cli.openmp import SPINS, stop_spinning_if_shared
 from zsl.errors import ConfigError
 from zsl.models.dtypes import DTYPES
+from zsl.trunk.openmp import SPINS, stop_spinning_if_shared
 
 logger = logging.getLogger(__name__)
 
@@ -89,11 +89,10 @@ class MemorySize(click.ParamType[int]):
 @click.option(
     "--stash-memory",
     type=MemorySize(),
-    default="4GiB",
-    show_default=True,
     show_envvar=True,
     help="About the memory that the daemon may use for pending backwards and the running pass. Beyond it, backwards "
-    "recompute their forward; it also bounds the largest request.",
+    "recompute their forward; it also bounds the largest request.  [default: 4GiB or half of the free memory; of "
+    "that, graphs of more than one pass take no more than the weights]",
 )
 @click.option(
     "--adapter-memory",
@@ -181,7 +180,7 @@ def trunkd(
     threads: int | None,
     forward_only: bool,
     reveal: str,
-    stash_memory: int,
+    stash_memory: int | None,
     adapter_memory: int,
     max_adapter_rank: int,
     no_adapters: bool,

@@ -1,4 +1,4 @@
-"""Open a split model to use it: connect to its trunk, or load that into this process, and attach adapters."""
+"""Open a split model to use it: connect to its trunk, or start a daemon of its own, and attach adapters."""
 
 from __future__ import annotations
 

@@ -18,6 +18,7 @@ from zsl.trunk.costs import (
     GraphMemory,
     PassMemory,
 )
+from zsl.trunk.stash_memory import MOST_BYTES
 from zsl.wire.frames import MAX_HEADER_BYTES, Frame
 from zsl.wire.messages import (
     GRADIENTS_OF,
@@ -68,6 +69,7 @@ class TrunkTraits:
     they may have no prefix. `graph_memory_with_adapters`, `pass_memory_with_adapters`: memory of passes of requests
     with adapters. `routers`: number of the layers with experts, and experts of each; counted for a trunk that reveals
     their logits. `weight_norms`: norms of the rows of the weights of the `adaptable` modules, as they are answered.
+    `weight_bytes`: size of the weights in memory.
     `cache_memory`: of keys and values; None for a trunk whose layers keep others, or something else. `merges_caches`:
     requests with caches may share a pass.
     """
@@ -91,6 +93,7 @@ class TrunkTraits:
     weight_norms: Mapping[str, tuple[TensorDescriptor, Frame]] = field(default_factory=dict)
     cache_memory: CacheMemory | None = None
     merges_caches: bool = False
+    weight_bytes: int = 0
 
     def memory_of(self, uses: Iterable[AdapterUse | None]) -> tuple[GraphMemory, PassMemory]:
         """Return the memory of a pass of requests with these adapters, or without."""
@@ -112,6 +115,7 @@ class ServerSettings:
     """The limits and policies of a server.
 
     `stash_memory_bytes`: memory of the stashes of pending backwards; over it, graphs and then inputs are evicted.
+    `saves_graphs`: graphs of more than one pass are held only within `default_graph_memory`.
     `reply_memory_bytes`: memory of answers that a client may ask for again.
     `adapter_memory_bytes`: memory of adapters in the trunk's layers, of which a version may take `ADAPTER_SHARE`; 0:
     none are accepted.
@@ -130,7 +134,8 @@ class ServerSettings:
     max_inflight_bytes: int = 2 << 30
     max_total_inflight_bytes: int = 8 << 30
     max_wait_seconds: float = 10.0
-    stash_memory_bytes: int = 4 << 30
+    stash_memory_bytes: int = MOST_BYTES
+    saves_graphs: bool = False
     reply_memory_bytes: int = 64 << 20
     adapter_memory_bytes: int = 1 << 30
     max_adapter_rank: int = 256

@@ -58,8 +58,8 @@ class TrunkTable(Table):
 
     endpoint: str | None = Field(
         default=None,
-        description="`HOST:PORT` of a daemon, or a comma-separated list of daemons of the same trunk. Without it the "
-        "trunk runs in the same process, still behind a socket.",
+        description="`HOST:PORT` of a daemon, or a comma-separated list of daemons of the same trunk. Without it, "
+        "a daemon is started for this run, and ends with it.",
     )
     server_key: str | None = Field(default=None, description="The daemon's `.key` file, or the key itself.")
     client_key: str | None = Field(default=None, description="The client's `.key_secret` file.")

@@ -1,4 +1,4 @@
-"""Open the trunk that `[trunk]` describes: a daemon's, or one embedded in this process."""
+"""Open the trunk that `[trunk]` describes: a daemon's, or one embedded in this command."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from zsl.client.remote import RemoteTrunk
 from zsl.errors import ConfigError
 from zsl.training.config.config import TrunkTable
 from zsl.trunk.daemon.embedded import EmbeddedTrunk
-from zsl.trunk.daemon.load import plan_trunk
 from zsl.wire.messages import Cut
 
 
@@ -21,18 +20,36 @@ def check_keys_are_for_a_daemon(table: TrunkTable) -> None:
 
 
 def open_trunk(
-    table: TrunkTable, model: str, cut: Cut | None, dtype: torch.dtype, stack: ExitStack
+    table: TrunkTable,
+    model: str,
+    cut: Cut | None,
+    dtype: torch.dtype,
+    stack: ExitStack,
+    embedded: EmbeddedTrunk | None = None,
 ) -> tuple[RemoteTrunk, str]:
-    """Return the trunk of the model, and its place in words. `stack` closes it, and an embedded one."""
-    endpoint, place = table.endpoint, table.endpoint
-    if endpoint is None:
-        plan = plan_trunk(model, cut, dtype, "cpu", forward_only=False)
-        endpoint = stack.enter_context(EmbeddedTrunk(plan, deterministic=table.deterministic is not None)).endpoint
-        place = "embedded trunk"
+    """Return the trunk of the model, and its place in words. `stack` closes it, and an embedded one that it starts.
+
+    `embedded`: one that was started already, for use without `endpoint`.
+    """
+    server_key, client_key = table.server_key, table.client_key
+    if table.endpoint is not None:
+        endpoint = place = table.endpoint
+    else:
+        if embedded is None:
+            embedded = stack.enter_context(
+                EmbeddedTrunk(
+                    model,
+                    None if cut is None else str(cut),
+                    str(dtype).removeprefix("torch."),
+                    deterministic=table.deterministic is not None,
+                )
+            )
+        endpoint, place = embedded.endpoint, "embedded trunk"
+        server_key, client_key = embedded.server_key, embedded.client_key
     trunk = RemoteTrunk(
         endpoint,
-        server_key=table.server_key,
-        client_key=table.client_key,
+        server_key=server_key,
+        client_key=client_key,
         mode=table.mode,
         wire_dtype=getattr(torch, table.wire_dtype) if table.wire_dtype else None,
         adapter_wire_dtype=getattr(torch, table.adapter_wire_dtype) if table.adapter_wire_dtype else None,
@@ -42,4 +59,4 @@ def open_trunk(
         request_timeout_seconds=table.request_timeout_seconds,
     )
     stack.callback(trunk.close)
-    return trunk, str(place)
+    return trunk, place

@@ -41,13 +41,17 @@ from zsl.training.run.open_trunk import check_keys_are_for_a_daemon, open_trunk
 from zsl.training.run.results import Results
 from zsl.training.trainer.sample import SampleCallback
 from zsl.training.trainer.trainer import SplitTrainer
+from zsl.trunk.daemon.embedded import EmbeddedTrunk
 
 
-def train_from_config(config: TrainConfig, where: str, *, dry_run: bool = False) -> None:
+def train_from_config(
+    config: TrainConfig, where: str, *, dry_run: bool = False, embedded: EmbeddedTrunk | None = None
+) -> None:
     """Run the training that `config` (read from `where`) describes, and print its progress.
 
-    An interrupted run resumes from its last checkpoint. A dry run ends before the first step. Raises `ZslError`;
-    `RunFailed` if it fails after the first step, with the adapters of the steps until then saved.
+    An interrupted run resumes from its last checkpoint. A dry run ends before the first step. `embedded`: the trunk of
+    a configuration without `endpoint`, if it was started already. Raises `ZslError`; `RunFailed` if it fails after the
+    first step, with the adapters of the steps until then saved.
     """
     arguments = trainer_arguments(config, where)
     adapter = EarlierAdapter.found(config.adapter) if config.adapter else None
@@ -75,7 +79,7 @@ def train_from_config(config: TrainConfig, where: str, *, dry_run: bool = False)
         if not isinstance(data.train, Dataset) and arguments.max_steps <= 0:
             raise ConfigError(f"{where}: a stream has no length: set train.max_steps, or data.samples")
         set_seed(arguments.seed)
-        trunk, trunk_place = open_trunk(config.trunk, config.model.name, cut, dtype, stack)
+        trunk, trunk_place = open_trunk(config.trunk, config.model.name, cut, dtype, stack, embedded)
         base = load_client(reference, trunk, cut=cut, dtype=dtype, quantize=config.model.quantize, layers=config.layers)
         sides = Sides(base, trunk.client.welcome.cut)
         try:

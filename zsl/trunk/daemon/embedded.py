@@ -1,62 +1,143 @@
-"""Embedded trunk: a trunk server in a thread of this process, on a loopback TCP port."""
+"""Embedded trunk: a daemon that a command starts for itself, in a process of its own on a loopback TCP port.
+
+Not a thread of the command: two teams of OpenMP's threads in one process are more threads than cores, and libgomp lets
+them sleep at every barrier. Imports no torch, so that the daemon can load beside the command's own imports.
+"""
 
 from __future__ import annotations
 
-import asyncio
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import tempfile
 import threading
 from concurrent.futures import Future
-from dataclasses import asdict
+from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
-from zsl.trunk.costs import BatchLimits
-from zsl.trunk.daemon.load import TrunkPlan
-from zsl.trunk.daemon.server import TrunkServer
-from zsl.trunk.malloc import keep_freed_memory
+from zsl import errors
+from zsl.errors import StartupError, ZslError
+from zsl.transport.curve_keys import read_key_pair, write_key_pair
+
+logger = logging.getLogger(__name__)
 
 START_SECONDS = 600.0
-STOP_SECONDS = 30.0
+# A daemon's own settings are not meant for this one.
+DAEMON_VARIABLES = "ZSL_TRUNKD_"
+# Of this process: the same modules have to be found, wherever the command was started.
+_PROGRAM = "import sys; sys.path[:] = {path!r}; from zsl.trunk.daemon.embedded_process import main; main()"
 
 
 class EmbeddedTrunk:
-    """Loads and serves a trunk within `with`. `endpoint`: its address."""
+    """Starts the daemon of a trunk in `with`, without waiting for it, and ends it.
 
-    def __init__(self, plan: TrunkPlan, *, deterministic: bool = False) -> None:
-        self._plan = plan
-        self._deterministic = deterministic
-        self._started: Future[tuple[str, asyncio.AbstractEventLoop, TrunkServer]] = Future()
-        self._thread = threading.Thread(target=self._run, name="zsl-embedded-trunk", daemon=True)
+    The daemon ends with this process, however that ends. It serves only who has the keys, which this process makes:
+    `server_key` and `client_key`. Its log lines become those of this process.
+    """
+
+    def __init__(self, model: str, cut: str | None, dtype: str, *, deterministic: bool = False) -> None:
+        self._options = {"model": model, "cut": cut, "dtype": dtype, "deterministic": deterministic}
+        self._ready: Future[str] = Future()
+        self._ending = False
 
     @property
     def endpoint(self) -> str:
-        return self._started.result(0)[0]
+        """Address of the daemon. Waits until it serves; raises what ended it instead."""
+        return self._ready.result(START_SECONDS)
+
+    @property
+    def server_key(self) -> str:
+        return read_key_pair(self._keys / "server.key_secret").public.decode()
+
+    @property
+    def client_key(self) -> str:
+        return str(self._keys / "client.key_secret")
 
     def __enter__(self) -> Self:
-        keep_freed_memory()
-        self._thread.start()
-        self._started.result(START_SECONDS)
+        self._directory = tempfile.TemporaryDirectory(prefix="zsl-embedded-")  # has mode 0700
+        self._keys = Path(self._directory.name)
+        for name in ("server", "client"):
+            write_key_pair(self._keys, name)
+        client = read_key_pair(Path(self.client_key)).public.decode()
+        (self._keys / "tenants.toml").write_text(f"[tenants.client]\npublic_key = {json.dumps(client)}\n")
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _PROGRAM.format(path=sys.path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env={name: value for name, value in os.environ.items() if not name.startswith(DAEMON_VARIABLES)},
+            start_new_session=True,  # Ctrl-C is for the command, which ends its last step through the daemon
+        )
+        self._reader = threading.Thread(target=self._read, name="zsl-embedded-trunk", daemon=True)
+        self._reader.start()
+        assert self._process.stdin is not None
+        options = {**self._options, "keys": str(self._keys), "parent": os.getpid()}
+        try:
+            self._process.stdin.write(json.dumps(options).encode() + b"\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass  # it has ended: `endpoint` raises
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        _, loop, server = self._started.result(0)
-        loop.call_soon_threadsafe(server.stop)
-        self._thread.join(STOP_SECONDS)
+        self._ending = True
+        self._process.kill()  # its client has closed its session, or never opened one
+        self._process.wait()
+        self._reader.join()
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            pipe.close()
+        self._directory.cleanup()
 
-    def _run(self) -> None:
-        try:
-            asyncio.run(self._serve())
-        except BaseException as error:
-            if self._started.done():
-                raise
-            self._started.set_exception(error)
+    def _read(self) -> None:
+        """Read what the daemon writes: that it is ready, the error that ended it, and lines of its log."""
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            entry = _json_object(line)
+            if entry is None:
+                sys.stderr.write(line.decode(errors="backslashreplace"))
+            elif entry.get("event") == "ready":
+                self._ready.set_result(entry["endpoint"])
+            elif entry.get("event") == "failed" and not self._ready.done():
+                self._ready.set_exception(_error_of(entry))
+            elif entry.get("event") == "failed":
+                logger.error("the embedded trunk has failed: %s", entry["text"])
+            else:
+                _log(entry)
+        status = self._process.wait()
+        ended = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit code {status}"
+        if not self._ready.done():
+            self._ready.set_exception(StartupError(f"the embedded trunk ended while it loaded its model: {ended}"))
+        elif not self._ending and self._ready.exception() is None:
+            logger.error("the embedded trunk has ended: %s; start the command again", ended)
 
-    async def _serve(self) -> None:
-        # One client: there are no requests to merge, so the batch sizes need no measuring.
-        sizes = {} if self._deterministic else asdict(BatchLimits())
-        compute = self._plan.load(**sizes, deterministic=self._deterministic)
-        server = TrunkServer(self._plan.info)
-        endpoint = server.bind("127.0.0.1", 0)
-        self._started.set_result((endpoint, asyncio.get_running_loop(), server))
-        await server.run(compute)
+
+def _json_object(line: bytes) -> dict[str, Any] | None:
+    """Return the object in a line, or None for a line of another kind, as libraries print."""
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return None
+    return entry if isinstance(entry, dict) else None
+
+
+def _error_of(entry: dict[str, Any]) -> ZslError:
+    """Return the daemon's error, of its own class; `StartupError` for one of another library."""
+    kind = getattr(errors, entry["error"], None)
+    if isinstance(kind, type) and issubclass(kind, ZslError):
+        return kind(entry["text"])
+    return StartupError(f"the embedded trunk cannot start: {entry['error']}: {entry['text']}")
+
+
+def _log(entry: dict[str, Any]) -> None:
+    """Log a daemon's log line here, if lines of its logger and level are."""
+    origin, level = logging.getLogger(entry["logger"]), getattr(logging, entry["level"].upper())
+    if origin.isEnabledFor(level):
+        facts = {"name": entry["logger"], "levelno": level, "levelname": entry["level"].upper()}
+        origin.handle(logging.makeLogRecord({**facts, "msg": entry["message"], "exc_text": entry.get("exception")}))

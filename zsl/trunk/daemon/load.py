@@ -99,6 +99,7 @@ class TrunkPlan:
         merges = not trunk.mixes_rows and limits.merge_below_tokens > 0
         traits = TrunkTraits(
             parameters=trunk.parameter_count,
+            weight_bytes=sum(parameter.nbytes for parameter in model.parameters()),
             merges=merges,
             packs=forms.plain,
             packs_masks=forms.masks,

@@ -29,8 +29,9 @@ from zsl.trunk.daemon.server import TrunkServer
 from zsl.trunk.daemon.sighup import Hangup
 from zsl.trunk.daemon.standard_streams import check_output, drain_output
 from zsl.trunk.failpoints import Failpoint
-from zsl.trunk.malloc import keep_freed_memory
+from zsl.trunk.malloc import available_bytes, keep_freed_memory
 from zsl.trunk.settings import ServerSettings, TrunkInfo, TrunkTraits
+from zsl.trunk.stash_memory import default_stash_memory
 from zsl.wire.messages import Cut, Quantization, Reveal
 
 logger = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ class DaemonOptions:
     threads: int | None
     forward_only: bool
     reveals: tuple[Reveal, ...]
-    stash_memory_bytes: int
+    stash_memory_bytes: int | None  # None: by the memory of the device and the size of the weights
     adapter_memory_bytes: int
     max_adapter_rank: int
     cache_memory_bytes: int
@@ -93,8 +94,12 @@ def run_daemon(options: DaemonOptions) -> None:
 
 async def _serve(plan: TrunkPlan, options: DaemonOptions, loading: Loading, hangup: Hangup) -> None:
     access = options.access
+    stash_memory_bytes = options.stash_memory_bytes
+    if stash_memory_bytes is None:
+        stash_memory_bytes = default_stash_memory(_available_bytes(plan.device))
     settings = ServerSettings(
-        stash_memory_bytes=options.stash_memory_bytes,
+        stash_memory_bytes=stash_memory_bytes,
+        saves_graphs=options.stash_memory_bytes is None,
         adapter_memory_bytes=options.adapter_memory_bytes,
         max_adapter_rank=options.max_adapter_rank,
         cache_memory_bytes=options.cache_memory_bytes,
@@ -118,7 +123,7 @@ async def _serve(plan: TrunkPlan, options: DaemonOptions, loading: Loading, hang
                     max_batch_tokens=options.max_batch_tokens,
                     merge_below_tokens=options.merge_below_tokens,
                     deterministic=options.deterministic,
-                    pass_memory_bytes=options.stash_memory_bytes,
+                    pass_memory_bytes=stash_memory_bytes,
                 ),
             )
         _tell_bound(plan.info, settings, compute.traits)
@@ -143,12 +148,18 @@ async def _serve(plan: TrunkPlan, options: DaemonOptions, loading: Loading, hang
     logger.info("stopped")
 
 
+def _available_bytes(device: torch.device) -> int | None:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return available_bytes() if device.type == "cpu" else None
+
+
 def _tell_bound(info: TrunkInfo, settings: ServerSettings, traits: TrunkTraits) -> None:
-    """Warn if `--stash-memory` lowers the largest request, or is less than it needs."""
+    """Log if `--stash-memory` lowers the largest request, or is less than it needs."""
     granted = settings.granted_tokens(info, traits.pass_memory)
     if granted == settings.max_request_tokens:
         return
-    logger.warning(
+    logger.info(
         "requests of up to %s are granted, which take up to %d MiB while they run; %s take --stash-memory %dMiB",
         counted(granted, "token"),
         to_mib(traits.pass_memory.nbytes_of_rows(granted, info.max_row_tokens)),

@@ -32,6 +32,7 @@ from zsl.trunk.sessions.adapter_store import AdapterStore
 from zsl.trunk.sessions.cache_store import CacheStore
 from zsl.trunk.sessions.sessions import Sessions
 from zsl.trunk.settings import ServerSettings, TrunkInfo
+from zsl.trunk.stash_memory import default_graph_memory
 from zsl.trunk.work import Compute
 from zsl.wire.messages import GoAway
 
@@ -186,6 +187,8 @@ class TrunkServer:
     def _start(self, compute: Compute) -> _Running:
         """Build the parts that serve this computation, and begin to receive."""
         settings, traits = self._settings, compute.traits
+        if settings.saves_graphs:
+            self._sessions.graph_memory_bytes = default_graph_memory(traits.weight_bytes)
         granted = settings.granted_tokens(self.info, traits.pass_memory)
         limits = settings.limits(self.info).model_copy(update={"max_request_tokens": granted})
         scheduler = Scheduler(

@@ -107,7 +107,7 @@ class BatchRunner:
         lengths = [length for request in requests for length in request.shape.lengths]
         taken = self._requests.taken_bytes
         graph_memory, pass_memory = self._traits.memory_of(request.adapter for request in requests)
-        if any(request.keep or _makes_graph(request) for request in requests) and self._sessions.make_room(
+        if any(request.keep or _makes_graph(request) for request in requests) and self._sessions.make_room_for_graph(
             graph_memory.nbytes(lengths) + taken
         ):
             return True

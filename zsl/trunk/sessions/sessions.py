@@ -17,7 +17,7 @@ from itertools import count
 from zsl.errors import QuotaError, UnknownSessionError
 from zsl.trunk.access.tenants import Tenant
 from zsl.trunk.sessions.eviction_order import EvictionOrder
-from zsl.trunk.work import Held
+from zsl.trunk.work import Held, Keep
 
 # Clients send a message every few seconds. A session silent for this long may be dead, and can be closed for a new one.
 QUIET_SECONDS = 10.0
@@ -60,6 +60,7 @@ class Sessions:
         stash_memory_bytes: int,
         new_id: Callable[[], bytes],
     ) -> None:
+        self.graph_memory_bytes: int | None = None  # of graphs of more than one pass; None: as all stashes
         self._lease_seconds = lease_seconds
         self._max_sessions = max_sessions
         self._stash_memory_bytes = stash_memory_bytes
@@ -87,6 +88,16 @@ class Sessions:
         if nbytes >= self._stash_memory_bytes:
             return False
         self._demote_until(self._held, self._stash_memory_bytes - nbytes)
+        return True
+
+    def make_room_for_graph(self, nbytes: int) -> bool:
+        """Evict stashes until the graph of a pass, of `nbytes`, fits, and graphs of earlier passes while they take more
+        than `graph_memory_bytes` with it. Returns False if it exceeds the whole stash memory."""
+        if not self.make_room(nbytes):
+            return False
+        if self.graph_memory_bytes is not None:
+            self._demote_until(self._held, self.graph_memory_bytes, least=Keep.LINEAR_OUTPUTS)
+            self._demote_until(self._held, self.graph_memory_bytes - nbytes, least=Keep.GRAPH)
         return True
 
     def open(self, peer: bytes, now: float, *, hello: int = 0, tenant: Tenant | None = None) -> Session:
@@ -186,11 +197,13 @@ class Sessions:
             self._demote_until(self._held_of[tenant.public_key], tenant.max_stash_bytes)
         self._demote_until(self._held, self._stash_memory_bytes)
 
-    def _demote_until(self, held: EvictionOrder, nbytes: int) -> None:
-        """Evict stashes in order, part by part, until at most `nbytes` are held."""
-        while held.nbytes > nbytes:
+    def _demote_until(self, held: EvictionOrder, nbytes: int, *, least: Keep = Keep.INPUT) -> None:
+        """Evict stashes in order, part by part, until at most `nbytes` are held, or none that keeps `least` or more."""
+        while held.nbytes > max(nbytes, 0):
             session_id, step = held.first()
             session = self._sessions[session_id]
+            if session.held[step].stash.keep.value < least.value:
+                return
             evicted, arrival = self._remove(session, step)
             rest = evicted.stash.demoted()
             if rest is not None:
