@@ -89,9 +89,7 @@ class Text:
     def work(self, step: int, kept: object | None, sharing: Sharing) -> Work:
         request = self.requests[step]
         cache = CacheUse(1, kept, request["length"], request["rows"], 0)
-        return Work(
-            Kind.FORWARD, request["buffers"], request["shape"], sharing, adapter=request["adapter"], cache=cache
-        )
+        return Work(Kind.DECODE, request["buffers"], request["shape"], sharing, adapter=request["adapter"], cache=cache)
 
 
 def output(done: object) -> torch.Tensor:

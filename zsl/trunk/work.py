@@ -23,6 +23,7 @@ class Kind(Enum):
 
     FORWARD = "forward"
     BACKWARD = "backward"
+    DECODE = "forward behind a cache"  # a step of a generation, its prompt, or a piece of that
 
 
 class Keep(Enum):
