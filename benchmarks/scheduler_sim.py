@@ -36,7 +36,8 @@ import click
 from report import Report, out_option, percentile
 
 from zsl.trunk.costs import Costs, PassCost, batch_limits
-from zsl.trunk.scheduling.scheduler import Job, Scheduler
+from zsl.trunk.scheduling.jobs import Job
+from zsl.trunk.scheduling.scheduler import Scheduler
 from zsl.trunk.settings import ServerSettings
 from zsl.trunk.work import Kind
 

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zsl.trunk.costs import UNKNOWN_COSTS, Costs, PassCost
-from zsl.trunk.scheduling.scheduler import Job, Scheduler
+from zsl.trunk.scheduling.jobs import Job
+from zsl.trunk.scheduling.scheduler import Scheduler
 from zsl.trunk.work import Kind
 
 FIXED_SECONDS = 0.04

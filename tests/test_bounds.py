@@ -28,7 +28,8 @@ from zsl.trunk.costs import Costs, PassCost
 from zsl.trunk.daemon.server import CONTROL_MESSAGES
 from zsl.trunk.malloc import give_back_freed_memory, resident_bytes
 from zsl.trunk.requests.reply_cache import REMEMBERED_PER_SESSION, ReplyCache
-from zsl.trunk.scheduling.scheduler import Job, Scheduler
+from zsl.trunk.scheduling.jobs import Job
+from zsl.trunk.scheduling.scheduler import Scheduler
 from zsl.trunk.settings import ServerSettings
 from zsl.trunk.work import Batch, Kind, Outcome
 from zsl.wire.messages import Forward, TensorDescriptor
@@ -94,7 +95,8 @@ def test_who_is_expected_has_one_entry_whatever_it_comes_with() -> None:
     assert sum(map(len, anticipation._expected.values())) <= clients >= len(anticipation._expected)
     for client in range(clients):
         scheduler.forget_tenant(client)
-    assert (anticipation._clients, anticipation._expected, scheduler._tenants) == ({}, {}, {})
+    tenants = [of_class.jobs._tenants for of_class in scheduler._classes.values()]
+    assert (anticipation._clients, anticipation._expected, *tenants) == ({}, {}, {}, {})
 
 
 def test_answers_that_nobody_reads_are_so_many() -> None:

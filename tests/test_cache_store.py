@@ -17,6 +17,7 @@ from zsl.trunk.work import CacheUse
 from zsl.wire.messages import UsedCache
 
 MEMORY = CacheMemory(((1, None),))  # a byte for each token of a row
+ROOMY = CacheMemory(((1, None), (1, 6)), has_room=True)
 Cache = tuple[UsedCache, tuple[int, ...] | None]  # a header's, and rows
 Begun = tuple[Session, CacheUse, int, int]
 
@@ -35,8 +36,9 @@ def sessions() -> Sessions:
 class Place:
     """A store, and requests to it as their sessions make them."""
 
-    def __init__(self, memory_bytes: int) -> None:
+    def __init__(self, memory_bytes: int, memory: CacheMemory = MEMORY) -> None:
         self.store = CacheStore(memory_bytes)
+        self._memory = memory
         self.sessions = sessions()
 
     def session(self, owner: Tenant | None = None) -> Session:
@@ -44,7 +46,7 @@ class Place:
 
     def begin(self, session: Session, cache: Cache, rows: int = 1, tokens: int = 1, now: float = 0.0) -> Begun:
         used, kept = cache
-        use = self.store.use(session, used, kept, request=used.name, rows=rows, tokens=tokens, memory=MEMORY)
+        use = self.store.use(session, used, kept, request=used.name, rows=rows, tokens=tokens, memory=self._memory)
         self.store.begin_request(session, use, now)
         return session, use, rows, tokens
 
@@ -129,6 +131,19 @@ def test_a_cache_in_use_is_no_one_elses_and_goes_when_its_request_ends() -> None
     assert (place.store.nbytes, len(place.store)) == (0, 0)
 
 
+def test_a_request_that_appends_in_the_room_of_its_cache_is_not_counted_twice() -> None:
+    place = Place(100, CacheMemory(((1, None),), has_room=True))
+    session = place.session()
+    place.run(session, new(1), tokens=33)
+    assert place.store.nbytes == 40
+    for version, (tokens, rows, bytes_of_request) in enumerate([(6, None, 0), (1, None, 48), (1, (0,), 48)], start=1):
+        length = (33, 39, 40)[version - 1]
+        begun = place.begin(session, then(1, version, length, rows), tokens=tokens)
+        assert place.store.nbytes == (40, 40, 48)[version - 1] + bytes_of_request
+        place.end(begun)
+    assert place.store.nbytes == 48
+
+
 def test_an_owner_loses_its_own_oldest_first_and_to_others_what_is_idle_or_more_than_twice_theirs() -> None:
     place = Place(100)
     mine, other = place.session(), place.session()
@@ -185,12 +200,13 @@ def test_a_quota_holds_for_all_sessions_of_a_tenant() -> None:
             st.integers(0, 70),  # seconds
         ),
         max_size=60,
-    )
+    ),
+    st.sampled_from([MEMORY, ROOMY]),
 )
 def test_the_memory_and_the_quotas_are_never_exceeded(
-    acts: list[tuple[int, int, int, int, str, int]],
+    acts: list[tuple[int, int, int, int, str, int]], memory: CacheMemory
 ) -> None:
-    place, now, names = Place(100), 0.0, count(1)
+    place, now, names = Place(100, memory), 0.0, count(1)
     owners = [None, tenant("a"), tenant("a"), tenant("b", max_cache_bytes=60), None]
     everyone = [place.session(owner) for owner in owners]
     known: list[dict[int, tuple[int, int, int]]] = [{} for _ in everyone]  # version, rows, length

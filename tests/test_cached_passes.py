@@ -86,12 +86,14 @@ class Text:
             )
             length += tokens
 
+    def length_after(self, step: int) -> int:
+        request = self.requests[step]
+        return int(request["length"] + request["shape"].tokens)
+
     def work(self, step: int, kept: object | None, sharing: Sharing) -> Work:
         request = self.requests[step]
-        cache = CacheUse(1, kept, request["length"], request["rows"], 0)
-        return Work(
-            Kind.FORWARD, request["buffers"], request["shape"], sharing, adapter=request["adapter"], cache=cache
-        )
+        cache = CacheUse(1, kept, request["length"], request["rows"], 0, 0)
+        return Work(Kind.DECODE, request["buffers"], request["shape"], sharing, adapter=request["adapter"], cache=cache)
 
 
 def output(done: object) -> torch.Tensor:
@@ -100,12 +102,40 @@ def output(done: object) -> torch.Tensor:
 
 
 def alone(compute: TorchCompute, text: Text) -> list[torch.Tensor]:
-    kept, outputs = None, []
-    for step in range(len(text.requests)):
+    """The outputs, while the caches hold what is counted for them."""
+    kept, outputs, memory = None, [], compute.traits.cache_memory
+    assert memory is not None
+    for step, request in enumerate(text.requests):
+        before = storages(kept)
         (done,) = compute.run(Batch((text.work(step, kept, Alone()),)))
         outputs.append(output(done))
         kept = done.kept  # type: ignore[union-attr]
+        rows, length, new = request["shape"].rows, request["length"], request["shape"].tokens
+        after = storages(kept)
+        assert sum(after.values()) == memory.nbytes(rows, length + new, new)
+        if step and request["rows"] is None and length == text.length_after(step - 1):
+            added = sum(nbytes for place, nbytes in after.items() if place not in before)
+            assert added <= memory.added_nbytes(rows, length + new, new)
     return outputs
+
+
+def storages(kept: object | None) -> dict[int, int]:
+    """The bytes of the memory that a cache holds, by address."""
+    layers = () if kept is None else kept.layers  # type: ignore[attr-defined]
+    found = [one.untyped_storage() for layer in layers for one in (layer.keys, layer.values)]
+    return {storage.data_ptr(): storage.nbytes() for storage in found}
+
+
+def test_the_tokens_of_a_text_are_copied_a_few_times_only(compute: TorchCompute) -> None:
+    buffers = {"activations": encode_tensor("activations", torch.randn(1, 1, HIDDEN))}
+    work = Work(Kind.DECODE, buffers, Shape(1, 1, (1,)), Alone())
+    kept: Any = None
+    moves, place = 0, None
+    for length in range(64):
+        (done,) = compute.run(Batch((replace(work, cache=CacheUse(1, kept, length, None, 0, 0)),)))
+        kept = done.kept  # type: ignore[union-attr]
+        moves, place = moves + (kept.layers[-1].keys.data_ptr() != place), kept.layers[-1].keys.data_ptr()
+    assert kept.layers[-1].keys.shape[2] == 64 and moves <= 22
 
 
 @settings(max_examples=10, suppress_health_check=list(HealthCheck))

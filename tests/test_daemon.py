@@ -244,6 +244,7 @@ def test_before_it_knows_its_model_and_while_it_reads_the_weights_it_says_that_i
         stash_memory_bytes=0,
         adapter_memory_bytes=0,
         cache_memory_bytes=0,
+        decode_share=0.5,
         max_adapter_rank=1,
         max_batch_tokens=None,
         merge_below_tokens=None,

@@ -21,7 +21,8 @@ from zsl.trunk.requests.request_table import (
     RequestStats,
     RequestTable,
 )
-from zsl.trunk.scheduling.scheduler import Job, Scheduler
+from zsl.trunk.scheduling.jobs import Job
+from zsl.trunk.scheduling.scheduler import Scheduler
 from zsl.trunk.sessions.adapter_store import AdapterStore
 from zsl.trunk.sessions.cache_store import CacheStore
 from zsl.trunk.sessions.sessions import Session, Sessions

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from itertools import count
+from itertools import count, cycle
+from math import ceil
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zsl.trunk.scheduling.scheduler import AGED_BATCH_EVERY, Job, Scheduler
+from zsl.trunk.scheduling.jobs import Job
+from zsl.trunk.scheduling.scheduler import AGED_BATCH_EVERY, Scheduler
 from zsl.trunk.work import Kind
 
 BUDGET = 100
@@ -132,15 +134,22 @@ def test_a_single_request_beside_a_flood_is_served_within_two_batches() -> None:
 
 
 def shares(
-    weights: dict[str, float], tokens: dict[str, int], *, batches: int = 1000, slowness: float = 1.0
+    weights: dict[str, float],
+    tokens: dict[str, int],
+    *,
+    batches: int = 1000,
+    slowness: float = 1.0,
+    decoding: frozenset[str] = frozenset(),
+    decode_share: float = 0.5,
 ) -> dict[str, float]:
     """The device time that always-backlogged tenants get; a pass takes `slowness` times what was expected."""
-    scheduler = Scheduler(max_batch_tokens=BUDGET)
+    scheduler = Scheduler(max_batch_tokens=BUDGET, decode_share=decode_share)
     used: dict[str, float] = dict.fromkeys(weights, 0.0)
 
     def add(tenant: str) -> None:
         # Every third is too large to be merged, so that batches of both sorts occur.
-        one = job(tenant, tokens[tenant], merge_key="x" if next(keys) % 3 else None)
+        kind = Kind.DECODE if tenant in decoding else Kind.FORWARD
+        one = job(tenant, tokens[tenant], kind=kind, merge_key="x" if next(keys) % 3 else None)
         scheduler.add(one, 0.0, weight=weights[tenant])
 
     for tenant in weights:
@@ -170,6 +179,82 @@ def test_equal_tenants_share_the_device_equally_whatever_the_size_of_their_reque
 def test_a_tenant_of_twice_the_weight_gets_twice_the_time() -> None:
     used = shares({"one": 1.0, "two": 2.0}, {"one": 20, "two": 20})
     assert used["two"] / used["one"] == pytest.approx(2, rel=0.05)
+
+
+def test_tenants_share_the_time_of_their_class_by_their_weights() -> None:
+    weights = {"one": 1.0, "two": 2.0, "trainer": 1.0, "other trainer": 3.0}
+    tokens = dict.fromkeys(weights, 20)
+    used = shares(weights, tokens, batches=3000, decoding=frozenset({"one", "two"}), decode_share=0.3)
+    assert (used["one"] + used["two"]) / sum(used.values()) == pytest.approx(0.3, rel=0.01)
+    assert used["two"] / used["one"] == pytest.approx(2, rel=0.05)
+    assert used["other trainer"] / used["trainer"] == pytest.approx(3, rel=0.05)
+
+
+@given(
+    st.floats(0.02, 0.98),
+    st.lists(st.tuples(st.sampled_from([None, "x"]), st.floats(0.001, 1), st.floats(0.001, 1)), min_size=2),
+)
+def test_while_both_classes_wait_their_times_have_the_set_ratio_within_one_pass(
+    share: float, passes: list[tuple[str | None, float, float]]
+) -> None:
+    """Passes that share, or do not, and take another time than was expected."""
+    scheduler = Scheduler(max_batch_tokens=BUDGET, decode_share=share)
+    shares_of = {Kind.DECODE: share, Kind.FORWARD: 1 - share}
+    used, longest = dict.fromkeys(shares_of, 0.0), dict.fromkeys(shares_of, 0.0)
+    drawn = cycle(passes)
+
+    def add(kind: Kind, tenant: object) -> None:
+        merge_key, expected, _ = next(drawn)
+        scheduler.add(Job(next(keys), tenant, kind, 1, merge_key, expected, 1e9), 0.0)
+
+    for kind in shares_of:
+        for tenant in "ab":
+            add(kind, tenant), add(kind, tenant)
+    for _ in range(100):
+        batch = scheduler.take_batch(0.0)
+        kind = batch[0].kind
+        for one in batch:
+            add(kind, one.tenant)
+        _, _, seconds = next(drawn)
+        scheduler.charge(batch, seconds, 0.0)
+        used[kind] += seconds
+        longest[kind] = max(longest[kind], seconds)
+        decoding, training = (used[each] / part for each, part in shares_of.items())
+        one_pass = max(longest[each] / part for each, part in shares_of.items())
+        assert abs(decoding - training) <= one_pass * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(("busy", "idle"), [(Kind.DECODE, Kind.BACKWARD), (Kind.FORWARD, Kind.DECODE)])
+def test_a_class_alone_has_every_pass_and_owes_none_to_the_one_that_was_idle(busy: Kind, idle: Kind) -> None:
+    scheduler = scheduler_with([job(kind=busy, merge_key=None) for _ in range(300)])
+    for _ in range(200):
+        batch = scheduler.take_batch(0.0)
+        assert [one.kind for one in batch] == [busy]
+        scheduler.charge(batch, 0.1, 0.0)
+    for _ in range(50):
+        scheduler.add(job(kind=idle, merge_key=None), 0.0)
+    served = []
+    for _ in range(20):
+        batch = scheduler.take_batch(0.0)
+        scheduler.charge(batch, 0.1, 0.0)
+        served += [one.kind for one in batch]
+    assert 9 <= served.count(busy) <= 11
+
+
+@given(st.floats(0.02, 0.98), st.sampled_from([Kind.DECODE, Kind.BACKWARD]), st.integers(1, 5))
+def test_no_class_starves_beside_a_flood_of_the_other(share: float, kind: Kind, number: int) -> None:
+    flood, part = (Kind.FORWARD, share) if kind is Kind.DECODE else (Kind.DECODE, 1 - share)
+    scheduler = Scheduler(max_batch_tokens=BUDGET, decode_share=share)
+    mice = [job("mouse", kind=kind, merge_key=None) for _ in range(number)]
+    taken: list[Job] = []
+    for turn in range(10 + number + ceil((number - 1) * (1 - part) / part) + 1):
+        if turn == 10:
+            for mouse in mice:
+                scheduler.add(mouse, 0.0)
+        scheduler.add(job("flood", kind=flood, merge_key=None), 0.0)
+        taken += (batch := scheduler.take_batch(0.0))
+        scheduler.charge(batch, 0.1, 0.0)
+    assert set(mice) <= set(taken)
 
 
 def test_a_tenant_that_comes_back_cannot_spend_what_it_did_not_use() -> None:

@@ -16,7 +16,7 @@ from support.echo import HIDDEN, IDENTITY, NO_ADAPTER, ROW_TOKENS, EchoServer
 from support.faulty_link import FaultyLink
 from support.peer import Peer, forward
 from test_wire_frames import BAD_FRAMES
-from zsl.trunk.costs import BatchLimits, Costs, GraphMemory, PassCost
+from zsl.trunk.costs import BatchLimits, CacheMemory, Costs, GraphMemory, PassCost
 from zsl.trunk.settings import ServerSettings
 from zsl.trunk.work import Keep, Kind
 from zsl.wire.messages import (
@@ -35,6 +35,7 @@ from zsl.wire.messages import (
     Status,
     StatusRequest,
     TensorDescriptor,
+    UsedCache,
     WeightNorms,
     Welcome,
 )
@@ -498,6 +499,28 @@ def test_small_requests_share_a_pass_whatever_their_length_and_a_lone_one_does_n
     }
     assert answers == {1: 1, 2: 4, 3: 4, 4: 4, 5: 4}
     assert server.compute.batches == [[Kind.FORWARD], [Kind.FORWARD] * 4]
+
+
+def test_a_decode_step_behind_training_of_its_own_tenant_shares_the_pass_of_other_sessions_steps() -> None:
+    traits = {"cache_memory": CacheMemory(((1, None),)), "merges_caches": True}
+    with EchoServer(**traits) as server, ExitStack() as stack:
+        one, *others = [stack.enter_context(Peer(server.endpoint)) for _ in range(3)]
+        welcomes = {peer: peer.hello() for peer in (one, *others)}
+        server.compute.gate.clear()
+        one.send(*forward(welcomes[one], 1, keep=True))
+        assert server.compute.begun.acquire(timeout=20)
+        for request in (2, 3, 4):
+            one.send(*forward(welcomes[one], request, keep=True))
+        for peer, welcome in welcomes.items():
+            cache = UsedCache(name=5, version=0, length=0)
+            peer.send(*forward(welcome, 5, tokens=1, cache=cache))
+            assert isinstance(peer.ask(Ping(session=welcome.session, epoch=welcome.epoch, request=6)), Pong)
+        server.compute.gate.set()
+        answers = [one.hear() for _ in range(5)] + [peer.hear() for peer in others]
+        assert all(isinstance(answer, Result) for answer in answers)
+        merged = [answer.merged for answer in answers if isinstance(answer, Result) and answer.request == 5]
+        assert merged == [3, 3, 3]
+        assert server.compute.batches == [[Kind.FORWARD], [Kind.DECODE] * 3, [Kind.FORWARD] * 3]
 
 
 def test_a_request_that_waits_for_company_in_vain_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,13 +67,13 @@ class EchoCompute:
         return [self._one(work) for work in batch.works]
 
     def _one(self, work: Work) -> Outcome:
-        role = "activations" if work.kind is Kind.FORWARD else "gradients"
+        role = "gradients" if work.kind is Kind.BACKWARD else "activations"
         descriptor, buffer = work.buffers[role]
         values = np.frombuffer(buffer, dtype=np.float32)
         if values.size and values[0] == POISON:
             return InternalError("poisoned")
         stash = None if work.keep is Keep.NOTHING else EchoStash(len(buffer), work.keep, self)
-        answer = (values + 1 if work.kind is Kind.FORWARD else values).astype(np.float32)
+        answer = (values if work.kind is Kind.BACKWARD else values + 1).astype(np.float32)
         return Done({role: (descriptor, answer.data.cast("B"))}, stash)
 
 

@@ -125,6 +125,15 @@ class MemorySize(click.ParamType[int]):
     help="Memory for the keys and values of the texts that clients generate; 0: none are kept, and generation is slow.",
 )
 @click.option(
+    "--decode-share",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    default=0.5,
+    show_default=True,
+    show_envvar=True,
+    help="Part of the device's time for the texts that clients generate, while training waits too; it gets the rest. "
+    "If only one of them waits, it has the whole device.",
+)
+@click.option(
     "--max-batch-tokens",
     type=click.IntRange(1),
     show_envvar=True,
@@ -185,6 +194,7 @@ def trunkd(
     max_adapter_rank: int,
     no_adapters: bool,
     cache_memory: int,
+    decode_share: float,
     max_batch_tokens: int | None,
     merge_below_tokens: int | None,
     deterministic: str | None,
@@ -241,6 +251,7 @@ def trunkd(
             adapter_memory_bytes=0 if no_adapters else adapter_memory,
             max_adapter_rank=max_adapter_rank,
             cache_memory_bytes=cache_memory,
+            decode_share=decode_share,
             max_batch_tokens=max_batch_tokens,
             merge_below_tokens=merge_below_tokens,
             deterministic=deterministic == "packed",

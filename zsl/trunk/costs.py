@@ -71,17 +71,44 @@ def fit_graph_memory(samples: Sequence[tuple[int, int]]) -> GraphMemory:
     return GraphMemory(max(y2 - per_token * x2 - per_pair * x2 * x2, 0.0), per_token, per_pair)
 
 
+def with_room(tokens: int) -> int:
+    """Return for how many tokens a cache of `tokens` has memory: from 4 tokens up, at most a quarter more.
+
+    As a text grows, its keys and values are copied each time that this grows: four times while its length doubles.
+    """
+    step = 1 << max(tokens.bit_length() - 3, 0)
+    return (tokens // step + 1) * step
+
+
 @dataclass(frozen=True, slots=True)
 class CacheMemory:
     """Bytes of the keys and values of one token and row, and the window that they are kept for (None: all tokens), by
-    layer."""
+    layer. `has_room`: layers have memory for more tokens (`with_room`), in which the next ones are appended."""
 
     layers: tuple[tuple[int, int | None], ...]
+    has_room: bool = False
 
     def nbytes(self, rows: int, tokens: int, new_tokens: int) -> int:
         """Return the bytes of a cache of `tokens`, of which a request has just added `new_tokens`."""
-        kept = (size * (tokens if window is None else min(tokens, window + new_tokens)) for size, window in self.layers)
-        return rows * sum(kept)
+        return rows * sum(self._of_layers(tokens, new_tokens))
+
+    def added_nbytes(self, rows: int, tokens: int, new_tokens: int) -> int:
+        """Return the bytes that a request allocates which adds tokens behind all others of a cache, to have `tokens`.
+
+        A layer with a window is counted whole, as it is copied at times.
+        """
+        in_place = self.has_room and with_room(tokens - new_tokens) == with_room(tokens)
+        of_layers = self._of_layers(tokens, new_tokens)
+        return rows * sum(
+            nbytes
+            for nbytes, (_, window) in zip(of_layers, self.layers, strict=True)
+            if window is not None or not in_place
+        )
+
+    def _of_layers(self, tokens: int, new_tokens: int) -> list[int]:
+        kept = [tokens if window is None else min(tokens, window + new_tokens) for _, window in self.layers]
+        rooms = [with_room(each) if self.has_room else each for each in kept]
+        return [size * room for (size, _), room in zip(self.layers, rooms, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -121,6 +121,7 @@ class ServerSettings:
     none are accepted.
     `cache_memory_bytes`: memory of keys and values; 0: none are kept.
     `max_wait_seconds`: a request that has waited so long runs next, regardless of fairness.
+    `decode_share`: part of the device's time for decoding while training waits too, between 0 and 1.
     `stuck_seconds`: a pass that takes longer is considered hung; the daemon exits, so that another can take over.
     A session uses two connections: one for requests, one for heartbeats.
     """
@@ -134,6 +135,7 @@ class ServerSettings:
     max_inflight_bytes: int = 2 << 30
     max_total_inflight_bytes: int = 8 << 30
     max_wait_seconds: float = 10.0
+    decode_share: float = 0.5
     stash_memory_bytes: int = MOST_BYTES
     saves_graphs: bool = False
     reply_memory_bytes: int = 64 << 20

@@ -23,6 +23,7 @@ class Kind(Enum):
 
     FORWARD = "forward"
     BACKWARD = "backward"
+    DECODE = "forward behind a cache"  # a step of a generation, its prompt, or a piece of that
 
 
 class Keep(Enum):
@@ -122,7 +123,8 @@ class CacheUse:
     """Keys and values that a session's forward runs behind.
 
     `kept`: those before the request, in the computation's own form; None for a new cache. The request runs behind the
-    first `length` tokens of these `rows` (None: of all, in order). `nbytes`: size of the cache after it.
+    first `length` tokens of these `rows` (None: of all, in order). `nbytes`: size of the cache after it, of which
+    `added_nbytes` are not shared with the one before.
     """
 
     name: int
@@ -130,6 +132,7 @@ class CacheUse:
     length: int
     rows: tuple[int, ...] | None
     nbytes: int
+    added_nbytes: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -208,10 +208,9 @@ def _attend_behind_caches(
     module: nn.Module, query: torch.Tensor, attention_mask: CacheMasks, **arguments: Any
 ) -> torch.Tensor:
     """Compute attention of each request to its own keys and values: `[1, tokens, heads, dim]`."""
-    packed, outputs = attention_mask.packed, []
-    for q, (k, v), mask in zip(packed.rows_of(query), packed.pairs, attention_mask.masks, strict=True):
-        outputs.append(_attend(module, q, k, v, mask, invariant=False, **arguments).flatten(0, 1))
-    return torch.cat(outputs).unsqueeze(0)
+    packed = attention_mask.packed
+    each = zip(packed.rows_of(query), packed.pairs, attention_mask.masks, strict=True)
+    return packed.in_one_row([_attend(module, q, k, v, mask, invariant=False, **arguments) for q, (k, v), mask in each])
 
 
 def _rows_of(packed: torch.Tensor, start: int, group: Group) -> torch.Tensor:

@@ -89,7 +89,7 @@ class TorchCompute:
         # In the order in which merged adapters are stacked, so that the tokens of equal requests need no reordering.
         order = sorted(range(len(batch.works)), key=lambda index: self._serial(batch.works[index]))
         works = [batch.works[index] for index in order]
-        done: Sequence[Outcome] = self._forward(works) if batch.kind is Kind.FORWARD else self._backward(works)
+        done: Sequence[Outcome] = self._backward(works) if batch.kind is Kind.BACKWARD else self._forward(works)
         by_index = dict(zip(order, done, strict=True))
         return [by_index[index] for index in range(len(order))]
 

@@ -1,12 +1,11 @@
-"""Keys and values of the cut's layers, in transformers' own cache layers, so that windows are those of a local model.
+"""Keys and values of the cut's layers, in cache layers of transformers, so that windows are those of a local model.
 
-Pure torch. A cache is never changed: a request runs on a copy of its layers, which shares the tensors, as transformers
-replaces those and does not write into them. So a failed pass leaves its caches as they were.
+Pure torch. A cache is never changed: a request runs on a copy of its layers, which shares the tensors and writes only
+behind their tokens. So a failed pass leaves its caches as they were.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +21,7 @@ from transformers.cache_utils import (
 )
 
 from zsl.errors import UnknownCacheError
+from zsl.trunk.compute.growing_layers import GrowingLayer, GrowingWindowLayer
 from zsl.trunk.costs import CacheMemory
 from zsl.wire.messages import Cut
 
@@ -37,10 +37,11 @@ class KeysAndValues:
 
         Raises `UnknownCacheError` if a sliding window has left them behind.
         """
-        layers = tuple(copy.copy(layer) for layer in self.layers)
+        layers = tuple(layer.copied() for layer in self.layers)
+        chosen = None if rows is None else torch.tensor(rows)
         for layer in layers:
-            if rows is not None:
-                layer.reorder_cache(torch.tensor(rows))
+            if chosen is not None:
+                layer.reorder_cache(chosen)
             excess = layer.get_seq_length() - length
             if layer.is_sliding and layer.keys.shape[-2] - excess < min(length, layer.sliding_window - 1):
                 raise UnknownCacheError()
@@ -61,7 +62,8 @@ class KeysAndValues:
                     layer.sliding_window - 1 if layer.is_sliding else None,
                 )
                 for layer in self.layers
-            )
+            ),
+            has_room=True,
         )
 
 
@@ -70,10 +72,12 @@ def no_keys_and_values(config: PreTrainedConfig, cut: Cut) -> KeysAndValues | No
     layers = DynamicCache(config=config).layers[cut.start : cut.stop]
     if any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
         return None
-    for layer in layers:
-        if isinstance(layer, DynamicSlidingWindowLayer):
-            layer.activate_past_recording()  # so that the tokens of the last request can be taken back
-    return KeysAndValues(tuple(layers))
+    return KeysAndValues(
+        tuple(
+            GrowingWindowLayer(layer.sliding_window) if isinstance(layer, DynamicSlidingWindowLayer) else GrowingLayer()
+            for layer in layers
+        )
+    )
 
 
 @dataclass(slots=True)
@@ -89,6 +93,10 @@ class PackedCaches:
     masks: tuple[torch.Tensor | None, ...]
     pairs: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     sized: tuple[Any, ...] = ()
+    _sizes: list[int] = field(init=False)  # tokens of each request, in all its rows
+
+    def __post_init__(self) -> None:
+        self._sizes = [rows * tokens for rows, tokens in self.shapes]
 
     def in_model(self, cut: Cut, layers: int) -> Cache:
         """Return a cache of all layers of the model, with nothing outside the cut."""
@@ -97,8 +105,15 @@ class PackedCaches:
 
     def rows_of(self, packed: torch.Tensor) -> list[torch.Tensor]:
         """Split `[1, heads, all tokens, dim]` into `[rows, heads, tokens, dim]` of each request."""
-        parts = packed[0].split([rows * tokens for rows, tokens in self.shapes], dim=1)
-        return [part.unflatten(1, shape).transpose(0, 1) for part, shape in zip(parts, self.shapes, strict=True)]
+        parts = packed.split_with_sizes(self._sizes, 2)
+        return [
+            part if shape[0] == 1 else part[0].unflatten(1, shape).transpose(0, 1)
+            for part, shape in zip(parts, self.shapes, strict=True)
+        ]
+
+    def in_one_row(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Join `[rows, tokens, heads, dim]` of each request to `[1, all tokens, heads, dim]`."""
+        return torch.cat([part if part.shape[0] == 1 else part.flatten(0, 1).unsqueeze(0) for part in parts], 1)
 
 
 class _PackedLayer(DynamicLayer):

@@ -58,6 +58,7 @@ class DaemonOptions:
     adapter_memory_bytes: int
     max_adapter_rank: int
     cache_memory_bytes: int
+    decode_share: float
     max_batch_tokens: int | None
     merge_below_tokens: int | None
     deterministic: bool
@@ -103,6 +104,7 @@ async def _serve(plan: TrunkPlan, options: DaemonOptions, loading: Loading, hang
         adapter_memory_bytes=options.adapter_memory_bytes,
         max_adapter_rank=options.max_adapter_rank,
         cache_memory_bytes=options.cache_memory_bytes,
+        decode_share=options.decode_share,
     )
     server = TrunkServer(
         plan.info,

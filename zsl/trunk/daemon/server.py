@@ -194,6 +194,7 @@ class TrunkServer:
         scheduler = Scheduler(
             max_batch_tokens=min(traits.batch_limits.max_batch_tokens, granted),
             max_wait_seconds=settings.max_wait_seconds,
+            decode_share=settings.decode_share,
             costs=traits.costs,
         )
         credit = Credit(settings.max_inflight_requests, settings.max_inflight_bytes, settings.max_total_inflight_bytes)

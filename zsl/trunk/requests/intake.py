@@ -14,7 +14,7 @@ from zsl.trunk.requests.adapter_intake import AdapterIntake
 from zsl.trunk.requests.request_table import Request
 from zsl.trunk.requests.reveal import asked_reveals, check_answer_size, check_gradients, taken_gradients
 from zsl.trunk.requests.validate import cache_rows, check_backward, check_forward, sharing_behind_cache, sharing_of
-from zsl.trunk.scheduling.scheduler import Job
+from zsl.trunk.scheduling.jobs import KINDS, Job
 from zsl.trunk.sessions.cache_store import CacheStore
 from zsl.trunk.sessions.sessions import Session
 from zsl.trunk.settings import TrunkInfo, TrunkTraits
@@ -49,7 +49,7 @@ class Intake:
                     raise DrainingError()
                 if header.keep and self.info.forward_only:
                     raise ForwardOnlyError()
-                kind, keep, cost = Kind.FORWARD, header.keep, self.traits.costs.forward
+                kind, keep = Kind.FORWARD if header.cache is None else Kind.DECODE, header.keep
                 reveals = asked_reveals(header, self.info)
                 shape = check_forward(buffers, hidden_size, self.limits, prefix, header.cache)
                 cache = self._cache(session, header, shape, buffers)
@@ -58,7 +58,7 @@ class Intake:
             case Backward():
                 if self.info.forward_only:
                     raise ForwardOnlyError()
-                kind, keep, cost = Kind.BACKWARD, False, self.traits.costs.backward
+                kind, keep = Kind.BACKWARD, False
                 if "activations" not in buffers:
                     held = session.held.get(header.step)
                 of_revealed = taken_gradients(buffers, self.info)
@@ -79,7 +79,7 @@ class Intake:
             kind=kind,
             tokens=shape.total_tokens,
             merge_key=None if sharing == Alone() else sharing,
-            cost_seconds=cost.seconds(shape.total_tokens),
+            cost_seconds=KINDS[kind].cost(self.traits.costs).seconds(shape.total_tokens),
             deadline=now + header.budget_ms / 1000,
         )
         return Request(

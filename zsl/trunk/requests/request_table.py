@@ -21,7 +21,8 @@ from zsl.errors import CancelledByClientError, MalformedError, WireError
 from zsl.trunk.adapter import AdapterUse
 from zsl.trunk.requests.credit import Credit, InFlight
 from zsl.trunk.requests.reply_cache import ReplyCache, asked_by
-from zsl.trunk.scheduling.scheduler import Job, Scheduler
+from zsl.trunk.scheduling.jobs import Job
+from zsl.trunk.scheduling.scheduler import Scheduler
 from zsl.trunk.sessions.adapter_store import AdapterStore
 from zsl.trunk.sessions.cache_store import CacheStore
 from zsl.trunk.sessions.sessions import Session, Sessions

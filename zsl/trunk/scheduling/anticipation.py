@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from itertools import count
 
 from zsl.trunk.costs import Costs
+from zsl.trunk.scheduling.jobs import KINDS
 from zsl.trunk.work import Kind
 
 MEAN_GAIN, DEVIATION_GAIN = 1 / 8, 1 / 4  # Jacobson's
@@ -65,8 +66,7 @@ class Anticipation:
     """Estimates when clients send their next jobs. Merged jobs share the fixed cost of a pass."""
 
     def __init__(self, costs: Costs) -> None:
-        backward = min(costs.backward.fixed_seconds, costs.backward_from_linear_outputs.fixed_seconds)
-        self._fixed_seconds = {Kind.FORWARD: costs.forward.fixed_seconds, Kind.BACKWARD: backward}
+        self._saved_seconds = {kind: traits.saved_seconds(costs) for kind, traits in KINDS.items()}
         self._clients: defaultdict[Hashable, _Client] = defaultdict(_Client)
         self._expected: defaultdict[_Pass, list[_Expected]] = defaultdict(list)  # soonest first
         self._ties = count()
@@ -108,7 +108,7 @@ class Anticipation:
 
         The delay is for the first n expected jobs, with the n of the largest gain.
         """
-        share = WORTHWHILE_SHARE * self._fixed_seconds[kind]
+        share = WORTHWHILE_SHARE * self._saved_seconds[kind]
         best_gain, until, last = 0.0, None, now
         for number, (when, _, latest, tokens) in enumerate(self._next_expected((kind, merge_key), now), start=1):
             room_tokens -= tokens
@@ -122,7 +122,7 @@ class Anticipation:
 
     def longest_wait_seconds(self, kind: Kind) -> float:
         """Return the upper bound of a delay: the time that merging can save, however many jobs are expected in turn."""
-        return self._fixed_seconds[kind]
+        return self._saved_seconds[kind]
 
     def _next_expected(self, where: _Pass, now: float) -> list[_Expected]:
         """Return the soonest expected jobs, and remove overdue ones."""

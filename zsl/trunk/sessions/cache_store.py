@@ -1,10 +1,11 @@
 """Store of caches: keys and values of the trunk's layers, within the daemon's memory and the quotas of tenants. Pure.
 
-A client that lost a cache sends the trunk's inputs again. Memory is reserved before a request runs: for the cache that
-it makes, beside the one that it continues. A cache with a request in the daemon stays. An owner (a tenant; without
-keys, a session) loses the others, the least recently used first, to its own requests. It loses them to those of another
-owner if it has not used them for `QUIET_SECONDS`, if it holds more than twice the memory of the other, or, else, to
-older caches of the other. So two that both need more memory never wait for each other, nor take it in turn.
+A client that lost a cache sends the trunk's inputs again. Memory is reserved before a request runs: that of the cache
+that it makes, less the part that it shares with the one that it continues. A cache with a request in the daemon stays.
+An owner (a tenant; without keys, a session) loses the others, the least recently used first, to its own requests. It
+loses them to those of another owner if it has not used them for `QUIET_SECONDS`, if it holds more than twice the memory
+of the other, or, else, to older caches of the other. So two that both need more memory never wait for each other, nor
+take it in turn.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ class CacheStore:
                 raise MalformedError("a new cache is named by its first request, and holds nothing before it")
             if entry is not None and entry.reserved is not None:
                 raise UnknownCacheError()
-            return CacheUse(used.name, None, 0, None, nbytes)
+            return CacheUse(used.name, None, 0, None, nbytes, nbytes)
         if entry is None or entry.version != used.version or entry.reserved is not None or entry.dropped:
             raise UnknownCacheError()
         if not 0 < used.length <= entry.length:
@@ -88,7 +89,10 @@ class CacheStore:
             raise BadShapeError(f"the cache has {entry.rows} rows, row {max(kept_rows)} is asked for")
         if rows != (entry.rows if kept_rows is None else len(kept_rows)):
             raise BadShapeError(f"{rows} rows of activations for a cache of {entry.rows}")
-        return CacheUse(used.name, entry.kept, used.length, kept_rows, nbytes)
+        added = nbytes
+        if kept_rows is None and used.length == entry.length:
+            added = memory.added_nbytes(rows, used.length + tokens, tokens)
+        return CacheUse(used.name, entry.kept, used.length, kept_rows, nbytes, added)
 
     def begin_request(self, session: Session, use: CacheUse, now: float) -> None:
         """Reserve the memory of a request, and keep its cache until `end_request`.
@@ -100,22 +104,22 @@ class CacheStore:
             self.drop(session, use.name)  # a request that comes again
         held = 0 if use.kept is None else self._entries[key].nbytes
         quota = self._quota(session)
-        if held + use.nbytes > quota:
+        if held + use.added_nbytes > quota:
             raise TooLargeError(
                 f"a cache of {use.nbytes} bytes, beside its last form of {held}, is over the {quota} that are granted: "
                 "generate with fewer rows or tokens, with use_cache=False, or start the daemon with more --cache-memory"
             )
-        while self._of_owner[session.owner] + use.nbytes > quota:
-            self._evict_one(session, key, use.nbytes, now, of_owner_only=True)
-        while self.nbytes + use.nbytes > self._memory_bytes:
-            self._evict_one(session, key, use.nbytes, now, of_owner_only=False)
+        while self._of_owner[session.owner] + use.added_nbytes > quota:
+            self._evict_one(session, key, use.added_nbytes, now, of_owner_only=True)
+        while self.nbytes + use.added_nbytes > self._memory_bytes:
+            self._evict_one(session, key, use.added_nbytes, now, of_owner_only=False)
         if use.kept is None:
             self._entries[key] = _Entry(session.owner, next(self._births), now)
             self._of_session.setdefault(session.id, set()).add(use.name)
         entry = self._entries[key]
-        entry.last_used, entry.reserved = now, use.nbytes
+        entry.last_used, entry.reserved = now, use.added_nbytes
         self._entries.move_to_end(key)
-        self._count(entry, use.nbytes)
+        self._count(entry, use.added_nbytes)
 
     def end_request(self, session: Session, use: CacheUse, kept: object | None, *, rows: int, tokens: int) -> None:
         """Keep what a request of `rows` x `tokens` made; with None, what there was before it."""
