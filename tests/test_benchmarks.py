@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from support.data import write_model
 from support.models import CUT
 from support.pages import PAGES, options_of_command
 
@@ -24,8 +25,8 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 RUN_SECONDS = 400  # a minute at most, where no one else uses the cores
 
 TINY = ["--model", "LLAMA", "--cut", CUT, "--threads", "1"]
-# By benchmark: its options (LLAMA is a checkpoint, HERE the test's directory), columns that say what it found, and its
-# files beside the first, which is its own name's with .json.
+# By benchmark: its options (LLAMA is a checkpoint, CHAT one with a tokenizer, HERE the test's directory), columns that
+# say what it found, and its files beside the first, which is its own name's with .json.
 RUNS: dict[str, tuple[list[str], set[str], list[str]]] = {
     "adapter_bytes": (
         [*TINY, "--size", "1x4", "--micro-batches", "2", "--steps", "1"],
@@ -77,6 +78,11 @@ RUNS: dict[str, tuple[list[str], set[str], list[str]]] = {
         [*TINY, "--clients", "1", "--size", "1x4", "--stash-memory", "64MiB"],
         {"daemon_mib", "clients_mib", "over_local", "steps"},
         ["memory.log"],
+    ),
+    "serve_streams": (
+        ["--model", "CHAT", "--cut", CUT, "--threads", "1", "--seconds", "5", "--streams", "12", "--tokens", "8"],
+        {"what", "number"},
+        [],
     ),
     "small_steps": (["--seconds", "0.1", "--rounds", "1"], {"over_local", "middle_half"}, ["small_steps.png"]),
     "soak": (["--minutes", "0.1", "--clients", "2"], {"what", "number"}, []),
@@ -145,7 +151,10 @@ def test_a_benchmark_writes_its_table_and_its_plot(name: str, checkpoints: Calla
     llama, here = str(checkpoints("llama", max_position_embeddings=4096)), str(tmp_path)  # budget has rows of 4,096
     (tmp_path / "run.toml").write_text(CONFIG.replace("LLAMA", llama))
     command = [sys.executable, str(BENCHMARKS / f"{name}.py"), "--out", str(tmp_path / "out")]
-    command += [option.replace("LLAMA", llama).replace("HERE", here) for option in options]
+    places = {"LLAMA": llama, "HERE": here, "CHAT": str(write_model(tmp_path)) if "CHAT" in options else ""}
+    for word, place in places.items():
+        options = [option.replace(word, place) for option in options]
+    command += options
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path, start_new_session=True
     ) as process:

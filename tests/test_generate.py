@@ -14,6 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 import zsl
 from support import batches
 from support.embedded import served
+from support.logprobs import sampled_and_trained
 from support.models import local_model, tiny_model, with_lora
 from zsl.errors import ModelError
 
@@ -196,6 +197,21 @@ def test_adapters_that_are_switched_off_or_changed_between_tokens_work_as_locall
                 run(slice(6, 9))
             results.append(found)
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results, strict=True))
+
+
+def test_log_probabilities_while_sampling_are_those_of_the_training_forward_but_for_rounding(
+    checkpoints: Callable[..., Path],
+) -> None:
+    """And by the very rounding of the whole local model; 0 where both compute tensors of the same shapes."""
+    path, begin = str(checkpoints("llama", **SHARP)), batches.tokens(2, 8)
+    with served(path) as endpoint, zsl.RemoteTrunk(endpoint) as trunk:
+        split, whole = (with_lora(one, layers=range(6)) for one in (zsl.load_client(path, trunk), local_model(path)))
+        for use_cache in (True, False):
+            sampled, trained = sampled_and_trained(split, begin, 12, use_cache=use_cache)
+            assert 0 < (sampled - trained).abs().max() < 5e-5
+            locally = sampled_and_trained(whole, begin, 12, use_cache=use_cache)
+            assert torch.equal(sampled, locally[0]) and torch.equal(trained, locally[1])
+        assert torch.equal(*sampled_and_trained(split, begin, 4, use_cache=False, prefixes=True))
 
 
 def test_a_cache_that_cannot_be_followed_is_refused_by_name(split: PreTrainedModel) -> None:

@@ -27,7 +27,9 @@ from zsl.client.replayable_step import Answer, read_answer
 from zsl.errors import ModelError, TooLargeError
 from zsl.split.cut import parse_cut
 from zsl.trunk.daemon.load import plan_trunk
+from zsl.trunk.sessions.sessions import Session
 from zsl.trunk.settings import ServerSettings
+from zsl.trunk.work import CacheUse
 from zsl.wire.frames import Message
 from zsl.wire.messages import Role
 
@@ -128,18 +130,19 @@ def test_a_daemon_that_is_killed_within_a_text_costs_time_only(
 @pytest.mark.parametrize(
     "how", [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 3}], ids=["greedy", "beams", "lookup"]
 )
-def test_keys_and_values_that_are_lost_again_and_again_change_no_token(
-    served: tuple[EchoServer, Any], whole: PreTrainedModel, how: dict[str, Any]
+def test_keys_and_values_that_are_lost_after_each_request_change_no_token(
+    served: tuple[EchoServer, Any], whole: PreTrainedModel, how: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server, split = served
+    caches = server.server.caches
+    end_request = caches.end_request
 
-    class Losses(At):
-        def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-            for session in server.server.sessions:
-                server.loop.call_soon_threadsafe(server.server.caches.close, session)
-            return scores
+    def end_and_lose(session: Session, use: CacheUse, kept: object | None, **sizes: int) -> None:
+        end_request(session, use, kept, **sizes)
+        caches.close(session)
 
-    assert text(split, at=Losses(0, lambda: None), **how) == text(whole, **how)
+    monkeypatch.setattr(caches, "end_request", end_and_lose)
+    assert text(split, **how) == text(whole, **how)
 
 
 def test_tokens_of_other_adapters_are_computed_again_with_theirs(

@@ -1,4 +1,4 @@
-"""TRL's trainers for preferences and rewards, several at once against one daemon: each trains as on its local model."""
+"""TRL's trainers for preferences and rewards, alone and several at once: each trains as on its local model."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ STEPS, TRAINERS = 12, 4
 TOLERANCE = 1e-5  # of losses and norms; relative where they are over 1
 WAIT_SECONDS = 140.0
 
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["support.trl_trainer"])
+
 
 @pytest.mark.long
 @pytest.mark.parametrize("kind", ["grpo", "dpo"])
@@ -25,17 +28,28 @@ def test_four_trainers_at_once_have_the_local_losses_and_gradient_norms(
 ) -> None:
     locals_ = [Task(kind, str(checkpoints("llama")), None, tmp_path, STEPS, seed) for seed in range(TRAINERS)]
     splits = [replace(task, endpoint=serve("llama").endpoint) for task in locals_]
-    forks = multiprocessing.get_context("forkserver")
-    forks.set_forkserver_preload(["support.trl_trainer"])
-    with forks.Pool(TRAINERS) as processes:
+    with FORKS.Pool(TRAINERS) as processes:
         expected = processes.map_async(train, locals_, chunksize=1).get(WAIT_SECONDS)
         found = processes.map_async(train, splits, chunksize=1).get(WAIT_SECONDS)
-    assert len({tuple(log) for log in expected}) == TRAINERS, "each has data of its own"
+    assert len({tuple(record.steps) for record in expected}) == TRAINERS, "each has data of its own"
     wrong = [
         (trainer, step, ours, theirs)
-        for trainer, logs in enumerate(zip(found, expected, strict=True))
-        for step, (ours, theirs) in enumerate(zip(*logs, strict=True))
+        for trainer, (split, whole) in enumerate(zip(found, expected, strict=True))
+        for step, (ours, theirs) in enumerate(zip(split.steps, whole.steps, strict=True))
         if not all(abs(a - b) <= TOLERANCE * max(1.0, abs(b)) for a, b in zip(ours, theirs, strict=True))
     ]
-    assert [len(log) for log in found] == [STEPS] * TRAINERS
+    assert [len(record.steps) for record in found] == [STEPS] * TRAINERS
     assert wrong == []
+
+
+@pytest.mark.long
+def test_twenty_steps_of_grpo_alone_have_the_local_losses_gradient_norms_and_texts(
+    serve: Callable[..., Daemon], checkpoints: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Bit for bit, by a daemon that computes with as many threads."""
+    local = Task("grpo", str(checkpoints("llama")), None, tmp_path, 20, seed=0)
+    split = replace(local, endpoint=serve("llama", "--threads", "1").endpoint)
+    with FORKS.Pool(1) as process:
+        expected, found = (process.apply_async(train, [task]).get(WAIT_SECONDS) for task in (local, split))
+    assert found == expected
+    assert len(found.steps) == 20 < len(set(found.completions))

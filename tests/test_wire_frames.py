@@ -151,6 +151,7 @@ HEADERS: list[Header] = [
         queued_requests=0,
         held_bytes=0,
         adapter_bytes=0,
+        cache_bytes=0,
     ),
 ]
 

@@ -1,11 +1,11 @@
-"""Trainings by TRL's own GRPOTrainer and DPOTrainer, as they are: the log of one, on a split or a local model."""
+"""Trainings by TRL's own GRPOTrainer and DPOTrainer, as they are: the record of one, on a split or a local model."""
 
 from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from datasets import Dataset, disable_progress_bars
@@ -32,8 +32,15 @@ class Task:
     seed: int
 
 
-def train(task: Task) -> list[tuple[float, float]]:
-    """Loss and gradient norm of each step. In a process of its own: it changes what warns and what is printed."""
+class Record(NamedTuple):
+    """Loss and gradient norm of each step, and the texts that were sampled."""
+
+    steps: list[tuple[float, float]]
+    completions: list[str]
+
+
+def train(task: Task) -> Record:
+    """Train, and return the record. In a process of its own: it changes what warns and what is printed."""
     torch.set_num_threads(1)
     disable_progress_bar()
     disable_progress_bars()
@@ -41,16 +48,23 @@ def train(task: Task) -> list[tuple[float, float]]:
     warnings.simplefilter("ignore")
     trunk = zsl.RemoteTrunk(task.endpoint) if task.endpoint else None
     model = with_lora(local_model(task.model) if trunk is None else zsl.load_client(task.model, trunk))
+    completions: list[str] = []
     try:
-        trainer = _grpo(task, model) if task.kind == "grpo" else _dpo(task, model)
+        trainer = _grpo(task, model, completions) if task.kind == "grpo" else _dpo(task, model)
         trainer.train()
     finally:
         if trunk is not None:
             trunk.close()
-    return [(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "loss" in entry]
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return Record([(entry["loss"], entry["grad_norm"]) for entry in logged], completions)
 
 
-def _grpo(task: Task, model: Any) -> GRPOTrainer:
+def _grpo(task: Task, model: Any, noted: list[str]) -> GRPOTrainer:
+    def reward(completions: list[str], **_: Any) -> list[float]:
+        """Rarely equal for two texts: without an advantage the gradient is rounding alone, which Adam enlarges."""
+        noted.extend(completions)
+        return [sum(completion.encode()) % 997 / 997 for completion in completions]
+
     arguments = GRPOConfig(
         **_common(task),
         num_generations=2,
@@ -59,7 +73,7 @@ def _grpo(task: Task, model: Any) -> GRPOTrainer:
     )
     return GRPOTrainer(
         model=model,
-        reward_funcs=_reward,
+        reward_funcs=reward,
         args=arguments,
         train_dataset=Dataset.from_dict({"prompt": [_text(task, n, 2 + 5 * n % 9) for n in range(SAMPLES)]}),
         processing_class=tiny_tokenizer(),
@@ -102,8 +116,3 @@ def _common(task: Task) -> dict[str, Any]:
 def _text(task: Task, number: int, length: int) -> str:
     """Text of `length` words, with other words for each task."""
     return words(*range(31 * task.seed + number, 31 * task.seed + number + length))
-
-
-def _reward(completions: list[str], **_: Any) -> list[float]:
-    """Rarely equal for two completions: without an advantage the gradient is rounding alone, which Adam enlarges."""
-    return [sum(completion.encode()) % 997 / 997 for completion in completions]

@@ -63,7 +63,10 @@ class Serving:
             ("queued", counted(status.queued_requests, "request")),
             (
                 "held",
-                f"{in_units(status.held_bytes)} for pending backwards, {in_units(status.adapter_bytes)} for adapters",
+                (
+                    f"{in_units(status.held_bytes)} for pending backwards, {in_units(status.adapter_bytes)} for "
+                    f"adapters, {in_units(status.cache_bytes)} for generations"
+                ),
             ),
             ("round trip", f"{self.round_trip_seconds * 1000:.2f} ms"),
             ("software", f"zsl {status.software}"),

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, DummyLayer, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from zsl.client.replayable_step import CallAdapter, HeldCache, Step
+from zsl.client.replayable_step import Answer, CallAdapter, HeldCache, Step
 from zsl.client.trunk_client import TrunkClient
 from zsl.errors import ModelError, UnknownCacheError
 from zsl.wire.messages import Cut, Reveal
@@ -66,10 +66,11 @@ class TrunkCache:
         attention_mask: torch.Tensor | None,  # [rows, tokens with those in the cache]
         edit: tuple[int, Sequence[int]],
         reveal: Sequence[Reveal],
-    ) -> list[Step]:
-        """Run new tokens behind those of the cache, which has had this edit. Return their forwards, in order.
+    ) -> tuple[torch.Tensor, Answer]:
+        """Run new tokens behind those of the cache, which has had this edit. Return their output, and the last answer.
 
-        Raises `ZslError`; the keys and values are computed again then, if they are needed.
+        Lost keys and values are computed again in the request of the new tokens, so that they cannot be lost again
+        before it. Raises `ZslError`; they are computed again then, if they are needed.
         """
         length, rows = edit
         edited = self._edited(length, rows)
@@ -79,22 +80,29 @@ class TrunkCache:
         for losses in count():
             if held is None or not length or not client.has(held):
                 held, kept = client.new_cache(), None
+            if held.length >= length:
+                first, last = [], new
+            elif reveal:
+                first, last = edited._joined(), new
+            else:
+                *first, last = edited._followed_by(new)._joined()
             try:
-                if held.length < length:
-                    for piece in edited._joined():
-                        _send(client, held, piece, attention_mask, most=most)
-                held.length = length
+                for piece in first:
+                    _send(client, held, piece, attention_mask, most=most)
+                held.length = min(held.length, length)
                 whole = max(most, new.tokens) if reveal else most  # what is revealed comes in one answer
-                steps = _send(client, held, new, attention_mask, kept, reveal, most=whole)
+                steps = _send(client, held, last, attention_mask, kept, reveal, most=whole)
                 break
             except UnknownCacheError:
                 if losses == MAX_LOSSES:
                     raise
                 held = None
-        every = torch.arange(new.activations.shape[0]).unsqueeze(0)
-        self._pieces, self._held = [*edited._pieces, new], held
-        self._rows = torch.cat([edited._rows, every]) if edited._pieces else every
-        return steps
+        whole_text = edited._followed_by(new)
+        self._pieces, self._rows, self._held = whole_text._pieces, whole_text._rows, held
+        output = steps[0].output if len(steps) == 1 else torch.cat([step.output for step in steps], 1)
+        answer = steps[-1].answer
+        assert answer is not None
+        return output[:, -new.tokens :], answer
 
     def _edited(self, length: int, rows: Sequence[int]) -> TrunkCache:
         """Return the first `length` tokens of these rows, which may be repeated."""
@@ -110,6 +118,14 @@ class TrunkCache:
             excess -= last.tokens
         edited._rows = self._rows[: len(edited._pieces), torch.tensor(rows)]
         return edited
+
+    def _followed_by(self, new: Piece) -> TrunkCache:
+        """Return the inputs of these tokens and of new ones."""
+        every = torch.arange(new.activations.shape[0]).unsqueeze(0)
+        longer = TrunkCache()
+        longer._pieces = [*self._pieces, new]
+        longer._rows = torch.cat([self._rows, every]) if self._pieces else every
+        return longer
 
     def _joined(self) -> list[Piece]:
         """Return the pieces with the rows of the cache, those side by side with one adapter joined."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -64,16 +64,14 @@ class Call:
         piece = Piece(activations.clone(), self.crossing.position_ids, self.adapter)
         of_trunk, edit = trunk_cache_of(cache, cut), edit_of(cache, cut)
         with self._noted("forward"):
-            steps = of_trunk.forward(self.client, piece, self.crossing.attention_mask, edit, self.reveal)
-            results = self._results(steps, hidden_states)
+            sent = of_trunk.forward(self.client, piece, self.crossing.attention_mask, edit, self.reveal)
+            results = self._results(*sent, hidden_states)
         note_forward(cache, cut, hidden_states)
         return results
 
-    def _results(self, steps: Sequence[Step], hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Return the output of forwards of one batch, and what the last of them reveals."""
-        output = steps[0].output if len(steps) == 1 else torch.cat([step.output for step in steps], 1)
-        output, last = self.crossing.received(output, hidden_states), steps[-1].answer
-        revealed = {} if last is None else last.revealed
+    def _results(self, output: torch.Tensor, answer: Answer, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return the output of a batch, as it came back, and what its answer reveals."""
+        output, revealed = self.crossing.received(output, hidden_states), answer.revealed
         check_shapes(revealed, hidden_states, self.client.welcome.cut)
         return (output, *(revealed[name].to(output) for name in self.reveal))
 
@@ -81,7 +79,8 @@ class Call:
         activations = self.crossing.sent(hidden_states.detach())
         with self._noted("forward"):
             step = self.crossing.forward(self.client, activations, keep=keep, adapter=self.adapter, reveal=self.reveal)
-            return step, self._results([step], hidden_states)
+            assert step.answer is not None
+            return step, self._results(step.output, step.answer, hidden_states)
 
     def in_lane(self, lane: Lane[Any], hidden_states: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
         """Run one of several overlapped micro-batches. Return a leaf, whose gradient is sent to the trunk later."""

@@ -416,6 +416,7 @@ class Status(Header):
     queued_requests: Count
     held_bytes: Count  # of steps, for pending backwards
     adapter_bytes: Count
+    cache_bytes: Count  # of keys and values of generations
 
 
 # Messages that each end may receive. STATUS is the one type with a schema for each direction.

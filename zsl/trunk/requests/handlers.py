@@ -259,6 +259,7 @@ class Handlers:
             queued_requests=self._requests.queued,
             held_bytes=self._sessions.held_bytes,
             adapter_bytes=self._intake.adapters.nbytes,
+            cache_bytes=self._intake.caches.nbytes,
         )
         self._answers.send(sender.peer, status)
 

@@ -51,6 +51,7 @@ def status_for(
     queued_requests: int,
     held_bytes: int,
     adapter_bytes: int,
+    cache_bytes: int,
 ) -> Status:
     """Build the STATUS: the served trunk, and the load of the daemon."""
     return Status(
@@ -67,4 +68,5 @@ def status_for(
         queued_requests=queued_requests,
         held_bytes=held_bytes,
         adapter_bytes=adapter_bytes,
+        cache_bytes=cache_bytes,
     )
