@@ -69,6 +69,7 @@ def _serve(given: dict[str, Any]) -> None:
             adapter_memory_bytes=settings.adapter_memory_bytes,
             max_adapter_rank=settings.max_adapter_rank,
             cache_memory_bytes=settings.cache_memory_bytes,
+            decode_share=settings.decode_share,
             max_batch_tokens=limits.get("max_batch_tokens"),
             merge_below_tokens=limits.get("merge_below_tokens"),
             deterministic=given["deterministic"],

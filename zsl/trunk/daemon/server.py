@@ -188,7 +188,7 @@ class TrunkServer:
         """Build the parts that serve this computation, and begin to receive."""
         settings, traits = self._settings, compute.traits
         if settings.saves_graphs:
-            self._sessions.graph_memory_bytes = default_graph_memory(traits.weight_bytes)
+            self.sessions.graph_memory_bytes = default_graph_memory(traits.weight_bytes)
         granted = settings.granted_tokens(self.info, traits.pass_memory)
         limits = settings.limits(self.info).model_copy(update={"max_request_tokens": granted})
         scheduler = Scheduler(
