@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -10,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -98,3 +100,24 @@ def test_it_serves_only_its_parent_and_tells_its_end(
         trunk._reader.join(WAIT_SECONDS)
     told = [record for record in caplog.records if record.levelno == logging.ERROR]
     assert len(told) == 1 and "SIGKILL" in told[0].getMessage()
+
+
+def test_its_log_becomes_that_of_the_command(
+    caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Lines as its process writes them, and lines that libraries print."""
+    entry = {"logger": "zsl.trunk.daemon.server", "level": "warning", "message": "told", "exception": "Traceback: here"}
+    others = [{**entry, "level": "info"}, {**entry, "logger": "transformers"}, {**entry, "logger": "py.warnings"}]
+    written = [
+        "print",
+        '{"a": 1}',
+        *map(json.dumps, [entry, *others, {**entry, "logger": "asyncio", "level": "error"}]),
+    ]
+    trunk = EmbeddedTrunk("random:gpt2", None, "float32")
+    trunk._process = SimpleNamespace(stdout=[f"{line}\n".encode() for line in written], wait=lambda: 1)  # type: ignore
+    trunk._read()
+    told = [(record.name, record.getMessage(), record.exc_text) for record in caplog.records]
+    assert told == [(name, "told", "Traceback: here") for name in ("zsl.trunk.daemon.server", "asyncio")]
+    assert capsys.readouterr().err == 'print\n{"a": 1}\n'
+    with pytest.raises(StartupError, match="exit code 1"):
+        trunk.endpoint  # noqa: B018

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import threading
 from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -76,11 +77,9 @@ class EmbeddedTrunk:
         self._reader.start()
         assert self._process.stdin is not None
         options = {**self._options, "keys": str(self._keys), "parent": os.getpid()}
-        try:
+        with suppress(BrokenPipeError):  # it has ended: `endpoint` raises
             self._process.stdin.write(json.dumps(options).encode() + b"\n")
             self._process.stdin.flush()
-        except BrokenPipeError:
-            pass  # it has ended: `endpoint` raises
         return self
 
     def __exit__(
@@ -99,9 +98,10 @@ class EmbeddedTrunk:
         """Read what the daemon writes: that it is ready, the error that ended it, and lines of its log."""
         assert self._process.stdout is not None
         for line in self._process.stdout:
-            entry = _json_object(line)
+            entry = _entry(line)
             if entry is None:
-                sys.stderr.write(line.decode(errors="backslashreplace"))
+                with suppress(AttributeError, OSError):  # standard error may be closed
+                    sys.stderr.write(line.decode(errors="backslashreplace"))
             elif entry.get("event") == "ready":
                 self._ready.set_result(entry["endpoint"])
             elif entry.get("event") == "failed" and not self._ready.done():
@@ -118,13 +118,14 @@ class EmbeddedTrunk:
             logger.error("the embedded trunk has ended: %s; start the command again", ended)
 
 
-def _json_object(line: bytes) -> dict[str, Any] | None:
-    """Return the object in a line, or None for a line of another kind, as libraries print."""
+def _entry(line: bytes) -> dict[str, Any] | None:
+    """Return the event or log line in a line; None for a line of another kind, as libraries print."""
     try:
         entry = json.loads(line)
     except ValueError:
         return None
-    return entry if isinstance(entry, dict) else None
+    is_one = isinstance(entry, dict) and ("event" in entry or {"logger", "level", "message"} <= entry.keys())
+    return entry if is_one else None
 
 
 def _error_of(entry: dict[str, Any]) -> ZslError:
@@ -136,8 +137,8 @@ def _error_of(entry: dict[str, Any]) -> ZslError:
 
 
 def _log(entry: dict[str, Any]) -> None:
-    """Log a daemon's log line here, if lines of its logger and level are."""
+    """Log a daemon's log line here, if lines of its logger and level are; of other libraries, errors only."""
     origin, level = logging.getLogger(entry["logger"]), getattr(logging, entry["level"].upper())
-    if origin.isEnabledFor(level):
+    if origin.isEnabledFor(level) and (level >= logging.ERROR or entry["logger"].partition(".")[0] == "zsl"):
         facts = {"name": entry["logger"], "levelno": level, "levelname": entry["level"].upper()}
         origin.handle(logging.makeLogRecord({**facts, "msg": entry["message"], "exc_text": entry.get("exception")}))
