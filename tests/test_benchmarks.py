@@ -49,6 +49,11 @@ RUNS: dict[str, tuple[list[str], set[str], list[str]]] = {
         {"step_s", "over_beside", "first_step_after_s", "pss_mib"},
         ["embedded.log"],
     ),
+    "decode_wan": (
+        ["--model", "CHAT", "--cut", CUT, "--round-trip-ms", "5", "--tokens", "8", "--rounds", "1"],
+        {"way", "tokens_per_trip", "tokens_per_second", "predicted_over_plain", "over_plain"},
+        [],
+    ),
     "floods": (
         ["--seconds", "0.2", "--rounds", "1", "--kinds", "status,unknown key's handshakes"],
         {"p50_alone_ms", "p50_ms", "p99_ratio"},
