@@ -20,6 +20,7 @@ from zsl.errors import (
     UnknownAdapterError,
     WireError,
 )
+from zsl.transport.zmtp import aligned_memory
 from zsl.trunk.access.tenants import Tenant
 from zsl.trunk.adapter import AdapterVersion
 from zsl.trunk.requests.adapter_intake import AdapterIntake
@@ -88,7 +89,7 @@ class Place:
         self.sessions = sessions()
         self.session = self.sessions.open(b"peer", 0.0)
 
-    def send(self, session: Session, layout: Frame, offset: int, piece: bytes, **changes: object) -> None:
+    def send(self, session: Session, layout: Frame, offset: int, piece: Frame, **changes: object) -> None:
         tensors, frames = [_bytes("weights", len(piece))], [piece]
         if offset == 0:
             tensors, frames = [_bytes("layout", len(layout)), *tensors], [bytes(layout), *frames]
@@ -152,6 +153,24 @@ def test_a_version_in_pieces_is_the_one_that_was_sent(piece_bytes: int, dtype: t
     assert found.layout.modules == tuple(modules) and module().scaling == 2 / 3
     assert place.store.nbytes == weights.nbytes + 2 * weights.size * 4
     assert np.frombuffer(found.weights, np.uint8).ctypes.data % 64 == 0
+
+
+def test_a_version_that_comes_whole_is_not_copied_and_its_layout_is_parsed_once_a_session() -> None:
+    place, layout = Place(), AdapterLayout(dtype="f32", modules=(module(),)).encoded()
+    of_sessions = []
+    for session in (place.session, place.sessions.open(b"another", 0.0)):
+        layouts = set()
+        for value in (1.0, 2.0):
+            piece = aligned_memory(4 * module().elements)
+            np.frombuffer(piece, np.float32)[:] = value
+            name = version_of(layout, "f32", piece)
+            place.send(session, layout, 0, piece, version=name, nbytes=len(piece))
+            found = place.get(name, session)
+            assert found.weights is piece
+            layouts.add(id(found.layout))
+        of_sessions.append(layouts)
+    mine, others = of_sessions
+    assert len(mine) == len(others) == 1 and mine != others
 
 
 @pytest.mark.parametrize(

@@ -121,6 +121,30 @@ def is_due(given: TrimPolicy, now: float, *, busy: bool = False, resident_bytes:
     return given.is_due(now, busy=busy, held_bytes=10, resident_bytes=resident_bytes)
 
 
+TAKE_A_LARGE_BLOCK_AGAIN = """
+import ctypes, resource
+from zsl.trunk.malloc import keep_freed_memory
+
+assert keep_freed_memory()
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+for _ in range(2):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    block = ctypes.c_void_p(libc.malloc(ctypes.c_size_t(64 << 20)))
+    ctypes.memset(block, 1, 64 << 20)
+    libc.free(block)
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(faults * resource.getpagesize())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="options of glibc")
+def test_a_large_block_that_was_freed_is_taken_again_without_page_faults() -> None:
+    command = [sys.executable, "-c", TAKE_A_LARGE_BLOCK_AGAIN]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert int(ran.stdout) < 1 << 20
+
+
 def test_freed_memory_is_given_back_once_when_nothing_was_freed_for_a_while() -> None:
     given = TrimPolicy(resident_at_start=100, budget_bytes=2 * KEPT_BYTES)
     assert not is_due(given, 1000.0), "nothing was freed"

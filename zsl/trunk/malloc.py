@@ -12,9 +12,8 @@ import ctypes
 import os
 from pathlib import Path
 
-# Options of `mallopt` (malloc.h), the largest mmap threshold that glibc allows, and the bytes that may stay free.
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
-LARGEST_MMAP_THRESHOLD_BYTES = 32 << 20
+# Options of `mallopt` (malloc.h), and the bytes that may stay free.
+M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 KEPT_BYTES = 1 << 30
 IDLE_SECONDS = 10.0
 
@@ -28,7 +27,7 @@ def keep_freed_memory() -> bool:
     if mallopt is None:
         return False
     wanted = {
-        M_MMAP_THRESHOLD: LARGEST_MMAP_THRESHOLD_BYTES,
+        M_MMAP_MAX: 0,  # by a threshold, blocks over 32 MB would still be mapped anew each time
         M_TRIM_THRESHOLD: KEPT_BYTES,
         M_ARENA_MAX: 1,
     }

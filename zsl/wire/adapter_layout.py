@@ -127,7 +127,7 @@ class AdapterLayout(BaseModel):
     dtype: FloatDtypeName
     modules: Annotated[tuple[AdaptedModule, ...], Field(min_length=1, max_length=MAX_MODULES)]
 
-    @property
+    @cached_property
     def elements(self) -> int:
         """Number of weights."""
         return sum(module.elements for module in self.modules)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, count
+from itertools import count
 from math import prod
 
 import torch
@@ -13,7 +13,7 @@ import torch
 from zsl.trunk.adapter import AdapterVersion
 from zsl.trunk.compute.frozen_linear import FrozenLinear
 from zsl.trunk.compute.prefix import LayerPrefix
-from zsl.wire.adapter_layout import AdaptedModule, AdapterLayout, LoraModule, PrefixLayer, Shape
+from zsl.wire.adapter_layout import AdaptedModule, AdapterLayout, LoraModule, PrefixLayer
 from zsl.wire.frames import ALIGNMENT_BYTES
 from zsl.wire.tensors import TORCH_DTYPES
 
@@ -30,13 +30,9 @@ class Magnitude:
 
 @dataclass(frozen=True, slots=True)
 class LowRank:
-    """LoRA of one linear layer. The weights are leaves of autograd.
-
-    `index`: its place in the layout; `start`: that of its first element in the flat weights.
-    """
+    """LoRA of one linear layer. The weights are leaves of autograd. `index`: its place in the layout."""
 
     index: int
-    start: int
     a: torch.Tensor  # [rank, in]
     b: torch.Tensor  # [out, rank]
     bias: torch.Tensor | None  # [out]
@@ -47,10 +43,9 @@ class LowRank:
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """IA³ of one linear layer's inputs or outputs. `index` and `start`: as of `LowRank`."""
+    """IA³ of one linear layer's inputs or outputs. `index`: as of `LowRank`."""
 
     index: int
-    start: int
     vector: torch.Tensor  # [features], a leaf of autograd
 
 
@@ -103,12 +98,12 @@ class LoadedAdapter:
         # Aligned, as the parameters of a local model are: alignment changes the rounding of some kernels.
         addresses = (self.flat.data_ptr(), *(size * self.dtype.itemsize for size in sizes))
         unaligned = any(address % ALIGNMENT_BYTES for address in addresses)
-        parts, starts = iter(self.flat.split(sizes)), accumulate(map(_elements, shapes), initial=0)
+        parts = iter(self.flat.split(sizes))
         by_path: dict[str, tuple[LowRank, ...]] = {}
         scales: dict[Scaled, tuple[Scale, ...]] = {}
         prefix: dict[int, LayerPrefix] = {}
         weights: list[torch.Tensor] = []
-        for index, (module, start, of_module) in enumerate(zip(self.layout.modules, starts, shapes, strict=False)):
+        for index, (module, of_module) in enumerate(zip(self.layout.modules, shapes, strict=True)):
             own = [next(parts).view(shape) for shape in of_module]
             own = [(weight.clone() if unaligned else weight).requires_grad_() for weight in own]
             weights += own
@@ -118,14 +113,14 @@ class LoadedAdapter:
                 if module.has_magnitude:
                     row_norms = self.layers[module.path].adapted_row_norms(a, b, module.scaling)
                     magnitude = Magnitude(vector[0], row_norms)
-                entry = LowRank(index, start, a, b, bias, magnitude, module.scaling, module.dropout)
+                entry = LowRank(index, a, b, bias, magnitude, module.scaling, module.dropout)
                 by_path[module.path] = (*by_path.get(module.path, ()), entry)
             elif isinstance(module, PrefixLayer):
                 keys, values = own
                 prefix[int(module.path)] = LayerPrefix(keys, values, module.tokens, module.heads)
             else:
                 scaled = (module.path, module.at_input)
-                scales[scaled] = (*scales.get(scaled, ()), Scale(index, start, own[0]))
+                scales[scaled] = (*scales.get(scaled, ()), Scale(index, own[0]))
         return Entries(by_path, scales, prefix, tuple(weights))
 
 
@@ -137,10 +132,6 @@ def _kind(module: AdaptedModule) -> tuple[object, ...]:
             return module.path, module.rows, module.tokens
         case _:
             return module.path, module.at_input
-
-
-def _elements(shapes: Sequence[Shape]) -> int:
-    return sum(map(prod, shapes))
 
 
 def loaded(version: AdapterVersion, layers: Mapping[str, FrozenLinear], device: torch.device) -> LoadedAdapter:

@@ -11,15 +11,18 @@ from __future__ import annotations
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from zsl.trunk.compute.adapters import FlatGradients, Span, flat, gradient_or_zeros
 from zsl.trunk.compute.frozen_linear import FrozenLinear
 from zsl.trunk.compute.loaded_adapter import LoadedAdapter, LowRank, Magnitude, Scale, Scaled
 from zsl.trunk.compute.rows import TokenRows, add_rows, put_rows, take_rows
+from zsl.wire.adapter_layout import Ia3Module, LoraModule, Shape
 
 # Companies whose stacked weights are kept: those of a forward serve its backward.
 MAX_COMPANIES = 2
@@ -39,10 +42,8 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Stacked adapters of one linear layer, of similar ranks: padded with zeros to the largest. `start`: place of the
-    first part's weights in its flat weights."""
+    """Stacked adapters of one linear layer, of similar ranks: padded with zeros to the largest."""
 
-    start: int
     parts: tuple[Part, ...]
     slots: tuple[int, ...]
     a: torch.Tensor  # [parts, rank, in]
@@ -70,9 +71,8 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class ScaleBlock:
-    """Stacked vectors of IA³ on the inputs or outputs of one linear layer. `start`: as of `Block`."""
+    """Stacked vectors of IA³ on the inputs or outputs of one linear layer."""
 
-    start: int
     parts: tuple[tuple[int, int], ...]  # the request's index in its company, the module's in its layout
     slots: tuple[int, ...]
     vectors: torch.Tensor  # [parts, 1, features], a leaf of autograd
@@ -83,7 +83,7 @@ class ScaleBlock:
         return [self.vectors]
 
 
-# A request's index in its company, its weights (if all are alike, those of the first), and their module.
+# A request's index in its company, its weights, and their module.
 Member = tuple[int, LowRank, Any]
 
 
@@ -95,51 +95,72 @@ class Company:
 
     def __init__(self, adapters: Sequence[LoadedAdapter]) -> None:
         first = adapters[0]
-        alike = not first.layout.magnitudes and all(adapter.form == first.form for adapter in adapters)
-        self._stacked = torch.stack([adapter.flat for adapter in adapters]) if alike else None  # [slots, elements]
+        self._alike = not first.layout.magnitudes and all(adapter.form == first.form for adapter in adapters)
+        self._scalings: dict[tuple[float, ...], torch.Tensor] = {}
+        self.blocks: dict[str, list[Block]] = {}
+        self.scales: dict[Scaled, list[ScaleBlock]] = {}
+        self.leaves: list[torch.Tensor] = []  # if all are alike, in the order of their flat weights
+        self._all_blocks: list[Block | ScaleBlock] = []
+        with torch.no_grad():
+            if self._alike:
+                self._stack_flat(adapters)
+            else:
+                self._stack_each(adapters)
+
+    def _stack_flat(self, adapters: Sequence[LoadedAdapter]) -> None:
+        """Make the blocks of adapters that are alike."""
+        layout, slots = adapters[0].layout, tuple(range(len(adapters)))
+        shapes = [module.shapes for module in layout.modules]
+        stacked = torch.stack([adapter.flat for adapter in adapters])  # [slots, elements]
+        weights = iter(stacked.split([prod(shape) for of_module in shapes for shape in of_module], dim=1))
+        of_slots = zip(*(adapter.layout.modules for adapter in adapters), strict=True)
+        for index, (of_module, modules) in enumerate(zip(shapes, of_slots, strict=True)):
+            own = [next(weights).view(len(slots), *_matrix(shape)).requires_grad_() for shape in of_module]
+            self.leaves += own
+            module = modules[0]
+            if isinstance(module, LoraModule):
+                a, b, *bias = own
+                parts = tuple(
+                    Part(slot, index, module.rank, one.dropout, module.has_bias) for slot, one in enumerate(modules)
+                )
+                scaling = self._scaling([one.scaling for one in modules], a)
+                block = Block(parts, slots, a, b, bias[0] if bias else None, None, scaling)
+                self.blocks.setdefault(module.path, []).append(block)
+            else:
+                assert isinstance(module, Ia3Module)
+                vectors = ScaleBlock(tuple((slot, index) for slot in slots), slots, own[0])
+                self.scales.setdefault((module.path, module.at_input), []).append(vectors)
+
+    def _stack_each(self, adapters: Sequence[LoadedAdapter]) -> None:
+        """Make the blocks of adapters that differ, or have magnitudes."""
         # By path; then by place among a request's adapters of that layer, dtype, size of the rank, and method.
         entries: dict[str, dict[tuple[int, torch.dtype, int, bool], list[Member]]] = {}
         scales: dict[Scaled, dict[tuple[int, torch.dtype], list[tuple[int, Scale]]]] = {}
         for slot, adapter in enumerate(adapters):
-            found = (first if alike else adapter).entries
-            for path, of_path in found.by_path.items():
+            for path, of_path in adapter.entries.by_path.items():
                 blocks = entries.setdefault(path, {})
                 for place, entry in enumerate(of_path):
                     size = (entry.a.shape[0] - 1).bit_length()
                     kind = (place, adapter.dtype, size, entry.magnitude is not None)
                     blocks.setdefault(kind, []).append((slot, entry, adapter.layout.modules[entry.index]))
-            for scaled, of_scaled in found.scales.items():
+            for scaled, of_scaled in adapter.entries.scales.items():
                 for place, scale in enumerate(of_scaled):
                     scales.setdefault(scaled, {}).setdefault((place, adapter.dtype), []).append((slot, scale))
-        self._scalings: dict[tuple[float, ...], torch.Tensor] = {}
-        with torch.no_grad():
-            self.blocks = {
-                path: [self._block(blocks[kind]) for kind in sorted(blocks, key=_in_order)]
-                for path, blocks in entries.items()
-            }
-            self.scales = {
-                scaled: [self._scale_block(blocks[kind]) for kind in sorted(blocks, key=_in_order)]
-                for scaled, blocks in scales.items()
-            }
-        self._all_blocks: list[Block | ScaleBlock] = [block for blocks in self.blocks.values() for block in blocks]
-        self._all_blocks += [block for blocks in self.scales.values() for block in blocks]
-        self.leaves = [leaf for block in self._all_blocks for leaf in block.leaves]
+        for path, blocks in entries.items():
+            self.blocks[path] = [self._block(blocks[kind]) for kind in sorted(blocks, key=_in_order)]
+        for scaled, of_kinds in scales.items():
+            self.scales[scaled] = [_scale_block(of_kinds[kind]) for kind in sorted(of_kinds, key=_in_order)]
+        self._all_blocks += [block for of_path in self.blocks.values() for block in of_path]
+        self._all_blocks += [block for of_scaled_path in self.scales.values() for block in of_scaled_path]
+        self.leaves += [leaf for block in self._all_blocks for leaf in block.leaves]
 
     def flat_gradients(self, at_leaves: Sequence[torch.Tensor | None]) -> Sequence[torch.Tensor]:
         """Return the flat gradients of each adapter, by slot. `at_leaves`: of the leaves, None for zeros."""
-        if self._stacked is None:
-            of_slots = self._split([gradient_or_zeros(*pair) for pair in zip(self.leaves, at_leaves, strict=True)])
-            by_slot = [by_index for _, by_index in sorted(of_slots.items())]
-            return [flat([one for index in sorted(of_one) for one in of_one[index]]) for of_one in by_slot]
-        found, rest = torch.empty_like(self._stacked), iter(at_leaves)
-        for block in self._all_blocks:
-            start = block.start
-            for leaf in block.leaves:
-                size, gradient = leaf[0].numel(), next(rest)
-                place = found[:, start : start + size].view(leaf.shape)
-                place.zero_() if gradient is None else place.copy_(gradient)
-                start += size
-        return found.unbind()
+        gradients = [gradient_or_zeros(*pair) for pair in zip(self.leaves, at_leaves, strict=True)]
+        if self._alike:
+            return torch.cat([gradient.flatten(1) for gradient in gradients], 1).unbind()
+        by_slot = [by_index for _, by_index in sorted(self._split(gradients).items())]
+        return [flat([one for index in sorted(of_one) for one in of_one[index]]) for of_one in by_slot]
 
     def _split(self, at_leaves: Sequence[torch.Tensor]) -> dict[int, dict[int, list[torch.Tensor]]]:
         """Split the gradients of the leaves: those of each module's weights by slot, then by index in the layout."""
@@ -165,40 +186,24 @@ class Company:
         if any(part.rank < rank for part in parts):
             a = [F.pad(weight, (0, 0, 0, rank - part.rank)) for weight, part in zip(a, parts, strict=True)]
             b = [F.pad(weight, (0, rank - part.rank)) for weight, part in zip(b, parts, strict=True)]
-        start = entries[0].start
-        of_vector = start + a[0].numel() + b[0].numel()
         bias = magnitude = None
         if any(part.has_bias for part in parts):
             zeros = b[0].new_zeros(b[0].shape[0])
             biases = [zeros if entry.bias is None else entry.bias for entry in entries]
-            bias = self._stack(of_vector, biases).unsqueeze(1).requires_grad_()
+            bias = torch.stack(biases).unsqueeze(1).requires_grad_()
         magnitudes = [entry.magnitude for entry in entries if entry.magnitude is not None]
         if magnitudes:
-            vectors = self._stack(of_vector, [one.vector for one in magnitudes]).unsqueeze(1).requires_grad_()
+            vectors = torch.stack([one.vector for one in magnitudes]).unsqueeze(1).requires_grad_()
             magnitude = Magnitude(vectors, torch.stack([one.row_norms for one in magnitudes]).unsqueeze(1))
         return Block(
-            start,
             parts,
             tuple(part.slot for part in parts),
-            self._stack(start, a).requires_grad_(),
-            self._stack(start + a[0].numel(), b).requires_grad_(),
+            torch.stack(a).requires_grad_(),
+            torch.stack(b).requires_grad_(),
             bias,
             magnitude,
             self._scaling([module.scaling for _, _, module in members], a[0]),
         )
-
-    def _scale_block(self, slots_and_scales: Sequence[tuple[int, Scale]]) -> ScaleBlock:
-        start = slots_and_scales[0][1].start
-        vectors = self._stack(start, [scale.vector for _, scale in slots_and_scales]).unsqueeze(1).requires_grad_()
-        parts = tuple((slot, scale.index) for slot, scale in slots_and_scales)
-        return ScaleBlock(start, parts, tuple(slot for slot, _ in parts), vectors)
-
-    def _stack(self, start: int, weights: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Stack weights of equal shapes. `start`: their place in the flat weights, where all adapters are alike."""
-        if self._stacked is None:
-            return torch.stack(list(weights))
-        first = weights[0]
-        return self._stacked[:, start : start + first.numel()].view(-1, *first.shape)
 
     def _scaling(self, scalings: Sequence[float], like: torch.Tensor) -> torch.Tensor:
         """Return scalings as a tensor, shared by the layers."""
@@ -206,6 +211,16 @@ class Company:
         if found is None:
             found = self._scalings[key] = torch.tensor(scalings, dtype=torch.float32, device=like.device).view(-1, 1, 1)
         return found
+
+
+def _matrix(shape: Shape) -> Shape:
+    return (1, *shape) if len(shape) == 1 else shape
+
+
+def _scale_block(slots_and_scales: Sequence[tuple[int, Scale]]) -> ScaleBlock:
+    vectors = torch.stack([scale.vector for _, scale in slots_and_scales]).unsqueeze(1).requires_grad_()
+    parts = tuple((slot, scale.index) for slot, scale in slots_and_scales)
+    return ScaleBlock(parts, tuple(slot for slot, _ in parts), vectors)
 
 
 def _in_order(kind: tuple[object, ...]) -> tuple[object, str]:
@@ -226,6 +241,37 @@ class Companies:
         if len(self._by_serials) > MAX_COMPANIES:
             self._by_serials.popitem(last=False)
         return company
+
+
+class _Sum(torch.autograd.Function):
+    """Sum of an output `[parts, tokens, out]` and the low-rank product of its input.
+
+    The products have the small rank as rows, not as columns: batched products on a CPU take a half to a quarter of the
+    time then, and that is how autograd would not order them.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, output: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: torch.Tensor
+    ) -> torch.Tensor:
+        low = (torch.bmm(a, x.transpose(1, 2)) * scaling).to(a.dtype)  # [parts, rank, tokens]
+        ctx.save_for_backward(x, low, a, b)
+        ctx.scaling = scaling
+        return torch.baddbmm(output, low.transpose(1, 2), b.transpose(1, 2))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, low, a, b = ctx.saved_tensors
+        _, to_x, to_a, to_b, _ = ctx.needs_input_grad
+        at_low = (torch.bmm(b.transpose(1, 2), gradient.transpose(1, 2)) * ctx.scaling).to(b.dtype)
+        return (
+            gradient,
+            torch.bmm(at_low.transpose(1, 2), a) if to_x else None,
+            torch.bmm(at_low, x) if to_a else None,
+            torch.bmm(low, gradient).transpose(1, 2) if to_b else None,
+            None,
+        )
 
 
 class MergedAdapters:
@@ -298,11 +344,13 @@ class MergedAdapters:
             dropped = x.to(a.dtype)
             if self._drops:
                 dropped = self._dropped(block, dropped)
-            low = torch.bmm(take_rows(dropped, rows), a.transpose(1, 2))
-            low = (low * block.scaling).to(a.dtype)
+            taken = take_rows(dropped, rows)
             if rows.is_whole and bias is None and block.magnitude is None and result.dtype == b.dtype:
-                result = torch.baddbmm(result.view(*low.shape[:2], -1), low, b.transpose(1, 2)).flatten(0, 1)
+                result = result.view(*taken.shape[:2], -1)
+                result = _Sum.apply(result, taken, a, b, block.scaling).flatten(0, 1)  # type: ignore[no-untyped-call]
                 continue
+            low = torch.bmm(taken, a.transpose(1, 2))
+            low = (low * block.scaling).to(a.dtype)
             added = torch.bmm(low, b.transpose(1, 2))
             if bias is not None:
                 added = added + (bias * block.scaling).to(a.dtype)

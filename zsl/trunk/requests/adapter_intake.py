@@ -37,6 +37,7 @@ class _Arriving:
 
     version: bytes
     layout: AdapterLayout
+    layout_json: bytes
     digest: VersionDigest
     weights: memoryview
     received: int = 0
@@ -91,7 +92,7 @@ class AdapterIntake:
         piece = buffers["weights"]
         if header.offset == 0:
             self._arriving.pop(session.id, None)
-            if not self._begin(session, header, buffers["layout"], now):
+            if not self._begin(session, header, bytes(buffers["layout"]), piece, now):
                 return
         arriving = self._arriving.get(session.id)
         fits = arriving is not None and (arriving.version, arriving.received) == (header.version, header.offset)
@@ -135,13 +136,15 @@ class AdapterIntake:
             raise AdapterError("this daemon accepts no adapters in the trunk's layers")
         return limits
 
-    def _begin(self, session: Session, header: Adapter, layout_json: Frame, now: float) -> bool:
+    def _begin(self, session: Session, header: Adapter, layout_json: bytes, piece: Frame, now: float) -> bool:
         """Check a version's layout, and reserve its memory. False if the version is here already."""
         limits = self._limits_for(session)
-        layout = decode_layout(layout_json)
-        for module in layout.modules:
-            self._check_module(module, limits)
-        self._check_prefix(layout.prefix)
+        layout = self._store.known_layout(session, layout_json)  # as most optimizer steps have it again
+        if layout is None:
+            layout = decode_layout(layout_json)
+            for module in layout.modules:
+                self._check_module(module, limits)
+            self._check_prefix(layout.prefix)
         if header.nbytes != layout.nbytes(header.dtype):
             raise BadShapeError(
                 f"the layout takes {layout.nbytes(header.dtype)} bytes of {header.dtype}, not {header.nbytes}"
@@ -154,7 +157,8 @@ class AdapterIntake:
         if not self._store.reserve(session, header.version, nbytes, now):
             return False
         digest = VersionDigest(layout_json, header.dtype)
-        self._arriving[session.id] = _Arriving(header.version, layout, digest, _aligned(header.nbytes))
+        weights = _whole(piece, header.nbytes) or _aligned(header.nbytes)
+        self._arriving[session.id] = _Arriving(header.version, layout, layout_json, digest, weights)
         return True
 
     def _check_module(self, module: AdaptedModule, limits: AdapterLimits) -> None:
@@ -185,7 +189,8 @@ class AdapterIntake:
         end = arriving.received + len(piece)
         if not piece or end > len(arriving.weights) or header.nbytes != len(arriving.weights):
             raise BadShapeError(f"pieces of {end} bytes of an adapter of {len(arriving.weights)}")
-        arriving.weights[arriving.received : end] = piece
+        if piece is not arriving.weights:
+            arriving.weights[arriving.received : end] = piece
         arriving.digest.update(piece)
         arriving.received = end
         whole = end - end % DTYPE_BYTES[header.dtype]
@@ -197,7 +202,7 @@ class AdapterIntake:
         if arriving.digest.digest() != header.version:
             raise MalformedError("the adapter's version is not the digest of its layout and weights")
         del self._arriving[session.id]
-        adapter = AdapterVersion(header.version, arriving.layout, header.dtype, arriving.weights)
+        adapter = AdapterVersion(header.version, arriving.layout, header.dtype, arriving.weights, arriving.layout_json)
         self._store.complete(session, adapter)
 
     def _forget(self, session: Session) -> None:
@@ -210,8 +215,16 @@ def _no_module(path: str) -> AdapterError:
     return AdapterError(f"the trunk has no linear module {path!r}")
 
 
+def _whole(piece: Frame, nbytes: int) -> memoryview | None:
+    """Return a piece that has all weights, in memory of its own in which torch would put a tensor."""
+    if not isinstance(piece, memoryview) or piece.readonly or len(piece) != nbytes:
+        return None
+    return None if np.frombuffer(piece, np.uint8).ctypes.data % ALIGNMENT_BYTES else piece
+
+
 def _aligned(nbytes: int) -> memoryview:
-    """Allocate bytes at an address at which torch would put a tensor."""
-    memory = np.zeros(nbytes + ALIGNMENT_BYTES, np.uint8)
+    """Allocate bytes at an address at which torch would put a tensor. Not initialized: all are written before any is
+    read."""
+    memory = np.empty(nbytes + ALIGNMENT_BYTES, np.uint8)
     start = -memory.ctypes.data % ALIGNMENT_BYTES
     return memory[start : start + nbytes].data

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from zsl.errors import AdapterError, OverloadedError, UnknownAdapterError
 from zsl.trunk.adapter import AdapterVersion
 from zsl.trunk.sessions.sessions import Session
+from zsl.wire.adapter_layout import AdapterLayout
 
 # A run that switches between adapters has a few versions in use; those of earlier optimizer steps are never used again.
 MAX_VERSIONS_PER_SESSION = 8
@@ -77,6 +78,14 @@ class AdapterStore:
         """Return whether a version has begun to arrive, is not complete, and has not been displaced."""
         entry = self._entries.get((session.id, version))
         return entry is not None and entry.adapter is None
+
+    def known_layout(self, session: Session, layout_json: bytes) -> AdapterLayout | None:
+        """Return the layout of a complete version of this session that came with the same bytes."""
+        for version in self._versions(session):
+            adapter = self._entries[session.id, version].adapter
+            if adapter is not None and adapter.layout_json == layout_json:
+                return adapter.layout
+        return None
 
     def complete(self, session: Session, adapter: AdapterVersion) -> None:
         """Keep a version, all of whose pieces have come."""
