@@ -40,8 +40,12 @@ RUNS: dict[str, tuple[list[str], set[str], list[str]]] = {
         ["connections.png"],
     ),
     "decode": (
-        ["--model", "LLAMA", "--cut", CUT, "--sessions", "1,2", "--tokens", "4", "--lengths", "8,16", "--rounds", "1"],
-        {"tokens_per_second", "over_merging_off", "over_local", "late_over_early"},
+        [
+            *(*TINY, "--sessions", "1,2", "--tokens", "4", "--lengths", "8,16", "--rounds", "1", "--trainers", "1"),
+            *("--shares", "0.2", "--train-size", "1x4", "--prompt-tokens", "8", "--seconds", "2"),
+        ],
+        {"tokens_per_second", "over_merging_off", "over_local", "late_over_early"}
+        | {"first_token_ms", "between_p50_ms", "between_p99_ms", "training_steps_per_second"},
         [],
     ),
     "embedded": (

@@ -85,7 +85,7 @@ class _Order:
 
 
 class FairQueue:
-    """Queue of jobs of these kinds, which a tenant's jobs run in the order of. Times are in seconds."""
+    """Queues of jobs by tenant. `kinds`: of these jobs, in the order in which a tenant's jobs run."""
 
     def __init__(self, kinds: Sequence[Kind]) -> None:
         self._tenants: dict[Hashable, _Tenant] = {}
