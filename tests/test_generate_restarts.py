@@ -131,7 +131,7 @@ def test_too_little_memory_and_lost_keys_and_values_change_no_text(path: str, ex
         def act(count: int) -> None:
             held.append(observer.status().cache_bytes)
             if chance.random() < 0.1:
-                session = chance.choice(list(server.server._sessions))
+                session = chance.choice(list(server.server.sessions))
                 server.loop.call_soon_threadsafe(server.server._caches.close, session)
 
         found = written(path, server.endpoint, Counted(act), too_large)

@@ -220,7 +220,7 @@ def test_by_default_a_graph_goes_before_the_next_if_both_take_more_than_the_weig
         welcome = peer.hello()
         for request in (1, 2):
             peer.ask(*forward(welcome, request, keep=True))
-        kept = [held.stash.keep for session in server.server._sessions for held in session.held.values()]
+        kept = [held.stash.keep for session in server.server.sessions for held in session.held.values()]
         assert kept[0].value < kept[1].value and kept[1].has_graph and not kept[0].has_graph
 
 
