@@ -132,7 +132,7 @@ def test_too_little_memory_and_lost_keys_and_values_change_no_text(path: str, ex
             held.append(observer.status().cache_bytes)
             if chance.random() < 0.1:
                 session = chance.choice(list(server.server.sessions))
-                server.loop.call_soon_threadsafe(server.server._caches.close, session)
+                server.loop.call_soon_threadsafe(server.server.caches.close, session)
 
         found = written(path, server.endpoint, Counted(act), too_large)
     assert found == [None if number in too_large else one for number, one in enumerate(expected)]
