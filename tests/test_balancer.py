@@ -13,8 +13,14 @@ import pytest
 from support.balancer import Balancer
 from support.square import SquareClient, SquareServer, some
 from test_faults_without_torch import steps_are_right, wait_until
+from zsl.link.lost_connections import (
+    ALL_ARE_SAID,
+    BETWEEN_LINES_SECONDS,
+    FIRST_WAIT_SECONDS,
+    WINDOW_SECONDS,
+    LostConnections,
+)
 from zsl.link.open_session import Open
-from zsl.link.reconnects import ALL_ARE_SAID, BETWEEN_LINES_SECONDS, FIRST_WAIT_SECONDS, WINDOW_SECONDS, Reconnects
 from zsl.trunk.requests.handlers import Handlers
 from zsl.trunk.settings import ServerSettings
 from zsl.wire.messages import Ping, Welcome
@@ -118,7 +124,7 @@ def test_a_session_whose_own_connection_is_silent_too_is_lost_with_the_count_and
 
 
 def test_reconnects_are_logged_with_their_number_and_causes_and_not_without_end() -> None:
-    counted, now, lines = Reconnects(), 100.0, []
+    counted, now, lines = LostConnections(), 100.0, []
     assert counted.lost("the connection was lost", now) == "the connection was lost"
     assert counted.opened() and not counted.opened(), "that it is back is told once, where its loss was"
     for _ in range(200):
@@ -133,7 +139,7 @@ def test_reconnects_are_logged_with_their_number_and_causes_and_not_without_end(
 
 
 def test_attempts_that_come_to_nothing_are_logged_after_a_while_and_ever_less_often() -> None:
-    counted, said = Reconnects(), []
+    counted, said = LostConnections(), []
     for second in range(300):
         line = counted.failed("nothing listens there", float(second))
         if line is not None:

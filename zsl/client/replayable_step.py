@@ -1,4 +1,4 @@
-"""A forward sent to the trunk: the inputs that its backward may have to send again, and its answer."""
+"""A forward sent to the trunk: the inputs that its backward may have to send again, unless autograd keeps them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""State machine of a connection: transitions between `Pausing`, `Opening` and `Open`.
+"""State machine of a connection: opens it again when it is lost, and sends unanswered requests again.
+
+Transitions between `Pausing`, `Opening` and `Open`.
 
 When the connection is lost, or the daemon is silent or restarted, the link opens a fresh socket to the same daemon or
 the next of the list. It resumes the session if the daemon still has it, else opens a new one, and sends unanswered
@@ -19,10 +21,10 @@ import zmq
 
 from zsl.errors import ConnectionLost, ZslError
 from zsl.link.endpoints import LONGEST_PAUSE_SECONDS, Endpoints
+from zsl.link.lost_connections import LostConnections
 from zsl.link.open_session import Open
 from zsl.link.opening import Opening
 from zsl.link.pending import Pending
-from zsl.link.reconnects import Reconnects
 from zsl.link.states import (
     Event,
     Failed,
@@ -69,7 +71,7 @@ class Link:
             request_timeout_seconds=request_timeout_seconds,
             first=FirstSession(opened, open_by=time.monotonic() + connect_timeout_seconds),
         )
-        self._reconnects = Reconnects()
+        self._reconnects = LostConnections()
         self._state: State = Pausing(0.0)
         self._poller: zmq.Poller | None = None
         self._polled: tuple[zmq.Socket[bytes], ...] = ()

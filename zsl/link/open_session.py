@@ -19,8 +19,8 @@ from zsl.errors import (
     WireError,
 )
 from zsl.link.heartbeat import Heartbeat, Progress
+from zsl.link.lost_messages import LostMessageCheck
 from zsl.link.opening import DRAINING_RETRY_SECONDS
-from zsl.link.path_check import PathCheck
 from zsl.link.pending import Pending
 from zsl.link.states import Event, Left, Lost, Shared, Unfit, error_of
 from zsl.transport.dealer import Dealer, LinkEvent
@@ -58,7 +58,7 @@ class Open:
         self._leaving = False  # the daemon accepts no more forwards, and other endpoints exist
         self._goes_away = False  # a GOAWAY has come
         self._progress = Progress(self.endpoint)
-        self._path = PathCheck(welcome, now)
+        self._path = LostMessageCheck(welcome, now)
         self._heartbeat: Heartbeat | None = None
         if self.endpoint not in shared.balanced:
             self._heartbeat = Heartbeat(
@@ -87,7 +87,7 @@ class Open:
         return self._heartbeat is None and self.endpoint in self._shared.balanced
 
     @property
-    def _checks(self) -> bool:
+    def _needs_checksums(self) -> bool:
         """True if tensors need a checksum: nothing else notices damage, and the connection may leave the machine."""
         digest = self._dealer.digest
         return self._shared.keys is None and (digest is None or digest != self.welcome.connection)
@@ -215,7 +215,7 @@ class Open:
                 raise TooLargeError(
                     f"a tensor of {largest} bytes is over the {most} that {self.endpoint} accepts; use a smaller batch"
                 )
-            frames = encode(header, buffers, checked=self._checks)
+            frames = encode(header, buffers, checked=self._needs_checksums)
             pending.nbytes = sum(len(buffer) for buffer in buffers)
             if not self._send_adapter(pending):
                 return False
@@ -233,7 +233,7 @@ class Open:
             return True
         if sent_versions.lacks(version, self.welcome.session):
             for header, buffers in version.pieces(self.welcome, pending.request):
-                frames = encode(header, buffers, checked=self._checks)
+                frames = encode(header, buffers, checked=self._needs_checksums)
                 if not self._put(frames):
                     return False
                 pending.adapter_bytes += sum(map(len, frames))

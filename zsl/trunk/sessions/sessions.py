@@ -16,7 +16,7 @@ from itertools import count
 
 from zsl.errors import QuotaError, UnknownSessionError
 from zsl.trunk.access.tenants import Tenant
-from zsl.trunk.sessions.eviction_order import EvictionOrder
+from zsl.trunk.sessions.stash_eviction_order import StashEvictionOrder
 from zsl.trunk.work import Held, Keep
 
 # Clients send a message every few seconds. A session silent for this long may be dead, and can be closed for a new one.
@@ -68,8 +68,8 @@ class Sessions:
         self._sessions: dict[bytes, Session] = {}
         self._by_peer: dict[bytes, Session] = {}
         self._by_owner: dict[Hashable, dict[bytes, Session]] = {}
-        self._held = EvictionOrder()
-        self._held_of: defaultdict[Hashable, EvictionOrder] = defaultdict(EvictionOrder)  # by tenant
+        self._held = StashEvictionOrder()
+        self._held_of: defaultdict[Hashable, StashEvictionOrder] = defaultdict(StashEvictionOrder)  # by tenant
         self._arrivals = count()
 
     def __len__(self) -> int:
@@ -197,7 +197,7 @@ class Sessions:
             self._demote_until(self._held_of[tenant.public_key], tenant.max_stash_bytes)
         self._demote_until(self._held, self._stash_memory_bytes)
 
-    def _demote_until(self, held: EvictionOrder, nbytes: int, *, least: Keep = Keep.INPUT) -> None:
+    def _demote_until(self, held: StashEvictionOrder, nbytes: int, *, least: Keep = Keep.INPUT) -> None:
         """Evict stashes in order, part by part, until at most `nbytes` are held, or none that keeps `least` or more."""
         while held.nbytes > max(nbytes, 0):
             session_id, step = held.first()
@@ -230,7 +230,7 @@ class Sessions:
             arrival = order.remove((session.id, step))
         return held, arrival
 
-    def _orders_of(self, session: Session) -> list[EvictionOrder]:
+    def _orders_of(self, session: Session) -> list[StashEvictionOrder]:
         return [self._held] if session.tenant is None else [self._held, self._held_of[session.owner]]
 
     def _of(self, tenant: Tenant) -> dict[bytes, Session]:

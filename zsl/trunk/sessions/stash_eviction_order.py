@@ -17,7 +17,7 @@ _COSTLIEST_FIRST = {
 _STALE_ENTRIES = 64
 
 
-class EvictionOrder:
+class StashEvictionOrder:
     """Steps with their bytes, in eviction order. Each operation is O(log n), amortized."""
 
     def __init__(self) -> None:

@@ -17,7 +17,7 @@ from zsl.wire.messages import Ping, Pong, Welcome
 MIN_BYTES_PER_SECOND = 100_000
 
 
-class PathCheck:
+class LostMessageCheck:
     """Pings of one connection."""
 
     def __init__(self, welcome: Welcome, now: float) -> None:

@@ -13,7 +13,7 @@ BETWEEN_LINES_SECONDS = 5.0  # after that
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 10.0, 60.0
 
 
-class Reconnects:
+class LostConnections:
     """Counts of losses and failures. `lost` and `failed` return the text to log, or None."""
 
     def __init__(self) -> None:
