@@ -222,6 +222,8 @@ def test_by_default_a_graph_goes_before_the_next_if_both_take_more_than_the_weig
             peer.ask(*forward(welcome, request, keep=True))
         kept = [held.stash.keep for session in server.server.sessions for held in session.held.values()]
         assert kept[0].value < kept[1].value and kept[1].has_graph and not kept[0].has_graph
+        peer.ask(*backward(welcome, 3, step=1))  # computes its forward again, and leaves the newer graph
+        assert [held.stash.keep for session in server.server.sessions for held in session.held.values()] == kept[1:]
 
 
 def test_a_new_hello_ends_the_connections_earlier_session_and_its_queued_work(server: EchoServer, peer: Peer) -> None:

@@ -6,6 +6,7 @@ weights of the other side.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import logging
 import os
@@ -39,13 +40,19 @@ def dequantized_directory(file: Path) -> Path:
         raise ModelError(f"model {str(file)!r}: {error.strerror}") from error
     directory = Path(HF_HOME) / "zsl" / "gguf" / digest[:32]
     if not directory.is_dir():
-        _convert_aside(file, directory)
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        locked = os.open(directory.parent, os.O_RDONLY)
+        try:
+            fcntl.flock(locked, fcntl.LOCK_EX)  # a command and its daemon need the file at once
+            if not directory.is_dir():
+                _convert_aside(file, directory)
+        finally:
+            os.close(locked)
     return directory
 
 
 def _convert_aside(file: Path, directory: Path) -> None:
     logger.warning("dequantizing %s, once: that may take minutes", file)
-    directory.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=".converting-", dir=directory.parent))
     try:
         command = [sys.executable, "-P", "-c", _START, _ROOT, str(file.resolve()), str(aside)]
@@ -53,11 +60,7 @@ def _convert_aside(file: Path, directory: Path) -> None:
         if finished.returncode != 0:
             reason = (finished.stderr.strip().splitlines() or ["no reason given"])[-1]
             raise ModelError(f"model {str(file)!r} cannot be dequantized: {reason}")
-        try:
-            os.replace(aside, directory)
-        except OSError:
-            if not directory.is_dir():  # otherwise another process wrote it meanwhile
-                raise
+        os.replace(aside, directory)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 

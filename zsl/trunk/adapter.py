@@ -20,7 +20,7 @@ class GradientSum:
 @dataclass(slots=True, eq=False)
 class AdapterVersion:
     """A complete and checked version. `weights`: flat, in the order of the layout, in `dtype`, finite; writable memory
-    at an address that is aligned as torch's tensors are. `layout_json`: the layout as it came.
+    at an address that is aligned as torch's tensors are. `layout_digest`: SHA-256 of the layout as it came.
 
     `loaded` is the computation's own form of it, which its thread makes at the first use; `sum` is the last sum of its
     gradients.
@@ -30,7 +30,7 @@ class AdapterVersion:
     layout: AdapterLayout
     dtype: FloatDtypeName
     weights: bytearray | memoryview
-    layout_json: bytes = b""
+    layout_digest: bytes = b""
     loaded: object | None = field(default=None, repr=False)
     sum: GradientSum | None = None
 

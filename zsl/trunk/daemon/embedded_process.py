@@ -9,6 +9,7 @@ import json
 import os
 import select
 import shutil
+import signal
 import sys
 import threading
 from dataclasses import asdict
@@ -90,4 +91,5 @@ def _end_with(parent: int, keys: str) -> NoReturn:
         if readable and not os.read(sys.stdin.fileno(), 1):
             break
     shutil.rmtree(keys, ignore_errors=True)
+    os.killpg(0, signal.SIGKILL)  # with processes that this one has started, which convert a model's file
     os._exit(0)

@@ -255,7 +255,8 @@ class TrunkServer:
         if running.trimming is not None and not running.trimming.done():
             return
         busy = running.runner.is_busy or running.requests.queued > 0
-        held, resident = self.sessions.held_bytes + self.caches.nbytes, resident_bytes()
+        resident = resident_bytes() - self.caches.nbytes - self.adapters.nbytes  # these have budgets of their own
+        held = self.sessions.held_bytes
         if running.trim_policy.is_due(now, busy=busy, held_bytes=held, resident_bytes=resident):
             running.trimming = asyncio.get_running_loop().run_in_executor(None, give_back_freed_memory)
 

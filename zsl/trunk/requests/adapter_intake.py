@@ -5,6 +5,7 @@ Imports no sockets; time is an argument.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -37,7 +38,7 @@ class _Arriving:
 
     version: bytes
     layout: AdapterLayout
-    layout_json: bytes
+    layout_digest: bytes
     digest: VersionDigest
     weights: memoryview
     received: int = 0
@@ -92,7 +93,7 @@ class AdapterIntake:
         piece = buffers["weights"]
         if header.offset == 0:
             self._arriving.pop(session.id, None)
-            if not self._begin(session, header, bytes(buffers["layout"]), piece, now):
+            if not self._begin(session, header, buffers["layout"], piece, now):
                 return
         arriving = self._arriving.get(session.id)
         fits = arriving is not None and (arriving.version, arriving.received) == (header.version, header.offset)
@@ -136,10 +137,11 @@ class AdapterIntake:
             raise AdapterError("this daemon accepts no adapters in the trunk's layers")
         return limits
 
-    def _begin(self, session: Session, header: Adapter, layout_json: bytes, piece: Frame, now: float) -> bool:
+    def _begin(self, session: Session, header: Adapter, layout_json: Frame, piece: Frame, now: float) -> bool:
         """Check a version's layout, and reserve its memory. False if the version is here already."""
         limits = self._limits_for(session)
-        layout = self._store.known_layout(session, layout_json)  # as most optimizer steps have it again
+        layout_digest = hashlib.sha256(layout_json).digest()
+        layout = self._store.known_layout(session, layout_digest)  # as most optimizer steps have it again
         if layout is None:
             layout = decode_layout(layout_json)
             for module in layout.modules:
@@ -158,7 +160,7 @@ class AdapterIntake:
             return False
         digest = VersionDigest(layout_json, header.dtype)
         weights = _whole(piece, header.nbytes) or _aligned(header.nbytes)
-        self._arriving[session.id] = _Arriving(header.version, layout, layout_json, digest, weights)
+        self._arriving[session.id] = _Arriving(header.version, layout, layout_digest, digest, weights)
         return True
 
     def _check_module(self, module: AdaptedModule, limits: AdapterLimits) -> None:
@@ -202,7 +204,9 @@ class AdapterIntake:
         if arriving.digest.digest() != header.version:
             raise MalformedError("the adapter's version is not the digest of its layout and weights")
         del self._arriving[session.id]
-        adapter = AdapterVersion(header.version, arriving.layout, header.dtype, arriving.weights, arriving.layout_json)
+        adapter = AdapterVersion(
+            header.version, arriving.layout, header.dtype, arriving.weights, arriving.layout_digest
+        )
         self._store.complete(session, adapter)
 
     def _forget(self, session: Session) -> None:

@@ -107,9 +107,13 @@ class BatchRunner:
         lengths = [length for request in requests for length in request.shape.lengths]
         taken = self._requests.taken_bytes
         graph_memory, pass_memory = self._traits.memory_of(request.adapter for request in requests)
-        if any(request.keep or _makes_graph(request) for request in requests) and self._sessions.make_room_for_graph(
-            graph_memory.nbytes(lengths) + taken
-        ):
+        graph = graph_memory.nbytes(lengths) + taken
+        # The graph of a forward takes the place of earlier ones. That of a backward is gone at its end: were it to take
+        # their place, clients in turn would drop each other's graphs, and none would ever be used.
+        if any(request.keep for request in requests):
+            if self._sessions.make_room_for_graph(graph):
+                return True
+        elif any(_makes_graph(request) for request in requests) and self._sessions.make_room(graph):
             return True
         needed = pass_memory.nbytes(lengths) + taken
         self._sessions.make_room(min(needed, self._stash_memory_bytes - 1))

@@ -79,11 +79,11 @@ class AdapterStore:
         entry = self._entries.get((session.id, version))
         return entry is not None and entry.adapter is None
 
-    def known_layout(self, session: Session, layout_json: bytes) -> AdapterLayout | None:
-        """Return the layout of a complete version of this session that came with the same bytes."""
+    def known_layout(self, session: Session, digest: bytes) -> AdapterLayout | None:
+        """Return the layout of a complete version of this session that came as bytes of this digest."""
         for version in self._versions(session):
             adapter = self._entries[session.id, version].adapter
-            if adapter is not None and adapter.layout_json == layout_json:
+            if adapter is not None and adapter.layout_digest == digest:
                 return adapter.layout
         return None
 
