@@ -19,7 +19,6 @@ from test_merging import compute_of
 from zsl.errors import InternalError
 from zsl.trunk.adapter import AdapterUse
 from zsl.trunk.compute.engine import TorchCompute
-from zsl.trunk.costs import with_room
 from zsl.trunk.work import Alone, Batch, BehindCache, CacheUse, Done, Kind, Shape, Sharing, Work
 from zsl.wire.tensors import decode_tensor, encode_tensor
 
@@ -127,7 +126,7 @@ def storages(kept: object | None) -> dict[int, int]:
     return {storage.data_ptr(): storage.nbytes() for storage in found}
 
 
-def test_the_tokens_of_a_text_are_copied_a_few_times_only(compute: TorchCompute) -> None:
+def test_the_tokens_of_a_text_are_copied_at_fewer_than_half_of_the_new_ones(compute: TorchCompute) -> None:
     buffers = {"activations": encode_tensor("activations", torch.randn(1, 1, HIDDEN))}
     work = Work(Kind.DECODE, buffers, Shape(1, 1, (1,)), Alone())
     kept: Any = None
@@ -135,8 +134,9 @@ def test_the_tokens_of_a_text_are_copied_a_few_times_only(compute: TorchCompute)
     for length in range(40):
         (done,) = compute.run(Batch((replace(work, cache=CacheUse(1, kept, length, None, 0, 0)),)))
         kept = done.kept  # type: ignore[union-attr]
-        moves, place = moves + (kept.layers[-1].keys.data_ptr() != place), kept.layers[-1].keys.data_ptr()
-    assert moves <= len({with_room(length) for length in range(1, 41)}) < 20
+        now = kept.layers[-1].keys.untyped_storage().data_ptr()
+        moves, place = moves + (now != place), now
+    assert moves < 20  # each token was copied at 40; the room for more grows with the text, or is that of a window
 
 
 @settings(max_examples=10, suppress_health_check=list(HealthCheck))
