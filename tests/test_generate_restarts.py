@@ -112,7 +112,7 @@ def test_a_daemon_that_is_killed_again_and_again_changes_no_text(path: str, expe
 
 
 def test_too_little_memory_and_lost_keys_and_values_change_no_text(path: str, expected: list[list[int]]) -> None:
-    """Of five texts at once, one of which has three rows, not all fit; one of eight rows never does."""
+    """Five texts at once, one of which has three rows, do not all fit; one of eight rows never does."""
     budget, chance = 6 * BYTES_OF_A_ROW, random.Random(0)
     too_large = range(4, TEXTS, 10)
     plan = plan_trunk(path, parse_cut(CUT), torch.float32, "cpu", forward_only=False)
