@@ -273,7 +273,7 @@ class Connection:
         if pending is not None:
             link.add(pending)
         self._run_commands(link)
-        link.turn()
+        link.turn(receives=pending is None)  # a caller waits for its answer after this turn, and receives then
         self._torn = False
 
     def _fail(self, error: Exception) -> None:

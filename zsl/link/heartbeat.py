@@ -8,7 +8,7 @@ Imports no torch.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Set
 
 import zmq
 
@@ -91,10 +91,11 @@ class Heartbeat:
         """Reset the count of missed pings: a message came on the session's connection."""
         self._unanswered = 0
 
-    def turn(self, now: float) -> None:
-        """Handle received pongs, and send a ping if one is due."""
-        self._dealer.skip_events()  # it reconnects by itself, and an unsent ping counts as missed
-        while (frames := self._dealer.receive()) is not None:
+    def turn(self, now: float, readable: Set[object]) -> None:
+        """Handle the pongs of `readable` sockets, and send a ping if one is due."""
+        if self._dealer.monitor in readable:
+            self._dealer.skip_events()  # it reconnects by itself, and an unsent ping counts as missed
+        while self._dealer.socket in readable and (frames := self._dealer.receive()) is not None:
             try:
                 self._on_header(decode(frames, TO_CLIENT).header)
             except WireError as error:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from concurrent.futures import Future
 
 import zmq
@@ -75,6 +75,7 @@ class Link:
         self._state: State = Pausing(0.0)
         self._poller: zmq.Poller | None = None
         self._polled: tuple[zmq.Socket[bytes], ...] = ()
+        self._readable: Set[object] | None = None  # found by `wait` since the last turn; None: not known
 
     @property
     def state(self) -> State:
@@ -116,21 +117,24 @@ class Link:
             self._poller, self._polled = None, sockets
             self._poller = poller  # set when complete, because Ctrl-C may come before
         ready = self._poller.poll(max(0, math.ceil(self._seconds_to_next_timer() * 1000)))
-        return any(readable == wake for readable, _ in ready)
+        self._readable = {readable for readable, _ in ready}
+        return wake in self._readable
 
-    def turn(self) -> None:
-        """Handle received messages and due timers, and send waiting requests.
+    def turn(self, *, receives: bool = True) -> None:
+        """Handle received messages and due timers, and send waiting requests. `receives`: False leaves what has come
+        to the next turn, after a `wait`.
 
         Raises `ZslError` when the connection cannot go on.
         """
-        while (event := self._state.receive()) is not None:
+        found, self._readable = self._readable, None
+        readable: Set[object] = frozenset(self._state.sockets if found is None else found) if receives else frozenset()
+        while (event := self._state.receive(readable)) is not None:
             self._end(event)
         now = time.monotonic()
         self._check_deadlines(now)
-        first = self._shared.first
-        if not first.is_open and now >= first.open_by:
+        if not isinstance(self._state, Open) and not (first := self._shared.first).is_open and now >= first.open_by:
             raise first.not_yet or self._shared.endpoints.unreachable(self._shared.connect_timeout_seconds)
-        if (event := self._state.act(now)) is not None:
+        if (event := self._state.act(now, readable)) is not None:
             self._end(event)
 
     def start_over(self) -> None:
@@ -219,7 +223,7 @@ class Link:
     def _seconds_to_next_timer(self) -> float:
         now = time.monotonic()
         times = [*self._shared.requests.times(now), *self._state.due(now)]
-        if not self._shared.first.is_open:
+        if not isinstance(self._state, Open) and not self._shared.first.is_open:
             times.append(self._shared.first.open_by)
         return min(times) - now
 

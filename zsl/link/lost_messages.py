@@ -8,7 +8,7 @@ clock is an argument.
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Callable, Set
 
 from zsl.link.heartbeat import MISSED_PINGS
 from zsl.wire.messages import Ping, Pong, Welcome
@@ -31,9 +31,11 @@ class LostMessageCheck:
         """Reset the count of missed pings: a message arrived, or no request is under way."""
         self._missed = 0
 
-    def is_broken(self, under_way_bytes: int) -> bool:
+    def is_broken(self, under_way_bytes: Callable[[], int]) -> bool:
         """Return whether a ping should have been answered by now, given the bytes under way."""
-        transfer_seconds = 2 * under_way_bytes / MIN_BYTES_PER_SECOND
+        if self._missed <= MISSED_PINGS:
+            return False
+        transfer_seconds = 2 * under_way_bytes() / MIN_BYTES_PER_SECOND
         return (self._missed - MISSED_PINGS) * self._interval_seconds > transfer_seconds
 
     def ping(self, request: int, under_way: Set[int], now: float) -> Ping:

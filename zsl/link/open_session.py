@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 import zmq
 
@@ -98,18 +98,18 @@ class Open:
             times.append(self._path.next_ping)
         return times
 
-    def receive(self) -> Event | None:
-        while (frames := self._dealer.receive()) is not None:
+    def receive(self, readable: Set[object]) -> Event | None:
+        while self._dealer.socket in readable and (frames := self._dealer.receive()) is not None:
             self._shared.traffic.received(frames)
             if (event := self._on_frames(frames)) is not None:
                 return event
-        while (happened := self._dealer.link_event()) is not None:
+        while self._dealer.monitor in readable and (happened := self._dealer.link_event()) is not None:
             if happened not in (LinkEvent.UP, LinkEvent.MUTE):
                 return Lost("the connection was lost")
         return None
 
-    def act(self, now: float) -> Event | None:
-        return self._check(now) or self._send_waiting(now)
+    def act(self, now: float, readable: Set[object]) -> Event | None:
+        return self._check(now, readable) or self._send_waiting(now)
 
     def release(self, step: int) -> None:
         """Send RELEASE."""
@@ -140,10 +140,10 @@ class Open:
 
     # --- liveness ----------------------------------------------------------------------------------------------
 
-    def _check(self, now: float) -> Event | None:
+    def _check(self, now: float, readable: Set[object]) -> Event | None:
         """Check by pings that the daemon is alive and that the connection carries messages."""
         if self._heartbeat is not None:
-            self._heartbeat.turn(now)
+            self._heartbeat.turn(now, readable)
             if self._heartbeat.reaches_another:
                 self._give_up_heartbeat(now)
         heartbeat, under_way = self._heartbeat, self._shared.requests.under_way
@@ -153,7 +153,7 @@ class Open:
             return Lost(f"silent for {heartbeat.silent_seconds:.0f} s")
         if heartbeat is not None and heartbeat.session_is_gone:
             return Lost("the session is not known there any more")
-        if self._path.is_broken(self._shared.requests.transferred_bytes):
+        if self._path.is_broken(lambda: self._shared.requests.transferred_bytes):
             return Lost("the connection carries nothing")
         if (under_way or heartbeat is None) and now >= self._path.next_ping:
             self._say(self._path.ping(self._shared.new_request_id(), under_way, now))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 import zmq
 
@@ -59,7 +59,7 @@ class Opening:
             return self._until, max(self._say_after, now + HELLO_RETRY_SECONDS)
         return (self._until,)
 
-    def receive(self) -> Event | None:
+    def receive(self, readable: Set[object]) -> Event | None:
         while (frames := self.dealer.receive()) is not None:
             self._shared.traffic.received(frames)
             if (event := self._on_frames(frames)) is not None:
@@ -69,7 +69,7 @@ class Opening:
                 return event
         return None
 
-    def act(self, now: float) -> Event | None:
+    def act(self, now: float, readable: Set[object]) -> Event | None:
         if now >= self._until:
             not_yet = self._shared.first.not_yet
             return Failed("" if not_yet is None else str(not_yet))

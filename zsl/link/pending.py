@@ -109,6 +109,8 @@ class Requests:
 
     def take_next(self, limits: Limits, epoch: bytes, now: float) -> Pending | None:
         """Return the next request that may be sent to this daemon process now: within its limits, and due."""
+        if not self._waiting:
+            return None
         under_way_bytes = self.under_way_bytes
         for pending in list(self._waiting):
             if len(self._sent) >= limits.max_inflight_requests:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -80,10 +80,10 @@ class State(Protocol):
     def due(self, now: float) -> Sequence[float]:
         """Return the times of its timers."""
 
-    def receive(self) -> Event | None:
-        """Handle received messages, up to the first event."""
+    def receive(self, readable: Set[object]) -> Event | None:
+        """Handle the messages of `readable` sockets, up to the first event."""
 
-    def act(self, now: float) -> Event | None:
+    def act(self, now: float, readable: Set[object]) -> Event | None:
         """Handle due timers, and send waiting requests."""
 
     def leave(self) -> None:
@@ -107,10 +107,10 @@ class Pausing:
     def due(self, now: float) -> Sequence[float]:
         return (self._until,)
 
-    def receive(self) -> Event | None:
+    def receive(self, readable: Set[object]) -> Event | None:
         return None
 
-    def act(self, now: float) -> Event | None:
+    def act(self, now: float, readable: Set[object]) -> Event | None:
         return PauseOver() if now >= self._until else None
 
     def leave(self) -> None:

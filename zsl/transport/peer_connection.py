@@ -211,7 +211,7 @@ class Connection:
             data = data[used:]
             if frame is not None:
                 handed_on += self._frame(*frame)
-        if self.state in (State.HANDSHAKE, State.OPEN):
+        if data and self.state in (State.HANDSHAKE, State.OPEN):
             self._left = memoryview(bytes(data))  # a copy, because the buffer is reused
         return handed_on
 

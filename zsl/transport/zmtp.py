@@ -21,6 +21,7 @@ MIN_MAJOR = 3
 MORE, LONG, COMMAND = 1, 2, 4
 SHORT_FRAME_BYTES = 255
 LONG_LENGTH = struct.Struct(">Q")
+LONG_HEAD_BYTES = 1 + LONG_LENGTH.size
 PROPERTY_LENGTH = struct.Struct(">I")
 
 # Bodies from this size on are received without a copy, into memory aligned as torch's own.
@@ -137,6 +138,8 @@ class FrameReader:
         """
         used = 0
         if self._body is None:
+            if not self._head and (frame := self._whole(data)) is not None:
+                return frame
             used = self._feed_head(data)
             if self._body is None:
                 return None, used
@@ -144,10 +147,34 @@ class FrameReader:
         self._body[self._filled : self._filled + len(part)] = part
         return self.filled(len(part)), used + len(part)
 
+    def _whole(self, data: memoryview) -> tuple[tuple[int, memoryview], int] | None:
+        """Return a small frame that `data` begins with, as `feed` does; None if it is incomplete or large."""
+        if len(data) < 2:
+            return None
+        if not data[0] & LONG:
+            start, nbytes = 2, data[1]
+        elif len(data) >= LONG_HEAD_BYTES:
+            start, nbytes = LONG_HEAD_BYTES, LONG_LENGTH.unpack_from(data, 1)[0]
+        else:
+            return None
+        end = start + nbytes
+        if end > len(data) or nbytes >= LARGE_BYTES:
+            return None
+        flags = self._admitted(data[0], nbytes)
+        return (flags, memoryview(bytearray(data[start:end]))), end
+
+    def _admitted(self, first: int, nbytes: int) -> int:
+        """Return the flags of a frame, from its first byte. Raises `ProtocolViolation`, and any error of `admit`."""
+        flags = first & ~LONG
+        if flags & ~(MORE | COMMAND) or flags == MORE | COMMAND:
+            raise ProtocolViolation(f"a frame with the flags {first:#04x}")
+        self._admit(flags, nbytes)
+        return flags
+
     def _feed_head(self, data: memoryview) -> int:
         used = 0
         while True:
-            wanted = 1 + LONG_LENGTH.size if self._head and self._head[0] & LONG else 2
+            wanted = LONG_HEAD_BYTES if self._head and self._head[0] & LONG else 2
             part = data[used : used + wanted - len(self._head)]
             self._head += part
             used += len(part)
@@ -156,11 +183,8 @@ class FrameReader:
                     return used
                 continue
             break
-        self._flags = self._head[0] & ~LONG
-        if self._flags & ~(MORE | COMMAND) or self._flags == MORE | COMMAND:
-            raise ProtocolViolation(f"a frame with the flags {self._head[0]:#04x}")
         nbytes = self._head[1] if wanted == 2 else LONG_LENGTH.unpack_from(self._head, 1)[0]
-        self._admit(self._flags, nbytes)
+        self._flags = self._admitted(self._head[0], nbytes)
         self._body = aligned_memory(nbytes) if nbytes >= LARGE_BYTES else memoryview(bytearray(nbytes))
         self._filled = 0
         return used

@@ -25,6 +25,8 @@ class Kind(Enum):
     BACKWARD = "backward"
     DECODE = "forward behind a cache"  # a step of a generation, its prompt, or a piece of that
 
+    __hash__ = object.__hash__  # Enum's own is a call of Python, some thirty times a request
+
 
 class Keep(Enum):
     """Parts of a forward to keep for its backward, in increasing order of memory."""

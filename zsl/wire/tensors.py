@@ -67,12 +67,11 @@ def decode_tensor(descriptor: TensorDescriptor, buffer: Frame) -> torch.Tensor:
     if descriptor.nbytes == 0:
         return torch.empty(descriptor.shape, dtype=dtype)
     view = memoryview(buffer)
-    raw = torch.frombuffer(bytearray(view) if view.readonly else view, dtype=torch.uint8)
+    raw = None if view.readonly or view.nbytes <= READ_BUFFER_BYTES else torch.frombuffer(view, dtype=torch.uint8)
+    if raw is None or raw.data_ptr() % ALIGNMENT_BYTES:
+        raw = torch.empty(descriptor.nbytes, dtype=torch.uint8)
+        # Copied by one thread: torch would use several, and wait for a core that another process uses.
+        raw.numpy()[:] = view
     if dtype is torch.bool:
         return raw.ne(0).view(descriptor.shape)  # a byte other than 0 and 1 is no valid bool
-    if raw.data_ptr() % ALIGNMENT_BYTES or raw.nbytes <= READ_BUFFER_BYTES:
-        # Copied by one thread: torch would use several, and wait for a core that another process uses.
-        aligned = torch.empty_like(raw)
-        aligned.numpy()[:] = raw.numpy()
-        raw = aligned
     return raw.view(dtype).view(descriptor.shape)

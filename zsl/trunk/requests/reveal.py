@@ -13,6 +13,8 @@ from zsl.wire.messages import DTYPE_BYTES, FLOAT_DTYPES, GRADIENTS_OF, Forward, 
 
 def asked_reveals(header: Forward, info: TrunkInfo) -> tuple[Reveal, ...]:
     """Return what a forward asks to reveal, each once. Raises `NotRevealedError`."""
+    if not header.reveal:
+        return ()
     asked = tuple(name for name in get_args(Reveal) if name in header.reveal)
     for name in asked:
         _check_allowed(name, info)
@@ -23,15 +25,17 @@ def check_answer_size(
     reveals: tuple[Reveal, ...], buffers: Buffers, shape: Shape, info: TrunkInfo, traits: TrunkTraits, limits: Limits
 ) -> int:
     """Return the bytes that an answer to a valid forward reveals. Raises `TooLargeError`."""
+    if not reveals:
+        return 0
     sizes = [
         prod(_shape_of(name, shape, info, traits)) * DTYPE_BYTES[buffers["activations"][0].dtype] for name in reveals
     ]
-    if max(sizes, default=0) > limits.max_message_bytes:
+    if max(sizes) > limits.max_message_bytes:
         raise TooLargeError(
             f"the trunk would reveal {max(sizes)} bytes, {limits.max_message_bytes} are allowed in a tensor; "
             "send fewer rows at once, or start the daemon with more --stash-memory"
         )
-    if reveals and not shape.fits_rows:
+    if not shape.fits_rows:
         raise TooLargeError(f"rows of {shape.tokens} tokens are over the model's positions: the trunk reveals nothing")
     return sum(sizes)
 
