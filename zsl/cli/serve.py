@@ -117,7 +117,7 @@ def serve(
                 raise ConfigError(f"--adapter {reference.text}: the model itself has that name")
             tokenizer = reference.tokenizer()
 
-            from zsl.serving.models import ServedModels
+            from zsl.serving.generation_jobs import ServedModels
             from zsl.training.directory.trained import find_trained
 
             with opened(reference, **trunk) as open_model:

@@ -215,7 +215,7 @@ def trunkd(
     dropped = line_of_dropped(log_format)  # type: ignore[arg-type]
     with written_by_threads(dropped), one_line_errors("zsl-trunkd", debug=debug):
         from zsl.split.cut import parse_cut
-        from zsl.trunk.access.access import check_address, read_access
+        from zsl.trunk.access.options import check_address, read_access
         from zsl.trunk.daemon.log import set_up_logging
         from zsl.trunk.failpoints import failpoint_from
         from zsl.trunk.settings import parse_reveals

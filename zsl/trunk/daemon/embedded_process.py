@@ -44,7 +44,7 @@ def _serve(given: dict[str, Any]) -> None:
     import torch
     from transformers.utils.logging import disable_progress_bar
 
-    from zsl.trunk.access.access import read_access
+    from zsl.trunk.access.options import read_access
     from zsl.trunk.costs import BatchLimits
     from zsl.trunk.daemon.process import DaemonOptions, run_daemon
     from zsl.trunk.failpoints import Failpoint

@@ -21,7 +21,7 @@ from zsl.text.plural import counted
 from zsl.text.printable import printable
 from zsl.transport.curve_keys import refuses_unknown_keys
 from zsl.transport.listening import raise_file_limit
-from zsl.trunk.access.access import Access
+from zsl.trunk.access.options import Access
 from zsl.trunk.daemon.load import TrunkPlan, plan_trunk
 from zsl.trunk.daemon.loading_port import Loading
 from zsl.trunk.daemon.log import LogFormat
@@ -29,9 +29,9 @@ from zsl.trunk.daemon.server import TrunkServer
 from zsl.trunk.daemon.sighup import Hangup
 from zsl.trunk.daemon.standard_streams import check_output, drain_output
 from zsl.trunk.failpoints import Failpoint
-from zsl.trunk.malloc import available_bytes, keep_freed_memory
+from zsl.trunk.malloc import keep_freed_memory
 from zsl.trunk.settings import ServerSettings, TrunkInfo, TrunkTraits
-from zsl.trunk.stash_memory import default_stash_memory
+from zsl.trunk.stash_memory import available_host_bytes, default_stash_memory
 from zsl.wire.messages import Cut, Quantization, Reveal
 
 logger = logging.getLogger(__name__)
@@ -153,7 +153,7 @@ async def _serve(plan: TrunkPlan, options: DaemonOptions, loading: Loading, hang
 def _available_bytes(device: torch.device) -> int | None:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return available_bytes() if device.type == "cpu" else None
+    return available_host_bytes() if device.type == "cpu" else None
 
 
 def _tell_bound(info: TrunkInfo, settings: ServerSettings, traits: TrunkTraits) -> None:
