@@ -75,16 +75,14 @@ def evaluate(
         stop_on_sigterm()
         quiet_libraries(debug=debug)
 
-        import torch
-
         named = checked.model.name if "name" in checked.model.model_fields_set else None
         reference, trained = find_model(named, [adapter] if adapter else [])
 
         from zsl.serving.open_model import open_model
 
         data = None if tasks else _load(checked, reference, trained)
-        precision = getattr(torch, checked.model.dtype)
-        with open_model(reference, checked.trunk, dtype=precision, quantize=checked.model.quantize) as opened:
+        model_table = checked.model
+        with open_model(reference, checked.trunk, dtype=model_table.dtype, quantize=model_table.quantize) as opened:
             used = opened.with_adapter(trained)
             if tasks:
                 found = _tasks(used, reference, tasks, batch_size)

@@ -66,10 +66,8 @@ def opened(
     dtype: str | None,
 ) -> AbstractContextManager[OpenModel]:
     """Open the model through the trunk that the options name."""
-    import torch
-
     from zsl.serving.open_model import open_model
     from zsl.training.config.config import TrunkTable
 
     table = TrunkTable(endpoint=server, server_key=server_key, client_key=client_key, cut=cut)
-    return open_model(reference, table, dtype=getattr(torch, dtype or "float32"))
+    return open_model(reference, table, dtype=dtype or "float32")

@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -18,10 +18,6 @@ from zsl.cli.errors import Command, one_line_errors, stop_on_sigterm
 from zsl.cli.quiet import quiet_libraries
 from zsl.errors import ConfigError, StartupError
 from zsl.text.printable import PrintableFormatter
-
-if TYPE_CHECKING:
-    from zsl.training.config.config import TrainConfig
-    from zsl.trunk.daemon.embedded import EmbeddedTrunk
 
 # The table and key of the configuration that each option sets.
 FLAGS = {
@@ -65,14 +61,6 @@ def refuse_several_processes(environment: Mapping[str, str]) -> None:
                 f"{name}={value} in the environment makes this one of {value} processes, and zsl-train is one: "
                 f"start it without torchrun or mpirun, or unset {name}"
             )
-
-
-def started_trunk(config: TrainConfig) -> EmbeddedTrunk:
-    """Return the embedded trunk of a configuration, for `with`, which starts it."""
-    from zsl.trunk.daemon.embedded import EmbeddedTrunk
-
-    trunk, model = config.trunk, config.model
-    return EmbeddedTrunk(model.name, trunk.cut, model.dtype, deterministic=trunk.deterministic is not None)
 
 
 class ShareOrPlace(click.ParamType[float | str]):
@@ -166,6 +154,7 @@ def train(
     """
     with one_line_errors("zsl-train", debug=debug):
         from zsl.training.config.config import read_config, where_of
+        from zsl.training.run.embedded_trunk import embedded_trunk
 
         refuse_several_processes(os.environ)
         check_installed()
@@ -187,7 +176,8 @@ def train(
         with contextlib.ExitStack() as stack:
             embedded = None
             if checked.trunk.endpoint is None:  # it loads beside this process's imports
-                embedded = stack.enter_context(started_trunk(checked))
+                model = checked.model
+                embedded = stack.enter_context(embedded_trunk(checked.trunk, model.name, model.dtype))
             quiet_libraries(debug=debug)
             from zsl.training.run.run import train_from_config
 
