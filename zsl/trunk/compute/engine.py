@@ -16,9 +16,10 @@ from zsl.trunk.compute.adapters import FlatGradients, PassAdapters, SeparateAdap
 from zsl.trunk.compute.gradient_sums import add_to_sums
 from zsl.trunk.compute.keys_and_values import KeysAndValues, PackedCaches
 from zsl.trunk.compute.loaded_adapter import loaded
-from zsl.trunk.compute.merged_adapters import Companies, MergedAdapters
+from zsl.trunk.compute.merged_adapters import MergedAdapters
 from zsl.trunk.compute.packing import MergedPass, alone, packed, packed_behind_caches, stacked
 from zsl.trunk.compute.passes import Pass, Rows, Sequences, sequences_of
+from zsl.trunk.compute.stacked_adapters import Companies
 from zsl.trunk.compute.stash import (
     TorchStash,
     gradients_of_common_graph,
