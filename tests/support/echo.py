@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 
 from zsl.errors import InternalError
-from zsl.transport.curve_keys import KeyPair
 from zsl.transport.peer_connection import State
-from zsl.trunk.access.tenants import Allowlist
+from zsl.trunk.access.options import Access
 from zsl.trunk.costs import UNKNOWN_COSTS, BatchLimits
 from zsl.trunk.daemon.server import TrunkServer
 from zsl.trunk.settings import ServerSettings, TrunkInfo, TrunkTraits
@@ -91,13 +90,11 @@ class EchoServer(ServerThread):
         quantization: Quantization | None = None,
         row_tokens: int = ROW_TOKENS,
         compute: Compute | None = None,
-        keys: KeyPair | None = None,
-        allowlist: Allowlist | None = None,
+        access: Access | None = None,
         **traits: Any,
     ) -> None:
         super().__init__(port=port)
-        self._keys = keys
-        self._allowlist = allowlist
+        self._access = access
         self.compute = EchoCompute(replace(TRAITS, **traits))
         self._runs = compute or self.compute
         self._info = TrunkInfo(model, cut, dtype, forward_only, row_tokens, quantization)
@@ -146,4 +143,4 @@ class EchoServer(ServerThread):
         super().stop()
 
     def _make(self) -> tuple[TrunkServer, Compute]:
-        return TrunkServer(self._info, self._settings, keys=self._keys, allowlist=self._allowlist), self._runs
+        return TrunkServer(self._info, self._settings, access=self._access), self._runs

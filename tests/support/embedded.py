@@ -39,8 +39,7 @@ class TrunkThread(ServerThread):
     def _make(self) -> tuple[TrunkServer, Compute]:
         sizes = {} if self._deterministic else asdict(BatchLimits())
         compute = self._plan.load(**sizes, deterministic=self._deterministic)
-        keys, allowlist = (self._access.keys, self._access.allowlist) if self._access else (None, None)
-        return TrunkServer(self._plan.info, keys=keys, allowlist=allowlist), compute
+        return TrunkServer(self._plan.info, access=self._access), compute
 
 
 class InsteadOfAProcess:

@@ -225,8 +225,7 @@ async def _serve(port: int, settings: dict[str, Any], access: Access | None) -> 
     server = TrunkServer(
         TrunkInfo(IDENTITY, CUT, "f32", False, ROW_TOKENS),
         ServerSettings(**settings),
-        keys=access and access.keys,
-        allowlist=access and access.allowlist,
+        access=access,
         failpoint=failpoint_from(os.environ),
     )
     endpoint = server.bind("127.0.0.1", port)

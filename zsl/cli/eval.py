@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -79,6 +78,7 @@ def evaluate(
         reference, trained = find_model(named, [adapter] if adapter else [])
 
         from zsl.serving.open_model import open_model
+        from zsl.training.report.metrics import without_nan
 
         data = None if tasks else _load(checked, reference, trained)
         model_table = checked.model
@@ -89,11 +89,7 @@ def evaluate(
             else:
                 found = _perplexity(used, data, opened, checked.data.max_length, batch_size)
         if as_json:
-            finite = {
-                name: None if isinstance(value, float) and not math.isfinite(value) else value
-                for name, value in found.items()
-            }
-            say(json.dumps(finite, default=str))
+            say(json.dumps(without_nan(found), default=str))
         else:
             for name, value in found.items():
                 say(f"{name:<12}  {value:.4f}" if isinstance(value, float) else f"{name:<12}  {value}")

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 from collections.abc import Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +12,9 @@ import click
 
 import zsl
 from zsl.cli.broken_output import shown_while_it_can_be
-from zsl.cli.errors import Command, one_line_errors, stop_on_sigterm
+from zsl.cli.errors import Command, check_installed, log_lines, one_line_errors, stop_on_sigterm
 from zsl.cli.quiet import quiet_libraries
-from zsl.errors import ConfigError, StartupError
-from zsl.text.printable import PrintableFormatter
+from zsl.errors import ConfigError
 
 # The table and key of the configuration that each option sets.
 FLAGS = {
@@ -43,13 +40,6 @@ FLAGS = {
 
 # Variables with the number of processes of a distributed training, as accelerate reads them.
 WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-
-
-def check_installed() -> None:
-    """Raise `StartupError` if a package of the extra `train` is missing, which only training needs."""
-    missing = [name for name in ("datasets", "matplotlib") if find_spec(name) is None]
-    if missing:
-        raise StartupError(f"{' and '.join(missing)} missing: pip install {' '.join(missing)}")
 
 
 def refuse_several_processes(environment: Mapping[str, str]) -> None:
@@ -157,7 +147,7 @@ def train(
         from zsl.training.run.embedded_trunk import embedded_trunk
 
         refuse_several_processes(os.environ)
-        check_installed()
+        check_installed("datasets", "matplotlib")
         overrides: dict[str, dict[str, Any]] = {"train": {}}
         for name, value in flags.items():
             if value is not None:
@@ -170,9 +160,7 @@ def train(
         checked = read_config(config, settings=settings, overrides=overrides)
 
         stop_on_sigterm()  # as Ctrl-C: saves the adapters
-        handler = logging.StreamHandler()
-        handler.setFormatter(PrintableFormatter("zsl-train: %(message)s"))
-        logging.basicConfig(level=logging.WARNING, handlers=[handler])
+        log_lines("zsl-train")
         with contextlib.ExitStack() as stack:
             embedded = None
             if checked.trunk.endpoint is None:  # it loads beside this process's imports

@@ -109,8 +109,7 @@ async def _serve(plan: TrunkPlan, options: DaemonOptions, loading: Loading, hang
     server = TrunkServer(
         plan.info,
         settings,
-        keys=None if access is None else access.keys,
-        allowlist=None if access is None else access.allowlist,
+        access=access,
         failpoint=options.failpoint,
     )
     _obey_signals(server, loading, hangup, reloads=access is not None)

@@ -14,9 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from zsl.errors import RunFailed
-from zsl.transport.curve_keys import KeyPair
 from zsl.transport.router import Router
-from zsl.trunk.access.tenants import Allowlist
+from zsl.trunk.access.options import Access
 from zsl.trunk.failpoints import Failpoint
 from zsl.trunk.malloc import TrimPolicy, give_back_freed_memory, resident_bytes
 from zsl.trunk.requests.adapter_intake import AdapterIntake
@@ -71,8 +70,8 @@ class _Running:
 class TrunkServer:
     """Serves one trunk. `clock` returns seconds, `new_id` 16 random bytes.
 
-    With `keys`, traffic is encrypted, and only tenants on the `allowlist` may connect. Its state, to look at
-    on the loop: `router`, `sessions`, `adapters`, `caches` and `replies`.
+    With `access`, traffic is encrypted, and only tenants on its list may connect. Its state, to look at on the loop:
+    `router`, `sessions`, `adapters`, `caches` and `replies`.
     """
 
     def __init__(
@@ -80,15 +79,14 @@ class TrunkServer:
         info: TrunkInfo,
         settings: ServerSettings | None = None,
         *,
-        keys: KeyPair | None = None,
-        allowlist: Allowlist | None = None,
+        access: Access | None = None,
         failpoint: Failpoint | None = None,
         clock: Callable[[], float] = time.monotonic,
         new_id: Callable[[], bytes] = lambda: secrets.token_bytes(16),
     ) -> None:
         self.info = info
         self._settings = settings or ServerSettings()
-        self._allowlist = allowlist
+        self._allowlist = None if access is None else access.allowlist
         self._failpoint = failpoint
         self._clock = clock
         self.router = Router(
@@ -96,8 +94,8 @@ class TrunkServer:
             send_hwm_messages=self._settings.max_inflight_requests + CONTROL_MESSAGES,
             max_connections=self._settings.max_connections,
             max_receiving_bytes=self._settings.max_total_inflight_bytes,
-            keys=keys,
-            allowed=None if allowlist is None else allowlist.allows,
+            keys=None if access is None else access.keys,
+            allowed=None if access is None else access.allowlist.allows,
             clock=clock,
         )
         self._answers = Answers(self.router, epoch=new_id())
