@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -54,11 +54,7 @@ class DaemonOptions:
     threads: int | None
     forward_only: bool
     reveals: tuple[Reveal, ...]
-    stash_memory_bytes: int | None  # None: by the memory of the device and the size of the weights
-    adapter_memory_bytes: int
-    max_adapter_rank: int
-    cache_memory_bytes: int
-    decode_share: float
+    settings: ServerSettings  # those that save graphs get their `stash_memory_bytes` by the memory of the device
     max_batch_tokens: int | None
     merge_below_tokens: int | None
     deterministic: bool
@@ -94,18 +90,9 @@ def run_daemon(options: DaemonOptions) -> None:
 
 
 async def _serve(plan: TrunkPlan, options: DaemonOptions, loading: Loading, hangup: Hangup) -> None:
-    access = options.access
-    stash_memory_bytes = options.stash_memory_bytes
-    if stash_memory_bytes is None:
-        stash_memory_bytes = default_stash_memory(_available_bytes(plan.device))
-    settings = ServerSettings(
-        stash_memory_bytes=stash_memory_bytes,
-        saves_graphs=options.stash_memory_bytes is None,
-        adapter_memory_bytes=options.adapter_memory_bytes,
-        max_adapter_rank=options.max_adapter_rank,
-        cache_memory_bytes=options.cache_memory_bytes,
-        decode_share=options.decode_share,
-    )
+    access, settings = options.access, options.settings
+    if settings.saves_graphs:
+        settings = replace(settings, stash_memory_bytes=default_stash_memory(_available_bytes(plan.device)))
     server = TrunkServer(
         plan.info,
         settings,
@@ -124,7 +111,7 @@ async def _serve(plan: TrunkPlan, options: DaemonOptions, loading: Loading, hang
                     max_batch_tokens=options.max_batch_tokens,
                     merge_below_tokens=options.merge_below_tokens,
                     deterministic=options.deterministic,
-                    pass_memory_bytes=stash_memory_bytes,
+                    pass_memory_bytes=settings.stash_memory_bytes,
                 ),
             )
         _tell_bound(plan.info, settings, compute.traits)
