@@ -161,9 +161,9 @@ def test_who_was_told_that_its_key_is_off_the_list_is_remembered_while_it_is_the
             peer.handshake(DEALER, RawKeys.of_nobody(z85.decode(keys.public)))
             peer.send_message(status())
             peer.receive_message()
-        assert server.server.stats.forbidden == 20
+        assert server.forbidden == 20
         stack.close()
-        comes_to(0, lambda: server.server.stats.forbidden)
+        comes_to(0, lambda: server.forbidden)
 
 
 class GatedSquare(SquareTrunk):
@@ -186,7 +186,7 @@ def test_a_storm_of_cancelled_backwards_leaves_nothing_held_and_no_memory() -> N
         client.connect()
 
         def under_way() -> int:
-            requests = server.server.stats.requests
+            requests = server.requests
             return requests.queued + requests.running
 
         def storm(cancelled: int) -> int:

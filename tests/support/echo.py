@@ -14,6 +14,7 @@ from zsl.transport.peer_connection import State
 from zsl.trunk.access.options import Access
 from zsl.trunk.costs import UNKNOWN_COSTS, BatchLimits
 from zsl.trunk.daemon.server import TrunkServer
+from zsl.trunk.requests.request_table import RequestStats
 from zsl.trunk.settings import ServerSettings, TrunkInfo, TrunkTraits
 from zsl.trunk.work import Batch, Compute, Done, Keep, Kind, Outcome, Work
 from zsl.wire.messages import Cut, FloatDtypeName, ModelIdentity, Quantization
@@ -107,12 +108,12 @@ class EchoServer(ServerThread):
     @property
     def sessions(self) -> int:
         """Number of open sessions."""
-        return self.server.stats.sessions
+        return len(self.server.sessions)
 
     @property
     def connections(self) -> int:
         """Number of open connections."""
-        return self.server.stats.connections
+        return len(self.server.router.connections)
 
     @property
     def connections_of_peers(self) -> int:
@@ -122,16 +123,29 @@ class EchoServer(ServerThread):
 
     @property
     def held_bytes(self) -> int:
-        return self.server.stats.held_bytes
+        return self.server.sessions.held_bytes
+
+    @property
+    def requests(self) -> RequestStats:
+        return self._parts.requests.stats
+
+    @property
+    def forbidden(self) -> int:
+        """Number of connections that were told that their key is not on the list."""
+        return self._parts.handlers.forbidden
+
+    @property
+    def _parts(self) -> Any:
+        """Those of a server that has begun to serve."""
+        assert self.server._running is not None
+        return self.server._running
 
     def close_session(self, session: bytes) -> None:
         """As at the end of its lease."""
 
         def close() -> None:
-            running = self.server._running
-            assert running is not None
             found = next(one for one in self.server.sessions if one.id == session)
-            running.handlers.close_session(found, "on purpose")
+            self._parts.handlers.close_session(found, "on purpose")
 
         self.loop.call_soon_threadsafe(close)
 

@@ -25,7 +25,7 @@ from zsl.trunk.requests.credit import Credit
 from zsl.trunk.requests.handlers import Handlers
 from zsl.trunk.requests.intake import Intake
 from zsl.trunk.requests.reply_cache import ReplyCache
-from zsl.trunk.requests.request_table import RequestStats, RequestTable
+from zsl.trunk.requests.request_table import RequestTable
 from zsl.trunk.scheduling.scheduler import Scheduler
 from zsl.trunk.sessions.adapter_store import AdapterStore
 from zsl.trunk.sessions.cache_store import CacheStore
@@ -41,19 +41,6 @@ HOUSEKEEPING_SECONDS = 0.2
 LAST_PASS_SECONDS = 30.0  # wait at shutdown for the running pass
 # Room in a send queue for PONG, ERROR and GOAWAY, beside the answers to a session's credit of requests.
 CONTROL_MESSAGES = 64
-
-
-@dataclass(frozen=True, slots=True)
-class ServerStats:
-    """Numbers of open sessions and connections, and of connections that were told that their key is not on the list;
-    bytes of stashes and of adapters; requests by state."""
-
-    sessions: int
-    connections: int
-    forbidden: int
-    held_bytes: int
-    adapter_bytes: int
-    requests: RequestStats
 
 
 @dataclass(slots=True)
@@ -117,18 +104,6 @@ class TrunkServer:
     def epoch(self) -> bytes:
         """The id of this run of the daemon, 16 bytes."""
         return self._answers.epoch
-
-    @property
-    def stats(self) -> ServerStats:
-        """The current numbers of sessions, connections, bytes and requests."""
-        return ServerStats(
-            sessions=len(self.sessions),
-            connections=len(self.router.connections),
-            forbidden=0 if self._running is None else self._running.handlers.forbidden,
-            held_bytes=self.sessions.held_bytes,
-            adapter_bytes=self.adapters.nbytes,
-            requests=RequestStats() if self._running is None else self._running.requests.stats,
-        )
 
     def bind(self, host: str, port: int) -> str:
         """Bind the port, and return the endpoint. Answers nothing before `run`. Raises `StartupError`."""
