@@ -32,10 +32,6 @@ def evaluate(
     config: Path | None,
     adapter: Path | None,
     model: str | None,
-    server: str | None,
-    server_key: str | None,
-    client_key: str | None,
-    cut: str | None,
     dtype: str | None,
     dataset: str | None,
     samples: int | None,
@@ -45,6 +41,8 @@ def evaluate(
     tasks: str | None,
     as_json: bool,
     debug: bool,
+    server: str | None,
+    **trunk: Any,
 ) -> None:
     """Measure the perplexity of a model, with or without an adapter, on a data set.
 
@@ -60,7 +58,7 @@ def evaluate(
 
         given: dict[str, dict[str, Any]] = {
             "model": {"name": model, "dtype": dtype},
-            "trunk": {"endpoint": server, "server_key": server_key, "client_key": client_key, "cut": cut},
+            "trunk": {"endpoint": server, **trunk},
             "data": {"name": dataset, "samples": samples, "max_length": max_length},
         }
         overrides = {table: {k: v for k, v in keys.items() if v is not None} for table, keys in given.items()}

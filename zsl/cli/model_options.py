@@ -1,4 +1,4 @@
-"""Options of the commands that use a split model: the model, its trunk, and adapters."""
+"""Options that commands share: the model, its trunk, adapters, and the directory of what is written."""
 
 from __future__ import annotations
 
@@ -33,6 +33,16 @@ adapter_option = click.option(
     metavar="DIR",
     help="Use the model with this adapter, or that of this run.  [default: none]",
 )
+
+adapters_argument = click.argument(
+    "adapters", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN_OR_ADAPTER…"
+)
+
+
+def out_option(what: str) -> Callable[..., Any]:
+    """Return the option of a new directory for what a command writes."""
+    text = f"Directory for {what}. It must not exist, or be empty."
+    return click.option("--out", type=click.Path(path_type=Path), metavar="DIR", required=True, help=text)
 
 
 def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
