@@ -13,7 +13,7 @@ from support.square import SquareClient, SquareServer, some
 from test_server import backward, code_of
 from zsl.errors import ConfigError, ForbiddenError, TrunkAuthError
 from zsl.transport.curve_keys import ClientKeys, KeyPair, read_key_pair, write_key_pair
-from zsl.trunk.access.tenants import Allowlist
+from zsl.trunk.access.options import Access, read_access
 from zsl.trunk.settings import ServerSettings
 from zsl.wire.messages import Error, Hello, Ping, Result, Welcome
 
@@ -31,6 +31,11 @@ class Keys:
 
     def pair(self, name: str) -> KeyPair:
         return read_key_pair(self.secret(name))
+
+    @property
+    def access(self) -> Access | None:
+        """The server's access to this list, as it is now."""
+        return read_access(self.directory, self.list)
 
     def secret(self, name: str) -> Path:
         return self.directory / f"{name}.key_secret"
@@ -59,7 +64,7 @@ def keys(all_keys: Keys) -> Keys:
 
 @pytest.fixture
 def server(keys: Keys) -> Iterator[SquareServer]:
-    with SquareServer(keys=keys.pair("server"), allowlist=Allowlist(keys.list)) as running:
+    with SquareServer(access=keys.access) as running:
         yield running
 
 
@@ -169,7 +174,7 @@ def test_a_list_that_is_half_written_changes_nothing(server: SquareServer, keys:
 
 def test_a_tenant_has_no_more_sessions_than_its_quota(keys: Keys) -> None:
     keys.write_list("alice", "bob", more="max_sessions = 1\n")
-    with SquareServer(keys=keys.pair("server"), allowlist=Allowlist(keys.list)) as server:
+    with SquareServer(access=keys.access) as server:
         with client(server, keys, "alice") as first, Peer(server.endpoint, keys.of("alice")) as second:
             hello = Hello(request=1, software="t", dtype="f32", model=None, cut=None, resume=None)
             answer = second.ask(hello)
@@ -184,7 +189,7 @@ def test_a_tenant_whose_client_died_can_start_it_again_before_the_lease_has_ende
     monkeypatch.setattr("zsl.trunk.sessions.sessions.QUIET_SECONDS", 0.5)
     keys.write_list("alice", more="max_sessions = 1\n")
     settings = ServerSettings(lease_seconds=600)
-    with SquareServer(keys=keys.pair("server"), allowlist=Allowlist(keys.list), settings=settings) as server:
+    with SquareServer(access=keys.access, settings=settings) as server:
         with Peer(server.endpoint, keys.of("alice")) as died:
             died.hello()
         with client(server, keys, "alice", seconds=20) as again:

@@ -24,6 +24,7 @@ from zsl import TrunkClient
 from zsl.transport.curve_keys import KeyPair
 from zsl.transport.mechanisms import Null
 from zsl.transport.peer_connection import Connection, MessageLimits, State
+from zsl.trunk.access.options import Access
 from zsl.trunk.costs import Costs, PassCost
 from zsl.trunk.daemon.server import CONTROL_MESSAGES
 from zsl.trunk.malloc import give_back_freed_memory, resident_bytes
@@ -154,15 +155,15 @@ class NobodyAnyMore:
 
 def test_who_was_told_that_its_key_is_off_the_list_is_remembered_while_it_is_there() -> None:
     keys = KeyPair(*zmq.curve_keypair())
-    with EchoServer(keys=keys, allowlist=NobodyAnyMore()) as server, ExitStack() as stack:  # type: ignore[arg-type]
+    with EchoServer(access=Access(keys, NobodyAnyMore())) as server, ExitStack() as stack:  # type: ignore[arg-type]
         for _ in range(20):
             peer = stack.enter_context(RawPeer(HOST, server.port))
             peer.handshake(DEALER, RawKeys.of_nobody(z85.decode(keys.public)))
             peer.send_message(status())
             peer.receive_message()
-        assert server.server.stats.forbidden == 20
+        assert server.forbidden == 20
         stack.close()
-        comes_to(0, lambda: server.server.stats.forbidden)
+        comes_to(0, lambda: server.forbidden)
 
 
 class GatedSquare(SquareTrunk):
@@ -185,7 +186,7 @@ def test_a_storm_of_cancelled_backwards_leaves_nothing_held_and_no_memory() -> N
         client.connect()
 
         def under_way() -> int:
-            requests = server.server.stats.requests
+            requests = server.requests
             return requests.queued + requests.running
 
         def storm(cancelled: int) -> int:

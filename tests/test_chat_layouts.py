@@ -20,12 +20,12 @@ from support.models import local_model
 from support.tokenizer import tiny_tokenizer, words
 from zsl.errors import DataError
 from zsl.models.reference import ModelReference, resolve
+from zsl.text.plural import counted
 from zsl.training.config.data_table import DataTable
 from zsl.training.data.answer_tokens import conversation_encoder
 from zsl.training.data.conversations import Conversation, messages_of
 from zsl.training.data.load import TrainingData, load_data
 from zsl.training.data.rows import NO_LABEL
-from zsl.training.report.screen import counted
 
 # As those that write tools, calls and a variable of the row; a call, as an answer, is marked.
 WITH_TOOLS = (

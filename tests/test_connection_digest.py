@@ -14,7 +14,7 @@ from support.square import SquareClient, SquareServer, some
 from zsl.transport import connection_digest
 from zsl.transport.connection_digest import digest_at_client, digest_at_server
 from zsl.transport.curve_keys import read_key_pair, write_key_pair
-from zsl.trunk.access.tenants import Allowlist
+from zsl.trunk.access.options import read_access
 from zsl.wire.frames import Message, decode
 
 Connect = Callable[[str, str], tuple[socket.socket, socket.socket]]
@@ -95,9 +95,8 @@ def test_encrypted_tensors_have_none_because_the_cipher_notices_damage(
     key = read_key_pair(tmp_path / "alice.key_secret").public.decode()
     (tmp_path / "tenants.toml").write_text(f'[tenants.alice]\npublic_key = "{key}"\n')
     keys = {"server_key": str(tmp_path / "server.key"), "client_key": tmp_path / "alice.key_secret"}
-    allowlist = Allowlist(tmp_path / "tenants.toml")
     with (
-        SquareServer(keys=read_key_pair(tmp_path / "server.key_secret"), allowlist=allowlist) as server,
+        SquareServer(access=read_access(tmp_path, tmp_path / "tenants.toml")) as server,
         FaultyLink(server.port) as between,
         SquareClient(between.endpoint, **keys) as client,
     ):

@@ -36,7 +36,7 @@ from zsl.trunk.daemon.process import DaemonOptions, run_daemon
 from zsl.trunk.daemon.standard_streams import MAX_WAITING_BYTES, check_output, drain_output, written_by_threads
 from zsl.trunk.failpoints import failpoint_from
 from zsl.trunk.openmp import SPINS, stop_spinning_if_shared
-from zsl.trunk.settings import TrunkInfo
+from zsl.trunk.settings import ServerSettings, TrunkInfo
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -241,11 +241,7 @@ def test_before_it_knows_its_model_and_while_it_reads_the_weights_it_says_that_i
         threads=None,
         forward_only=False,
         reveals=(),
-        stash_memory_bytes=0,
-        adapter_memory_bytes=0,
-        cache_memory_bytes=0,
-        decode_share=0.5,
-        max_adapter_rank=1,
+        settings=ServerSettings(),
         max_batch_tokens=None,
         merge_below_tokens=None,
         deterministic=False,
@@ -478,3 +474,16 @@ def test_debug_shows_the_traceback() -> None:
     finished = run("--model", "random:nothing", "--debug")
     assert "Traceback" in finished.stderr
     assert finished.returncode == 3
+
+
+@pytest.mark.parametrize(("options", "nbytes"), [([], None), (["--stash-memory", "0"], 0)])
+def test_the_stash_memory_is_the_one_given_or_is_left_to_the_machine(
+    monkeypatch: pytest.MonkeyPatch, options: list[str], nbytes: int | None
+) -> None:
+    served: list[DaemonOptions] = []
+    monkeypatch.setattr("zsl.trunk.daemon.process.run_daemon", served.append)
+    monkeypatch.setattr("zsl.trunk.daemon.log.set_up_logging", lambda *_, **__: None)
+    assert CliRunner().invoke(trunkd, options).exit_code == 0
+    settings = served[0].settings
+    assert (settings.saves_graphs, settings.adapter_memory_bytes) == (nbytes is None, 1 << 30)
+    assert nbytes is None or settings.stash_memory_bytes == nbytes

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from support.configuration_page import toml_reference
 from support.pages import LANGUAGES, PAGES, ROOT, TRANSLATED, blocks_of, options_of_command, prose_of
 from zsl.cli.train import train
 from zsl.cli.trunkd import trunkd
 from zsl.cli.zsl import zsl
-from zsl.training.config.reference import toml_reference
 
 NAMED = re.compile(r"`(?:bin/test )?(?:tests/)?(test_\w+)(?:\.py)?(?: -k (\w+))?`")
 DOCUMENTS = ["README.md", "README.zh-CN.md", "docs/reliability.md", "docs/security.md", "docs/batching.md"]

@@ -37,7 +37,6 @@ from zsl.link.status_client import StatusClient
 from zsl.models.divide import divide
 from zsl.models.reference import resolve
 from zsl.split.cut import parse_cut
-from zsl.trunk.access.tenants import Allowlist
 from zsl.trunk.compute.engine import TorchCompute
 
 LINE = re.compile(r"(ok|warn|FAIL|skip) +([a-z ]+?)  +(.*)")
@@ -275,7 +274,7 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Keys:
 
 @pytest.fixture
 def encrypted(keys: Keys) -> Iterator[SquareServer]:
-    with SquareServer(keys=keys.pair("server"), allowlist=Allowlist(keys.list)) as running:
+    with SquareServer(access=keys.access) as running:
         yield running
 
 

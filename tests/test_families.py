@@ -127,3 +127,14 @@ def test_a_decoder_whose_layers_get_no_2d_mask_is_refused() -> None:
 def test_layers_that_are_left_out_at_random_are_refused_with_what_to_do() -> None:
     with pytest.raises(ModelError, match=r"layerdrop = 0\.1"):
         check_can_be_split(CONFIG_MAPPING["opt"](**CONFIGS["opt"], layerdrop=0.1))
+
+
+def test_a_model_that_fails_on_the_meta_device_without_a_reason_is_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError  # as a bare `assert` of a family's code
+
+    monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaModel.forward", fail)
+    with pytest.raises(ModelError, match=r"^llama: .*meta device \(AssertionError"):
+        check_can_be_split(CONFIG_MAPPING["llama"](**CONFIGS["llama"]))

@@ -19,7 +19,6 @@ from zsl.cli.zsl import zsl as command
 from zsl.client.info_lines import in_units
 from zsl.errors import EXIT_STARTUP_FAILED, EXIT_USAGE, DrainingError
 from zsl.text.printable import printable_lines
-from zsl.trunk.access.tenants import Allowlist
 from zsl.wire.messages import Error, GoAway
 from zsl.wire.messages import Result as Answer
 
@@ -130,7 +129,7 @@ def test_a_tenant_that_has_all_its_sessions_still_sees_what_is_served(tmp_path: 
     keys = Keys(tmp_path)
     keys.write_list("alice", more="max_sessions = 1\n")
     options = ["--server-key", keys.public("server"), "--client-key", str(keys.secret("alice"))]
-    with SquareServer(keys=keys.pair("server"), allowlist=Allowlist(keys.list)) as server:
+    with SquareServer(access=keys.access) as server:
         assert rows(run(server.endpoint, *options).output)["state"] == "takes sessions"
         with client(server, keys, "alice") as training:
             assert training.is_right(some(1), some(2))
@@ -142,7 +141,7 @@ def test_without_the_key_it_is_exit_3_with_the_reason(tmp_path: Path) -> None:
     keys = Keys(tmp_path)
     keys.write_list("alice")
     options = ["--server-key", keys.public("server"), "--client-key", str(keys.secret("mallory"))]
-    with SquareServer(keys=keys.pair("server"), allowlist=Allowlist(keys.list)) as server:
+    with SquareServer(access=keys.access) as server:
         finished = run(server.endpoint, *options)
     assert finished.exit_code == EXIT_STARTUP_FAILED and "tenants.toml" in finished.output
 

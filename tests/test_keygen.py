@@ -34,7 +34,7 @@ def test_a_clients_lines_are_those_of_tenants_toml(tmp_path: Path) -> None:
     assert lines is not None, finished.output
     tenants = tmp_path / "tenants.toml"
     tenants.write_text(lines[0])
-    alice = read_tenants(tenants).by_key(pair.public.decode())
+    alice = read_tenants(tenants).get(pair.public.decode())
     assert alice is not None and alice.name == "alice"
 
 

@@ -19,7 +19,7 @@ from test_access import Keys
 from zsl.cli.zsl import zsl as command
 from zsl.errors import EXIT_STARTUP_FAILED, LoadingError, Retry, StartupError
 from zsl.transport.curve_keys import refuses_unknown_keys
-from zsl.trunk.access.access import Access
+from zsl.trunk.access.options import Access
 from zsl.trunk.access.tenants import Allowlist
 from zsl.trunk.daemon.loading_port import Loading
 from zsl.wire.messages import Error, Hello, Ping, StatusRequest

@@ -19,8 +19,8 @@ from test_adapted_passes import Gradients, backward_of, compute_of, forward_of, 
 from test_merging import tensors
 from zsl.trunk.adapter import AdapterUse, AdapterVersion
 from zsl.trunk.compute.engine import TorchCompute
-from zsl.trunk.compute.merged_adapters import Company
 from zsl.trunk.compute.rows import TokenRows
+from zsl.trunk.compute.stacked_adapters import Company
 from zsl.trunk.compute.stash import TorchStash
 from zsl.trunk.work import Alone, Done, Keep, Packed, Sharing, Stacked
 from zsl.wire.adapter_layout import LoraModule

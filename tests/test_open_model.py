@@ -27,7 +27,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def opened(path: Path) -> Iterator[OpenModel]:
-    with open_model(resolve(str(path)), TrunkTable(cut=CUT)) as model:
+    with open_model(resolve(str(path)), TrunkTable(cut=CUT), dtype="float32") as model:
         yield model
 
 

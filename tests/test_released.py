@@ -43,7 +43,7 @@ def nothing_is_held(server: EchoServer) -> bool:
     pause = threading.Event()
     for _ in range(500):
         gc.collect()  # exceptions and their frames are cycles
-        if server.held_bytes == 0 and server.server.stats.requests.released == 0:
+        if server.held_bytes == 0 and server.requests.released == 0:
             return True
         pause.wait(0.01)
     return False

@@ -26,14 +26,13 @@ def test_a_key_is_enough_and_the_rest_has_defaults(file: Path) -> None:
     file.write_text(ALICE + BOB)
     tenants = read_tenants(file)
     assert len(tenants) == 2
-    assert tenants.by_key(ALICE_KEY) == Tenant("alice", ALICE_KEY, 1.0, 64, 2 << 30, None)
-    assert tenants.by_key(BOB_KEY) == Tenant("bob", BOB_KEY, 1.0, 64, 2 << 30, None)
-    assert tenants.by_key("") is None
+    assert tenants[ALICE_KEY] == Tenant("alice", ALICE_KEY, 1.0, 64, 2 << 30, None)
+    assert tenants[BOB_KEY] == Tenant("bob", BOB_KEY, 1.0, 64, 2 << 30, None)
 
 
 def test_a_file_that_begins_with_a_byte_order_mark_is_read(file: Path) -> None:
     file.write_text(ALICE, encoding="utf-8-sig")
-    assert read_tenants(file).by_key(ALICE_KEY)
+    assert ALICE_KEY in read_tenants(file)
 
 
 def test_quotas_are_numbers_or_sizes(file: Path) -> None:
@@ -44,8 +43,8 @@ def test_quotas_are_numbers_or_sizes(file: Path) -> None:
         + 'weight = 0.5\nmax_inflight_bytes = 1000\nmax_stash_bytes = "500 MB"\n'
     )
     tenants = read_tenants(file)
-    assert tenants.by_key(ALICE_KEY) == Tenant("alice", ALICE_KEY, 2.0, 1, 3 << 29, 0)
-    assert tenants.by_key(BOB_KEY) == Tenant("bob", BOB_KEY, 0.5, 64, 1000, 500_000_000)
+    assert tenants[ALICE_KEY] == Tenant("alice", ALICE_KEY, 2.0, 1, 3 << 29, 0)
+    assert tenants[BOB_KEY] == Tenant("bob", BOB_KEY, 0.5, 64, 1000, 500_000_000)
 
 
 MISTAKES = {

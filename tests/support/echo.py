@@ -3,24 +3,23 @@ themselves. For tests of the wire, the server and the connection."""
 
 from __future__ import annotations
 
-import asyncio
 import threading
-from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
 from zsl.errors import InternalError
-from zsl.transport.curve_keys import KeyPair
 from zsl.transport.peer_connection import State
-from zsl.trunk.access.tenants import Allowlist
+from zsl.trunk.access.options import Access
 from zsl.trunk.costs import UNKNOWN_COSTS, BatchLimits
 from zsl.trunk.daemon.server import TrunkServer
+from zsl.trunk.requests.request_table import RequestStats
 from zsl.trunk.settings import ServerSettings, TrunkInfo, TrunkTraits
 from zsl.trunk.work import Batch, Compute, Done, Keep, Kind, Outcome, Work
 from zsl.wire.messages import Cut, FloatDtypeName, ModelIdentity, Quantization
+
+from .server_thread import ServerThread
 
 HIDDEN = 4
 ROW_TOKENS = 64
@@ -77,8 +76,8 @@ class EchoCompute:
         return Done({role: (descriptor, answer.data.cast("B"))}, stash)
 
 
-class EchoServer:
-    """Serves between `with` and its end, on a thread of its own."""
+class EchoServer(ServerThread):
+    """Serves within `with`. `port`: of its address."""
 
     def __init__(
         self,
@@ -92,23 +91,15 @@ class EchoServer:
         quantization: Quantization | None = None,
         row_tokens: int = ROW_TOKENS,
         compute: Compute | None = None,
-        keys: KeyPair | None = None,
-        allowlist: Allowlist | None = None,
+        access: Access | None = None,
         **traits: Any,
     ) -> None:
-        self._keys = keys
-        self._allowlist = allowlist
+        super().__init__(port=port)
+        self._access = access
         self.compute = EchoCompute(replace(TRAITS, **traits))
         self._runs = compute or self.compute
-        self._port = port
         self._info = TrunkInfo(model, cut, dtype, forward_only, row_tokens, quantization)
         self._settings = settings
-        self._started: Future[str] = Future()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-
-    @property
-    def endpoint(self) -> str:
-        return self._started.result(WAIT_SECONDS)
 
     @property
     def port(self) -> int:
@@ -117,12 +108,12 @@ class EchoServer:
     @property
     def sessions(self) -> int:
         """Number of open sessions."""
-        return self.server.stats.sessions
+        return len(self.server.sessions)
 
     @property
     def connections(self) -> int:
         """Number of open connections."""
-        return self.server.stats.connections
+        return len(self.server.router.connections)
 
     @property
     def connections_of_peers(self) -> int:
@@ -132,66 +123,38 @@ class EchoServer:
 
     @property
     def held_bytes(self) -> int:
-        return self.server.stats.held_bytes
+        return self.server.sessions.held_bytes
 
-    def reload_tenants(self) -> None:
-        """As SIGHUP does. Raises what it raises."""
-        done: Future[None] = Future()
+    @property
+    def requests(self) -> RequestStats:
+        return self._parts.requests.stats
 
-        def reload() -> None:
-            try:
-                done.set_result(self.server.reload_tenants())
-            except Exception as error:
-                done.set_exception(error)
+    @property
+    def forbidden(self) -> int:
+        """Number of connections that were told that their key is not on the list."""
+        return self._parts.handlers.forbidden
 
-        self.loop.call_soon_threadsafe(reload)
-        done.result(WAIT_SECONDS)
+    @property
+    def _parts(self) -> Any:
+        """Those of a server that has begun to serve."""
+        assert self.server._running is not None
+        return self.server._running
 
     def close_session(self, session: bytes) -> None:
         """As at the end of its lease."""
 
         def close() -> None:
-            running = self.server._running
-            assert running is not None
             found = next(one for one in self.server.sessions if one.id == session)
-            running.handlers.close_session(found, "on purpose")
+            self._parts.handlers.close_session(found, "on purpose")
 
         self.loop.call_soon_threadsafe(close)
 
     def drain(self) -> None:
         self.loop.call_soon_threadsafe(self.server.drain)
 
-    def join(self) -> None:
-        self._thread.join(WAIT_SECONDS)
-        assert not self._thread.is_alive()
-
     def stop(self) -> None:
         self.compute.gate.set()
-        if self._thread.is_alive():
-            self.loop.call_soon_threadsafe(self.server.stop)
-        self.join()
+        super().stop()
 
-    def __enter__(self) -> Self:
-        self._thread.start()
-        assert self.endpoint
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stop()
-
-    def _run(self) -> None:
-        try:
-            asyncio.run(self._serve())
-        except BaseException as error:
-            if self._started.done():
-                raise
-            self._started.set_exception(error)
-
-    async def _serve(self) -> None:
-        self.loop = asyncio.get_running_loop()
-        self.server = TrunkServer(self._info, self._settings, keys=self._keys, allowlist=self._allowlist)
-        endpoint = self.server.bind("127.0.0.1", self._port)
-        self._started.set_result(endpoint)
-        await self.server.run(self._runs)
+    def _make(self) -> tuple[TrunkServer, Compute]:
+        return TrunkServer(self._info, self._settings, access=self._access), self._runs

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-import threading
 from collections.abc import Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import asdict
 from types import TracebackType
@@ -14,59 +11,35 @@ from typing import Self
 import torch
 
 from zsl.split.cut import parse_cut
+from zsl.trunk.access.options import Access
 from zsl.trunk.costs import BatchLimits
 from zsl.trunk.daemon.load import TrunkPlan, plan_trunk
 from zsl.trunk.daemon.server import TrunkServer
 from zsl.trunk.malloc import keep_freed_memory
+from zsl.trunk.work import Compute
 from zsl.wire.messages import Quantization, Reveal
 
 from .models import CUT
-
-START_SECONDS = 600.0
-STOP_SECONDS = 30.0
+from .server_thread import ServerThread
 
 
-class TrunkThread:
-    """Loads and serves a trunk within `with`. `endpoint`: its address."""
+class TrunkThread(ServerThread):
+    """Loads and serves a trunk within `with`."""
 
-    def __init__(self, plan: TrunkPlan, *, deterministic: bool = False) -> None:
+    def __init__(self, plan: TrunkPlan, *, deterministic: bool = False, access: Access | None = None) -> None:
+        super().__init__()
         self._plan = plan
         self._deterministic = deterministic
-        self._started: Future[tuple[str, asyncio.AbstractEventLoop, TrunkServer]] = Future()
-        self._thread = threading.Thread(target=self._run, name="trunk", daemon=True)
-
-    @property
-    def endpoint(self) -> str:
-        return self._started.result(0)[0]
+        self._access = access
 
     def __enter__(self) -> Self:
         keep_freed_memory()
-        self._thread.start()
-        self._started.result(START_SECONDS)
-        return self
+        return super().__enter__()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        _, loop, server = self._started.result(0)
-        loop.call_soon_threadsafe(server.stop)
-        self._thread.join(STOP_SECONDS)
-
-    def _run(self) -> None:
-        try:
-            asyncio.run(self._serve())
-        except BaseException as error:
-            if self._started.done():
-                raise
-            self._started.set_exception(error)
-
-    async def _serve(self) -> None:
+    def _make(self) -> tuple[TrunkServer, Compute]:
         sizes = {} if self._deterministic else asdict(BatchLimits())
         compute = self._plan.load(**sizes, deterministic=self._deterministic)
-        server = TrunkServer(self._plan.info)
-        endpoint = server.bind("127.0.0.1", 0)
-        self._started.set_result((endpoint, asyncio.get_running_loop(), server))
-        await server.run(compute)
+        return TrunkServer(self._plan.info, access=self._access), compute
 
 
 class InsteadOfAProcess:

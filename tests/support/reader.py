@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import re
@@ -12,7 +11,6 @@ import threading
 import tomllib
 from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,10 +25,8 @@ from zsl.cli.trunkd import trunkd
 from zsl.cli.zsl import zsl
 from zsl.serving.server import make_server
 from zsl.transport.curve_keys import read_public_key, write_key_pair
-from zsl.trunk.costs import BatchLimits
 from zsl.trunk.daemon.load import plan_trunk
 from zsl.trunk.daemon.process import DaemonOptions
-from zsl.trunk.daemon.server import TrunkServer
 
 from .data import ANSWERS, SENTENCES, conversation
 from .embedded import TrunkThread
@@ -42,29 +38,10 @@ WAIT_SECONDS = 60
 SMALL = ["--samples", "20", "--max-length", "48", "--set", "train.max_steps=2"]
 
 
-class Served(TrunkThread):
+def trunk_of(options: DaemonOptions) -> TrunkThread:
     """The trunk of a daemon with these options, in a thread of this process and on a free port."""
-
-    def __init__(self, options: DaemonOptions) -> None:
-        plan = plan_trunk(options.model, options.cut, options.dtype, options.device, forward_only=options.forward_only)
-        super().__init__(plan)
-        self._access = options.access
-
-    async def _serve(self) -> None:
-        compute = self._plan.load(**asdict(BatchLimits()), deterministic=False)
-        keys = {"keys": self._access.keys, "allowlist": self._access.allowlist} if self._access else {}
-        server = TrunkServer(self._plan.info, **keys)
-        self._started.set_result((server.bind("127.0.0.1", 0), asyncio.get_running_loop(), server))
-        await server.run(compute)
-
-    def reload_tenants(self) -> None:
-        """Do what the daemon does on SIGHUP. Raises what it would log."""
-        _, loop, server = self._started.result(0)
-
-        async def reload() -> None:
-            server.reload_tenants()
-
-        asyncio.run_coroutine_threadsafe(reload(), loop).result(WAIT_SECONDS)
+    plan = plan_trunk(options.model, options.cut, options.dtype, options.device, forward_only=options.forward_only)
+    return TrunkThread(plan, access=options.access)
 
 
 class Reader:
@@ -76,7 +53,7 @@ class Reader:
     def __init__(self, models: Mapping[str, Path], *, trains: bool) -> None:
         self._for_train = SMALL if trains else [*SMALL, "--dry-run"]
         self._stand_ins = {**{name: str(path) for name, path in models.items()}, "2:28": "2:4", "2:10": "2:4"}
-        self._daemons: dict[str, Served] = {}  # by the endpoint that pages name
+        self._daemons: dict[str, TrunkThread] = {}  # by the endpoint that pages name
         self._places: dict[str, str] = {}  # of HTTP servers, by the same
         self._names: dict[str, Any] = {}  # of the page's Python
         self._running = ExitStack()
@@ -153,7 +130,7 @@ class Reader:
         return finished.output
 
     def _serve(self, options: DaemonOptions) -> None:
-        served = self._running.enter_context(Served(options))
+        served = self._running.enter_context(trunk_of(options))
         host = "trunk.example" if options.host == "0.0.0.0" else options.host
         self._daemons[f"{host}:{options.port}"] = served
 

@@ -24,8 +24,7 @@ set_verbosity_error()
 def embedded_trunks_in_threads() -> Iterator[None]:
     """Commands that a test calls in its own process start no daemon: dozens would take minutes."""
     with pytest.MonkeyPatch.context() as patched:
-        for module in ("zsl.trunk.daemon.embedded", "zsl.training.run.open_trunk"):
-            patched.setattr(f"{module}.EmbeddedTrunk", InsteadOfAProcess)
+        patched.setattr("zsl.training.run.embedded_trunk.EmbeddedTrunk", InsteadOfAProcess)
         yield
 
 

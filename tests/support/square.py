@@ -24,7 +24,7 @@ from zsl.link.connection import Connection
 from zsl.link.keys import read_client_keys
 from zsl.link.open_session import Open
 from zsl.link.pending import Pending
-from zsl.trunk.access.access import Access, read_access
+from zsl.trunk.access.options import Access, read_access
 from zsl.trunk.daemon.log import set_up_logging
 from zsl.trunk.daemon.server import TrunkServer
 from zsl.trunk.failpoints import failpoint_from
@@ -225,8 +225,7 @@ async def _serve(port: int, settings: dict[str, Any], access: Access | None) -> 
     server = TrunkServer(
         TrunkInfo(IDENTITY, CUT, "f32", False, ROW_TOKENS),
         ServerSettings(**settings),
-        keys=access and access.keys,
-        allowlist=access and access.allowlist,
+        access=access,
         failpoint=failpoint_from(os.environ),
     )
     endpoint = server.bind("127.0.0.1", port)

@@ -77,20 +77,13 @@ def merge(
         merged.save_pretrained(written)
         _check_same(load_whole(resolve(str(written)), dtype), merged)
         weights_digest = identify(reference).weights_digest
-    return Merged(method, dtype, weights_digest, has_tokenizer, adapter.rows, _converted(reference, dtype))
+    converted = 0 if reference.location is None else TensorFiles(reference.location).count_of_other_dtype(dtype)
+    return Merged(method, dtype, weights_digest, has_tokenizer, adapter.rows, converted)
 
 
 def _own_dtype(reference: ModelReference) -> torch.dtype:
     dtype = getattr(reference.config, "dtype", None)
     return dtype if isinstance(dtype, torch.dtype) and reference.location is not None else torch.float32
-
-
-def _converted(reference: ModelReference, dtype: torch.dtype) -> int:
-    if reference.location is None:
-        return 0
-    files = TensorFiles(reference.location)
-    outlines = map(files.outline, files.names)
-    return sum(tensor.is_floating_point() and tensor.dtype != dtype for tensor in outlines)
 
 
 def _untie(adapted: nn.Module, config: PreTrainedConfig) -> None:

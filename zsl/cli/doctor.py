@@ -14,10 +14,10 @@ from pathlib import Path
 
 import click
 
-from zsl.cli.errors import one_line_errors, say, tell
+from zsl.cli.errors import log_lines, one_line_errors, say, tell
 from zsl.errors import EXIT_RUN_FAILED
 from zsl.text.plural import counted
-from zsl.text.printable import PrintableFormatter, printable_lines
+from zsl.text.printable import printable_lines
 
 
 @click.command(short_help="Check this installation, or a daemon from here.")
@@ -74,10 +74,7 @@ def doctor(
 
         if not debug:
             # Messages of the libraries would hide the results.
-            handler = logging.StreamHandler()
-            handler.setFormatter(PrintableFormatter("zsl doctor: %(message)s"))
-            logging.basicConfig(level=logging.CRITICAL, handlers=[handler])
-            logging.getLogger("zsl.split").setLevel(logging.WARNING)  # it reports slow steps
+            log_lines("zsl doctor", level=logging.CRITICAL)
             warnings.simplefilter("ignore")
             os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import errno
+import logging
 import signal
 import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from types import FrameType
 from typing import Any, NoReturn
 
 import click
 
 from zsl.cli.broken_output import to_nowhere
-from zsl.errors import EXIT_RUN_FAILED, RunFailed, ZslError
-from zsl.text.printable import printable, printable_lines
+from zsl.errors import EXIT_RUN_FAILED, RunFailed, StartupError, ZslError
+from zsl.text.printable import PrintableFormatter, printable, printable_lines
 
 _LONGEST_FOREIGN_TEXT = 300  # characters: some libraries list everything in one error
 
@@ -31,6 +33,20 @@ def stop_on_sigterm() -> None:
         raise Terminated
 
     signal.signal(signal.SIGTERM, terminate)
+
+
+def log_lines(command: str, *, level: int = logging.WARNING) -> None:
+    """Show what is logged, from this level on, as lines of a command on standard error."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(PrintableFormatter(f"{command}: %(message)s"))
+    logging.basicConfig(level=level, handlers=[handler])
+
+
+def check_installed(*packages: str) -> None:
+    """Raise `StartupError` if a package is missing, which only this command needs."""
+    missing = [name for name in packages if find_spec(name) is None]
+    if missing:
+        raise StartupError(f"{' and '.join(missing)} missing: pip install {' '.join(missing)}")
 
 
 def say(text: str, *, nl: bool = True) -> None:

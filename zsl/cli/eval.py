@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,10 +32,6 @@ def evaluate(
     config: Path | None,
     adapter: Path | None,
     model: str | None,
-    server: str | None,
-    server_key: str | None,
-    client_key: str | None,
-    cut: str | None,
     dtype: str | None,
     dataset: str | None,
     samples: int | None,
@@ -46,6 +41,8 @@ def evaluate(
     tasks: str | None,
     as_json: bool,
     debug: bool,
+    server: str | None,
+    **trunk: Any,
 ) -> None:
     """Measure the perplexity of a model, with or without an adapter, on a data set.
 
@@ -61,7 +58,7 @@ def evaluate(
 
         given: dict[str, dict[str, Any]] = {
             "model": {"name": model, "dtype": dtype},
-            "trunk": {"endpoint": server, "server_key": server_key, "client_key": client_key, "cut": cut},
+            "trunk": {"endpoint": server, **trunk},
             "data": {"name": dataset, "samples": samples, "max_length": max_length},
         }
         overrides = {table: {k: v for k, v in keys.items() if v is not None} for table, keys in given.items()}
@@ -75,27 +72,22 @@ def evaluate(
         stop_on_sigterm()
         quiet_libraries(debug=debug)
 
-        import torch
-
         named = checked.model.name if "name" in checked.model.model_fields_set else None
         reference, trained = find_model(named, [adapter] if adapter else [])
 
         from zsl.serving.open_model import open_model
+        from zsl.training.report.metrics import without_nan
 
         data = None if tasks else _load(checked, reference, trained)
-        precision = getattr(torch, checked.model.dtype)
-        with open_model(reference, checked.trunk, dtype=precision, quantize=checked.model.quantize) as opened:
+        model_table = checked.model
+        with open_model(reference, checked.trunk, dtype=model_table.dtype, quantize=model_table.quantize) as opened:
             used = opened.with_adapter(trained)
             if tasks:
                 found = _tasks(used, reference, tasks, batch_size)
             else:
                 found = _perplexity(used, data, opened, checked.data.max_length, batch_size)
         if as_json:
-            finite = {
-                name: None if isinstance(value, float) and not math.isfinite(value) else value
-                for name, value in found.items()
-            }
-            say(json.dumps(finite, default=str))
+            say(json.dumps(without_nan(found), default=str))
         else:
             for name, value in found.items():
                 say(f"{name:<12}  {value:.4f}" if isinstance(value, float) else f"{name:<12}  {value}")

@@ -9,18 +9,13 @@ import click
 from zsl import __version__
 from zsl.cli.errors import one_line_errors, say, stop_on_sigterm
 from zsl.cli.model_of_adapters import model_of
+from zsl.cli.model_options import adapters_argument, out_option
 from zsl.cli.quiet import quiet_libraries
 
 
 @click.command(short_help="Write one PEFT adapter of a training run.")
-@click.argument("adapters", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN_OR_ADAPTER…")
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    metavar="DIR",
-    required=True,
-    help="Directory for the adapter. It must not exist, or be empty.",
-)
+@adapters_argument
+@out_option("the adapter")
 @click.option(
     "--model",
     metavar="REF",

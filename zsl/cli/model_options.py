@@ -1,4 +1,4 @@
-"""Options of the commands that use a split model: the model, its trunk, and adapters."""
+"""Options that commands share: the model, its trunk, adapters, and the directory of what is written."""
 
 from __future__ import annotations
 
@@ -34,6 +34,16 @@ adapter_option = click.option(
     help="Use the model with this adapter, or that of this run.  [default: none]",
 )
 
+adapters_argument = click.argument(
+    "adapters", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN_OR_ADAPTER…"
+)
+
+
+def out_option(what: str) -> Callable[..., Any]:
+    """Return the option of a new directory for what a command writes."""
+    text = f"Directory for {what}. It must not exist, or be empty."
+    return click.option("--out", type=click.Path(path_type=Path), metavar="DIR", required=True, help=text)
+
 
 def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options of the model and of its trunk, which `opened` takes."""
@@ -66,10 +76,8 @@ def opened(
     dtype: str | None,
 ) -> AbstractContextManager[OpenModel]:
     """Open the model through the trunk that the options name."""
-    import torch
-
     from zsl.serving.open_model import open_model
     from zsl.training.config.config import TrunkTable
 
     table = TrunkTable(endpoint=server, server_key=server_key, client_key=client_key, cut=cut)
-    return open_model(reference, table, dtype=getattr(torch, dtype or "float32"))
+    return open_model(reference, table, dtype=dtype or "float32")

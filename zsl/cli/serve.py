@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import click
 
-from zsl.cli.errors import one_line_errors, say, stop_on_sigterm
+from zsl.cli.errors import check_installed, log_lines, one_line_errors, say, stop_on_sigterm
 from zsl.cli.model_options import find_model, model_options, opened
 from zsl.cli.quiet import quiet_libraries
 from zsl.errors import ConfigError, StartupError
-from zsl.text.printable import PrintableFormatter
 
 KEY_VARIABLE = "ZSL_API_KEY"
 
@@ -94,18 +91,14 @@ def serve(
         host = host.removeprefix("[").removesuffix("]")  # as an IPv6 address is written before a port
         key = read_key(api_key_file)
         check_address(host, has_key=key is not None)
-        missing = [name for name in ("starlette", "uvicorn") if find_spec(name) is None]
-        if missing:
-            raise StartupError(f"{' and '.join(missing)} missing: pip install {' '.join(missing)}")
+        check_installed("starlette", "uvicorn")
         places = dict(adapters)
         if len(places) < len(adapters):
             raise ConfigError("--adapter: two adapters have one name")
         from zsl.serving.server import make_server
         from zsl.transport.listening import listen, raise_file_limit
 
-        handler = logging.StreamHandler()
-        handler.setFormatter(PrintableFormatter("zsl serve: %(message)s"))
-        logging.basicConfig(level=logging.WARNING, handlers=[handler])
+        log_lines("zsl serve")
         stop_on_sigterm()
         raise_file_limit()
         listening, endpoint = listen(host, port)
@@ -117,7 +110,7 @@ def serve(
                 raise ConfigError(f"--adapter {reference.text}: the model itself has that name")
             tokenizer = reference.tokenizer()
 
-            from zsl.serving.models import ServedModels
+            from zsl.serving.generation_jobs import ServedModels
             from zsl.training.directory.trained import find_trained
 
             with opened(reference, **trunk) as open_model:

@@ -8,6 +8,7 @@ from shlex import quote
 import click
 
 from zsl.cli.errors import one_line_errors, say, stop_on_sigterm
+from zsl.cli.model_options import out_option
 from zsl.cli.quiet import quiet_libraries
 from zsl.models.dtypes import DTYPES
 
@@ -21,13 +22,7 @@ Serve the trunk's part on its machine, and train with the client's:
 @click.command(short_help="Write a model as two parts, for a daemon and its clients.")
 @click.argument("model")
 @click.argument("cut", metavar="START:STOP")
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    metavar="DIR",
-    required=True,
-    help="Directory for the directories client and trunk. It must not exist, or be empty.",
-)
+@out_option("the directories client and trunk")
 @click.option(
     "--dtype",
     type=click.Choice(DTYPES),

@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 from collections.abc import Mapping
-from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 import zsl
 from zsl.cli.broken_output import shown_while_it_can_be
-from zsl.cli.errors import Command, one_line_errors, stop_on_sigterm
+from zsl.cli.errors import Command, check_installed, log_lines, one_line_errors, stop_on_sigterm
 from zsl.cli.quiet import quiet_libraries
-from zsl.errors import ConfigError, StartupError
-from zsl.text.printable import PrintableFormatter
-
-if TYPE_CHECKING:
-    from zsl.training.config.config import TrainConfig
-    from zsl.trunk.daemon.embedded import EmbeddedTrunk
+from zsl.errors import ConfigError
 
 # The table and key of the configuration that each option sets.
 FLAGS = {
@@ -49,13 +42,6 @@ FLAGS = {
 WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
-def check_installed() -> None:
-    """Raise `StartupError` if a package of the extra `train` is missing, which only training needs."""
-    missing = [name for name in ("datasets", "matplotlib") if find_spec(name) is None]
-    if missing:
-        raise StartupError(f"{' and '.join(missing)} missing: pip install {' '.join(missing)}")
-
-
 def refuse_several_processes(environment: Mapping[str, str]) -> None:
     """Raise `ConfigError` if Trainer would wait for other processes of the same training."""
     for name in WORLD_SIZES:
@@ -65,14 +51,6 @@ def refuse_several_processes(environment: Mapping[str, str]) -> None:
                 f"{name}={value} in the environment makes this one of {value} processes, and zsl-train is one: "
                 f"start it without torchrun or mpirun, or unset {name}"
             )
-
-
-def started_trunk(config: TrainConfig) -> EmbeddedTrunk:
-    """Return the embedded trunk of a configuration, for `with`, which starts it."""
-    from zsl.trunk.daemon.embedded import EmbeddedTrunk
-
-    trunk, model = config.trunk, config.model
-    return EmbeddedTrunk(model.name, trunk.cut, model.dtype, deterministic=trunk.deterministic is not None)
 
 
 class ShareOrPlace(click.ParamType[float | str]):
@@ -166,9 +144,10 @@ def train(
     """
     with one_line_errors("zsl-train", debug=debug):
         from zsl.training.config.config import read_config, where_of
+        from zsl.training.run.embedded_trunk import embedded_trunk
 
         refuse_several_processes(os.environ)
-        check_installed()
+        check_installed("datasets", "matplotlib")
         overrides: dict[str, dict[str, Any]] = {"train": {}}
         for name, value in flags.items():
             if value is not None:
@@ -181,13 +160,12 @@ def train(
         checked = read_config(config, settings=settings, overrides=overrides)
 
         stop_on_sigterm()  # as Ctrl-C: saves the adapters
-        handler = logging.StreamHandler()
-        handler.setFormatter(PrintableFormatter("zsl-train: %(message)s"))
-        logging.basicConfig(level=logging.WARNING, handlers=[handler])
+        log_lines("zsl-train")
         with contextlib.ExitStack() as stack:
             embedded = None
             if checked.trunk.endpoint is None:  # it loads beside this process's imports
-                embedded = stack.enter_context(started_trunk(checked))
+                model = checked.model
+                embedded = stack.enter_context(embedded_trunk(checked.trunk, model.name, model.dtype))
             quiet_libraries(debug=debug)
             from zsl.training.run.run import train_from_config
 

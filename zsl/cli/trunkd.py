@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -215,10 +216,10 @@ def trunkd(
     dropped = line_of_dropped(log_format)  # type: ignore[arg-type]
     with written_by_threads(dropped), one_line_errors("zsl-trunkd", debug=debug):
         from zsl.split.cut import parse_cut
-        from zsl.trunk.access.access import check_address, read_access
+        from zsl.trunk.access.options import check_address, read_access
         from zsl.trunk.daemon.log import set_up_logging
         from zsl.trunk.failpoints import failpoint_from
-        from zsl.trunk.settings import parse_reveals
+        from zsl.trunk.settings import ServerSettings, parse_reveals
 
         set_up_logging(log_format, debug=debug)  # type: ignore[arg-type]
         parsed_cut = parse_cut(cut) if cut else None
@@ -236,6 +237,15 @@ def trunkd(
         from zsl.trunk.daemon.process import DaemonOptions, run_daemon
 
         disable_progress_bar()
+        settings = ServerSettings(
+            saves_graphs=stash_memory is None,
+            adapter_memory_bytes=0 if no_adapters else adapter_memory,
+            max_adapter_rank=max_adapter_rank,
+            cache_memory_bytes=cache_memory,
+            decode_share=decode_share,
+        )
+        if stash_memory is not None:
+            settings = replace(settings, stash_memory_bytes=stash_memory)
         options = DaemonOptions(
             model=model,
             cut=parsed_cut,
@@ -247,11 +257,7 @@ def trunkd(
             threads=threads,
             forward_only=forward_only,
             reveals=reveals,
-            stash_memory_bytes=stash_memory,
-            adapter_memory_bytes=0 if no_adapters else adapter_memory,
-            max_adapter_rank=max_adapter_rank,
-            cache_memory_bytes=cache_memory,
-            decode_share=decode_share,
+            settings=settings,
             max_batch_tokens=max_batch_tokens,
             merge_below_tokens=merge_below_tokens,
             deterministic=deterministic == "packed",

@@ -64,7 +64,7 @@ def divide(
     with new_directory(target) as written, _as_checkpoint(reference, written) as location:
         source = TensorFiles(location, dtype)
         model = identify(reference)
-        if dtype is not None and _changes(TensorFiles(location), dtype):
+        if dtype is not None and TensorFiles(location).count_of_other_dtype(dtype):
             model = model.model_copy(update={"weights_digest": base_digest(source, reference.config)})
         pattern = re.compile(
             layers_pattern(find_stack(meta_model(reference.config)).leaf_name, range(cut.start, cut.stop))
@@ -99,11 +99,6 @@ def _as_checkpoint(reference: ModelReference, directory: Path) -> Iterator[str]:
     with aside(directory) as made:
         load_whole(reference).save_pretrained(made)
         yield str(made)
-
-
-def _changes(source: TensorFiles, dtype: torch.dtype) -> bool:
-    outlines = map(source.outline, source.names)
-    return any(tensor.is_floating_point() and tensor.dtype != dtype for tensor in outlines)
 
 
 def _write_config(location: str, directory: Path, dtype: torch.dtype | None) -> None:

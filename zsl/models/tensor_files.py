@@ -45,6 +45,11 @@ class TensorFiles:
             dtype = weights.get_tensor(name).dtype if not found.get_shape() else found[:0].dtype
             return self._cast(torch.empty(found.get_shape(), dtype=dtype, device="meta"))
 
+    def count_of_other_dtype(self, dtype: torch.dtype) -> int:
+        """Count the floating-point tensors that are not of this dtype. Raises `ModelError`."""
+        outlines = map(self.outline, self.names)
+        return sum(tensor.is_floating_point() and tensor.dtype != dtype for tensor in outlines)
+
     def digest(self, names: Iterable[str] | None = None, *, without_prefix: str = "") -> str:
         """Return a SHA-256 digest of name, dtype, shape and bytes of these tensors, or all. Raises `ModelError`.
 

@@ -6,28 +6,18 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from zsl.errors import (
-    ConnectionLost,
-    DataError,
-    DeadlineError,
-    DrainingError,
-    LoadingError,
-    OverloadedError,
-    QuotaError,
-    RequestTimeout,
-    TrunkUnreachable,
-    ZslError,
-)
+from zsl import errors
+from zsl.errors import DataError, ZslError
 
 _TRY_AGAIN = (
-    ConnectionLost,
-    DeadlineError,
-    DrainingError,
-    LoadingError,
-    OverloadedError,
-    QuotaError,
-    RequestTimeout,
-    TrunkUnreachable,
+    errors.ConnectionLost,
+    errors.DeadlineError,
+    errors.DrainingError,
+    errors.LoadingError,
+    errors.OverloadedError,
+    errors.QuotaError,
+    errors.RequestTimeout,
+    errors.TrunkUnreachable,
 )
 
 

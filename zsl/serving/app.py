@@ -23,7 +23,7 @@ from zsl.errors import ZslError
 from zsl.generation.pieces import Generated, Piece
 from zsl.serving.answers import Answer, model_card, now
 from zsl.serving.api_errors import ApiError, as_api_error, invalid_request
-from zsl.serving.requests import ChatRequest, CompletionRequest, Request
+from zsl.serving.request_schemas import ChatRequest, CompletionRequest, Request
 from zsl.serving.service import Generation, Job, Service
 
 logger = logging.getLogger(__name__)

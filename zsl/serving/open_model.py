@@ -79,13 +79,13 @@ def open_model(
     reference: ModelReference,
     table: TrunkTable,
     *,
-    dtype: torch.dtype = torch.float32,
+    dtype: str,
     quantize: Quantization | None = None,
 ) -> Iterator[OpenModel]:
     """Load the client's part of a model, and open its trunk for as long as the context lasts. Raises `ZslError`."""
     check_keys_are_for_a_daemon(table)
     cut = parse_cut(table.cut) if table.cut else None
     with ExitStack() as stack:
-        trunk, _ = open_trunk(table, reference.text, cut, dtype, stack)
-        base = load_client(reference, trunk, cut=cut, dtype=dtype, quantize=quantize).eval()
+        trunk, _ = open_trunk(table, reference.text, dtype, stack)
+        base = load_client(reference, trunk, cut=cut, dtype=getattr(torch, dtype), quantize=quantize).eval()
         yield OpenModel(reference, base, trunk)

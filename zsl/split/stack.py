@@ -16,6 +16,7 @@ from torch import nn
 from transformers import MODEL_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from zsl.errors import ConfigError, ModelError
+from zsl.text.first_line import first_line
 
 # Held while transformers builds or loads a model: it changes torch's default dtype and its own initialization for all
 # threads, which would affect a model that another thread builds.
@@ -138,7 +139,7 @@ def check_can_be_split(config: PreTrainedConfig) -> None:
             model: Any = cls(config)
             model = model.to(torch.bfloat16)
     except Exception as error:  # architectures raise all kinds for an incomplete configuration
-        reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+        reason = f"{type(error).__name__}: {first_line(error)}"
         raise ModelError(f"{config.model_type}: transformers cannot make this model ({reason})") from error
     stack = find_stack(model)
     # Encoders have a causal language model's class too, for a configuration that makes decoders of them.
@@ -200,7 +201,7 @@ def _call_on_meta(model: PreTrainedModel) -> str | None:
         except _FirstLayerSeen:
             return None
         except Exception as error:  # any exception means that the first layer cannot be called
-            problem = problem or f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
+            problem = problem or f"{type(error).__name__}: {first_line(error)[:160]}"
     return problem or "the model never called its layers"
 
 

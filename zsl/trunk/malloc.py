@@ -43,15 +43,6 @@ def resident_bytes() -> int:
         return 0
 
 
-def available_bytes() -> int | None:
-    """Return the memory that new work can have without swapping; None without Linux's /proc."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), None)
-
-
 def give_back_freed_memory() -> bool:
     """Return all freed pages to the system (`malloc_trim`), in about a tenth of a second per GB.
 

@@ -10,13 +10,13 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from zsl.errors import DataError
+from zsl.text.plural import counted
 from zsl.training.data.answer_tokens import conversation_encoder, shared_length
 from zsl.training.data.columns import Column, without_filled
 from zsl.training.data.conversations import conversation_of
 from zsl.training.data.dataset_errors import read_batches
 from zsl.training.data.rows import NO_LABEL, TokenRow, pack
 from zsl.training.data.sources import Documents
-from zsl.training.report.screen import counted
 
 DOCUMENTS_AT_ONCE = 100
 SHOWN_CHARACTERS = 60  # of a row without a number, in errors

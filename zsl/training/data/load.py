@@ -13,6 +13,7 @@ from datasets import Dataset
 
 from zsl.errors import ConfigError, DataError
 from zsl.models.reference import ModelReference
+from zsl.text.plural import counted
 from zsl.training.config.data_table import SYNTHETIC, DataTable
 from zsl.training.data.columns import Column, column_of
 from zsl.training.data.encoding import Encoder, Tally
@@ -20,7 +21,6 @@ from zsl.training.data.rows import PadRight, TokenRow, count_tokens, hold, take
 from zsl.training.data.sources import Documents, open_documents, validation_documents
 from zsl.training.data.stream import SHUFFLE_ROWS, TokenStream
 from zsl.training.data.synthetic import SYNTHETIC_SAMPLES, synthetic_language
-from zsl.training.report.screen import counted
 
 ROWS_COUNTED = 100  # of a stream, before training
 

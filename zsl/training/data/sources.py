@@ -22,10 +22,10 @@ from datasets import Dataset, Features, IterableDataset, Value
 from zsl.errors import ConfigError, DataError
 from zsl.models.hub import why_offline
 from zsl.text.first_line import first_line
+from zsl.text.plural import counted
 from zsl.training.config.data_table import NOT_FOR_A_TEXT, PYTHON_DOCS, SYNTHETIC, WIKITEXT, DataTable
 from zsl.training.data.dataset_errors import foreign_errors, silence_libraries
 from zsl.training.data.files import KINDS, Kind, kind_of, read_rows, read_text
-from zsl.training.report.screen import counted
 
 WIKITEXT_ID, WIKITEXT_CONFIG = "Salesforce/wikitext", "wikitext-2-raw-v1"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")

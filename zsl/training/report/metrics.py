@@ -100,7 +100,7 @@ class RunMetrics:
             self._open = None
 
     def _add(self, line: Mapping[str, Any]) -> None:
-        self._lines.append(json.dumps(_without_nan(line), allow_nan=False) + "\n")
+        self._lines.append(json.dumps(without_nan(line), allow_nan=False) + "\n")
         if not self.taken:
             return  # a validation before the first step: the file may be another run's
         try:
@@ -128,7 +128,7 @@ class RunMetrics:
         self._written = len(self._lines)
 
 
-def _without_nan(line: Mapping[str, Any]) -> dict[str, Any]:
+def without_nan(line: Mapping[str, Any]) -> dict[str, Any]:
     """Replace NaN and infinity, which JSON lacks, by None."""
     return {
         name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in line.items()

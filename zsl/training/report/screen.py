@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from zsl.text.plural import counted as counted
+from zsl.text.plural import counted
 from zsl.training.report.step_measure import StepMeasure
 
 # Number of parts of a step's time in a line, which must fit a terminal of 80 columns.

@@ -9,8 +9,8 @@ import torch
 from zsl.client.remote import RemoteTrunk
 from zsl.errors import ConfigError
 from zsl.training.config.config import TrunkTable
+from zsl.training.run.embedded_trunk import embedded_trunk
 from zsl.trunk.daemon.embedded import EmbeddedTrunk
-from zsl.wire.messages import Cut
 
 
 def check_keys_are_for_a_daemon(table: TrunkTable) -> None:
@@ -22,8 +22,7 @@ def check_keys_are_for_a_daemon(table: TrunkTable) -> None:
 def open_trunk(
     table: TrunkTable,
     model: str,
-    cut: Cut | None,
-    dtype: torch.dtype,
+    dtype: str,
     stack: ExitStack,
     embedded: EmbeddedTrunk | None = None,
 ) -> tuple[RemoteTrunk, str]:
@@ -36,14 +35,7 @@ def open_trunk(
         endpoint = place = table.endpoint
     else:
         if embedded is None:
-            embedded = stack.enter_context(
-                EmbeddedTrunk(
-                    model,
-                    None if cut is None else str(cut),
-                    str(dtype).removeprefix("torch."),
-                    deterministic=table.deterministic is not None,
-                )
-            )
+            embedded = stack.enter_context(embedded_trunk(table, model, dtype))
         endpoint, place = embedded.endpoint, "embedded trunk"
         server_key, client_key = embedded.server_key, embedded.client_key
     trunk = RemoteTrunk(

@@ -79,7 +79,7 @@ def train_from_config(
         if not isinstance(data.train, Dataset) and arguments.max_steps <= 0:
             raise ConfigError(f"{where}: a stream has no length: set train.max_steps, or data.samples")
         set_seed(arguments.seed)
-        trunk, trunk_place = open_trunk(config.trunk, config.model.name, cut, dtype, stack, embedded)
+        trunk, trunk_place = open_trunk(config.trunk, config.model.name, config.model.dtype, stack, embedded)
         base = load_client(reference, trunk, cut=cut, dtype=dtype, quantize=config.model.quantize, layers=config.layers)
         sides = Sides(base, trunk.client.welcome.cut)
         try:

@@ -15,7 +15,6 @@ Each authenticated key is one tenant: the quotas apply to all of its clients tog
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -80,20 +79,6 @@ class Tenant:
     max_cache_bytes: int | None = None
 
 
-class Tenants:
-    """Tenants of a file, by public key."""
-
-    def __init__(self, tenants: Iterable[Tenant]) -> None:
-        self._by_key = {tenant.public_key: tenant for tenant in tenants}
-
-    def __len__(self) -> int:
-        return len(self._by_key)
-
-    def by_key(self, public_key: str) -> Tenant | None:
-        """Return the tenant with this public key (z85), or None."""
-        return self._by_key.get(public_key)
-
-
 class Allowlist:
     """Tenants of a file, as of its last valid reading. Raises `ConfigError` if the first reading fails."""
 
@@ -111,11 +96,11 @@ class Allowlist:
 
     def by_key(self, public_key: str) -> Tenant | None:
         """Return the tenant with this public key (z85), or None."""
-        return self._tenants.by_key(public_key)
+        return self._tenants.get(public_key)
 
 
-def read_tenants(path: Path) -> Tenants:
-    """Read the tenants of a file. Raises `ConfigError`, which names file, table and key."""
+def read_tenants(path: Path) -> dict[str, Tenant]:
+    """Read the tenants of a file, by public key. Raises `ConfigError`, which names file, table and key."""
     try:
         tables = read_toml(path)
     except FileNotFoundError:
@@ -133,7 +118,7 @@ def read_tenants(path: Path) -> Tenants:
         other = names.setdefault(table.public_key, name)
         if other != name:
             raise ConfigError(f"{path}: tenants.{name}.public_key is that of tenants.{other}, too; each needs its own")
-    return Tenants(Tenant(name, **table.model_dump()) for name, table in checked.items())
+    return {table.public_key: Tenant(name, **table.model_dump()) for name, table in checked.items()}
 
 
 def _first_problem(error: ValidationError) -> str:

@@ -16,9 +16,10 @@ from zsl.trunk.compute.adapters import FlatGradients, PassAdapters, SeparateAdap
 from zsl.trunk.compute.gradient_sums import add_to_sums
 from zsl.trunk.compute.keys_and_values import KeysAndValues, PackedCaches
 from zsl.trunk.compute.loaded_adapter import loaded
-from zsl.trunk.compute.merged_adapters import Companies, MergedAdapters
+from zsl.trunk.compute.merged_adapters import MergedAdapters
 from zsl.trunk.compute.packing import MergedPass, alone, packed, packed_behind_caches, stacked
 from zsl.trunk.compute.passes import Pass, Rows, Sequences, sequences_of
+from zsl.trunk.compute.stacked_adapters import Companies
 from zsl.trunk.compute.stash import (
     TorchStash,
     gradients_of_common_graph,
@@ -37,7 +38,6 @@ from zsl.wire.tensors import TORCH_DTYPES, decode_tensor, encode_tensor
 logger = logging.getLogger(__name__)
 
 _WITH_LINEAR_OUTPUTS = (Keep.LINEAR_OUTPUTS, Keep.GRAPH_AND_LINEAR_OUTPUTS)
-_WITH_GRAPH = (Keep.GRAPH, Keep.GRAPH_AND_LINEAR_OUTPUTS)
 
 
 class TorchCompute:
@@ -109,7 +109,7 @@ class TorchCompute:
         caches = [self._cache(work) for work in works]
         behind = caches[0] if len(works) == 1 else _packed_caches(caches, parts)
         with self.trunk.adapted(adapters), self.trunk.behind(behind), self.trunk.revealing(reveals) as revealed:
-            if set(keeps) <= set(_WITH_GRAPH):
+            if all(keep.has_graph for keep in keeps):
                 graph, linear_outputs = self.trunk.graph_to_keep(merged.inputs, with_linear_outputs=with_linear_outputs)
                 output = graph.output.detach()
             elif with_linear_outputs:

@@ -44,14 +44,14 @@ def _serve(given: dict[str, Any]) -> None:
     import torch
     from transformers.utils.logging import disable_progress_bar
 
-    from zsl.trunk.access.access import read_access
+    from zsl.trunk.access.options import read_access
     from zsl.trunk.costs import BatchLimits
     from zsl.trunk.daemon.process import DaemonOptions, run_daemon
     from zsl.trunk.failpoints import Failpoint
     from zsl.trunk.settings import ServerSettings
 
     disable_progress_bar()
-    settings, keys = ServerSettings(), Path(given["keys"])
+    keys = Path(given["keys"])
     # One client: there are no requests to merge, so the batch sizes need no measuring.
     limits = {} if given["deterministic"] else asdict(BatchLimits())
     run_daemon(
@@ -66,11 +66,7 @@ def _serve(given: dict[str, Any]) -> None:
             threads=None,
             forward_only=False,
             reveals=(),
-            stash_memory_bytes=settings.stash_memory_bytes,
-            adapter_memory_bytes=settings.adapter_memory_bytes,
-            max_adapter_rank=settings.max_adapter_rank,
-            cache_memory_bytes=settings.cache_memory_bytes,
-            decode_share=settings.decode_share,
+            settings=ServerSettings(),
             max_batch_tokens=limits.get("max_batch_tokens"),
             merge_below_tokens=limits.get("merge_below_tokens"),
             deterministic=given["deterministic"],

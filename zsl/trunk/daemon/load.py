@@ -17,6 +17,7 @@ from zsl.models.quantize import check_can_be_quantized
 from zsl.models.reference import ModelReference, resolve
 from zsl.split.cut import check_cut
 from zsl.split.stack import check_can_be_split, layer_count
+from zsl.text.first_line import first_line
 from zsl.trunk.compute.calibrate import (
     find_packed_forms,
     is_deterministic,
@@ -71,7 +72,7 @@ class TrunkPlan:
         try:
             model.to(self.device)  # type: ignore[arg-type]
         except RuntimeError as error:
-            raise StartupError(f"the trunk cannot be moved to {self.device}: {str(error).splitlines()[0]}") from error
+            raise StartupError(f"the trunk cannot be moved to {self.device}: {first_line(error)}") from error
         trunk = TrunkModel(model, self.cut)
         routers = (0, 0)
         if "router_logits" in self.info.reveals:
@@ -175,5 +176,5 @@ def checked_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise StartupError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+        raise StartupError(f"device {name!r} cannot be used: {first_line(error)}") from error
     return device

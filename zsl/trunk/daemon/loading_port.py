@@ -16,7 +16,7 @@ from typing import Self
 
 from zsl.errors import LoadingError, StaleEpochError, WireError
 from zsl.transport.router import Router
-from zsl.trunk.access.access import Access
+from zsl.trunk.access.options import Access
 from zsl.wire.frames import MAX_HEADER_BYTES, Frame, decode, encode
 from zsl.wire.messages import TO_DAEMON, Error, InSession
 

@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from zsl.text.plural import counted
 from zsl.text.printable import printable
 from zsl.transport.curve_keys import refuses_unknown_keys
 from zsl.transport.listening import raise_file_limit
-from zsl.trunk.access.access import Access
+from zsl.trunk.access.options import Access
 from zsl.trunk.daemon.load import TrunkPlan, plan_trunk
 from zsl.trunk.daemon.loading_port import Loading
 from zsl.trunk.daemon.log import LogFormat
@@ -29,9 +29,9 @@ from zsl.trunk.daemon.server import TrunkServer
 from zsl.trunk.daemon.sighup import Hangup
 from zsl.trunk.daemon.standard_streams import check_output, drain_output
 from zsl.trunk.failpoints import Failpoint
-from zsl.trunk.malloc import available_bytes, keep_freed_memory
+from zsl.trunk.malloc import keep_freed_memory
 from zsl.trunk.settings import ServerSettings, TrunkInfo, TrunkTraits
-from zsl.trunk.stash_memory import default_stash_memory
+from zsl.trunk.stash_memory import available_host_bytes, default_stash_memory
 from zsl.wire.messages import Cut, Quantization, Reveal
 
 logger = logging.getLogger(__name__)
@@ -54,11 +54,7 @@ class DaemonOptions:
     threads: int | None
     forward_only: bool
     reveals: tuple[Reveal, ...]
-    stash_memory_bytes: int | None  # None: by the memory of the device and the size of the weights
-    adapter_memory_bytes: int
-    max_adapter_rank: int
-    cache_memory_bytes: int
-    decode_share: float
+    settings: ServerSettings  # those that save graphs get their `stash_memory_bytes` by the memory of the device
     max_batch_tokens: int | None
     merge_below_tokens: int | None
     deterministic: bool
@@ -94,23 +90,13 @@ def run_daemon(options: DaemonOptions) -> None:
 
 
 async def _serve(plan: TrunkPlan, options: DaemonOptions, loading: Loading, hangup: Hangup) -> None:
-    access = options.access
-    stash_memory_bytes = options.stash_memory_bytes
-    if stash_memory_bytes is None:
-        stash_memory_bytes = default_stash_memory(_available_bytes(plan.device))
-    settings = ServerSettings(
-        stash_memory_bytes=stash_memory_bytes,
-        saves_graphs=options.stash_memory_bytes is None,
-        adapter_memory_bytes=options.adapter_memory_bytes,
-        max_adapter_rank=options.max_adapter_rank,
-        cache_memory_bytes=options.cache_memory_bytes,
-        decode_share=options.decode_share,
-    )
+    access, settings = options.access, options.settings
+    if settings.saves_graphs:
+        settings = replace(settings, stash_memory_bytes=default_stash_memory(_available_bytes(plan.device)))
     server = TrunkServer(
         plan.info,
         settings,
-        keys=None if access is None else access.keys,
-        allowlist=None if access is None else access.allowlist,
+        access=access,
         failpoint=options.failpoint,
     )
     _obey_signals(server, loading, hangup, reloads=access is not None)
@@ -125,7 +111,7 @@ async def _serve(plan: TrunkPlan, options: DaemonOptions, loading: Loading, hang
                     max_batch_tokens=options.max_batch_tokens,
                     merge_below_tokens=options.merge_below_tokens,
                     deterministic=options.deterministic,
-                    pass_memory_bytes=stash_memory_bytes,
+                    pass_memory_bytes=settings.stash_memory_bytes,
                 ),
             )
         _tell_bound(plan.info, settings, compute.traits)
@@ -153,7 +139,7 @@ async def _serve(plan: TrunkPlan, options: DaemonOptions, loading: Loading, hang
 def _available_bytes(device: torch.device) -> int | None:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return available_bytes() if device.type == "cpu" else None
+    return available_host_bytes() if device.type == "cpu" else None
 
 
 def _tell_bound(info: TrunkInfo, settings: ServerSettings, traits: TrunkTraits) -> None:

@@ -14,9 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from zsl.errors import RunFailed
-from zsl.transport.curve_keys import KeyPair
 from zsl.transport.router import Router
-from zsl.trunk.access.tenants import Allowlist
+from zsl.trunk.access.options import Access
 from zsl.trunk.failpoints import Failpoint
 from zsl.trunk.malloc import TrimPolicy, give_back_freed_memory, resident_bytes
 from zsl.trunk.requests.adapter_intake import AdapterIntake
@@ -26,7 +25,7 @@ from zsl.trunk.requests.credit import Credit
 from zsl.trunk.requests.handlers import Handlers
 from zsl.trunk.requests.intake import Intake
 from zsl.trunk.requests.reply_cache import ReplyCache
-from zsl.trunk.requests.request_table import RequestStats, RequestTable
+from zsl.trunk.requests.request_table import RequestTable
 from zsl.trunk.scheduling.scheduler import Scheduler
 from zsl.trunk.sessions.adapter_store import AdapterStore
 from zsl.trunk.sessions.cache_store import CacheStore
@@ -44,19 +43,6 @@ LAST_PASS_SECONDS = 30.0  # wait at shutdown for the running pass
 CONTROL_MESSAGES = 64
 
 
-@dataclass(frozen=True, slots=True)
-class ServerStats:
-    """Numbers of open sessions and connections, and of connections that were told that their key is not on the list;
-    bytes of stashes and of adapters; requests by state."""
-
-    sessions: int
-    connections: int
-    forbidden: int
-    held_bytes: int
-    adapter_bytes: int
-    requests: RequestStats
-
-
 @dataclass(slots=True)
 class _Running:
     """Parts of a server that need its computation. `trimming`: the pending `malloc_trim`."""
@@ -71,8 +57,8 @@ class _Running:
 class TrunkServer:
     """Serves one trunk. `clock` returns seconds, `new_id` 16 random bytes.
 
-    With `keys`, traffic is encrypted, and only tenants on the `allowlist` may connect. Its state, to look at
-    on the loop: `router`, `sessions`, `adapters`, `caches` and `replies`.
+    With `access`, traffic is encrypted, and only tenants on its list may connect. Its state, to look at on the loop:
+    `router`, `sessions`, `adapters`, `caches` and `replies`.
     """
 
     def __init__(
@@ -80,15 +66,14 @@ class TrunkServer:
         info: TrunkInfo,
         settings: ServerSettings | None = None,
         *,
-        keys: KeyPair | None = None,
-        allowlist: Allowlist | None = None,
+        access: Access | None = None,
         failpoint: Failpoint | None = None,
         clock: Callable[[], float] = time.monotonic,
         new_id: Callable[[], bytes] = lambda: secrets.token_bytes(16),
     ) -> None:
         self.info = info
         self._settings = settings or ServerSettings()
-        self._allowlist = allowlist
+        self._allowlist = None if access is None else access.allowlist
         self._failpoint = failpoint
         self._clock = clock
         self.router = Router(
@@ -96,8 +81,8 @@ class TrunkServer:
             send_hwm_messages=self._settings.max_inflight_requests + CONTROL_MESSAGES,
             max_connections=self._settings.max_connections,
             max_receiving_bytes=self._settings.max_total_inflight_bytes,
-            keys=keys,
-            allowed=None if allowlist is None else allowlist.allows,
+            keys=None if access is None else access.keys,
+            allowed=None if access is None else access.allowlist.allows,
             clock=clock,
         )
         self._answers = Answers(self.router, epoch=new_id())
@@ -119,18 +104,6 @@ class TrunkServer:
     def epoch(self) -> bytes:
         """The id of this run of the daemon, 16 bytes."""
         return self._answers.epoch
-
-    @property
-    def stats(self) -> ServerStats:
-        """The current numbers of sessions, connections, bytes and requests."""
-        return ServerStats(
-            sessions=len(self.sessions),
-            connections=len(self.router.connections),
-            forbidden=0 if self._running is None else self._running.handlers.forbidden,
-            held_bytes=self.sessions.held_bytes,
-            adapter_bytes=self.adapters.nbytes,
-            requests=RequestStats() if self._running is None else self._running.requests.stats,
-        )
 
     def bind(self, host: str, port: int) -> str:
         """Bind the port, and return the endpoint. Answers nothing before `run`. Raises `StartupError`."""

@@ -10,31 +10,28 @@ take it in turn.
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from itertools import count
 
-from zsl.errors import BadShapeError, MalformedError, OverloadedError, TooLargeError, UnknownCacheError
+from zsl.errors import BadShapeError, MalformedError, TooLargeError, UnknownCacheError
 from zsl.trunk.costs import CacheMemory
+from zsl.trunk.sessions.owned_memory import Entry, OwnedMemory
 from zsl.trunk.sessions.sessions import Session
 from zsl.trunk.work import CacheUse
 from zsl.wire.messages import UsedCache
 
 QUIET_SECONDS = 60.0
-RETRY_AFTER_MS = 200
 
 _Key = tuple[bytes, int]  # session and name
 
 
 @dataclass(slots=True)
-class _Entry:
-    """A cache. `reserved`: bytes for the request that runs with it, if any. `dropped`: it goes after that request."""
+class _Entry(Entry):
+    """A cache. `born`: in order of the caches' first requests. `reserved`: bytes for the request that runs with it, if
+    any. `dropped`: it goes after that request."""
 
-    owner: Hashable
-    born: int  # in order of the caches' first requests
-    last_used: float
-    nbytes: int = 0
+    born: int = 0
     version: int = 0
     rows: int = 0
     length: int = 0
@@ -43,19 +40,14 @@ class _Entry:
     dropped: bool = False
 
 
-class CacheStore:
+class CacheStore(OwnedMemory[int, _Entry]):
     """Caches by session, of up to `memory_bytes` in total. Times are in seconds."""
 
-    def __init__(self, memory_bytes: int) -> None:
-        self._memory_bytes = memory_bytes
-        self._entries: OrderedDict[_Key, _Entry] = OrderedDict()  # least recently used first
-        self._of_owner: Counter[Hashable] = Counter()  # bytes
-        self._of_session: dict[bytes, set[int]] = {}
-        self.nbytes = 0
-        self._births = count()
+    what, option = "keys and values", "--cache-memory"
 
-    def __len__(self) -> int:
-        return len(self._entries)
+    def __init__(self, memory_bytes: int) -> None:
+        super().__init__(memory_bytes)
+        self._births = count()
 
     def use(
         self,
@@ -103,19 +95,18 @@ class CacheStore:
         if use.kept is None:
             self.drop(session, use.name)  # a request that comes again
         held = 0 if use.kept is None else self._entries[key].nbytes
-        quota = self._quota(session)
+        quota = self._quota(None if session.tenant is None else session.tenant.max_cache_bytes)
         if held + use.added_nbytes > quota:
             raise TooLargeError(
                 f"a cache of {use.nbytes} bytes, beside its last form of {held}, is over the {quota} that are granted: "
                 "generate with fewer rows or tokens, with use_cache=False, or start the daemon with more --cache-memory"
             )
         while self._of_owner[session.owner] + use.added_nbytes > quota:
-            self._evict_one(session, key, use.added_nbytes, now, of_owner_only=True)
+            self._evict_for(session, key, use.added_nbytes, now, of_owner_only=True)
         while self.nbytes + use.added_nbytes > self._memory_bytes:
-            self._evict_one(session, key, use.added_nbytes, now, of_owner_only=False)
+            self._evict_for(session, key, use.added_nbytes, now, of_owner_only=False)
         if use.kept is None:
-            self._entries[key] = _Entry(session.owner, next(self._births), now)
-            self._of_session.setdefault(session.id, set()).add(use.name)
+            self._add(session, use.name, _Entry(session.owner, now, born=next(self._births)))
         entry = self._entries[key]
         entry.last_used, entry.reserved = now, use.added_nbytes
         self._entries.move_to_end(key)
@@ -147,35 +138,21 @@ class CacheStore:
 
     def close(self, session: Session) -> None:
         """Forget the caches of a session."""
-        for name in list(self._of_session.get(session.id, ())):
+        for name in list(self._names(session)):
             self.drop(session, name)
 
-    def _quota(self, session: Session) -> int:
-        own = None if session.tenant is None else session.tenant.max_cache_bytes
-        return self._memory_bytes if own is None else min(own, self._memory_bytes)
-
-    def _evict_one(self, session: Session, key: _Key, nbytes: int, now: float, *, of_owner_only: bool) -> None:
-        """Remove the cache that leaves first for `nbytes`: of the same owner, then of whoever uses most.
-
-        Raises `OverloadedError` if none may leave.
-        """
+    def _evict_for(self, session: Session, key: _Key, nbytes: int, now: float, *, of_owner_only: bool) -> None:
+        """Remove the cache that leaves first for `nbytes` of the cache `key`. Raises `OverloadedError`."""
         mine = self._entries.get(key)
-        candidates = [
-            other
-            for other, entry in self._entries.items()
-            if entry.reserved is None
-            and other != key
-            and (
-                entry.owner == session.owner
-                or (not of_owner_only and self._is_displaceable(entry, session.owner, mine, nbytes, now))
+
+        def may_leave(other: _Key, entry: _Entry) -> bool:
+            if entry.reserved is not None or other == key:
+                return False
+            return entry.owner == session.owner or (
+                not of_owner_only and self._is_displaceable(entry, session.owner, mine, nbytes, now)
             )
-        ]
-        if not candidates:
-            raise OverloadedError(
-                "the daemon's memory for keys and values is in use; its operator can give it more with --cache-memory",
-                retry_after_ms=RETRY_AFTER_MS,
-            )
-        self._remove(min(candidates, key=lambda other: self._rank(session, other)))  # the oldest of equal ones
+
+        self._evict_one(session, may_leave)
 
     def _is_displaceable(self, entry: _Entry, owner: Hashable, mine: _Entry | None, nbytes: int, now: float) -> bool:
         """Return whether an entry leaves for a request of another owner, which continues `mine`, or makes `nbytes`."""
@@ -183,21 +160,3 @@ class CacheStore:
         # Of two owners that both wait, one may displace the other.
         is_older = mine is not None and mine.born < entry.born and ours <= 2 * theirs
         return is_older or theirs > 2 * ours or now - entry.last_used >= QUIET_SECONDS
-
-    def _rank(self, session: Session, key: _Key) -> tuple[bool, int]:
-        owner = self._entries[key].owner
-        return owner != session.owner, -self._of_owner[owner]
-
-    def _count(self, entry: _Entry, nbytes: int) -> None:
-        self.nbytes += nbytes
-        self._of_owner[entry.owner] += nbytes
-
-    def _remove(self, key: _Key) -> None:
-        entry = self._entries.pop(key)
-        self._count(entry, -entry.nbytes)
-        if not self._of_owner[entry.owner]:
-            del self._of_owner[entry.owner]
-        of_session = self._of_session[key[0]]
-        of_session.discard(key[1])
-        if not of_session:
-            del self._of_session[key[0]]

@@ -1,6 +1,6 @@
-"""Print docs/configuration.md, the reference of the TOML file, from its schema.
+"""The page docs/configuration.md, the reference of the TOML file, from its schema.
 
-python -m zsl.training.config.reference > docs/configuration.md
+python -m support.configuration_page > ../docs/configuration.md            in tests/
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from zsl.training.config.train_table import TRAIN_DEFAULTS, WITH_VALIDATION
 HEAD = """\
 # The configuration of zsl-train
 
-<!-- Made by `python -m zsl.training.config.reference > docs/configuration.md`; tests/test_docs.py holds it. -->
+<!-- Made by tests/support/configuration_page.py; tests/test_docs.py holds it. -->
 
 A TOML file with five tables, all of them optional. `--set table.key=value` wins over the file, and the other options of
 the command line (`--server`, `--lr`, …) win over both. An unknown key is an error that names the one that was probably
@@ -78,7 +78,7 @@ a file:
 
 
 def toml_reference() -> str:
-    """Return the text of docs/configuration.md."""
+    """The text of docs/configuration.md."""
     parts = [HEAD]
     tables: dict[str, type[Table]] = {"model": ModelTable, "trunk": TrunkTable, "data": DataTable}
     for name, table in tables.items():
@@ -112,7 +112,7 @@ def _default(field: FieldInfo) -> str:
 
 
 def _values(field: FieldInfo) -> str:
-    """Return the type of a key in words, with its bounds."""
+    """The type of a key in words, with its bounds."""
     names = {str: "text", int: "a whole number", float: "a number", bool: "true, false"}
     kinds = [kind for kind in (get_args(field.annotation) or (field.annotation,)) if kind is not type(None)]
     if get_origin(field.annotation) is Literal:

@@ -1,4 +1,4 @@
-"""Models that are served, by name, and the jobs that requests make for them."""
+"""Make the generation job of a request to one of the served models, and the form of its answer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from zsl.generation.prompts import ContextError, room_for_answer, tokens_of_chat
 from zsl.generation.sampling import Sampling
 from zsl.serving.answers import Answer, ChatAnswer, CompletionAnswer
 from zsl.serving.api_errors import ApiError
-from zsl.serving.requests import ChatRequest, CompletionRequest, Request
+from zsl.serving.request_schemas import ChatRequest, CompletionRequest, Request
 from zsl.serving.service import Job
 
 COMPLETION_TOKENS = 16  # of a completion whose request names no number, as in OpenAI's API
