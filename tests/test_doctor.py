@@ -393,19 +393,6 @@ def test_a_check_that_breaks_is_that_checks_failure_and_the_others_go_on(monkeyp
     assert "Traceback" in run("--debug").output
 
 
-def test_what_a_container_has_left_is_what_is_free(tmp_path: Path) -> None:
-    assert memory.free_bytes(tmp_path) is None
-    (tmp_path / "proc").mkdir()
-    (tmp_path / "proc/meminfo").write_text("MemTotal: 9000 kB\nMemAvailable: 5000 kB\n")
-    assert memory.free_bytes(tmp_path) == 5000 << 10
-    (tmp_path / "sys/fs/cgroup").mkdir(parents=True)
-    (tmp_path / "sys/fs/cgroup/memory.max").write_text("3000000\n")
-    (tmp_path / "sys/fs/cgroup/memory.current").write_text("1000000\n")
-    assert memory.free_bytes(tmp_path) == 2000000
-    (tmp_path / "sys/fs/cgroup/memory.stat").write_text("anon 300000\ninactive_file 600000\nactive_file 1\n")
-    assert memory.free_bytes(tmp_path) == 2600000  # files that were read are given up for it
-
-
 # --- the command -----------------------------------------------------------------------------------------------
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from zsl.errors import QuotaError, UnknownSessionError
+from zsl.files.free_memory import free_bytes
 from zsl.trunk.access.tenants import Tenant
 from zsl.trunk.sessions.sessions import Sessions
 from zsl.trunk.stash_memory import default_stash_memory
@@ -121,6 +123,19 @@ def test_graphs_of_several_passes_take_no_more_than_their_own_memory_and_one_pas
 )
 def test_a_daemon_may_grow_by_half_of_the_free_memory_and_not_without_bound(available: int | None, memory: int) -> None:
     assert default_stash_memory(available) == memory
+
+
+def test_what_a_container_has_left_is_what_is_free(tmp_path: Path) -> None:
+    assert free_bytes(tmp_path) is None
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 9000 kB\nMemAvailable: 5000 kB\n")
+    assert free_bytes(tmp_path) == 5000 << 10
+    (tmp_path / "sys/fs/cgroup").mkdir(parents=True)
+    (tmp_path / "sys/fs/cgroup/memory.max").write_text("3000000\n")
+    (tmp_path / "sys/fs/cgroup/memory.current").write_text("1000000\n")
+    assert free_bytes(tmp_path) == 2000000
+    (tmp_path / "sys/fs/cgroup/memory.stat").write_text("anon 300000\ninactive_file 600000\nactive_file 1\n")
+    assert free_bytes(tmp_path) == 2600000  # files that were read are given up for it
 
 
 def tenant(name: str = "alice", **changes: object) -> Tenant:

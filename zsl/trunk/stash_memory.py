@@ -2,20 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 MOST_BYTES = 4 << 30
 LEAST_BYTES = 64 << 20
 AVAILABLE_SHARE = 1 / 2  # the weights come out of the other half
-
-
-def available_host_bytes() -> int | None:
-    """Return the memory that new work can have without swapping; None without Linux's /proc."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), None)
 
 
 def default_stash_memory(available_bytes: int | None) -> int:

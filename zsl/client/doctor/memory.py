@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
+from zsl.files.free_memory import free_bytes
 from zsl.models.reference import ModelReference
 from zsl.split.stack import whole_class
 
@@ -17,31 +16,6 @@ def whole_model_bytes(reference: ModelReference, dtype: torch.dtype) -> int:
     with torch.device("meta"):
         model = whole_class(reference.config)(reference.config)
     return sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
-
-
-def free_bytes(root: Path = Path("/")) -> int | None:
-    """Return the available bytes of the machine or of the container; None if unknown."""
-    free = []
-    try:
-        for line in (root / "proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                free.append(int(line.split()[1]) << 10)
-        group = root / "sys/fs/cgroup"
-        most = (group / "memory.max").read_text().strip()
-        if most != "max":
-            free.append(int(most) - int((group / "memory.current").read_text()) + _cached_bytes(group))
-    except (OSError, ValueError):
-        pass  # no Linux, or no container
-    return min(free, default=None)
-
-
-def _cached_bytes(group: Path) -> int:
-    """Return the bytes of a container's file cache that can be reclaimed."""
-    try:
-        lines = (group / "memory.stat").read_text().splitlines()
-    except OSError:
-        return 0
-    return sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
 
 
 def does_not_fit(reference: ModelReference, dtype: torch.dtype) -> str | None:

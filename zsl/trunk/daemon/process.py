@@ -16,6 +16,7 @@ import torch
 
 import zsl
 from zsl.errors import StartupError
+from zsl.files.free_memory import free_bytes
 from zsl.text.byte_size import to_mib
 from zsl.text.plural import counted
 from zsl.text.printable import printable
@@ -31,7 +32,7 @@ from zsl.trunk.daemon.standard_streams import check_output, drain_output
 from zsl.trunk.failpoints import Failpoint
 from zsl.trunk.malloc import keep_freed_memory
 from zsl.trunk.settings import ServerSettings, TrunkInfo, TrunkTraits
-from zsl.trunk.stash_memory import available_host_bytes, default_stash_memory
+from zsl.trunk.stash_memory import default_stash_memory
 from zsl.wire.messages import Cut, Quantization, Reveal
 
 logger = logging.getLogger(__name__)
@@ -139,7 +140,7 @@ async def _serve(plan: TrunkPlan, options: DaemonOptions, loading: Loading, hang
 def _available_bytes(device: torch.device) -> int | None:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return available_host_bytes() if device.type == "cpu" else None
+    return free_bytes() if device.type == "cpu" else None
 
 
 def _tell_bound(info: TrunkInfo, settings: ServerSettings, traits: TrunkTraits) -> None:
