@@ -30,7 +30,7 @@ from echo_trunk import HIDDEN
 
 import zsl
 from zsl.link.connection import Connection
-from zsl.link.pending import Pending
+from zsl.link.unanswered_requests import Pending
 from zsl.transport.dealer import HANDSHAKE_MS, KEEPALIVE
 from zsl.wire.frames import Frame, decode, encode
 from zsl.wire.messages import (

@@ -34,7 +34,7 @@ from zsl.errors import (
     WrongModelError,
 )
 from zsl.link.opening import UNREADABLE_ANSWERS
-from zsl.link.pending import Pending
+from zsl.link.unanswered_requests import Pending
 from zsl.trunk.settings import ServerSettings
 from zsl.wire.frames import MAJOR
 from zsl.wire.messages import Cut

@@ -19,7 +19,7 @@ from support.faulty_messages import FaultyMessages
 from support.peer import Peer, forward
 from support.square import SquareClient, SquareDaemon, SquareServer, gradient, some, squared
 from zsl.errors import ConnectionLost, OverloadedError, RequestTimeout, TrunkUnreachable, WrongModelError, ZslError
-from zsl.link.pending import SHORTEST_RETRY_SECONDS
+from zsl.link.unanswered_requests import SHORTEST_RETRY_SECONDS
 from zsl.trunk.settings import ServerSettings
 from zsl.wire.messages import Cut, MessageType
 

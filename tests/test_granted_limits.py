@@ -16,7 +16,7 @@ from support.peer import Peer, forward
 from support.square import SquareClient, some
 from test_access import Keys
 from zsl.errors import TooLargeError
-from zsl.link.pending import Pending
+from zsl.link.unanswered_requests import Pending
 from zsl.trunk.access.tenants import Allowlist
 from zsl.trunk.settings import ServerSettings
 from zsl.wire.frames import KIND, MAGIC, MAJOR, Frame, Message, seal

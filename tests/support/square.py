@@ -23,7 +23,7 @@ import zsl.trunk.daemon.server
 from zsl.link.connection import Connection
 from zsl.link.keys import read_client_keys
 from zsl.link.open_session import Open
-from zsl.link.pending import Pending
+from zsl.link.unanswered_requests import Pending
 from zsl.trunk.access.options import Access, read_access
 from zsl.trunk.daemon.log import set_up_logging
 from zsl.trunk.daemon.server import TrunkServer

@@ -30,7 +30,7 @@ from zsl.client.trunk_function import Call, CrossingEvent
 from zsl.errors import ConfigError, ModelError
 from zsl.link.endpoints import parse_endpoints
 from zsl.link.keys import read_client_keys
-from zsl.link.pending import check_timeouts
+from zsl.link.unanswered_requests import check_timeouts
 from zsl.split.ghosts import WAY_OUT
 from zsl.split.no_weights import NoWeights
 from zsl.split.trunk_lora import Slots

@@ -20,8 +20,8 @@ from zsl.errors import InternalError, ModelError
 from zsl.link.adapter_versions import NO_ADAPTERS, EncodedAdapter
 from zsl.link.connection import Connection
 from zsl.link.keys import read_client_keys
-from zsl.link.pending import Build, Pending
 from zsl.link.traffic import Traffic
+from zsl.link.unanswered_requests import Build, Pending
 from zsl.wire.frames import Frame, Message
 from zsl.wire.messages import (
     GRADIENTS_OF,

@@ -1,1 +1,1 @@
-"""Atomic writes of files and directories, and bounded reads of small files."""
+"""Atomic writes of files and directories, bounded reads of small files, and the free memory from Linux's files."""

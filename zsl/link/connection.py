@@ -28,8 +28,8 @@ from zsl.errors import ClosedError, InternalError, RequestTimeout, ZslError
 from zsl.link.adapter_versions import EncodedAdapter
 from zsl.link.endpoints import parse_endpoints
 from zsl.link.link import Link
-from zsl.link.pending import Build, Pending, check_timeouts
 from zsl.link.traffic import Traffic
+from zsl.link.unanswered_requests import Build, Pending, check_timeouts
 from zsl.transport.curve_keys import ClientKeys
 from zsl.wire.frames import Message
 from zsl.wire.messages import Cut, FloatDtypeName, Hello, ModelIdentity, StatusRequest, Welcome

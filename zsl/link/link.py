@@ -24,7 +24,6 @@ from zsl.link.endpoints import LONGEST_PAUSE_SECONDS, Endpoints
 from zsl.link.lost_connections import LostConnections
 from zsl.link.open_session import Open
 from zsl.link.opening import Opening
-from zsl.link.pending import Pending
 from zsl.link.states import (
     Event,
     Failed,
@@ -40,6 +39,7 @@ from zsl.link.states import (
     Welcomed,
 )
 from zsl.link.traffic import Traffic
+from zsl.link.unanswered_requests import Pending
 from zsl.transport.curve_keys import ClientKeys
 from zsl.wire.messages import Hello, Welcome
 

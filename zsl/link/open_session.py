@@ -19,10 +19,10 @@ from zsl.errors import (
     WireError,
 )
 from zsl.link.heartbeat import Heartbeat, Progress
-from zsl.link.lost_messages import LostMessageCheck
+from zsl.link.lost_message_check import LostMessageCheck
 from zsl.link.opening import DRAINING_RETRY_SECONDS
-from zsl.link.pending import Pending
 from zsl.link.states import Event, Left, Lost, Shared, Unfit, error_of
+from zsl.link.unanswered_requests import Pending
 from zsl.transport.dealer import Dealer, LinkEvent
 from zsl.wire.frames import Frame, Message, decode, encode
 from zsl.wire.messages import (

@@ -18,8 +18,8 @@ import zmq
 from zsl.errors import WIRE_ERRORS, InternalError, WireError, ZslError
 from zsl.link.adapter_versions import SentVersions
 from zsl.link.endpoints import Endpoints
-from zsl.link.pending import Requests
 from zsl.link.traffic import TrafficCounter
+from zsl.link.unanswered_requests import Requests
 from zsl.transport.curve_keys import ClientKeys
 from zsl.wire.messages import Error, Hello, Welcome
 
