@@ -21,10 +21,12 @@ from support.compare import within
 from support.daemon import Daemon
 from support.echo import EchoServer
 from support.faulty_link import FaultyLink
+from support.killable import Killable
 from support.models import CUT, local_model, with_lora
 from support.requests import HIDDEN
 from zsl.client.replayable_step import Answer, read_answer
-from zsl.errors import ModelError, TooLargeError
+from zsl.client.trunk_cache import MAX_LOSSES
+from zsl.errors import ModelError, OverloadedError, TooLargeError
 from zsl.split.cut import parse_cut
 from zsl.trunk.daemon.load import plan_trunk
 from zsl.trunk.sessions.sessions import Session
@@ -191,15 +193,126 @@ async def test_the_asyncio_face_runs_behind_its_own_cache(served: tuple[EchoServ
         assert cache.length == 7 and within(1e-5)(behind.output, whole.output[[2, 0], 5:])
 
 
+def send_in_pieces(split: Any, monkeypatch: pytest.MonkeyPatch, tokens: int = 3) -> None:
+    """Make the client send at most so many tokens in a request."""
+    client = trunk_of(split).client
+    limits = client.welcome.limits.model_copy(update={"max_request_tokens": tokens})
+    monkeypatch.setattr(client._connection, "_welcome", client.welcome.model_copy(update={"limits": limits}))
+
+
 def test_a_prompt_longer_than_a_request_comes_in_pieces(
     served: tuple[EchoServer, Any], whole: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, split = served
-    trunk = trunk_of(split)
-    welcome = trunk.client.welcome
-    limits = welcome.limits.model_copy(update={"max_request_tokens": 3})
-    monkeypatch.setattr(trunk.client._connection, "_welcome", welcome.model_copy(update={"limits": limits}))
+    send_in_pieces(split, monkeypatch)
     assert text(split) == text(whole)
+
+
+@contextmanager
+def losing(server: EchoServer, lost: set[int] | None) -> Iterator[list[int]]:
+    """Lose all keys and values after the requests of these numbers (None: after each). Yield the numbers so far."""
+    caches = server.server.caches
+    end_request, numbers = caches.end_request, []
+
+    def end_and_lose(session: Session, use: CacheUse, kept: object | None, **sizes: int) -> None:
+        end_request(session, use, kept, **sizes)
+        numbers.append(len(numbers) + 1)
+        if lost is None or numbers[-1] in lost:
+            caches.close(session)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(caches, "end_request", end_and_lose)
+        yield numbers
+
+
+def test_pieces_that_are_lost_between_each_other_change_no_token(
+    served: tuple[EchoServer, Any], whole: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The prompt of eight tokens takes three requests: twice the first is lost, then the second, then all of a text."""
+    server, split = served
+    send_in_pieces(split, monkeypatch)
+    lost = {1, 2, 4, 12, 13, 15}
+    with losing(server, lost) as numbers:
+        assert text(split) == text(whole)
+    assert numbers[-1] > max(lost)
+
+
+def test_pieces_that_are_always_lost_end_in_an_error_that_names_the_memory_and_the_next_text_is_right(
+    served: tuple[EchoServer, Any], whole: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, split = served
+    send_in_pieces(split, monkeypatch)
+    monkeypatch.setattr("zsl.client.trunk_cache.LONGEST_PAUSE_SECONDS", 0.0)
+    with losing(server, None) as numbers:
+        with pytest.raises(OverloadedError, match="--cache-memory"):
+            text(split)
+    assert len(numbers) == 1 + MAX_LOSSES
+    assert text(split) == text(whole)
+
+
+def test_texts_of_one_session_that_take_each_others_memory_in_turn_all_end(
+    path: str, whole: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each needs several requests to be computed again, and the memory has room for two of sixteen."""
+    budget, count = 5 * _bytes_of_a_text(path) // 2, 16
+    with server_of(path, budget) as server, split_model(path, server.endpoint) as split:
+        send_in_pieces(split, monkeypatch)
+        barrier = threading.Barrier(count)
+
+        def write(seed: int) -> list[int]:
+            barrier.wait(WAIT_SECONDS)
+            return text(split, seed)
+
+        with ThreadPoolExecutor(count) as threads:
+            found = list(threads.map(write, range(count)))
+        assert found == [text(whole, seed) for seed in range(count)]
+
+
+@pytest.mark.long
+def test_a_daemon_that_is_killed_between_pieces_changes_no_token(
+    path: str, whole: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill behind the second piece of the prompt, and one behind the second of the text that is computed again."""
+    running, kills, sent = [Killable(path)], {2, 12}, []
+
+    def answered(message: Message, role: Role, **how: Any) -> Answer:
+        sent.append(message)
+        if len(sent) in kills:
+            running[-1].kill()
+            running.append(Killable(path))
+            link.retarget(running[-1].port)
+        return read_answer(message, role, **how)
+
+    try:
+        with FaultyLink(running[0].port) as link:
+            with split_model(path, link.endpoint, connect_timeout_seconds=300) as split:
+                send_in_pieces(split, monkeypatch)
+                monkeypatch.setattr("zsl.client.trunk_client.read_answer", answered)
+                assert text(split) == text(whole)
+    finally:
+        running[-1].kill()
+    assert len(running) == 1 + len(kills)
+
+
+@pytest.mark.parametrize("lost", [set(), {5}, {5, 6}], ids=["kept", "lost", "lost twice"])
+@pytest.mark.parametrize("fails", [False, True], ids=["ends", "fails"])
+def test_the_memory_is_free_when_a_text_ends_without_the_garbage_collector(
+    served: tuple[EchoServer, Any], lost: set[int], fails: bool
+) -> None:
+    server, split = served
+    until(lambda: gc.collect() >= 0 and server.server.caches.nbytes == 0)
+    gc.disable()
+    try:
+        with losing(server, lost):
+            if fails:
+                with pytest.raises(TooLargeError) as failed, pytest.MonkeyPatch.context() as patched:
+                    text(split, at=At(9, lambda: patched.setattr(server.server.caches, "_memory_bytes", 0)))
+                assert failed.value is not None
+            else:
+                text(split)
+        until(lambda: server.server.caches.nbytes == 0)
+    finally:
+        gc.enable()
 
 
 def test_more_texts_than_fit_into_the_memory_wait_for_each_other(path: str, whole: PreTrainedModel) -> None:

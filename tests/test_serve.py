@@ -29,6 +29,7 @@ from zsl.generation.generate import generate
 from zsl.generation.pieces import Generated, Piece
 from zsl.generation.prompts import tokens_of_chat, tokens_of_text
 from zsl.generation.sampling import Sampling
+from zsl.generation.text_stream import INCOMPLETE, TextStream
 from zsl.models.reference import resolve
 from zsl.serving.answers import ChatAnswer
 from zsl.serving.app import MAX_BODY_BYTES, Api
@@ -211,6 +212,7 @@ REFUSED: list[tuple[dict[str, Any], int, str, str | None]] = [
     ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "tools", "unsupported_parameter"),
     ({"extra_body": {"guided": 1}}, 400, "guided", "unknown_parameter"),
     ({"temperature": 3}, 400, "temperature", None),
+    ({"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs", None),
     ({"top_logprobs": 2}, 400, "top_logprobs", None),
     ({"messages": []}, 400, "messages", None),
     ({"messages": [{"role": "nobody", "content": "x"}]}, 400, "messages", None),
@@ -229,6 +231,62 @@ def test_a_request_that_is_not_served_is_refused_in_the_apis_form(
         error = refused.value
         assert (error.status_code, error.code, error.type) == (status, code, "invalid_request_error")
         assert error.param == param
+
+
+REFUSED_COMPLETIONS: list[tuple[dict[str, Any], int, str, str | None]] = [
+    ({"model": "none"}, 404, "model", "model_not_found"),
+    ({"prompt": ""}, 400, "prompt", None),
+    ({"prompt": []}, 400, "prompt", None),
+    ({"prompt": [9_999_999]}, 400, "prompt", None),
+    ({"prompt": ["x", "y"]}, 400, "prompt", None),
+    ({"prompt": "moon " * 99}, 400, "prompt", "context_length_exceeded"),
+    ({"logprobs": 21}, 400, "logprobs", None),
+    ({"logprobs": -1}, 400, "logprobs", None),
+    ({"best_of": 2}, 400, "best_of", "unsupported_parameter"),
+    ({"echo": True}, 400, "echo", "unsupported_parameter"),
+    ({"stop": ""}, 400, "stop", None),
+    ({"top_p": 0}, 400, "top_p", None),
+    ({"seed": 2**63}, 400, "seed", None),
+]
+
+
+@pytest.mark.parametrize(("changed", "status", "param", "code"), REFUSED_COMPLETIONS, ids=lambda one: str(one)[:30])
+def test_a_completion_that_is_not_served_is_refused_in_the_apis_form(
+    changed: dict[str, Any], status: int, param: str, code: str | None, client: OpenAI
+) -> None:
+    request: dict[str, Any] = {"model": "own", "prompt": "x", "max_tokens": 2, **changed}
+    for stream in (False, True):
+        with pytest.raises(openai.APIStatusError) as refused:
+            client.completions.create(**request, stream=stream)
+        error = refused.value
+        assert (error.status_code, error.code, error.type) == (status, code, "invalid_request_error")
+        assert error.param == param
+
+
+def test_characters_of_several_tokens_arrive_whole_and_a_stop_string_of_several_tokens_ends_the_text() -> None:
+    """The model is stood in for by its texts; decoding, stop strings, events and OpenAI's client are real."""
+    written = "naïve 🌒🌓 日本 end"
+
+    def spoken(stops: list[str]) -> Job:
+        def job(on_piece: Callable[[Piece], None], _: Any) -> Generated:
+            stream = TextStream(lambda tokens: bytes(tokens).decode(errors="replace"), stops)
+            pieces = [*map(stream.add, written.encode()), stream.end()]
+            for piece in pieces:
+                on_piece(Piece(piece))
+            return Generated("".join(pieces), len(pieces), "stop" if stream.stopped else "length")
+
+        return job
+
+    for stop, expected in (("🌓 日", "naïve 🌒"), ("never", written)):
+        application, _ = api(lambda request: (spoken(request.stops), answer()))
+        with TestClient(application, base_url="http://localhost") as http:
+            client = OpenAI(base_url="http://localhost/v1", api_key="none", http_client=http, max_retries=0)
+            how: dict[str, Any] = {"model": "m", "messages": MESSAGES, "stop": stop}
+            chunks = list(client.chat.completions.create(**how, stream=True))
+            texts = [chunk.choices[0].delta.content or "" for chunk in chunks]
+            assert "".join(texts) == client.chat.completions.create(**how).choices[0].message.content == expected
+            assert not any(INCOMPLETE in text for text in texts)
+            assert chunks[-1].choices[0].finish_reason == ("length" if stop == "never" else "stop")
 
 
 def test_what_asks_for_nothing_is_accepted(client: OpenAI) -> None:

@@ -8,21 +8,28 @@ keys and values, they are computed again from the inputs that are kept here.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import count
+from traceback import clear_frames
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers.cache_utils import Cache, DummyLayer, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from zsl.client.replayable_step import Answer, CallAdapter, HeldCache, Step
 from zsl.client.trunk_client import TrunkClient
-from zsl.errors import ModelError, UnknownCacheError
+from zsl.client.turns import Turns
+from zsl.errors import ModelError, OverloadedError, UnknownCacheError
 from zsl.wire.messages import Cut, Reveal
 
 MAX_LOSSES = 8  # of one cache, in one forward
+ALONE_AFTER_LOSSES = 2  # more than a restart of the daemon explains
+LONGEST_PAUSE_SECONDS = 2.0  # before keys and values that were lost again and again are computed again
 TRUNK_CACHE = "trunk_cache"  # attribute of the cache's first layer in the trunk
+
+_turns: WeakKeyDictionary[TrunkClient, Turns] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,14 +77,18 @@ class TrunkCache:
         """Run new tokens behind those of the cache, which has had this edit. Return their output, and the last answer.
 
         Lost keys and values are computed again in the request of the new tokens, so that they cannot be lost again
-        before it. Raises `ZslError`; they are computed again then, if they are needed.
+        before it. If one request does not hold them all, they may be, as several texts take each other's memory in
+        turn: then this connection's other texts wait. Raises `ZslError`; they are computed again then, if they are
+        needed.
         """
         length, rows = edit
         edited = self._edited(length, rows)
         kept = None if list(rows) == list(range(self._rows.shape[1])) else list(rows)
         held, self._held = self._held, None
         most = max(1, client.welcome.limits.max_request_tokens // new.activations.shape[0])
-        for losses in count():
+        turns = _turns.setdefault(client, Turns())
+        losses = 0
+        while True:
             if held is None or not length or not client.has(held):
                 held, kept = client.new_cache(), None
             if held.length >= length:
@@ -87,16 +98,27 @@ class TrunkCache:
             else:
                 *first, last = edited._followed_by(new)._joined()
             try:
-                for piece in first:
-                    _send(client, held, piece, attention_mask, most=most)
-                held.length = min(held.length, length)
-                whole = max(most, new.tokens) if reveal else most  # what is revealed comes in one answer
-                steps = _send(client, held, last, attention_mask, kept, reveal, most=whole)
+                with turns.alone() if losses >= ALONE_AFTER_LOSSES else turns.beside_others():
+                    for piece in first:
+                        _send(client, held, piece, attention_mask, most=most)
+                    held.length = min(held.length, length)
+                    whole = max(most, new.tokens) if reveal else most  # what is revealed comes in one answer
+                    steps = _send(client, held, last, attention_mask, kept, reveal, most=whole)
                 break
-            except UnknownCacheError:
-                if losses == MAX_LOSSES:
-                    raise
+            except Exception as error:
+                # They are in a cycle with the error, and have `held`, which the daemon would keep for as long.
+                clear_frames(error.__traceback__)
                 held = None
+                if not isinstance(error, UnknownCacheError):
+                    raise
+                losses += 1
+                if losses > MAX_LOSSES:
+                    raise OverloadedError(
+                        f"{client.endpoint} lost the keys and values of a text {losses} times while they were computed "
+                        "again: others need its memory; try later, or start the daemon with more --cache-memory"
+                    ) from None
+            if losses >= ALONE_AFTER_LOSSES:
+                time.sleep(min(0.01 * 2**losses, LONGEST_PAUSE_SECONDS))
         whole_text = edited._followed_by(new)
         self._pieces, self._rows, self._held = whole_text._pieces, whole_text._rows, held
         output = steps[0].output if len(steps) == 1 else torch.cat([step.output for step in steps], 1)
