@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import re
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -406,6 +408,25 @@ def test_one_request_more_than_may_wait_is_refused_and_an_unknown_error_tells_no
             failed = client.post("/v1/chat/completions", json={**request, "stream": stream})
             assert (failed.status_code, failed.json()["error"]["type"]) == (500, "server_error")
             assert "secret" not in failed.text
+
+
+def test_a_generation_that_fails_keeps_nothing_without_the_garbage_collector() -> None:
+    kept: list[weakref.ref[torch.Tensor]] = []
+
+    def fail(on_piece: Callable[[Piece], None], _: Any) -> Generated:
+        tensor = torch.zeros(1)
+        kept.append(weakref.ref(tensor))
+        raise ConnectionLost("the daemon is gone")
+
+    request = {"model": "m", "messages": [{"role": "user", "content": "x"}]}
+    with TestClient(api(lambda _: (fail, answer()))[0], base_url="http://localhost") as client:
+        gc.disable()
+        try:
+            for stream in (False, True):
+                assert client.post("/v1/chat/completions", json={**request, "stream": stream}).status_code == 503
+            assert [one() for one in kept] == [None, None]
+        finally:
+            gc.enable()
 
 
 def test_an_error_behind_the_first_piece_ends_a_stream_as_an_error() -> None:

@@ -19,8 +19,8 @@ import torch
 from transformers.cache_utils import Cache, DummyLayer, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from zsl.client.replayable_step import Answer, CallAdapter, HeldCache, Step
+from zsl.client.shared_lock import SharedLock
 from zsl.client.trunk_client import TrunkClient
-from zsl.client.turns import Turns
 from zsl.errors import ModelError, OverloadedError, UnknownCacheError
 from zsl.wire.messages import Cut, Reveal
 
@@ -29,7 +29,7 @@ ALONE_AFTER_LOSSES = 2  # more than a restart of the daemon explains
 LONGEST_PAUSE_SECONDS = 2.0  # before keys and values that were lost again and again are computed again
 TRUNK_CACHE = "trunk_cache"  # attribute of the cache's first layer in the trunk
 
-_turns: WeakKeyDictionary[TrunkClient, Turns] = WeakKeyDictionary()
+_locks: WeakKeyDictionary[TrunkClient, SharedLock] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,7 @@ class TrunkCache:
         kept = None if list(rows) == list(range(self._rows.shape[1])) else list(rows)
         held, self._held = self._held, None
         most = max(1, client.welcome.limits.max_request_tokens // new.activations.shape[0])
-        turns = _turns.setdefault(client, Turns())
+        lock = _locks.setdefault(client, SharedLock())
         losses = 0
         while True:
             if held is None or not length or not client.has(held):
@@ -98,7 +98,7 @@ class TrunkCache:
             else:
                 *first, last = edited._followed_by(new)._joined()
             try:
-                with turns.alone() if losses >= ALONE_AFTER_LOSSES else turns.beside_others():
+                with lock.exclusive() if losses >= ALONE_AFTER_LOSSES else lock.shared():
                     for piece in first:
                         _send(client, held, piece, attention_mask, most=most)
                     held.length = min(held.length, length)

@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from traceback import clear_frames
 from typing import Any
 
 from zsl.generation.pieces import Generated, Piece
@@ -43,6 +44,7 @@ class Generation:
         try:
             self._tell(self._job(self._tell, self._cancelled.is_set))
         except Exception as error:
+            clear_frames(error.__traceback__)  # whose tensors would stay until the garbage collector runs
             self._tell(error)
 
     def _tell(self, result: Piece | Generated | Exception) -> None:
