@@ -17,6 +17,7 @@ from support.square import SquareClient, some
 from test_access import Keys
 from zsl.errors import TooLargeError
 from zsl.link.unanswered_requests import Pending
+from zsl.trunk.access.options import Access
 from zsl.trunk.access.tenants import Allowlist
 from zsl.trunk.settings import ServerSettings
 from zsl.wire.frames import KIND, MAGIC, MAJOR, Frame, Message, seal
@@ -52,11 +53,11 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     keys = Keys(tmp_path_factory.mktemp("keys"))
     keys.write_list("alice")
     keyed = request.param == "keyed"
-    how = {"keys": keys.pair("server"), "allowlist": Allowlist(keys.list)} if keyed else {}
+    access = Access(keys.pair("server"), Allowlist(keys.list)) if keyed else None
     named: dict[str, str | Path] = (
         {"server_key": keys.public("server"), "client_key": keys.secret("alice")} if keyed else {}
     )
-    with EchoServer(settings=SETTINGS, row_tokens=ROW_TOKENS, **how) as server:  # type: ignore[arg-type]
+    with EchoServer(settings=SETTINGS, row_tokens=ROW_TOKENS, access=access) as server:
         client = SquareClient(server.endpoint, request_timeout_seconds=15, **named)  # type: ignore[arg-type]
         with client:
             yield Served(

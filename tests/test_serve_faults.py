@@ -28,7 +28,7 @@ from support.models import CUT, local_model, with_lora
 from zsl.generation.generate import generate
 from zsl.generation.prompts import tokens_of_text
 from zsl.models.reference import resolve
-from zsl.serving.models import ServedModels
+from zsl.serving.generation_jobs import ServedModels
 from zsl.serving.open_model import open_model
 from zsl.serving.server import make_server
 from zsl.serving.service import Generation
@@ -98,7 +98,7 @@ def served(
 ) -> Iterator[str]:
     """The address of a server of the model, `base`, and of these adapters."""
     reference, ready = resolve(path), threading.Event()
-    with open_model(reference, TrunkTable(endpoint=endpoint, cut=CUT, **table)) as opened:
+    with open_model(reference, TrunkTable(endpoint=endpoint, cut=CUT, **table), dtype="float32") as opened:
         named = {name: find_trained([place]) for name, place in (adapters or {}).items()}
         models = {"base": opened.base, **opened.copies(named)}
         prepare = ServedModels(models, reference.tokenizer(), opened.context_tokens, 40).prepare

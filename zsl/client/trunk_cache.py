@@ -117,7 +117,7 @@ class TrunkCache:
                         f"{client.endpoint} lost the keys and values of a text {losses} times while they were computed "
                         "again: others need its memory; try later, or start the daemon with more --cache-memory"
                     ) from None
-            if losses >= ALONE_AFTER_LOSSES:
+            if losses > ALONE_AFTER_LOSSES:  # to those of other connections
                 time.sleep(min(0.01 * 2**losses, LONGEST_PAUSE_SECONDS))
         whole_text = edited._followed_by(new)
         self._pieces, self._rows, self._held = whole_text._pieces, whole_text._rows, held

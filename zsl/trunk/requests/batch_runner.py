@@ -57,7 +57,7 @@ class BatchRunner:
 
     def step(self) -> None:
         """Run the next batch if the device is free. Call it after all arrived messages are handled."""
-        if self.is_busy or not self._requests.queued:
+        if self.is_busy:
             return
         if self._step_later is not None:
             self._step_later.cancel()

@@ -130,7 +130,7 @@ class Scheduler:
 
     def take_batch(self, now: float) -> list[Job]:
         """Remove and return the jobs of the next pass, all of one kind. Empty if none is queued, or while delayed."""
-        first = self._first(now) if self._queued else None
+        first = self._first(now)
         self.waits_until = None if first is None else self._delay_until(first, now)
         if self.waits_until is not None:
             return []
