@@ -17,8 +17,6 @@ from support.square import SquareClient, some
 from test_access import Keys
 from zsl.errors import TooLargeError
 from zsl.link.unanswered_requests import Pending
-from zsl.trunk.access.options import Access
-from zsl.trunk.access.tenants import Allowlist
 from zsl.trunk.settings import ServerSettings
 from zsl.wire.frames import KIND, MAGIC, MAJOR, Frame, Message, seal
 from zsl.wire.messages import (
@@ -53,7 +51,7 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     keys = Keys(tmp_path_factory.mktemp("keys"))
     keys.write_list("alice")
     keyed = request.param == "keyed"
-    access = Access(keys.pair("server"), Allowlist(keys.list)) if keyed else None
+    access = keys.access if keyed else None
     named: dict[str, str | Path] = (
         {"server_key": keys.public("server"), "client_key": keys.secret("alice")} if keyed else {}
     )

@@ -19,8 +19,6 @@ from test_access import Keys
 from zsl.cli.zsl import zsl as command
 from zsl.errors import EXIT_STARTUP_FAILED, LoadingError, Retry, StartupError
 from zsl.transport.curve_keys import refuses_unknown_keys
-from zsl.trunk.access.options import Access
-from zsl.trunk.access.tenants import Allowlist
 from zsl.trunk.daemon.loading_port import Loading
 from zsl.wire.messages import Error, Hello, Ping, StatusRequest
 
@@ -98,8 +96,7 @@ def test_info_says_that_it_loads() -> None:
 def test_only_who_is_on_the_list_is_told(tmp_path: Any) -> None:
     keys = Keys(tmp_path)
     keys.write_list("alice")
-    access = Access(keys.pair("server"), Allowlist(keys.list))
-    with Loading("127.0.0.1", 0, access) as loading:
+    with Loading("127.0.0.1", 0, keys.access) as loading:
         assert asyncio.run(refuses_unknown_keys(loading.endpoint, keys.pair("server").public))
         with Peer(loading.endpoint, keys.of("alice")) as alice:
             answer = alice.ask(StatusRequest(request=1))

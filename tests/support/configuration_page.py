@@ -78,7 +78,7 @@ a file:
 
 
 def toml_reference() -> str:
-    """The text of docs/configuration.md."""
+    """Return the text of docs/configuration.md."""
     parts = [HEAD]
     tables: dict[str, type[Table]] = {"model": ModelTable, "trunk": TrunkTable, "data": DataTable}
     for name, table in tables.items():
@@ -112,7 +112,7 @@ def _default(field: FieldInfo) -> str:
 
 
 def _values(field: FieldInfo) -> str:
-    """The type of a key in words, with its bounds."""
+    """Return the type of a key in words, with its bounds."""
     names = {str: "text", int: "a whole number", float: "a number", bool: "true, false"}
     kinds = [kind for kind in (get_args(field.annotation) or (field.annotation,)) if kind is not type(None)]
     if get_origin(field.annotation) is Literal:

@@ -37,7 +37,6 @@ class Turns:
         self._clock = clock
         self._loop: asyncio.AbstractEventLoop | None = None
         self._members, self._strangers = selectors.DefaultSelector(), selectors.DefaultSelector()
-        self._watched: dict[Connection, tuple[selectors.BaseSelector, int]] = {}  # and the events waited for
         self._members_left: dict[Connection, None] = {}  # with bytes read but not parsed
         self._strangers_due: dict[Connection, int] = {}  # events that wait for a turn
         self._share = TimeShare(clock())
@@ -68,16 +67,14 @@ class Turns:
         """Give a connection turns to read if it `reads`, and to write if it has to."""
         selector = self._strangers if stranger else self._members
         wanted = reads * selectors.EVENT_READ | connection.wants_to_write * selectors.EVENT_WRITE
-        watched = self._watched.get(connection)
-        if watched is None:
+        registered = selector.get_map().get(connection.socket)
+        if registered is None:
             if wanted:
                 selector.register(connection.socket, wanted, connection)
-                self._watched[connection] = selector, wanted
         elif not wanted:
-            self._unwatch(connection)
-        elif watched[1] != wanted:
+            selector.unregister(connection.socket)
+        elif registered.events != wanted:
             selector.modify(connection.socket, wanted, connection)
-            self._watched[connection] = selector, wanted
         if reads and connection.has_left and self._loop is not None:
             if stranger:
                 self._strangers_due.setdefault(connection, selectors.EVENT_READ)
@@ -91,12 +88,9 @@ class Turns:
         """Give a connection no more turns, until it is watched again."""
         self._members_left.pop(connection, None)
         self._strangers_due.pop(connection, None)
-        self._unwatch(connection)
-
-    def _unwatch(self, connection: Connection) -> None:
-        selector, _ = self._watched.pop(connection, (None, 0))
-        if selector is not None and connection.socket.fileno() >= 0:
-            selector.unregister(connection.socket)
+        for selector in (self._members, self._strangers):
+            if connection.socket.fileno() >= 0 and connection.socket in selector.get_map():
+                selector.unregister(connection.socket)
 
     def of_members(self) -> None:
         """Give one bounded turn to each member that can read or write."""

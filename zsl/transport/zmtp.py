@@ -21,7 +21,7 @@ MIN_MAJOR = 3
 MORE, LONG, COMMAND = 1, 2, 4
 SHORT_FRAME_BYTES = 255
 LONG_LENGTH = struct.Struct(">Q")
-LONG_HEAD_BYTES = 1 + LONG_LENGTH.size
+SHORT_HEAD_BYTES, LONG_HEAD_BYTES = 2, 1 + LONG_LENGTH.size
 PROPERTY_LENGTH = struct.Struct(">I")
 
 # Bodies from this size on are received without a copy, into memory aligned as torch's own.
@@ -99,6 +99,19 @@ def aligned_memory(nbytes: int) -> memoryview:
     return raw[offset : offset + nbytes].data
 
 
+def _head_bytes(first: int) -> int:
+    """Return the length of a frame's head, from its first byte."""
+    return LONG_HEAD_BYTES if first & LONG else SHORT_HEAD_BYTES
+
+
+def _body_bytes(head: bytearray | memoryview) -> int | None:
+    """Return the length of a frame's body, from its head; None if that is incomplete."""
+    if not head or len(head) < _head_bytes(head[0]):
+        return None
+    nbytes: int = LONG_LENGTH.unpack_from(head, 1)[0] if head[0] & LONG else head[1]
+    return nbytes
+
+
 class FrameReader:
     """Parser of a byte stream into frames. `admit(flags, nbytes)` may raise before a body is allocated."""
 
@@ -149,16 +162,12 @@ class FrameReader:
 
     def _whole(self, data: memoryview) -> tuple[tuple[int, memoryview], int] | None:
         """Return a small frame that `data` begins with, as `feed` does; None if it is incomplete or large."""
-        if len(data) < 2:
+        nbytes = _body_bytes(data)
+        if nbytes is None or nbytes >= LARGE_BYTES:
             return None
-        if not data[0] & LONG:
-            start, nbytes = 2, data[1]
-        elif len(data) >= LONG_HEAD_BYTES:
-            start, nbytes = LONG_HEAD_BYTES, LONG_LENGTH.unpack_from(data, 1)[0]
-        else:
-            return None
+        start = _head_bytes(data[0])
         end = start + nbytes
-        if end > len(data) or nbytes >= LARGE_BYTES:
+        if end > len(data):
             return None
         flags = self._admitted(data[0], nbytes)
         return (flags, memoryview(bytearray(data[start:end]))), end
@@ -173,17 +182,13 @@ class FrameReader:
 
     def _feed_head(self, data: memoryview) -> int:
         used = 0
-        while True:
-            wanted = LONG_HEAD_BYTES if self._head and self._head[0] & LONG else 2
+        while (nbytes := _body_bytes(self._head)) is None:
+            if used == len(data):
+                return used
+            wanted = _head_bytes(self._head[0] if self._head else data[0])
             part = data[used : used + wanted - len(self._head)]
             self._head += part
             used += len(part)
-            if len(self._head) < wanted or (wanted == 2 and self._head[0] & LONG):
-                if used == len(data):
-                    return used
-                continue
-            break
-        nbytes = self._head[1] if wanted == 2 else LONG_LENGTH.unpack_from(self._head, 1)[0]
         self._flags = self._admitted(self._head[0], nbytes)
         self._body = aligned_memory(nbytes) if nbytes >= LARGE_BYTES else memoryview(bytearray(nbytes))
         self._filled = 0

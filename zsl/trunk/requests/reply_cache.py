@@ -70,8 +70,7 @@ class ReplyCache:
     def put(self, session: bytes, header: Forward | Backward, frames: Sequence[Frame]) -> None:
         """Store the answer to a request."""
         key = session, header.request
-        if key in self._replies:
-            self._forget(key)
+        self._forget(key)
         of_session = self._of_session.setdefault(session, OrderedDict())
         reply = Reply(asked_by(header), frames, ANSWER_BYTES + sum(len(frame) for frame in frames))
         self._replies[key] = self._kept[key] = reply

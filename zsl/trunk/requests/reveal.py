@@ -13,8 +13,6 @@ from zsl.wire.messages import DTYPE_BYTES, FLOAT_DTYPES, GRADIENTS_OF, Forward, 
 
 def asked_reveals(header: Forward, info: TrunkInfo) -> tuple[Reveal, ...]:
     """Return what a forward asks to reveal, each once. Raises `NotRevealedError`."""
-    if not header.reveal:
-        return ()
     asked = tuple(name for name in get_args(Reveal) if name in header.reveal)
     for name in asked:
         _check_allowed(name, info)

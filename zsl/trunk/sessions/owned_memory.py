@@ -15,7 +15,7 @@ RETRY_AFTER_MS = 200
 
 @dataclass(slots=True)
 class Entry:
-    """What an owner keeps. `last_used` is in seconds."""
+    """Memory of one thing that an owner keeps. `last_used` is in seconds."""
 
     owner: Hashable
     last_used: float
