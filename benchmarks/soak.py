@@ -125,12 +125,18 @@ class Client:
 
 def oracle_of(model: str, endpoint: str, directory: Path, seed: int) -> dict[int, History]:
     """Each trajectory without faults."""
-    histories = {}
-    for trajectory in range(TRAJECTORIES):
-        task = Task("oracle", trajectory, seed, model, endpoint, directory, REQUEST_TIMEOUT_SECONDS, rounds=1)
-        process = forks.Process(target=train_rounds, args=(task,))
+    processes = [
+        forks.Process(
+            target=train_rounds,
+            args=(Task("oracle", trajectory, seed, model, endpoint, directory, REQUEST_TIMEOUT_SECONDS, rounds=1),),
+        )
+        for trajectory in range(TRAJECTORIES)
+    ]
+    for process in processes:
         process.start()
-        process.join(120)
+    histories = {}
+    for trajectory, process in enumerate(processes):
+        process.join(START_SECONDS)
         assert process.exitcode == 0, "the run without faults failed"
         (file,) = directory.glob(f"oracle-{process.pid}-0.history")
         histories[trajectory] = History.read(file)

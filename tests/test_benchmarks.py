@@ -172,7 +172,7 @@ def test_a_benchmark_writes_its_table_and_its_plot(name: str, checkpoints: Calla
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # with the daemons of one that hangs
-    assert process.returncode == 0, said
+    assert process.returncode == 0, f"{shown}\n{said}"
     written = min((tmp_path / "out").glob("*.json"), key=lambda file: len(file.name))  # of several tables the last
     assert written.stem.startswith(name)
     rows = rows_of(written, columns)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import openai
 import pytest
@@ -35,6 +36,7 @@ from zsl.generation.text_stream import INCOMPLETE, TextStream
 from zsl.models.reference import resolve
 from zsl.serving.answers import ChatAnswer
 from zsl.serving.app import MAX_BODY_BYTES, Api
+from zsl.serving.server import make_server
 from zsl.serving.service import Job, Service
 
 KEY = "a key of this test"
@@ -456,6 +458,13 @@ def test_serve_refuses_what_it_cannot_do(
     monkeypatch.delenv("ZSL_API_KEY", raising=False)
     ended = CliRunner().invoke(command, ["serve", "--port", "0", *arguments])
     assert (ended.exit_code, said in ended.stderr) == (code, True), ended.output
+
+
+def test_an_idle_connection_is_closed_by_the_client_first() -> None:
+    server = make_server(["own"], Mock(), api_key=None, parallel=1, on_ready=Mock())
+    kept_by_client_seconds = openai.DEFAULT_CONNECTION_LIMITS.keepalive_expiry
+    assert kept_by_client_seconds is not None
+    assert server.config.timeout_keep_alive > 2 * kept_by_client_seconds  # closed first here, requests would be reset
 
 
 @pytest.mark.long

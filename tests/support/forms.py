@@ -17,8 +17,11 @@ Batch = dict[str, Any]
 # every batch is small enough to be merged.
 LENGTHS = (8, 12)
 MOST_ROWS = 3
-# How far a gradient may be from the whole local model's, of its largest value.
+# How far a gradient may be from the whole local model's (see `largest_difference`).
 TOLERANCE = 1e-5
+# Rounding is as large as a step's largest gradients make it. So parts that nearly cancel, as in gradients of queries,
+# or that cancel, as where there is one token, are compared with this share of the largest.
+LEAST_SHARE = 1e-2
 
 
 def plain(seed: int) -> Batch:
@@ -121,16 +124,14 @@ def gradients_of(model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor
 
 
 def largest_difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
-    """The largest difference of two steps' gradients, each relative to its own largest value; NaN if one is not finite.
+    """Return the largest difference of two steps' gradients; NaN if one is not finite.
 
-    A gradient that is zero, as that of queries where there is one token, must be zero.
+    Each is relative to the largest value of its own gradient, and at least to `LEAST_SHARE` of the step's largest.
     """
     assert ours.keys() == theirs.keys() and ours
-    differences = [
-        (gradient - theirs[name]).abs().max() / theirs[name].abs().max().clamp_min(1e-12)
-        for name, gradient in ours.items()
-    ]
-    return float(torch.stack(differences).max())
+    largest = torch.stack([gradient.abs().max() for gradient in theirs.values()])
+    differences = torch.stack([(ours[name] - gradient).abs().max() for name, gradient in theirs.items()])
+    return float((differences / largest.clamp_min(LEAST_SHARE * float(largest.max()))).max())
 
 
 def _random(seed: int) -> torch.Generator:

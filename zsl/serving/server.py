@@ -13,6 +13,9 @@ from zsl.serving.service import Service
 
 SHUTDOWN_SECONDS = 30  # for answers that are under way
 WAITING_FOR_EACH = 32  # requests that may wait for each that runs
+# Of an idle connection. HTTP clients keep theirs for 5 s, as uvicorn does by default: a request that is sent when the
+# server closes would fail with a reset.
+KEEP_ALIVE_SECONDS = 75
 
 
 def make_server(
@@ -46,6 +49,7 @@ def make_server(
         log_config=None,
         access_log=False,
         server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=SHUTDOWN_SECONDS,
     )
     return uvicorn.Server(config)
