@@ -69,7 +69,7 @@ def test_generate_writes_the_whole_models_text_and_its_speed_beside_it(
     how = ["--adapter", adapter, "--model", path, "--cut", CUT, "--max-tokens", MOST]
     made = run("generate", *how, "--file", prompt)
     assert (made.exit_code, made.stdout) == (0, f"{expected}\n"), made.stderr
-    assert f"{MOST} tokens" in made.stderr and "first" in made.stderr
+    assert f"{MOST} tokens" in made.stderr and "first" in made.stderr and "cut off at --max-tokens" in made.stderr
     base = run("generate", "--model", path, "--max-tokens", MOST, typed=SENTENCES[0])
     assert base.exit_code == 0 and base.stdout != made.stdout
 
@@ -126,6 +126,7 @@ def test_chat_answers_each_line_in_the_templates_form_with_all_that_was_said(
     talked = run("chat", *how, typed="Yes\n\nmoon\n")
     assert talked.exit_code == 0, talked.output
     assert talked.stdout == "".join(f"{answer}\n" for answer in expected)
+    assert talked.stderr == 2 * "(cut off at --max-tokens)\n"
 
 
 def test_ctrl_c_stops_an_answer_and_the_chat_goes_on(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,9 +14,10 @@ from typing import Any
 import click
 
 from zsl.cli.errors import one_line_errors, say, tell
-from zsl.cli.generate import sampling_options
+from zsl.cli.generate import cut_off, sampling_options
 from zsl.cli.model_options import adapter_option, find_model, model_options, opened
 from zsl.cli.quiet import quiet_libraries
+from zsl.generation.pieces import Piece
 
 
 @click.command(short_help="Talk with a model and its adapter.")
@@ -52,7 +53,6 @@ def chat(
         tokenizer = reference.tokenizer()
 
         from zsl.generation.generate import generate
-        from zsl.generation.pieces import Piece
         from zsl.generation.prompts import room_for_answer, tokens_of_chat
         from zsl.generation.reuse import Reusable
         from zsl.generation.sampling import Sampling
@@ -82,6 +82,8 @@ def chat(
                         reusable=reusable,
                     )
                 say("")
+                for line in cut_off(made, max_tokens):
+                    tell(f"({line})")
                 messages.append({"role": "assistant", "content": made.text})
 
 

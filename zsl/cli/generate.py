@@ -13,6 +13,7 @@ from zsl.cli.errors import one_line_errors, say, stop_on_sigterm, tell
 from zsl.cli.model_options import adapter_option, find_model, model_options, opened
 from zsl.cli.quiet import quiet_libraries
 from zsl.errors import ConfigError
+from zsl.generation.pieces import Generated, Piece
 
 SAMPLING = (
     click.option("--max-tokens", type=click.IntRange(1), default=256, show_default=True, help="Longest answer."),
@@ -78,7 +79,6 @@ def generate(
         tokenizer = reference.tokenizer()
 
         from zsl.generation.generate import generate as generate_text
-        from zsl.generation.pieces import Piece
         from zsl.generation.prompts import room_for_answer, tokens_of_text
         from zsl.generation.sampling import Sampling
 
@@ -102,7 +102,14 @@ def generate(
             )
             times.append(time.perf_counter())
         say("")
-        tell(f"zsl generate: {speed(len(tokens), made.tokens, times)}")
+        tell(f"zsl generate: {'; '.join([speed(len(tokens), made.tokens, times), *cut_off(made, max_tokens)])}")
+
+
+def cut_off(made: Generated, max_tokens: int) -> list[str]:
+    """Return a line that names the limit which ended an answer; none if the model ended it."""
+    if made.finish != "length":
+        return []
+    return [f"cut off at {'--max-tokens' if made.tokens == max_tokens else 'the end of the context'}"]
 
 
 def speed(prompt_tokens: int, tokens: int, times: list[float]) -> str:
