@@ -19,10 +19,11 @@ import pytest
 import zmq
 
 from zsl.errors import StartupError
+from zsl.transport.curve_keys import KeyPair
 from zsl.transport.listening import OTHER_FILES
 from zsl.transport.peer_connection import HANDSHAKE_SECONDS
 from zsl.transport.router import STRANGER_MESSAGE_BYTES, STRANGER_SECONDS, Router
-from zsl.transport.send_queue import MIN_BYTES_PER_SECOND, SLOW_SECONDS
+from zsl.transport.send_queue import MIN_BYTES_PER_SECOND, SLOW_SECONDS, THREAD_BYTES
 from zsl.wire.frames import HEAD_FRAMES, Frame
 from zsl.wire.messages import MAX_TENSORS
 
@@ -52,9 +53,13 @@ class Room:
     endpoint: str
     messages: list[tuple[bytes, str, list[bytes]]] = field(default_factory=list)
     before: Callable[[bytes], None] = lambda _: None
+    told: int = 0  # how many messages there were when the router last said that it has received
 
     def __post_init__(self) -> None:
-        self.router.start(self._receive, lambda: None)
+        self.router.start(self._receive, self._received)
+
+    def _received(self) -> None:
+        self.told = len(self.messages)
 
     def _receive(self, peer: bytes, tenant: str, frames: list[Frame]) -> None:
         self.before(bytes(frames[0]))
@@ -169,6 +174,21 @@ async def test_a_burst_arrives_whole_and_in_order(
     await until(lambda: len(room.messages) == 1000)
     assert [int(text) for text in room.texts] == list(range(1000))
     assert {tenant for _, tenant, _ in room.messages} == {""}
+
+
+@pytest.mark.parametrize("nbytes", [1, 8 * THREAD_BYTES])
+async def test_a_sealed_message_of_any_size_is_told_without_another_one(
+    nbytes: int, open_room: Callable[..., Room], dealer: Callable[..., zmq.Socket[bytes]]
+) -> None:
+    """A large frame is opened by another thread, after the turn that read it."""
+    (server, secret), (public, own) = zmq.curve_keypair(), zmq.curve_keypair()
+    room = open_room(keys=KeyPair(server, secret), allowed=lambda _: True)
+    client = dealer(room.endpoint, curve_serverkey=server, curve_publickey=public, curve_secretkey=own)
+    client.send(b"hello")
+    room.router.hold(await room.heard(b"hello"))
+    client.send_multipart([b"large", bytes(nbytes)])
+    await room.heard(b"large")
+    await until(lambda: room.told == len(room.messages))
 
 
 async def test_a_receiver_that_raises_does_not_stop_the_others(

@@ -280,6 +280,18 @@ class Router:
             # No input of a peer may stop the loop; the receiver answers the errors that it expects.
             logger.exception("a message could not be handled")
 
+    def _call_soon(self, finish: Callable[[object], None], done: object) -> None:
+        """Have the loop finish what another thread has opened or sealed."""
+        loop = self._loop
+        if loop is not None:  # else the router is closed
+            loop.call_soon_threadsafe(self._finish, finish, done)
+
+    def _finish(self, finish: Callable[[object], None], done: object) -> None:
+        """Finish, and let a message that this completes be handled: there may be no turn after it."""
+        finish(done)
+        if self._loop is not None:
+            self._received()
+
     # --- connections ---------------------------------------------------------------------------------------------
 
     def _accept(self) -> None:
@@ -333,7 +345,7 @@ class Router:
             receive=self._hand_on,
             changed=self._changed,
             executor=self._executor,
-            call_soon=self._loop.call_soon_threadsafe,
+            call_soon=self._call_soon,
             clock=self._clock,
         )
         self._connections[connection.peer] = connection
