@@ -7,7 +7,6 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from peft.utils.integrations import dequantize_bnb_weight
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_tie_weights
@@ -92,6 +91,8 @@ def bits_of(module: nn.Module) -> Quantization | None:
 
 def dequantized(layer: nn.Module) -> torch.Tensor:
     """Return the weight `[out, in]` of a quantized linear layer, as PEFT dequantizes it."""
+    from peft.utils.integrations import dequantize_bnb_weight  # imports bitsandbytes, and torch's compiler with it
+
     linear: Any = layer
     weight: torch.Tensor = dequantize_bnb_weight(linear.weight, state=getattr(linear, "state", None))
     return weight

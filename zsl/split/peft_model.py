@@ -17,7 +17,7 @@ from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.utils import ModulesToSaveWrapper
 
 from zsl.errors import ModelError
-from zsl.split.ghosts import GhostWeight
+from zsl.split.loaded_weights import plain_name
 from zsl.split.stack import embedding_rows
 
 
@@ -68,26 +68,8 @@ def base_weights(model: PeftModel, saved: Mapping[str, torch.Tensor]) -> dict[st
     return {
         name: parameter.detach()
         for name, parameter in model.named_parameters(remove_duplicate=False)
-        if (parameter.requires_grad or id(parameter) in resized or _plain(name.removeprefix(prefix)) in from_a_file)
+        if (parameter.requires_grad or id(parameter) in resized or plain_name(name.removeprefix(prefix)) in from_a_file)
         and name not in saved
         and parameter.data_ptr() not in in_the_file
         and not of_an_adapter(name)
     }
-
-
-def note_loaded_weights(model: Any, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
-    """Record the names of a split model's weights that `load_state_dict` is going to change.
-
-    A pre-hook of `load_state_dict`, which PEFT calls with an adapter file that may hold weights of the base model.
-    """
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        new: Any = state_dict.get(prefix + name)
-        known = not isinstance(parameter, GhostWeight) and not parameter.is_meta  # adapters are loaded on meta
-        fits = isinstance(new, torch.Tensor) and new.shape == parameter.shape
-        if known and fits and not torch.equal(new.to(parameter), parameter.detach()):
-            model.loaded_weights.add(_plain(name))
-
-
-def _plain(name: str) -> str:
-    """Return the name of a weight without the `base_layer` that PEFT inserts."""
-    return ".".join(part for part in name.split(".") if part != "base_layer")

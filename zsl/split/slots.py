@@ -18,8 +18,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from zsl.errors import ModelError
 from zsl.split.ghosts import GhostWeight
+from zsl.split.loaded_weights import note_loaded_weights
 from zsl.split.no_weights import FOR_ALL_LAYERS, NoWeights, make_ghosts
-from zsl.split.peft_model import note_loaded_weights
 from zsl.split.stack import Stack, embedding_rows, find_stack, layer_count
 from zsl.wire.messages import Cut
 
