@@ -145,6 +145,34 @@ def test_a_large_block_that_was_freed_is_taken_again_without_page_faults() -> No
     assert int(ran.stdout) < 1 << 20
 
 
+COUNT_ARENAS_OF_A_DAEMON = """
+import ctypes, sys, threading
+import zsl.trunk.daemon.process
+from zsl.cli.trunkd import trunkd
+
+def count_arenas(options):
+    thread = threading.Thread(target=lambda: bytes(100_000))
+    thread.start()
+    thread.join()
+    libc = ctypes.CDLL(None)
+    libc.fopen.restype = ctypes.c_void_p
+    file = ctypes.c_void_p(libc.fopen(sys.argv[1].encode(), b"w"))
+    assert libc.malloc_info(0, file) == 0
+    libc.fclose(file)
+
+zsl.trunk.daemon.process.run_daemon = count_arenas
+trunkd(["--model", "random:llama"])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="options of glibc")
+def test_all_threads_of_a_daemon_share_one_arena(tmp_path: Path) -> None:
+    found = tmp_path / "malloc.xml"
+    command = [sys.executable, "-c", COUNT_ARENAS_OF_A_DAEMON, str(found)]
+    subprocess.run(command, timeout=60, check=True, stderr=subprocess.DEVNULL)
+    assert found.read_text().count("<heap nr=") == 1
+
+
 def test_freed_memory_is_given_back_once_when_nothing_was_freed_for_a_while() -> None:
     given = TrimPolicy(resident_at_start=100, budget_bytes=2 * KEPT_BYTES)
     assert not is_due(given, 1000.0), "nothing was freed"

@@ -13,6 +13,7 @@ import zsl
 from zsl.cli.errors import Command, one_line_errors
 from zsl.errors import ConfigError
 from zsl.models.dtypes import DTYPES
+from zsl.trunk.malloc import keep_freed_memory
 from zsl.trunk.openmp import SPINS, stop_spinning_if_shared
 
 logger = logging.getLogger(__name__)
@@ -213,6 +214,7 @@ def trunkd(
     from zsl.trunk.daemon.log import line_of_dropped
     from zsl.trunk.daemon.standard_streams import written_by_threads
 
+    keep_freed_memory()  # before the first thread
     dropped = line_of_dropped(log_format)  # type: ignore[arg-type]
     with written_by_threads(dropped), one_line_errors("zsl-trunkd", debug=debug):
         from zsl.split.cut import parse_cut

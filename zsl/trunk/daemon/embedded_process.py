@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 from zsl.errors import EXIT_STARTUP_FAILED
 from zsl.trunk.daemon.log import set_up_logging
+from zsl.trunk.malloc import keep_freed_memory
 from zsl.trunk.openmp import stop_spinning_if_shared
 
 PARENT_SECONDS = 1.0  # interval of looking for the parent
@@ -25,6 +26,7 @@ PARENT_SECONDS = 1.0  # interval of looking for the parent
 
 def main() -> None:
     """Serve until the parent process ends or kills this one."""
+    keep_freed_memory()
     given = json.loads(sys.stdin.buffer.readline())
     threading.Thread(target=_end_with, args=(given["parent"], given["keys"]), name="zsl-parent", daemon=True).start()
     set_up_logging("json", debug=False)

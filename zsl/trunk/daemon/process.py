@@ -30,7 +30,6 @@ from zsl.trunk.daemon.server import TrunkServer
 from zsl.trunk.daemon.sighup import Hangup
 from zsl.trunk.daemon.standard_streams import check_output, drain_output
 from zsl.trunk.failpoints import Failpoint
-from zsl.trunk.malloc import keep_freed_memory
 from zsl.trunk.settings import ServerSettings, TrunkInfo, TrunkTraits
 from zsl.trunk.stash_memory import default_stash_memory
 from zsl.wire.messages import Cut, Quantization, Reveal
@@ -65,11 +64,10 @@ class DaemonOptions:
 
 
 def run_daemon(options: DaemonOptions) -> None:
-    """Load and serve a trunk until SIGTERM or SIGINT.
+    """Load and serve a trunk until SIGTERM or SIGINT. Call `zsl.trunk.malloc.keep_freed_memory` first.
 
     Raises `ModelError` or `StartupError` if it cannot start, `RunFailed` if it fails while serving.
     """
-    keep_freed_memory()
     raise_file_limit()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
