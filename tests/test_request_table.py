@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 
 import pytest
@@ -91,6 +91,12 @@ class Room:
         self.table.add(request, 0.0, unsent=lambda _: unsent)
         return request
 
+    def finish(self, request: Request, stash: Kept) -> None:
+        """Run a request to its answer."""
+        done = Done({}, stash)
+        self.table.settle(request, done)
+        self.table.end(request, done, [b"answer"])
+
     def close(self, session: Session) -> None:
         self.sessions.close(session.id)
         self.table.close(session)
@@ -122,7 +128,7 @@ def test_a_request_is_queued_runs_and_is_answered(room: Room) -> None:
     assert request.state is RequestState.RUNNING
     assert "0 queued, 1 running" in repr(room.table)
     stash = Kept()
-    room.table.end(request, Done({}, stash), [b"answer"])
+    room.finish(request, stash)
     assert (request.state, room.table.inflight(session)) == (RequestState.ANSWERED, 0)
     assert session.held[request.header.request].stash is stash
     assert room.table.repeated(session, request.header, [b"?"]) == [b"answer"]
@@ -161,7 +167,7 @@ def test_a_queued_request_that_is_cancelled_does_not_run(room: Room) -> None:
 def test_a_backward_that_brings_everything_ends_its_step(room: Room) -> None:
     session = room.sessions.open(b"peer", now=0.0)
     forward, stash = room.add(session), Kept()
-    room.table.end(forward, Done({}, stash), [b"answer"])
+    room.finish(forward, stash)
     backward = room.request(session, step=forward.header.request)
     backward.held = None
     room.table.add(backward, 0.0)
@@ -208,10 +214,44 @@ def test_a_closed_session_abandons_its_requests(room: Room, runs: bool) -> None:
     room.add(other, nbytes=99)  # within the credit of all: nothing counts any more for who has gone
     stash = Kept()
     if runs:
-        room.table.end(request, Done({}, stash), [b"answer"])
+        room.finish(request, stash)
         assert (request.state, stash.dropped, room.sessions.held_bytes) == (RequestState.ABANDONED, 1, 0)
         assert room.table.stats.replies == 0
     assert room.table.take_batch(0.0) == [remaining]
+
+
+def test_a_session_that_is_closed_or_releases_the_step_between_pass_and_answer_leaves_nothing_behind(
+    room: Room,
+) -> None:
+    gone, releasing = (room.sessions.open(peer, now=0.0) for peer in (b"gone", b"releasing"))
+    requests = [room.add(gone), room.add(releasing)]
+    done = [Done({}, Kept()) for _ in requests]
+    for request, outcome in zip(requests, done, strict=True):
+        room.table.take_batch(0.0)
+        room.table.settle(request, outcome)
+    assert room.sessions.held_bytes > 0
+    room.close(gone)
+    room.table.release(releasing, requests[1].header.request)
+    for request, outcome in zip(requests, done, strict=True):
+        room.table.end(request, outcome, [b"answer"])
+    assert [outcome.stash.dropped for outcome in done if isinstance(outcome.stash, Kept)] == [1, 1]
+    assert (room.sessions.held_bytes, room.table.stats) == (0, RequestStats(replies=1))
+
+
+def test_what_a_backward_took_over_counts_until_it_has_run(room: Room) -> None:
+    session = room.sessions.open(b"peer", now=0.0)
+    stash = Kept()
+    room.sessions.hold(session, 7, Held(stash, Shape(1, 1, (1,)), Alone()))
+    request = room.request(session, step=7)
+    request.job = replace(request.job, frees_graph=True)
+    room.table.add(request, 0.0)
+    assert room.table.taken_bytes == room.table.taken_graph_bytes == stash.nbytes > 0
+    room.table.take_batch(0.0)
+    room.table.settle(request, Done({}))
+    assert room.table.taken_bytes == room.table.taken_graph_bytes == 0
+    room.table.end(request, Done({}), [b"answer"])
+    assert room.table.taken_bytes == room.table.taken_graph_bytes == 0
+    assert stash.dropped == 0, "the pass has used it"
 
 
 def test_bytes_over_what_all_sessions_may_have_in_flight_are_refused(room: Room) -> None:
@@ -234,7 +274,7 @@ def test_a_step_that_is_released_while_it_is_in_flight_is_not_held(room: Room, r
     assert (room.table.stats.released, request.state) == (1, RequestState.RUNNING if runs else RequestState.QUEUED)
     room.table.take_batch(0.0)
     stash = Kept()
-    room.table.end(request, Done({}, stash), [b"answer"])
+    room.finish(request, stash)
     assert (session.held, stash.dropped, room.table.stats.released) == ({}, 1, 0)
     assert room.table.repeated(session, request.header, [b"?"]) == [b"answer"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import count, cycle
 from math import ceil
 
@@ -84,6 +85,29 @@ def test_a_tenants_jobs_of_one_kind_keep_their_order(queued: list[Job]) -> None:
             taken[one.tenant, one.kind].append(one)
     for (tenant, kind), found in taken.items():
         assert found == [one for one in queued if (one.tenant, one.kind) == (tenant, kind)]
+
+
+@given(jobs, st.data())
+def test_jobs_that_free_a_graph_go_first_when_asked_for_in_fair_order_and_are_paid_for(
+    queued: list[Job], data: st.DataObject
+) -> None:
+    training = [one for one in queued if one.kind is not Kind.DECODE]
+    queued = [replace(one, frees_graph=one.kind is Kind.BACKWARD and data.draw(st.booleans())) for one in training]
+    scheduler = scheduler_with(queued)
+    used: Counter[object] = Counter()
+    left = list(queued)
+    while batch := scheduler.take_batch(now=0.0, frees_graphs=True):
+        next_backwards = {one.tenant: one for one in reversed(left) if one.kind is Kind.BACKWARD}
+        that_free = [tenant for tenant, one in next_backwards.items() if one.frees_graph]
+        if that_free:
+            assert batch[0].frees_graph
+            assert used[batch[0].tenant] == pytest.approx(min(used[tenant] for tenant in that_free))
+        seconds, tokens = sum(one.cost_seconds for one in batch), sum(one.tokens for one in batch)
+        scheduler.charge(batch, seconds, now=0.0)
+        for one in batch:
+            used[one.tenant] += seconds * one.tokens / tokens  # type: ignore[assignment]
+            left.remove(one)
+    assert not left
 
 
 @given(jobs, st.floats(0, 10))

@@ -214,16 +214,41 @@ def test_what_queued_backwards_will_use_is_part_of_the_memory_until_they_have_ru
             assert kept(server) == [Keep.INPUT, Keep.GRAPH_AND_LINEAR_OUTPUTS]
 
 
-def test_by_default_a_graph_goes_before_the_next_if_both_take_more_than_the_weights() -> None:
-    settings, memory = ServerSettings(saves_graphs=True), GraphMemory(float(65 << 20), 0.0, 0.0)
-    with EchoServer(settings=settings, graph_memory=memory) as server, Peer(server.endpoint) as peer:
-        welcome = peer.hello()
-        for request in (1, 2):
-            peer.ask(*forward(welcome, request, keep=True))
-        kept = [held.stash.keep for session in server.server.sessions for held in session.held.values()]
-        assert kept[0].value < kept[1].value and kept[1].has_graph and not kept[0].has_graph
-        peer.ask(*backward(welcome, 3, step=1))  # computes its forward again, and leaves the newer graph
-        assert [held.stash.keep for session in server.server.sessions for held in session.held.values()] == kept[1:]
+def test_by_default_graphs_stay_within_half_of_the_weights_and_backwards_that_free_one_go_first() -> None:
+    def kept(server: EchoServer) -> list[Keep]:
+        return [held.stash.keep for session in server.server.sessions for held in session.held.values()]
+
+    settings, memory = ServerSettings(saves_graphs=True), GraphMemory(float(40 << 20), 0.0, 0.0)
+    with EchoServer(settings=settings, graph_memory=memory, weight_bytes=128 << 20, merges=False) as server:
+        server.compute.graph_bytes = 40 << 20
+        with Peer(server.endpoint) as one, Peer(server.endpoint) as two, Peer(server.endpoint) as three:
+            welcomes = {peer: peer.hello() for peer in (one, two, three)}
+            server.compute.gate.clear()
+            one.send(*forward(welcomes[one], 1, keep=True))
+            assert server.compute.begun.acquire(timeout=20)
+            two.send(*forward(welcomes[two], 1, keep=True))
+            assert two.status().queued_requests == 1
+            server.compute.gate.set()
+            one.hear(), two.hear()
+            assert kept(server) == [Keep.GRAPH, Keep.INPUT], "no room beside the pass that has just ended"
+
+            assert server.compute.begun.acquire(timeout=20)
+            server.compute.gate.clear()
+            three.send(*forward(welcomes[three], 1))
+            assert server.compute.begun.acquire(timeout=20)
+            two.send(*backward(welcomes[two], 2, step=1))
+            assert two.status().queued_requests == 1
+            one.send(*backward(welcomes[one], 2, step=1))  # which has used the device for longer
+            assert one.status().queued_requests == 2
+            server.compute.gate.set()
+            one.hear(), two.hear(), three.hear()
+            assert server.compute.used == [(Keep.GRAPH, False), (Keep.INPUT, False)]
+
+            one.ask(*forward(welcomes[one], 3, keep=True))
+            two.ask(*forward(welcomes[two], 3, keep=True))
+            two.ask(*backward(welcomes[two], 4, step=3))
+            assert server.compute.used[2:] == [(Keep.INPUT, True)], "no room for its graph"
+            assert kept(server) == [Keep.GRAPH]
 
 
 def test_a_new_hello_ends_the_connections_earlier_session_and_its_queued_work(server: EchoServer, peer: Peer) -> None:

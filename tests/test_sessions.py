@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from zsl.errors import QuotaError, UnknownSessionError
 from zsl.files.free_memory import free_bytes
 from zsl.trunk.access.tenants import Tenant
-from zsl.trunk.sessions.sessions import Sessions
+from zsl.trunk.sessions.sessions import LEAST_TURNS, Sessions
 from zsl.trunk.stash_memory import default_stash_memory
 from zsl.trunk.work import Alone, Held, Keep, Shape
 
@@ -101,21 +101,33 @@ def test_what_is_held_never_exceeds_the_memory(stashes: list[tuple[int, Keep]]) 
     assert sessions.held_bytes == 0
 
 
-def test_graphs_of_several_passes_take_no_more_than_their_own_memory_and_one_pass_may_take_more() -> None:
+def test_graphs_are_refused_over_their_own_memory_but_for_the_only_one_of_one_request() -> None:
+    sessions = table(stash_memory_bytes=1000)
+    assert sessions.fits_graph(10**9, taken_bytes=10**9, alone=False), "without a memory of their own"
+    sessions.graph_memory_bytes = 100
+    one = sessions.open(b"one", now=0.0)
+    sessions.hold(one, 1, kept(50))
+    assert sessions.fits_graph(101, taken_bytes=0, alone=True), "inputs are no graph"
+    assert not sessions.fits_graph(101, taken_bytes=0, alone=False)
+    assert not sessions.fits_graph(101, taken_bytes=1, alone=True), "a backward that waits has one"
+    sessions.hold(one, 2, kept(40, Keep.LINEAR_OUTPUTS))
+    assert not sessions.fits_graph(61, taken_bytes=0, alone=True)
+    assert sessions.fits_graph(60, taken_bytes=0, alone=False)
+    assert not sessions.fits_graph(60, taken_bytes=1, alone=False)
+    assert set(one.held) == {1, 2} and one.held[2].stash == Kept(40, Keep.LINEAR_OUTPUTS), "those held stay"
+
+
+def test_a_graph_that_none_asks_for_while_each_client_has_two_steps_makes_room() -> None:
     sessions = table(stash_memory_bytes=1000)
     sessions.graph_memory_bytes = 100
-    one, two = sessions.open(b"one", now=0.0), sessions.open(b"two", now=0.0)
-    assert sessions.make_room_for_graph(240)
-    sessions.hold(one, 1, kept(240, Keep.GRAPH))
-    assert sessions.make_room_for_graph(1)
-    assert one.held[1].stash == Kept(120), "the graph went before the next; the inputs stay"
-    sessions.hold(two, 2, kept(40, Keep.GRAPH_AND_LINEAR_OUTPUTS))
-    assert sessions.make_room_for_graph(500)
-    assert (one.held[1].stash, two.held[2].stash) == (Kept(120), Kept(10)), "so did linear outputs over it"
-    sessions.hold(two, 3, kept(500, Keep.GRAPH))
-    assert sessions.held_bytes == 630, "the newest pass may take more"
-    assert not sessions.make_room_for_graph(1000)
-    assert two.held[3].stash == Kept(500, Keep.GRAPH), "for a pass that has no graph none goes"
+    clients = [sessions.open(b"%d" % number, now=0.0) for number in range(LEAST_TURNS)]
+    sessions.hold(clients[0], 0, kept(80, Keep.GRAPH))
+    for step in range(1, 2 * len(clients) + 1):
+        sessions.hold(clients[step % len(clients)], step, kept(1))
+        assert not sessions.fits_graph(80, taken_bytes=0, alone=True)
+    sessions.hold(clients[1], step + 1, kept(20, Keep.GRAPH))
+    assert sessions.fits_graph(80, taken_bytes=0, alone=True)
+    assert clients[0].held[0].stash == Kept(40) and clients[1].held[step + 1].stash.keep is Keep.GRAPH
 
 
 @pytest.mark.parametrize(

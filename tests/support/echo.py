@@ -49,11 +49,16 @@ class EchoStash:
 
 
 class EchoCompute:
-    """Remembers the batches that it ran. `gate` holds them back while it is cleared. An activation of POISON fails."""
+    """Remembers the batches that it ran. `gate` holds them back while it is cleared. An activation of POISON fails.
+
+    `used`: what the stash of each backward kept, and whether it ran layer by layer. `graph_bytes`: of a stash that
+    keeps more than inputs; None: as many as the message."""
 
     def __init__(self, traits: TrunkTraits) -> None:
         self.batches: list[list[Kind]] = []
         self.dropped = 0  # stashes
+        self.used: list[tuple[Keep, bool]] = []
+        self.graph_bytes: int | None = None
         self.gate = threading.Event()
         self.gate.set()
         self.begun = threading.Semaphore(0)
@@ -63,6 +68,8 @@ class EchoCompute:
         self.begun.release()
         assert self.gate.wait(WAIT_SECONDS), "the test never opened the gate"
         self.batches.append([work.kind for work in batch.works])
+        stashes = [work.stash for work in batch.works if work.stash is not None]
+        self.used += [(stash.keep, batch.by_layers) for stash in stashes]
         return [self._one(work) for work in batch.works]
 
     def _one(self, work: Work) -> Outcome:
@@ -71,7 +78,8 @@ class EchoCompute:
         values = np.frombuffer(buffer, dtype=np.float32)
         if values.size and values[0] == POISON:
             return InternalError("poisoned")
-        stash = None if work.keep is Keep.NOTHING else EchoStash(len(buffer), work.keep, self)
+        nbytes = len(buffer) if self.graph_bytes is None or work.keep is Keep.INPUT else self.graph_bytes
+        stash = None if work.keep is Keep.NOTHING else EchoStash(nbytes, work.keep, self)
         answer = (values if work.kind is Kind.BACKWARD else values + 1).astype(np.float32)
         return Done({role: (descriptor, answer.data.cast("B"))}, stash)
 

@@ -115,7 +115,7 @@ class ServerSettings:
     """The limits and policies of a server.
 
     `stash_memory_bytes`: memory of the stashes of pending backwards; over it, graphs and then inputs are evicted.
-    `saves_graphs`: graphs of more than one pass are held only within `default_graph_memory`.
+    `saves_graphs`: graphs are held only within `default_graph_memory`, or those of a single request.
     `reply_memory_bytes`: memory of answers that a client may ask for again.
     `adapter_memory_bytes`: memory of adapters in the trunk's layers, of which a version may take `ADAPTER_SHARE`; 0:
     none are accepted.

@@ -16,9 +16,9 @@ def default_stash_memory(available_bytes: int | None) -> int:
 
 
 def default_graph_memory(weight_bytes: int) -> int:
-    """Return the bytes that graphs of more than one pass may take: as much as the weights.
+    """Return the bytes that graphs of pending backwards may take: half of the weights.
 
     Clients share a trunk to save memory, and each pending graph takes some of it away. Without its graph a backward
     computes its forward again, which takes about as long as the backward.
     """
-    return max(LEAST_BYTES, weight_bytes)
+    return max(LEAST_BYTES, weight_bytes // 2)

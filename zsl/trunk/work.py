@@ -159,9 +159,12 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """The works of one pass: one, or several of equal kind and sharing. Raises `ValueError` for others."""
+    """The works of one pass: one, or several of equal kind and sharing. Raises `ValueError` for others.
+
+    `by_layers`: backwards without graph build that of one layer at a time."""
 
     works: tuple[Work, ...]
+    by_layers: bool = False
 
     def __post_init__(self) -> None:
         ways = {(work.kind, work.sharing) for work in self.works}

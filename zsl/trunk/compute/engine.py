@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 
 import torch
 
@@ -70,11 +71,12 @@ class TorchCompute:
                 return list(self._run(batch))
             except Exception:
                 logger.exception("a merged pass of %d requests failed; running them one by one", len(batch.works))
-        return [self._run_alone(work) for work in batch.works]
+        return [self._run_alone(Batch((work,), batch.by_layers)) for work in batch.works]
 
-    def _run_alone(self, work: Work) -> Outcome:
+    def _run_alone(self, batch: Batch) -> Outcome:
+        (work,) = batch.works
         try:
-            return self._run(Batch((work,)))[0]
+            return self._run(batch)[0]
         except WireError as error:
             return error
         except torch.OutOfMemoryError:
@@ -89,7 +91,8 @@ class TorchCompute:
         # In the order in which merged adapters are stacked, so that the tokens of equal requests need no reordering.
         order = sorted(range(len(batch.works)), key=lambda index: self._serial(batch.works[index]))
         works = [batch.works[index] for index in order]
-        done: Sequence[Outcome] = self._backward(works) if batch.kind is Kind.BACKWARD else self._forward(works)
+        is_backward = batch.kind is Kind.BACKWARD
+        done: Sequence[Outcome] = self._backward(works, batch.by_layers) if is_backward else self._forward(works)
         by_index = dict(zip(order, done, strict=True))
         return [by_index[index] for index in range(len(order))]
 
@@ -133,7 +136,7 @@ class TorchCompute:
         assert isinstance(use.kept, KeysAndValues)
         return use.kept.behind(use.length, use.rows)
 
-    def _backward(self, works: Sequence[Work]) -> list[Outcome]:
+    def _backward(self, works: Sequence[Work], by_layers: bool) -> list[Outcome]:
         stashes = [self._stash(work) for work in works]
         tensors = self._transfer.to_device([decode_tensor(*work.buffers["gradients"]) for work in works])
         tensors = [tensor.to(self.trunk.dtype) for tensor in tensors]
@@ -151,7 +154,7 @@ class TorchCompute:
             compute(group, _from_common_graph)
         rest = [place for place in range(len(works)) if place not in results]
         if rest:
-            compute(rest, self._recomputed)
+            compute(rest, partial(self._recomputed, by_layers=by_layers))
         ordered = [results[place] for place in range(len(works))]
         replies = self._replies("gradients", ordered, [stash.reply_dtype for stash in stashes])
         answers = add_to_sums([work.adapter for work in works], of_adapters)
@@ -169,6 +172,8 @@ class TorchCompute:
         stashes: Sequence[TorchStash],
         tensors: Sequence[torch.Tensor],
         at_revealed: Mapping[Reveal, torch.Tensor],
+        *,
+        by_layers: bool,
     ) -> tuple[list[torch.Tensor], FlatGradients]:
         """Return gradients from linear outputs, or from inputs alone, and those of adapters by index of the request."""
         merged = self._merged(works, [stash.inputs for stash in stashes])
@@ -176,7 +181,7 @@ class TorchCompute:
         at_output, trained = merged.join(tensors), _trained(works)
         adapters = self._adapters(works, merged, trained=trained)
         with self.trunk.adapted(adapters), self.trunk.revealing(at_revealed):
-            if self._fits(works):
+            if self._fits(works) and (at_revealed or not by_layers):
                 graph = self.trunk.graph(
                     merged.inputs, None if linear_outputs is None else merged.join_linear_outputs(linear_outputs)
                 )

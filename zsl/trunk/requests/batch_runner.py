@@ -99,21 +99,22 @@ class BatchRunner:
 
     def _batch(self, requests: list[Request]) -> Batch:
         room = self._make_room(requests)
-        return Batch(tuple(self._work(request, room) for request in requests))
+        by_layers = not room and any(_makes_graph(request) for request in requests)
+        return Batch(tuple(self._work(request, room) for request in requests), by_layers)
 
     def _make_room(self, requests: list[Request]) -> bool:
-        """Evict stashes to make room for the graph of a pass. If it is too large, make room for a pass layer by layer,
-        and return False."""
+        """Evict stashes to make room for the graph of a pass. If there is none for it, make room for a pass layer by
+        layer, and return False."""
         lengths = [length for request in requests for length in request.shape.lengths]
         taken = self._requests.taken_bytes
         graph_memory, pass_memory = self._traits.memory_of(request.adapter for request in requests)
-        graph = graph_memory.nbytes(lengths) + taken
-        # The graph of a forward takes the place of earlier ones. That of a backward is gone at its end: were it to take
-        # their place, clients in turn would drop each other's graphs, and none would ever be used.
-        if any(request.keep for request in requests):
-            if self._sessions.make_room_for_graph(graph):
-                return True
-        elif any(_makes_graph(request) for request in requests) and self._sessions.make_room(graph):
+        graph = graph_memory.nbytes(lengths)
+        taken_graphs = self._requests.taken_graph_bytes
+        if (
+            any(request.keep or _makes_graph(request) for request in requests)
+            and self._sessions.fits_graph(graph, taken_bytes=taken_graphs, alone=len(requests) == 1)
+            and self._sessions.make_room(graph + taken)
+        ):
             return True
         needed = pass_memory.nbytes(lengths) + taken
         self._sessions.make_room(min(needed, self._stash_memory_bytes - 1))
@@ -149,6 +150,8 @@ class BatchRunner:
     def _finish_batch(self, batch: Finished[Request]) -> None:
         self._trim_policy.freed(self._clock())
         self._requests.charge(batch.tickets, batch.ended - batch.started, self._clock())
+        for request, outcome in zip(batch.tickets, batch.outcomes, strict=True):
+            self._requests.settle(request, outcome)
         self._router.drain()  # requests that arrived meanwhile can merge into the next pass, which begins here
         times = PassTimes(len(batch.tickets), batch.started, batch.ended)
         for request, outcome in zip(batch.tickets, batch.outcomes, strict=True):

@@ -18,7 +18,7 @@ from zsl.trunk.scheduling.jobs import KINDS, Job
 from zsl.trunk.sessions.cache_store import CacheStore
 from zsl.trunk.sessions.sessions import Session
 from zsl.trunk.settings import TrunkInfo, TrunkTraits
-from zsl.trunk.work import Alone, Buffers, CacheUse, Kind, Shape
+from zsl.trunk.work import Alone, Buffers, CacheUse, Keep, Kind, Shape
 from zsl.wire.frames import Frame
 from zsl.wire.messages import Backward, Forward, Limits
 
@@ -81,6 +81,7 @@ class Intake:
             merge_key=None if sharing == Alone() else sharing,
             cost_seconds=KINDS[kind].cost(self.traits.costs).seconds(shape.total_tokens),
             deadline=now + header.budget_ms / 1000,
+            frees_graph=held is not None and held.stash.keep.value > Keep.INPUT.value,
         )
         return Request(
             session, header, kind, buffers, shape, sharing, keep, held, now, nbytes, job, adapter, reveals, cache

@@ -68,6 +68,11 @@ class Request:
         """Bytes of the held stash that this backward took over from its session."""
         return 0 if self.held is None else self.held.stash.nbytes
 
+    @property
+    def taken_graph_bytes(self) -> int:
+        """Those bytes if more than inputs is kept."""
+        return self.taken_bytes if self.job.frees_graph else 0
+
     def is_asked_by(self, header: Forward | Backward, frames: Sequence[Frame]) -> bool:
         """Return whether a message with its id is a duplicate of it, with or without activations for a backward."""
         arrived = {d.role: frame for d, frame in zip(header.tensors, frames, strict=True)}
@@ -110,7 +115,7 @@ class RequestTable:
         self._credit = credit
         self._open: dict[bytes, dict[int, Request]] = {}  # queued and running, by session
         self._bytes = 0
-        self.taken_bytes = 0
+        self.taken_bytes = self.taken_graph_bytes = 0
 
     def __repr__(self) -> str:
         counted = ", ".join(f"{number} {state}" for state, number in asdict(self.stats).items())
@@ -193,11 +198,15 @@ class RequestTable:
         self._open.setdefault(session.id, {})[header.request] = request
         self._bytes += request.nbytes
         self.taken_bytes += request.taken_bytes
+        self.taken_graph_bytes += request.taken_graph_bytes
         self._scheduler.add(request.job, now, weight=1.0 if session.tenant is None else session.tenant.weight)
 
     def take_batch(self, now: float) -> list[Request]:
         """Start the requests of the next pass, all of one kind. Empty if none is queued, or while it is delayed."""
-        batch = [self._request_of(job) for job in self._scheduler.take_batch(now)]
+        most = self.sessions.graph_memory_bytes
+        # By their used time all clients would run a forward before the first backward, and hold a graph each.
+        crowded = most is not None and self.taken_graph_bytes > most // 2
+        batch = [self._request_of(job) for job in self._scheduler.take_batch(now, frees_graphs=crowded)]
         for request in batch:
             request.state = RequestState.RUNNING
         return batch
@@ -210,26 +219,31 @@ class RequestTable:
         """Return the queued requests past their deadline. The caller has to end them."""
         return [self._request_of(job) for job in self._scheduler.take_expired(now)]
 
+    def settle(self, request: Request, outcome: Outcome) -> None:
+        """Hold the stash that a request has made, and forget the one that it took.
+
+        Call it before the next pass, for which there has to be room, and `end` later.
+        """
+        self._drop_taken(request, outcome)
+        if isinstance(outcome, WireError) or outcome.stash is None:
+            return
+        if request.released or request.state is RequestState.ABANDONED:
+            outcome.stash.drop()
+        else:
+            held = Held(outcome.stash, request.shape, request.sharing, request.header.adapter, request.reveals)
+            self.sessions.hold(request.session, request.header.request, held)
+
     def end(self, request: Request, outcome: Outcome, answer: Sequence[Frame] = ()) -> None:
         """End a request with its result or error. `answer`: the frames to cache."""
         if request.state is RequestState.QUEUED:
             self._scheduler.discard(request.job.key)
-        self.taken_bytes -= request.taken_bytes
+        self._drop_taken(request, outcome)
         if request.adapter is not None:
             self._adapters.end_request(request.session, request.adapter.version.version)
         if request.cache is not None:
             kept = None if isinstance(outcome, WireError) else outcome.kept
             rows, tokens = request.shape.rows, request.shape.tokens
             self._caches.end_request(request.session, request.cache, kept, rows=rows, tokens=tokens)
-        if isinstance(outcome, WireError):
-            if request.held is not None:
-                request.held.stash.drop()
-        elif outcome.stash is not None:
-            if request.released or request.state is RequestState.ABANDONED:
-                outcome.stash.drop()
-            else:
-                held = Held(outcome.stash, request.shape, request.sharing, request.header.adapter, request.reveals)
-                self.sessions.hold(request.session, request.header.request, held)
         if request.state is RequestState.ABANDONED:
             self._scheduler.forget_client(request.session.id)
             return
@@ -261,6 +275,16 @@ class RequestTable:
         self._scheduler.forget_client(session.id)
         if session.tenant is None:  # the used time of a tenant with a key must survive a reconnect
             self._scheduler.forget_tenant(session.id)
+
+    def _drop_taken(self, request: Request, outcome: Outcome) -> None:
+        """Forget the stash that a backward took over."""
+        if request.held is None:
+            return
+        self.taken_bytes -= request.taken_bytes
+        self.taken_graph_bytes -= request.taken_graph_bytes
+        if isinstance(outcome, WireError):
+            request.held.stash.drop()
+        request.held = None
 
     def _remove(self, request: Request) -> None:
         of_session = self._open[request.session.id]

@@ -128,8 +128,11 @@ class FairQueue:
         if found is not None and not found.backlogged:
             del self._tenants[tenant]
 
-    def first(self) -> Job | None:
-        """Return the next job of the tenant with the lowest counter."""
+    def first(self, frees_graphs: bool = False) -> Job | None:
+        """Return the next job of the tenant with the lowest counter; with `frees_graphs`, of those whose job frees one
+        if there is any."""
+        if frees_graphs and (found := self._first_that_frees()) is not None:
+            return found
         lowest: _Tenant | None = None
         kind: Kind | None = None
         for order_kind, orders in self._orders.items():
@@ -143,6 +146,15 @@ class FairQueue:
             return None
         self._floor = max(self._floor, lowest.counter)
         return lowest.queues[kind][0]
+
+    def _first_that_frees(self) -> Job | None:
+        found = [
+            (tenant.counter, queue[0])
+            for tenant in self._tenants.values()
+            for queue in tenant.queues.values()
+            if queue and queue[0].frees_graph
+        ]
+        return min(found, key=lambda one: one[0])[1] if found else None
 
     def longest_waiting(self) -> tuple[float, Job] | None:
         """Return the next job of the tenant without a batch for longest, and since when it has waited."""

@@ -48,7 +48,7 @@ class Job:
 
     `merge_key`: jobs of one kind with equal keys can share a pass; None runs alone. `cost_seconds`: its expected time,
     which `Scheduler.charge` corrects. `deadline`: seconds on the clock of `now`. `client`: its client within the
-    tenant; None if the tenant is one client.
+    tenant; None if the tenant is one client. `frees_graph`: it is the backward of a forward that kept more than inputs.
     """
 
     key: Hashable
@@ -59,6 +59,7 @@ class Job:
     cost_seconds: float
     deadline: float
     client: Hashable = None
+    frees_graph: bool = False
 
     @property
     def comes_from(self) -> Hashable:

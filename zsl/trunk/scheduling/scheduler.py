@@ -128,9 +128,12 @@ class Scheduler:
                 expired.append(job)
         return expired
 
-    def take_batch(self, now: float) -> list[Job]:
-        """Remove and return the jobs of the next pass, all of one kind. Empty if none is queued, or while delayed."""
-        first = self._first(now)
+    def take_batch(self, now: float, *, frees_graphs: bool = False) -> list[Job]:
+        """Remove and return the jobs of the next pass, all of one kind. Empty if none is queued, or while delayed.
+
+        `frees_graphs`: jobs that free a graph go first.
+        """
+        first = self._first(now, frees_graphs)
         self.waits_until = None if first is None else self._delay_until(first, now)
         if self.waits_until is not None:
             return []
@@ -175,11 +178,11 @@ class Scheduler:
             self._deadlines = [entry for entry in self._deadlines if self._queued.get(entry[2].key) is entry[2]]
             heapify(self._deadlines)
 
-    def _first(self, now: float) -> Job | None:
+    def _first(self, now: float, frees_graphs: bool) -> Job | None:
         """Return the next job: of the class with the lowest virtual time; or of a tenant that has waited too long."""
         if self._batches % AGED_BATCH_EVERY == 0 and (aged := self._aged(now)) is not None:
             return aged
-        found = [(each, job) for each in self._classes.values() if (job := each.jobs.first()) is not None]
+        found = [(each, job) for each in self._classes.values() if (job := each.jobs.first(frees_graphs)) is not None]
         if not found:
             return None
         of_class, job = min(found, key=lambda one: one[0].virtual_time)

@@ -12,15 +12,16 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from itertools import count
 
 from zsl.errors import QuotaError, UnknownSessionError
 from zsl.trunk.access.tenants import Tenant
-from zsl.trunk.sessions.stash_eviction_order import StashEvictionOrder
-from zsl.trunk.work import Held, Keep
+from zsl.trunk.sessions.stash_eviction_order import StashEvictionOrder, StepKey
+from zsl.trunk.work import Held
 
 # Clients send a message every few seconds. A session silent for this long may be dead, and can be closed for a new one.
 QUIET_SECONDS = 10.0
+# Forwards after which a graph is stale, at least.
+LEAST_TURNS = 32
 
 
 @dataclass(slots=True)
@@ -60,7 +61,7 @@ class Sessions:
         stash_memory_bytes: int,
         new_id: Callable[[], bytes],
     ) -> None:
-        self.graph_memory_bytes: int | None = None  # of graphs of more than one pass; None: as all stashes
+        self.graph_memory_bytes: int | None = None  # of graphs and linear outputs; None: as all stashes
         self._lease_seconds = lease_seconds
         self._max_sessions = max_sessions
         self._stash_memory_bytes = stash_memory_bytes
@@ -70,7 +71,7 @@ class Sessions:
         self._by_owner: dict[Hashable, dict[bytes, Session]] = {}
         self._held = StashEvictionOrder()
         self._held_of: defaultdict[Hashable, StashEvictionOrder] = defaultdict(StashEvictionOrder)  # by tenant
-        self._arrivals = count()
+        self._arrivals = 0  # of held steps
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -90,15 +91,19 @@ class Sessions:
         self._demote_until(self._held, self._stash_memory_bytes - nbytes)
         return True
 
-    def make_room_for_graph(self, nbytes: int) -> bool:
-        """Evict stashes until the graph of a pass, of `nbytes`, fits, and graphs of earlier passes while they take more
-        than `graph_memory_bytes` with it. Returns False if it exceeds the whole stash memory."""
-        if not self.make_room(nbytes):
-            return False
-        if self.graph_memory_bytes is not None:
-            self._demote_until(self._held, self.graph_memory_bytes, least=Keep.LINEAR_OUTPUTS)
-            self._demote_until(self._held, self.graph_memory_bytes - nbytes, least=Keep.GRAPH)
-        return True
+    def fits_graph(self, nbytes: int, *, taken_bytes: int, alone: bool) -> bool:
+        """Return whether the graph of a pass fits into `graph_memory_bytes` beside those held and `taken_bytes`.
+
+        Without other graphs, that of one request (`alone`) fits whatever it takes. Held ones stay: clients take turns,
+        so that the oldest is needed next. One that none has asked for while all clients could have had two steps goes.
+        """
+        if self.graph_memory_bytes is None:
+            return True
+        stale = self._arrivals - 1 - max(2 * len(self), LEAST_TURNS)
+        while (oldest := self._held.oldest_graph()) is not None and oldest[1] < stale:
+            self._demote(oldest[0])
+        others = self._held.graph_nbytes + taken_bytes
+        return others + nbytes <= self.graph_memory_bytes or (alone and not others)
 
     def open(self, peer: bytes, now: float, *, hello: int = 0, tenant: Tenant | None = None) -> Session:
         """Open a new session. Call `eviction_candidate` first."""
@@ -191,23 +196,26 @@ class Sessions:
         again).
         """
         self.release(session, step)
-        self._put(session, step, held, next(self._arrivals))
+        self._put(session, step, held, self._arrivals)
+        self._arrivals += 1
         tenant = session.tenant
         if tenant is not None and tenant.max_stash_bytes is not None:
             self._demote_until(self._held_of[tenant.public_key], tenant.max_stash_bytes)
         self._demote_until(self._held, self._stash_memory_bytes)
 
-    def _demote_until(self, held: StashEvictionOrder, nbytes: int, *, least: Keep = Keep.INPUT) -> None:
-        """Evict stashes in order, part by part, until at most `nbytes` are held, or none that keeps `least` or more."""
+    def _demote_until(self, held: StashEvictionOrder, nbytes: int) -> None:
+        """Evict stashes in order, part by part, until at most `nbytes` are held."""
         while held.nbytes > max(nbytes, 0):
-            session_id, step = held.first()
-            session = self._sessions[session_id]
-            if session.held[step].stash.keep.value < least.value:
-                return
-            evicted, arrival = self._remove(session, step)
-            rest = evicted.stash.demoted()
-            if rest is not None:
-                self._put(session, step, replace(evicted, stash=rest), arrival)
+            self._demote(held.first())
+
+    def _demote(self, key: StepKey) -> None:
+        """Evict the part of a stash that takes most memory."""
+        session_id, step = key
+        session = self._sessions[session_id]
+        evicted, arrival = self._remove(session, step)
+        rest = evicted.stash.demoted()
+        if rest is not None:
+            self._put(session, step, replace(evicted, stash=rest), arrival)
 
     def take(self, session: Session, step: int) -> Held | None:
         """Remove a held step, and return it, or None."""

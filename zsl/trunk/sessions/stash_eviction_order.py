@@ -22,6 +22,8 @@ class StashEvictionOrder:
 
     def __init__(self) -> None:
         self.nbytes = 0
+        self.graph_nbytes = 0  # of steps that keep more than inputs
+        self._graphs: dict[StepKey, int] = {}  # arrival numbers of those, mostly in order
         self._steps: dict[StepKey, tuple[_Place, int]] = {}
         self._heap: list[tuple[_Place, StepKey]] = []
 
@@ -30,18 +32,27 @@ class StashEvictionOrder:
         place = _COSTLIEST_FIRST[keep], arrival
         self._steps[key] = place, nbytes
         self.nbytes += nbytes
+        if keep is not Keep.INPUT:
+            self.graph_nbytes += nbytes
+            self._graphs[key] = arrival
         heappush(self._heap, (place, key))
 
     def remove(self, key: StepKey) -> int:
         """Remove a step, and return its arrival number."""
         (_, arrival), nbytes = self._steps.pop(key)
         self.nbytes -= nbytes
+        if self._graphs.pop(key, None) is not None:
+            self.graph_nbytes -= nbytes
         if not self._steps:
             self._heap.clear()
         elif len(self._heap) > 2 * len(self._steps) + _STALE_ENTRIES:
             self._heap = [(place, key) for key, (place, _) in self._steps.items()]
             heapify(self._heap)
         return arrival
+
+    def oldest_graph(self) -> tuple[StepKey, int] | None:
+        """Return the oldest step that keeps more than inputs, and its arrival number."""
+        return next(iter(self._graphs.items()), None)
 
     def first(self) -> StepKey:
         """Return the step to evict first. Not for an empty order."""
