@@ -214,13 +214,13 @@ def test_what_queued_backwards_will_use_is_part_of_the_memory_until_they_have_ru
             assert kept(server) == [Keep.INPUT, Keep.GRAPH_AND_LINEAR_OUTPUTS]
 
 
-def test_by_default_graphs_stay_within_half_of_the_weights_and_backwards_that_free_one_go_first() -> None:
+def test_by_default_graphs_stay_within_a_part_of_the_memory_and_backwards_that_free_one_go_first() -> None:
     def kept(server: EchoServer) -> list[Keep]:
         return [held.stash.keep for session in server.server.sessions for held in session.held.values()]
 
-    settings, memory = ServerSettings(saves_graphs=True), GraphMemory(float(40 << 20), 0.0, 0.0)
-    with EchoServer(settings=settings, graph_memory=memory, weight_bytes=128 << 20, merges=False) as server:
-        server.compute.graph_bytes = 40 << 20
+    settings, memory = ServerSettings(saves_graphs=True), GraphMemory(float(80 << 20), 0.0, 0.0)
+    with EchoServer(settings=settings, graph_memory=memory, merges=False) as server:
+        server.compute.graph_bytes = 80 << 20
         with Peer(server.endpoint) as one, Peer(server.endpoint) as two, Peer(server.endpoint) as three:
             welcomes = {peer: peer.hello() for peer in (one, two, three)}
             server.compute.gate.clear()

@@ -15,7 +15,7 @@ from zsl.errors import QuotaError, UnknownSessionError
 from zsl.files.free_memory import free_bytes
 from zsl.trunk.access.tenants import Tenant
 from zsl.trunk.sessions.sessions import LEAST_TURNS, Sessions
-from zsl.trunk.stash_memory import default_stash_memory
+from zsl.trunk.stash_memory import default_graph_memory, default_stash_memory
 from zsl.trunk.work import Alone, Held, Keep, Shape
 
 
@@ -104,7 +104,7 @@ def test_what_is_held_never_exceeds_the_memory(stashes: list[tuple[int, Keep]]) 
 def test_graphs_are_refused_over_their_own_memory_but_for_the_only_one_of_one_request() -> None:
     sessions = table(stash_memory_bytes=1000)
     assert sessions.fits_graph(10**9, taken_bytes=10**9, alone=False), "without a memory of their own"
-    sessions.graph_memory_bytes = 100
+    sessions.graph_memory_of = lambda clients: 100
     one = sessions.open(b"one", now=0.0)
     sessions.hold(one, 1, kept(50))
     assert sessions.fits_graph(101, taken_bytes=0, alone=True), "inputs are no graph"
@@ -119,7 +119,7 @@ def test_graphs_are_refused_over_their_own_memory_but_for_the_only_one_of_one_re
 
 def test_a_graph_that_none_asks_for_while_each_client_has_two_steps_makes_room() -> None:
     sessions = table(stash_memory_bytes=1000)
-    sessions.graph_memory_bytes = 100
+    sessions.graph_memory_of = lambda clients: 100
     clients = [sessions.open(b"%d" % number, now=0.0) for number in range(LEAST_TURNS)]
     sessions.hold(clients[0], 0, kept(80, Keep.GRAPH))
     for step in range(1, 2 * len(clients) + 1):
@@ -135,6 +135,15 @@ def test_a_graph_that_none_asks_for_while_each_client_has_two_steps_makes_room()
 )
 def test_a_daemon_may_grow_by_half_of_the_free_memory_and_not_without_bound(available: int | None, memory: int) -> None:
     assert default_stash_memory(available) == memory
+
+
+@pytest.mark.parametrize(
+    ("weights", "clients", "memory"), [(0, 0, 64 << 20), (10 << 30, 9, 5 << 30), (1 << 30, 32, 1 << 30)]
+)
+def test_graphs_may_take_half_of_the_weights_or_something_for_each_client(
+    weights: int, clients: int, memory: int
+) -> None:
+    assert default_graph_memory(weights, clients) == memory
 
 
 def test_what_a_container_has_left_is_what_is_free(tmp_path: Path) -> None:

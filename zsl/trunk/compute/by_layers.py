@@ -1,7 +1,7 @@
 """Activation checkpointing: gradients layer by layer, in memory for one layer's graph. Pure torch.
 
-Keeps the inputs of about sqrt(layers) layers, and recomputes those between. Every operation is that of the whole graph,
-on the same numbers, so the result is equal bit for bit.
+Keeps the inputs of about sqrt(layers) layers, and recomputes those between; or the inputs of all. Every operation is
+that of the whole graph, on the same numbers, so the result is equal bit for bit.
 """
 
 from __future__ import annotations
@@ -35,14 +35,15 @@ def gradients_by_layers(
     gradient: torch.Tensor,
     weights: Sequence[torch.Tensor] = (),
     *,
+    keeps_inputs: bool,
     after_layer: Callable[[], object],
 ) -> Gradients:
     """Return the vector-Jacobian products of `layers` in sequence, at `leaf` and at `weights`, each of one layer.
 
-    Calls `after_layer` after each layer.
+    `keeps_inputs`: of all layers, which takes one forward more and not two. Calls `after_layer` after each layer.
     """
     at_weights: list[torch.Tensor | None] = [None] * len(weights)
-    starts = range(0, len(layers), stretch_of(len(layers)))
+    starts = range(0, len(layers), 1 if keeps_inputs else stretch_of(len(layers)))
     inputs = [leaf.detach()]
     with torch.no_grad():
         for start, following in pairwise(starts):

@@ -181,7 +181,8 @@ class TorchCompute:
         at_output, trained = merged.join(tensors), _trained(works)
         adapters = self._adapters(works, merged, trained=trained)
         with self.trunk.adapted(adapters), self.trunk.revealing(at_revealed):
-            if self._fits(works) and (at_revealed or not by_layers):
+            fits = self._fits(works)
+            if fits and (at_revealed or not by_layers):
                 graph = self.trunk.graph(
                     merged.inputs, None if linear_outputs is None else merged.join_linear_outputs(linear_outputs)
                 )
@@ -194,7 +195,7 @@ class TorchCompute:
             else:
                 del linear_outputs
                 at_input, of_adapters = self.trunk.gradients_by_layers(
-                    merged.inputs, at_output, trained, after_layer=self._trim_over_budget
+                    merged.inputs, at_output, trained, keeps_inputs=fits, after_layer=self._trim_over_budget
                 )
         return merged.split(at_input), of_adapters
 
@@ -218,8 +219,8 @@ class TorchCompute:
 
     def _trim_over_budget(self) -> None:
         """Trim the heap within and after a pass over the budget, where fragmentation would add up."""
-        assert self._pass_memory_bytes is not None
-        if self._resident_at_start and resident_bytes() - self._resident_at_start > self._pass_memory_bytes:
+        most = self._pass_memory_bytes
+        if most is not None and self._resident_at_start and resident_bytes() - self._resident_at_start > most:
             give_back_freed_memory()
 
     def _fits(self, works: Sequence[Work]) -> bool:

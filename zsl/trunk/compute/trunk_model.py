@@ -239,16 +239,22 @@ class TrunkModel:
         at_output: torch.Tensor,
         members: Collection[int] = (),
         *,
+        keeps_inputs: bool = False,
         after_layer: Callable[[], object] = lambda: None,
     ) -> tuple[torch.Tensor, FlatGradients]:
         """Compute `graph(inputs).all_gradients(at_output, members)` with the graph of one layer at a time (of all
-        layers if they cannot be called separately)."""
+        layers if they cannot be called separately), and with the inputs of some layers or of all."""
         adapters = self._adapters
         with self.separate_layers(inputs) as layers:
             if layers:
                 leaves = adapters.leaves(members) if adapters else []
                 at_input, at_leaves = gradients_by_layers(
-                    layers, inputs.activations, at_output, leaves, after_layer=after_layer
+                    layers,
+                    inputs.activations,
+                    at_output,
+                    leaves,
+                    keeps_inputs=keeps_inputs,
+                    after_layer=after_layer,
                 )
                 return at_input, adapters.flat_gradients(members, at_leaves) if adapters else {}
         return self.graph(inputs).all_gradients(at_output, members, {})

@@ -12,6 +12,7 @@ import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from zsl.errors import RunFailed
 from zsl.transport.router import Router
@@ -161,7 +162,7 @@ class TrunkServer:
         """Build the parts that serve this computation, and begin to receive."""
         settings, traits = self._settings, compute.traits
         if settings.saves_graphs:
-            self.sessions.graph_memory_bytes = default_graph_memory(traits.weight_bytes)
+            self.sessions.graph_memory_of = partial(default_graph_memory, traits.weight_bytes)
         granted = settings.granted_tokens(self.info, traits.pass_memory)
         limits = settings.limits(self.info).model_copy(update={"max_request_tokens": granted})
         scheduler = Scheduler(

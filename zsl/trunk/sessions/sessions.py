@@ -61,7 +61,8 @@ class Sessions:
         stash_memory_bytes: int,
         new_id: Callable[[], bytes],
     ) -> None:
-        self.graph_memory_bytes: int | None = None  # of graphs and linear outputs; None: as all stashes
+        # Bytes of graphs and linear outputs, by the number of sessions; None: as of all stashes.
+        self.graph_memory_of: Callable[[int], int] | None = None
         self._lease_seconds = lease_seconds
         self._max_sessions = max_sessions
         self._stash_memory_bytes = stash_memory_bytes
@@ -84,6 +85,11 @@ class Sessions:
         """Bytes of all stashes."""
         return self._held.nbytes
 
+    @property
+    def graph_memory_bytes(self) -> int | None:
+        """Bytes that graphs and linear outputs may take; None: as all stashes."""
+        return None if self.graph_memory_of is None else self.graph_memory_of(len(self))
+
     def make_room(self, nbytes: int) -> bool:
         """Evict stashes until `nbytes` more fit. Returns False if they exceed the whole stash memory."""
         if nbytes >= self._stash_memory_bytes:
@@ -97,13 +103,14 @@ class Sessions:
         Without other graphs, that of one request (`alone`) fits whatever it takes. Held ones stay: clients take turns,
         so that the oldest is needed next. One that none has asked for while all clients could have had two steps goes.
         """
-        if self.graph_memory_bytes is None:
+        most = self.graph_memory_bytes
+        if most is None:
             return True
         stale = self._arrivals - 1 - max(2 * len(self), LEAST_TURNS)
         while (oldest := self._held.oldest_graph()) is not None and oldest[1] < stale:
             self._demote(oldest[0])
         others = self._held.graph_nbytes + taken_bytes
-        return others + nbytes <= self.graph_memory_bytes or (alone and not others)
+        return others + nbytes <= most or (alone and not others)
 
     def open(self, peer: bytes, now: float, *, hello: int = 0, tenant: Tenant | None = None) -> Session:
         """Open a new session. Call `eviction_candidate` first."""
