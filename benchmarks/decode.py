@@ -77,9 +77,9 @@ class Session:
         command = [sys.executable, __file__, "--client", model, str(seed), *endpoints]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def begin(self, endpoint: int, tokens: int, prompt_tokens: int = PROMPT_TOKENS) -> None:
+    def begin(self, endpoint: int, tokens: int, prompt_tokens: int = PROMPT_TOKENS, threads: int = 1) -> None:
         assert self._process.stdin is not None
-        print(endpoint, tokens, prompt_tokens, file=self._process.stdin, flush=True)
+        print(endpoint, tokens, prompt_tokens, threads, file=self._process.stdin, flush=True)
 
     def seconds(self) -> list[float]:
         """Return the seconds until the first token, and from each to the next."""
@@ -95,19 +95,21 @@ class Session:
 
 def run_client(model: str, seed: int, endpoints: Sequence[str]) -> None:
     """The body of a client process."""
-    torch.set_num_threads(1)
     with ExitStack() as stack:
         trunks = [stack.enter_context(zsl.RemoteTrunk(endpoint)) for endpoint in endpoints]
         models = [zsl.load_client(model, trunk).eval() for trunk in trunks]
         for line in sys.stdin:
-            endpoint, tokens, prompt_tokens = map(int, line.split())
+            endpoint, tokens, prompt_tokens, threads = map(int, line.split())
+            torch.set_num_threads(threads)
             print(json.dumps(decode(models[endpoint], prompt_tokens, tokens, seed)), flush=True)
 
 
-def tokens_per_second(sessions: Sequence[Session], endpoint: int, tokens: int) -> float:
-    """Have all sessions decode so many tokens at once; return what they have together in a second."""
+def tokens_per_second(sessions: Sequence[Session], endpoint: int, tokens: int, threads: int) -> float:
+    """Have all sessions decode so many tokens at once; return what they have together in a second.
+
+    One alone has as many threads as the local model, several share them."""
     for session in sessions:
-        session.begin(endpoint, tokens)
+        session.begin(endpoint, tokens, threads=max(1, threads // len(sessions)))
     return sum((tokens - 1) / sum(session.seconds()[1:]) for session in sessions)
 
 
@@ -124,11 +126,12 @@ def measure_sessions(
                 stack.callback(session.close)
             running += fresh
             for endpoint in range(2):
-                tokens_per_second(running, endpoint, 4)  # connected and warm
+                tokens_per_second(running, endpoint, 4, torch.get_num_threads())  # connected and warm
             found: list[tuple[float, ...]] = []
             for _ in range(rounds):
                 alone = (tokens - 1) / sum(decode(local, PROMPT_TOKENS, tokens)[1:])
-                found.append((alone, *(tokens_per_second(running, endpoint, tokens) for endpoint in range(2))))
+                threads = torch.get_num_threads()
+                found.append((alone, *(tokens_per_second(running, endpoint, tokens, threads) for endpoint in range(2))))
             report.add(
                 sessions=number,
                 local_tokens_per_second=median([one[0] for one in found]),

@@ -19,6 +19,7 @@ RUN_SECONDS = 280  # GPT-2 small and SmolLM2 are real work where the cores are s
 pytestmark = pytest.mark.timeout(300)
 
 
+@pytest.mark.long
 def test_the_plain_loop_trains_through_a_daemon_that_was_started_with_no_argument(tmp_path: Path) -> None:
     with Daemon(log=tmp_path / "log") as daemon:
         command = [sys.executable, str(EXAMPLES / "plain_loop.py"), "--server", daemon.endpoint]

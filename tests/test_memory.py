@@ -74,6 +74,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("family", ["llama"])
 def test_many_small_steps_are_counted_as_what_the_process_grows_by_and_are_given_back(
