@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zsl.trunk.costs import UNKNOWN_COSTS, Costs, PassCost
+from zsl.trunk.scheduling.anticipation import LATE_SHARE
 from zsl.trunk.scheduling.jobs import Job
 from zsl.trunk.scheduling.scheduler import Scheduler
 from zsl.trunk.work import Kind
@@ -129,6 +130,16 @@ def test_a_client_that_stays_away_is_waited_for_once() -> None:
     without = [one for one in ran if one.tenants == (0,)][20:]  # a few more from before they were in step
     assert len(without) > 50
     assert sum(one.waited_seconds > 0 for one in without) <= 1
+
+
+def test_a_steady_client_that_is_late_by_less_than_it_would_cost_to_part_stays_in_step() -> None:
+    """Its estimate has hardly any deviation, so that by this alone it would be given up at once."""
+    late = LATE_SHARE * FIXED_SECONDS * 0.8
+    loop = Loop(2, lambda tenant, requests: 0.005 + (late if tenant and requests % 40 == 0 else 0.0))
+    loop.run(100)
+    ran = loop.run(100)
+    assert {len(one.tenants) for one in ran} == {2}
+    assert sum(one.waited_seconds > late / 2 for one in ran) > 1
 
 
 def test_a_client_that_has_left_is_not_waited_for() -> None:

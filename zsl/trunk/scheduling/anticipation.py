@@ -23,7 +23,8 @@ from zsl.trunk.scheduling.jobs import KINDS
 from zsl.trunk.work import Kind
 
 MEAN_GAIN, DEVIATION_GAIN = 1 / 8, 1 / 4  # Jacobson's
-DEVIATIONS = 2.0  # a job is overdue this many mean deviations after its mean
+DEVIATIONS = 2.0  # a job is overdue this many mean deviations after its mean,
+LATE_SHARE = 0.1  # but not before this share of the saved fixed cost: to give up early costs all of it
 WORTHWHILE_SHARE = 0.5  # of the saved fixed cost that a delay may use
 MOST_EXPECTED = 16  # jobs considered in one decision
 
@@ -78,7 +79,9 @@ class Anticipation:
         client.answered = kind, now
         estimate = client.estimates.get(kind)
         if estimate is not None:
-            expected = now + estimate.mean_seconds, next(self._ties), now + estimate.latest_seconds, estimate.tokens
+            late = estimate.mean_seconds + LATE_SHARE * self._saved_seconds[estimate.next_pass[0]]
+            overdue = now + max(estimate.latest_seconds, late)
+            expected = now + estimate.mean_seconds, next(self._ties), overdue, estimate.tokens
             client.expected = estimate.next_pass, expected
             insort(self._expected[estimate.next_pass], expected)
 
