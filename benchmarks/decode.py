@@ -13,6 +13,7 @@ Beside training one session writes texts one after the other, and only tokens of
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -34,6 +35,7 @@ from turns import Turn
 import zsl
 from zsl.models.loading import load_whole
 from zsl.models.reference import resolve
+from zsl.trunk.openmp import SPINS
 
 PROMPT_TOKENS = 16
 PARTS = ("sessions", "lengths", "training")
@@ -75,7 +77,10 @@ class Session:
 
     def __init__(self, model: str, seed: int, endpoints: Sequence[str]) -> None:
         command = [sys.executable, __file__, "--client", model, str(seed), *endpoints]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        environment = {"GOMP_SPINCOUNT": SPINS, **os.environ}  # as zsl's own commands set it
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
 
     def begin(self, endpoint: int, tokens: int, prompt_tokens: int = PROMPT_TOKENS, threads: int = 1) -> None:
         assert self._process.stdin is not None

@@ -35,7 +35,7 @@ from zsl.transport.curve_keys import read_public_key, write_key_pair
 from zsl.trunk.daemon.process import DaemonOptions, run_daemon
 from zsl.trunk.daemon.standard_streams import MAX_WAITING_BYTES, check_output, drain_output, written_by_threads
 from zsl.trunk.failpoints import failpoint_from
-from zsl.trunk.openmp import SPINS, stop_spinning_if_shared
+from zsl.trunk.openmp import SPINS, SPINS_WHERE_SHARED, limit_spinning
 from zsl.trunk.settings import ServerSettings, TrunkInfo
 
 
@@ -89,20 +89,20 @@ def test_with_no_argument_it_serves_gpt2_small_cut_2_10(tmp_path: Path) -> None:
         ready = daemon.ready
     assert (ready["model"], ready["cut"], ready["parameters"]) == ("random:gpt2", "2:10", 56_702_976)
     # Where other processes use the cores, libgomp, which says this, has been told to.
-    assert f"GOMP_SPINCOUNT = '{SPINS}'" in (tmp_path / "log").read_text()
+    assert f"GOMP_SPINCOUNT = '{SPINS_WHERE_SHARED}'" in (tmp_path / "log").read_text()
 
 
-def test_spins_are_set_where_cores_are_shared_and_the_user_has_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_spins_are_limited_by_the_load_where_the_user_has_not(monkeypatch: pytest.MonkeyPatch) -> None:
     cores = os.cpu_count() or 1
     for load, given, expected in (
-        (cores + 1.0, {}, {"GOMP_SPINCOUNT": SPINS}),
-        (cores / 1.0, {}, {}),
+        (cores + 1.0, {}, {"GOMP_SPINCOUNT": SPINS_WHERE_SHARED}),
+        (cores / 1.0, {}, {"GOMP_SPINCOUNT": SPINS}),
         (cores + 1.0, {"OMP_WAIT_POLICY": "active"}, {"OMP_WAIT_POLICY": "active"}),
         (cores + 1.0, {"GOMP_SPINCOUNT": "9"}, {"GOMP_SPINCOUNT": "9"}),
     ):
         monkeypatch.setattr(os, "getloadavg", lambda load=load: (load, 0.0, 0.0))
         environ = dict(given)
-        assert stop_spinning_if_shared(environ) == (environ != given)
+        assert limit_spinning(environ) == (environ == {"GOMP_SPINCOUNT": SPINS_WHERE_SHARED})
         assert environ == expected
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import sys
 import threading
@@ -18,6 +19,7 @@ from zsl.cli.generate import cut_off, sampling_options
 from zsl.cli.model_options import adapter_option, find_model, model_options, opened
 from zsl.cli.quiet import quiet_libraries
 from zsl.generation.pieces import Piece
+from zsl.trunk.openmp import limit_spinning
 
 
 @click.command(short_help="Talk with a model and its adapter.")
@@ -48,6 +50,7 @@ def chat(
           --system "Answer in one sentence." --temperature 0.7
     """
     with one_line_errors("zsl chat", debug=debug):
+        limit_spinning(os.environ)
         quiet_libraries(debug=debug)
         reference, trained = find_model(model, [adapter] if adapter else [])
         tokenizer = reference.tokenizer()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +15,7 @@ from zsl.cli.errors import one_line_errors, say, stop_on_sigterm
 from zsl.cli.model_options import adapter_option, find_model, model_options
 from zsl.cli.quiet import quiet_libraries
 from zsl.errors import ConfigError, StartupError
+from zsl.trunk.openmp import limit_spinning
 
 
 @click.command("eval", short_help="Measure the perplexity of a model on a data set.")
@@ -70,6 +72,7 @@ def evaluate(
         if tasks is not None and find_spec("lm_eval") is None:
             raise StartupError("--tasks needs lm-evaluation-harness: pip install lm-eval")
         stop_on_sigterm()
+        limit_spinning(os.environ)
         quiet_libraries(debug=debug)
 
         named = checked.model.name if "name" in checked.model.model_fields_set else None

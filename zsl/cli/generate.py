@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ from zsl.cli.model_options import adapter_option, find_model, model_options, ope
 from zsl.cli.quiet import quiet_libraries
 from zsl.errors import ConfigError
 from zsl.generation.pieces import Generated, Piece
+from zsl.trunk.openmp import limit_spinning
 
 SAMPLING = (
     click.option("--max-tokens", type=click.IntRange(1), default=256, show_default=True, help="Longest answer."),
@@ -74,6 +76,7 @@ def generate(
     with one_line_errors("zsl generate", debug=debug):
         text = _prompt(prompt, file)
         stop_on_sigterm()
+        limit_spinning(os.environ)
         quiet_libraries(debug=debug)
         reference, trained = find_model(model, [adapter] if adapter else [])
         tokenizer = reference.tokenizer()

@@ -13,6 +13,7 @@ from zsl.cli.errors import check_installed, log_lines, one_line_errors, say, sto
 from zsl.cli.model_options import find_model, model_options, opened
 from zsl.cli.quiet import quiet_libraries
 from zsl.errors import ConfigError, StartupError
+from zsl.trunk.openmp import limit_spinning
 
 KEY_VARIABLE = "ZSL_API_KEY"
 
@@ -104,6 +105,7 @@ def serve(
         listening, endpoint = listen(host, port)
         address = f"{endpoint.replace('tcp', 'http', 1)}/v1"
         with listening:  # a port in use fails before the model is loaded
+            limit_spinning(os.environ)
             quiet_libraries(debug=debug)
             reference, _ = find_model(model, list(places.values()))
             if reference.text in places:

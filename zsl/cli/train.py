@@ -15,6 +15,7 @@ from zsl.cli.broken_output import shown_while_it_can_be
 from zsl.cli.errors import Command, check_installed, log_lines, one_line_errors, stop_on_sigterm
 from zsl.cli.quiet import quiet_libraries
 from zsl.errors import ConfigError
+from zsl.trunk.openmp import limit_spinning
 
 # The table and key of the configuration that each option sets.
 FLAGS = {
@@ -159,6 +160,7 @@ def train(
             overrides["train"]["disable_tqdm"] = True
         checked = read_config(config, settings=settings, overrides=overrides)
 
+        limit_spinning(os.environ)
         stop_on_sigterm()  # as Ctrl-C: saves the adapters
         log_lines("zsl-train")
         with contextlib.ExitStack() as stack:

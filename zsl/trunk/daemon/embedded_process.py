@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 from zsl.errors import EXIT_STARTUP_FAILED
 from zsl.trunk.daemon.log import set_up_logging
 from zsl.trunk.malloc import keep_freed_memory
-from zsl.trunk.openmp import stop_spinning_if_shared
+from zsl.trunk.openmp import limit_spinning
 
 PARENT_SECONDS = 1.0  # interval of looking for the parent
 
@@ -30,7 +30,7 @@ def main() -> None:
     given = json.loads(sys.stdin.buffer.readline())
     threading.Thread(target=_end_with, args=(given["parent"], given["keys"]), name="zsl-parent", daemon=True).start()
     set_up_logging("json", debug=False)
-    stop_spinning_if_shared(os.environ)
+    limit_spinning(os.environ)
     try:
         _serve(given)
     except Exception as error:
