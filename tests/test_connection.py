@@ -10,7 +10,8 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -22,6 +23,7 @@ from support.echo import HIDDEN, IDENTITY, POISON, EchoServer
 from zsl import AsyncTrunkClient, RemoteTrunk, TrunkClient
 from zsl.errors import (
     BadShapeError,
+    CancelledByClientError,
     ChangedError,
     ClosedError,
     ConfigError,
@@ -33,11 +35,14 @@ from zsl.errors import (
     TrunkUnreachable,
     WrongModelError,
 )
+from zsl.link.cancellation import Cancellation
 from zsl.link.opening import UNREADABLE_ANSWERS
 from zsl.link.unanswered_requests import Pending
 from zsl.trunk.settings import ServerSettings
 from zsl.wire.frames import MAJOR
 from zsl.wire.messages import Cut
+
+SECONDS = 20.0
 
 
 @pytest.fixture
@@ -54,6 +59,13 @@ def client(server: EchoServer) -> Iterator[TrunkClient]:
 
 def some(value: float = 0.0, tokens: int = 2) -> torch.Tensor:
     return torch.full((1, tokens, HIDDEN), float(value))
+
+
+def until(true: Callable[[], bool]) -> None:
+    end = time.monotonic() + SECONDS
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.001)
 
 
 def test_forward_and_backward_bring_the_tensors_back(client: TrunkClient) -> None:
@@ -356,6 +368,52 @@ def test_close_ends_waiting_calls_and_further_ones(server: EchoServer, client: T
     with pytest.raises(ClosedError):
         client.forward(some())
     client.close()
+
+
+@pytest.mark.parametrize("first", [None, "of another client", "of another thread"])
+def test_a_cancelled_thread_waits_no_more_and_its_connection_serves_others(
+    first: str | None, server: EchoServer, client: TrunkClient
+) -> None:
+    cancellation = Cancellation()
+
+    def forward() -> None:
+        with cancellation.of_requests():
+            with pytest.raises(CancelledByClientError):
+                client.forward(some())
+            with pytest.raises(CancelledByClientError):
+                client.forward(some())  # is not sent
+
+    with TrunkClient(server.endpoint) as other, ThreadPoolExecutor(2) as pool:
+        server.compute.gate.clear()
+        before = [] if first is None else [pool.submit((other if "client" in first else client).forward, some())]
+        assert not before or server.compute.begun.acquire(timeout=SECONDS)
+        waiting = pool.submit(forward)
+        if before:
+            until(lambda: server.requests.queued == 1)
+        else:
+            assert server.compute.begun.acquire(timeout=SECONDS)
+        cancellation.set()
+        waiting.result(SECONDS)
+        until(lambda: server.requests.queued == 0)
+        server.compute.gate.set()
+        assert [one.result(SECONDS).output.tolist() for one in before] == [some(1.0).tolist()] * len(before)
+    assert torch.equal(client.forward(some(1.0)).output, some(2.0))
+    assert sum(map(len, server.compute.batches)) == 2, "the one that ran before, and the last"
+
+
+def test_a_thread_cancelled_while_the_daemon_is_away_waits_no_more(server: EchoServer) -> None:
+    cancellation = Cancellation()
+    with TrunkClient(server.endpoint) as client, ThreadPoolExecutor(1) as pool:
+        server.stop()
+
+        def forward() -> None:
+            with cancellation.of_requests(), pytest.raises(CancelledByClientError):
+                client.forward(some())
+
+        waiting = pool.submit(forward)
+        until(lambda: client._connection.link is not None and client._connection.link.busy)
+        cancellation.set()
+        waiting.result(SECONDS)
 
 
 def test_nothing_is_left_of_a_closed_client(server: EchoServer) -> None:

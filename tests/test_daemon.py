@@ -35,7 +35,7 @@ from zsl.transport.curve_keys import read_public_key, write_key_pair
 from zsl.trunk.daemon.process import DaemonOptions, run_daemon
 from zsl.trunk.daemon.standard_streams import MAX_WAITING_BYTES, check_output, drain_output, written_by_threads
 from zsl.trunk.failpoints import failpoint_from
-from zsl.trunk.openmp import SPINS, SPINS_WHERE_SHARED, limit_spinning
+from zsl.trunk.openmp import SPINS, SPINS_WHERE_SHARED, limit_spinning, ready_threads, stop_spinning_if_shared
 from zsl.trunk.settings import ServerSettings, TrunkInfo
 
 
@@ -83,7 +83,7 @@ def test_the_ready_line_names_endpoint_model_cut_and_parameters(
 
 @pytest.mark.long
 def test_with_no_argument_it_serves_gpt2_small_cut_2_10(tmp_path: Path) -> None:
-    busy = [COMMAND[0], "-c", f"import os; os.getloadavg = lambda: (1e6, 0, 0); {COMMAND[2]}"]
+    busy = [COMMAND[0], "-c", f"import zsl.trunk.openmp as own; own.ready_threads = lambda: 1000; {COMMAND[2]}"]
     command = ["env", "-u", "OMP_WAIT_POLICY", *busy, "--port", "0", "--log-format", "json"]  # conftest sets it
     with Daemon(log=tmp_path / "log", environment={"OMP_DISPLAY_ENV": "verbose"}, command=command) as daemon:
         ready = daemon.ready
@@ -92,18 +92,21 @@ def test_with_no_argument_it_serves_gpt2_small_cut_2_10(tmp_path: Path) -> None:
     assert f"GOMP_SPINCOUNT = '{SPINS_WHERE_SHARED}'" in (tmp_path / "log").read_text()
 
 
-def test_spins_are_limited_by_the_load_where_the_user_has_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_spins_are_limited_and_none_are_left_where_others_use_the_cores_unless_the_user_has_set_them() -> None:
     cores = os.cpu_count() or 1
-    for load, given, expected in (
-        (cores + 1.0, {}, {"GOMP_SPINCOUNT": SPINS_WHERE_SHARED}),
-        (cores / 1.0, {}, {"GOMP_SPINCOUNT": SPINS}),
-        (cores + 1.0, {"OMP_WAIT_POLICY": "active"}, {"OMP_WAIT_POLICY": "active"}),
-        (cores + 1.0, {"GOMP_SPINCOUNT": "9"}, {"GOMP_SPINCOUNT": "9"}),
+    for ready, given, expected in (
+        ([cores, 0, cores, cores, 0], {}, {"GOMP_SPINCOUNT": SPINS_WHERE_SHARED}),
+        ([cores, cores, 0, 0, cores - 1], {}, {"GOMP_SPINCOUNT": SPINS}),
+        ([cores] * 5, {"OMP_WAIT_POLICY": "active"}, {"OMP_WAIT_POLICY": "active"}),
+        ([cores] * 5, {"GOMP_SPINCOUNT": "9"}, {"GOMP_SPINCOUNT": "9"}),
     ):
-        monkeypatch.setattr(os, "getloadavg", lambda load=load: (load, 0.0, 0.0))
-        environ = dict(given)
-        assert limit_spinning(environ) == (environ == {"GOMP_SPINCOUNT": SPINS_WHERE_SHARED})
+        environ, looks, slept = dict(given), iter(ready), list[float]()
+        is_shared = stop_spinning_if_shared(environ, count_ready=looks.__next__, sleep=slept.append)
+        assert is_shared == (expected == {"GOMP_SPINCOUNT": SPINS_WHERE_SHARED})
+        limit_spinning(environ)
         assert environ == expected
+        assert sum(slept) <= 0.2
+    assert ready_threads() >= 0
 
 
 @pytest.mark.long

@@ -21,6 +21,7 @@ from zsl.generation.prompts import ContextError, room_for_answer, tokens_of_chat
 from zsl.generation.reuse import Reusable
 from zsl.generation.sampling import Sampling
 from zsl.generation.text_stream import INCOMPLETE, TextStream
+from zsl.link.cancellation import Cancellation
 from zsl.models.reference import resolve
 
 TOKENS = 12
@@ -148,11 +149,17 @@ def test_a_generation_ends_at_a_stop_string_and_when_it_is_cancelled(
     assert (made.text, made.finish) == (text[: text.index(stop)], "stop")
     assert made.tokens < TOKENS
     pieces: list[Piece] = []
-    cancelled = generate(
-        whole, tokenizer, prompt, max_tokens=TOKENS, on_piece=pieces.append, is_cancelled=lambda: len(pieces) >= 3
-    )
+    cancellation = Cancellation()
+
+    def take_three(piece: Piece) -> None:
+        pieces.append(piece)
+        if len(pieces) == 3:
+            cancellation.set()
+
+    how: dict[str, Any] = {"max_tokens": TOKENS, "cancellation": cancellation}
+    cancelled = generate(whole, tokenizer, prompt, on_piece=take_three, **how)
     assert (cancelled.tokens, cancelled.finish) == (3, "cancelled")
-    assert generate(whole, tokenizer, prompt, max_tokens=TOKENS, is_cancelled=lambda: True).tokens == 0
+    assert generate(whole, tokenizer, prompt, **how).tokens == 0
 
 
 @pytest.mark.parametrize(

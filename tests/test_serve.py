@@ -33,6 +33,7 @@ from zsl.generation.pieces import Generated, Piece
 from zsl.generation.prompts import tokens_of_chat, tokens_of_text
 from zsl.generation.sampling import Sampling
 from zsl.generation.text_stream import INCOMPLETE, TextStream
+from zsl.link.cancellation import Cancellation
 from zsl.models.reference import resolve
 from zsl.serving.answers import ChatAnswer
 from zsl.serving.app import MAX_BODY_BYTES, Api
@@ -319,12 +320,12 @@ def test_another_key_and_another_path_are_refused(server: Server, client: OpenAI
 def job_that_waits(told: list[str]) -> Job:
     """Tells one piece, and then waits to be cancelled."""
 
-    def job(on_piece: Callable[[Piece], None], is_cancelled: Callable[[], bool]) -> Generated:
+    def job(on_piece: Callable[[Piece], None], cancellation: Cancellation) -> Generated:
         on_piece(Piece("x"))
         deadline = time.monotonic() + SECONDS
-        while not is_cancelled() and time.monotonic() < deadline:
+        while not cancellation.is_set() and time.monotonic() < deadline:
             os.sched_yield()
-        told.append("cancelled" if is_cancelled() else "late")
+        told.append("cancelled" if cancellation.is_set() else "late")
         return Generated("x", 1, "cancelled")
 
     return job

@@ -191,6 +191,26 @@ def test_a_client_that_hangs_up_before_its_turn_costs_the_daemon_nothing(
     assert trunk.passes <= MOST
 
 
+@pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
+def test_a_prompt_that_waits_at_the_daemon_is_taken_out_when_its_client_hangs_up(
+    stream: bool, path: str, trunk: Trunk, cancelled: threading.Event
+) -> None:
+    with served(path, trunk.server.endpoint) as address:
+        trunk.gate.clear()
+        first = post(address, stream=False)
+        assert trunk.begun.acquire(timeout=SECONDS)
+        second = post(address, stream=stream, prompt=SENTENCES[1])
+        until(lambda: trunk.server.requests.queued == 1)
+        second.close()
+        assert cancelled.wait(SECONDS)
+        until(lambda: trunk.server.requests.queued == 0)
+        trunk.gate.set()
+        with first, first.makefile("rb") as answer:
+            assert b'"completion_tokens":' in answer.read()
+        until(lambda: trunk.cache_bytes == 0)
+    assert trunk.passes <= MOST
+
+
 def test_a_daemon_that_goes_away_ends_a_stream_with_an_error_and_serves_again_when_it_is_back(
     path: str, trunk: Trunk
 ) -> None:

@@ -6,7 +6,6 @@ import contextlib
 import os
 import signal
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
@@ -19,6 +18,7 @@ from zsl.cli.generate import cut_off, sampling_options
 from zsl.cli.model_options import adapter_option, find_model, model_options, opened
 from zsl.cli.quiet import quiet_libraries
 from zsl.generation.pieces import Piece
+from zsl.link.cancellation import Cancellation
 from zsl.trunk.openmp import limit_spinning
 
 
@@ -81,7 +81,7 @@ def chat(
                         max_tokens=limit,
                         sampling=Sampling(temperature, top_p, seed),
                         on_piece=show,
-                        is_cancelled=stopped.is_set,
+                        cancellation=stopped,
                         reusable=reusable,
                     )
                 say("")
@@ -114,9 +114,9 @@ def _lines() -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _stopped_by_ctrl_c() -> Iterator[threading.Event]:
-    """Yield an event that the first Ctrl-C sets. A second one raises `KeyboardInterrupt`: nothing may come back."""
-    stopped = threading.Event()
+def _stopped_by_ctrl_c() -> Iterator[Cancellation]:
+    """Yield a cancellation, set by the first Ctrl-C. A second one raises `KeyboardInterrupt`: nothing may come back."""
+    stopped = Cancellation()
 
     def on_sigint(number: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGINT, before)

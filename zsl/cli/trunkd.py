@@ -14,7 +14,7 @@ from zsl.cli.errors import Command, one_line_errors
 from zsl.errors import ConfigError
 from zsl.models.dtypes import DTYPES
 from zsl.trunk.malloc import keep_freed_memory
-from zsl.trunk.openmp import SPINS_WHERE_SHARED, limit_spinning
+from zsl.trunk.openmp import SPINS_WHERE_SHARED, limit_spinning, stop_spinning_if_shared
 
 logger = logging.getLogger(__name__)
 
@@ -230,10 +230,11 @@ def trunkd(
         host = host.removeprefix("[").removesuffix("]")  # as an IPv6 address is written before a port
         check_address(host, encrypted=access is not None, insecure=insecure)
         failpoint = failpoint_from(os.environ)
-        if limit_spinning(os.environ):
+        if stop_spinning_if_shared(os.environ):
             logger.info(
                 "other processes use these cores: OpenMP's threads do not spin (GOMP_SPINCOUNT=%s)", SPINS_WHERE_SHARED
             )
+        limit_spinning(os.environ)
 
         import torch
         from transformers.utils.logging import disable_progress_bar

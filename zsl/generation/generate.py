@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from transformers import LogitsProcessorList, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
+from zsl.errors import CancelledByClientError
 from zsl.generation.pieces import Finish, Generated, Piece, TokenLogprob
 from zsl.generation.reuse import Reusable
 from zsl.generation.sampling import Chooser, Sampling
 from zsl.generation.text_stream import TextStream
+from zsl.link.cancellation import Cancellation
 
 
 def generate(
@@ -24,16 +27,19 @@ def generate(
     stops: Sequence[str] = (),
     logprobs: int | None = None,
     on_piece: Callable[[Piece], None] = lambda piece: None,
-    is_cancelled: Callable[[], bool] = lambda: False,
+    cancellation: Cancellation | None = None,
     reusable: Reusable | None = None,
 ) -> Generated:
     """Generate up to `max_tokens` tokens behind `prompt` with transformers' `generate`.
 
-    `on_piece` is called for each token, by this thread. `is_cancelled` is asked after each. `logprobs`: the number of
-    most probable tokens to report with each piece. `reusable`: keys and values of an earlier call, for the next one.
-    The text does not depend on torch's global generator, so that threads may call this at once.
+    `on_piece` is called for each token, by this thread. `cancellation` ends the text after the token that is computed
+    here, or while the daemon has a request of it. `logprobs`: the number of most probable tokens to report with each
+    piece. `reusable`: keys and values of an earlier call, for the next one. The text does not depend on torch's global
+    generator, so that threads may call this at once.
     """
-    if is_cancelled():
+    if cancellation is None:
+        cancellation = Cancellation()
+    if cancellation.is_set():
         return Generated("", 0, "cancelled")
 
     def decode(tokens: Sequence[int]) -> str:
@@ -45,12 +51,12 @@ def generate(
         ends_of(model, tokenizer),
         chooser,
         on_piece,
-        is_cancelled,
+        cancellation,
     )
     ids = torch.tensor([list(prompt)], device=model.device)
-    config = model.generation_config
+    config, output = model.generation_config, None
     cached = {} if reusable is None else reusable.for_prompt(prompt)
-    with torch.no_grad():
+    with torch.no_grad(), progress.until_cancelled():
         output = model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
@@ -68,7 +74,7 @@ def generate(
             return_dict_in_generate=True,
             **cached,
         )
-    if reusable is not None:
+    if reusable is not None and output is not None:
         reusable.keep(output.past_key_values, output.sequences[0].tolist())
     return progress.finished()
 
@@ -89,13 +95,13 @@ class _Progress(StoppingCriteria):
         ends: set[int],
         chooser: Chooser,
         on_piece: Callable[[Piece], None],
-        is_cancelled: Callable[[], bool],
+        cancellation: Cancellation,
     ) -> None:
         self._stream = stream
         self.ends = ends
         self._chooser = chooser
         self._on_piece = on_piece
-        self._is_cancelled = is_cancelled
+        self._cancellation = cancellation
         self._texts: list[str] = []
         self._tokens = 0
         self._finish: Finish = "length"
@@ -109,10 +115,21 @@ class _Progress(StoppingCriteria):
             self._tell(self._stream.add(token), self._chooser.last)
             if self._stream.stopped:
                 self._finish = "stop"
-            elif self._is_cancelled():
+            elif self._cancellation.is_set():
                 self._finish = "cancelled"
         done = self._finish != "length"
         return torch.full((1,), done, device=input_ids.device)  # type: ignore[return-value]
+
+    @contextmanager
+    def until_cancelled(self) -> Iterator[None]:
+        """End `with` when the text is cancelled, while it waits for the daemon."""
+        try:
+            with self._cancellation.of_requests():
+                yield
+        except CancelledByClientError:
+            if not self._cancellation.is_set():
+                raise
+            self._finish = "cancelled"
 
     def finished(self) -> Generated:
         """Tell the text that was held back, and return the whole."""

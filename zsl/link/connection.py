@@ -26,6 +26,7 @@ from typing import TypeVar
 
 from zsl.errors import ClosedError, InternalError, RequestTimeout, ZslError
 from zsl.link.adapter_versions import EncodedAdapter
+from zsl.link.cancellation import given_up_by
 from zsl.link.endpoints import parse_endpoints
 from zsl.link.link import Link
 from zsl.link.traffic import Traffic
@@ -136,7 +137,14 @@ class Connection:
         return pending.future
 
     def call(self, request: int, build: Build, *, nbytes: int = 0, adapter: EncodedAdapter | None = None) -> Message:
-        """Submit a request and wait. This thread drives the link meanwhile if no other does."""
+        """Submit a request and wait. This thread drives the link meanwhile if no other does.
+
+        Raises a `ZslError`; `CancelledByClientError` if this thread's work is cancelled (`zsl.link.cancellation`).
+        """
+        with given_up_by(lambda: self.cancel(request)):
+            return self._call(request, build, nbytes, adapter)
+
+    def _call(self, request: int, build: Build, nbytes: int, adapter: EncodedAdapter | None) -> Message:
         self._check_usable()  # before any lock: in a forked child a lock may stay locked for ever
         link, this_thread = self.link, threading.get_ident()
         if self._welcome is None or link is None or self._driver == this_thread:
@@ -169,6 +177,10 @@ class Connection:
         """Send a STATUS request. The future's message has a `Status` header."""
         request = self.new_request_id()
         return self.submit(request, lambda welcome, pending: (StatusRequest(request=request), ()))
+
+    def cancel(self, request: int) -> None:
+        """End a request with `CancelledByClientError`. Never waits."""
+        self._command(lambda link: link.cancel(request))
 
     def release(self, step: int, session: bytes) -> None:
         """Tell the daemon that no backward will follow for this step. Never waits, so finalizers may call it."""

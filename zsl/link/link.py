@@ -19,7 +19,7 @@ from concurrent.futures import Future
 
 import zmq
 
-from zsl.errors import ConnectionLost, ZslError
+from zsl.errors import CancelledByClientError, ConnectionLost, ZslError
 from zsl.link.endpoints import LONGEST_PAUSE_SECONDS, Endpoints
 from zsl.link.lost_connections import LostConnections
 from zsl.link.open_session import Open
@@ -105,6 +105,16 @@ class Link:
         """Send RELEASE, now or when the session is resumed; ignore a step of an older session."""
         if self._shared.last.release(step, session) and isinstance(self._state, Open):
             self._state.release(step)
+
+    def cancel(self, request: int) -> None:
+        """End a request with `CancelledByClientError`, and tell the daemon, which drops it if it has not begun."""
+        found = self._shared.requests.give_up(request)
+        if found is None:
+            return
+        pending, sent = found
+        if sent and isinstance(self._state, Open):
+            self._state.cancel(request)
+        pending.fail(CancelledByClientError())
 
     def wait(self, wake: int) -> bool:
         """Sleep until something arrives, the file descriptor `wake` is readable, or a timer is due. Return whether

@@ -139,6 +139,16 @@ class Requests:
         """Remove and return a sent request; None if unknown."""
         return None if request is None else self._sent.pop(request, None)
 
+    def give_up(self, request: int) -> tuple[Pending, bool] | None:
+        """Remove and return a request, and whether it was sent; None if unknown."""
+        if (sent := self._sent.pop(request, None)) is not None:
+            return sent, True
+        for pending in self._waiting:
+            if pending.request == request:
+                self._waiting.remove(pending)
+                return pending, False
+        return None
+
     def refused(self, pending: Pending, error: Exception) -> None:
         """Send a request again, complete, as the daemon asked; fail it after too many refusals."""
         pending.refusals += 1

@@ -14,6 +14,7 @@ from zsl.generation.generate import generate
 from zsl.generation.pieces import Generated, Piece
 from zsl.generation.prompts import ContextError, room_for_answer, tokens_of_chat, tokens_of_text
 from zsl.generation.sampling import Sampling
+from zsl.link.cancellation import Cancellation
 from zsl.serving.answers import Answer, ChatAnswer, CompletionAnswer
 from zsl.serving.api_errors import ApiError
 from zsl.serving.request_schemas import ChatRequest, CompletionRequest, Request
@@ -66,7 +67,7 @@ class ServedModels:
             request.seed,
         )
 
-        def job(on_piece: Callable[[Piece], None], is_cancelled: Callable[[], bool]) -> Generated:
+        def job(on_piece: Callable[[Piece], None], cancellation: Cancellation) -> Generated:
             return generate(
                 model,
                 self.tokenizer,
@@ -76,7 +77,7 @@ class ServedModels:
                 stops=request.stops,
                 logprobs=top,
                 on_piece=on_piece,
-                is_cancelled=is_cancelled,
+                cancellation=cancellation,
             )
 
         return job, answer

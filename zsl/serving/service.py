@@ -10,10 +10,11 @@ from traceback import clear_frames
 from typing import Any
 
 from zsl.generation.pieces import Generated, Piece
+from zsl.link.cancellation import Cancellation
 from zsl.serving.api_errors import ApiError
 
-# Makes one text; is given a function for its pieces, and one that says whether nobody wants more.
-Job = Callable[[Callable[[Piece], None], Callable[[], bool]], Generated]
+# Makes one text; is given a function for its pieces, and what says that nobody wants more.
+Job = Callable[[Callable[[Piece], None], Cancellation], Generated]
 
 
 class Generation:
@@ -23,12 +24,12 @@ class Generation:
         self._job = job
         self._loop = asyncio.get_running_loop()
         self._results: asyncio.Queue[Any] = asyncio.Queue()  # at most one for each token
-        self._cancelled = threading.Event()
+        self._cancellation = Cancellation()
         self.future: Future[None] | None = None
 
     def cancel(self) -> None:
-        """End it after the token that is being computed. Nobody may wait for its results any more."""
-        self._cancelled.set()
+        """End it, at the latest after what this process computes. Nobody may wait for its results any more."""
+        self._cancellation.set()
         if self.future is not None:
             self.future.cancel()  # if it waits for its turn
 
@@ -42,7 +43,7 @@ class Generation:
     def run(self) -> None:
         """Generate, in a worker thread."""
         try:
-            self._tell(self._job(self._tell, self._cancelled.is_set))
+            self._tell(self._job(self._tell, self._cancellation))
         except Exception as error:
             clear_frames(error.__traceback__)  # whose tensors would stay until the garbage collector runs
             self._tell(error)
@@ -51,7 +52,7 @@ class Generation:
         try:
             self._loop.call_soon_threadsafe(self._results.put_nowait, result)
         except RuntimeError:  # the loop has ended
-            self._cancelled.set()
+            self._cancellation.set()
 
 
 class Service:

@@ -7,22 +7,50 @@ that spins takes them from another that computes. `bin/bench decode --part sessi
 from __future__ import annotations
 
 import os
-from collections.abc import MutableMapping
+import time
+from collections.abc import Callable, MutableMapping
+from pathlib import Path
+from statistics import median
 
 # Longer than the pause between two operations of a pass, and shorter than that between passes. libgomp's own count is
 # 300,000, some milliseconds.
 SPINS = "30000"
 SPINS_WHERE_SHARED = "0"
+LOOKS, LOOK_EVERY_SECONDS = 5, 0.02
 
 
-def limit_spinning(environ: MutableMapping[str, str]) -> bool:
-    """Set how long libgomp's threads spin. Return whether other processes use the cores.
+def limit_spinning(environ: MutableMapping[str, str]) -> None:
+    """Set how long libgomp's threads spin, unless the user has. Call it before torch is imported."""
+    if "OMP_WAIT_POLICY" not in environ:
+        environ.setdefault("GOMP_SPINCOUNT", SPINS)
 
-    They do if more threads are ready to run than there are cores. The user's own variables stay. Call it before torch
-    is imported.
+
+def stop_spinning_if_shared(
+    environ: MutableMapping[str, str],
+    *,
+    count_ready: Callable[[], int] | None = None,
+    sleep: Callable[[float], None] = time.sleep,
+) -> bool:
+    """Have libgomp's threads not spin if others have as many threads ready to run as there are cores. Return if so.
+
+    The user's own variables stay. Looks for a tenth of a second; an average over a minute would tell of work that has
+    ended. Call it before torch is imported.
     """
     if "GOMP_SPINCOUNT" in environ or "OMP_WAIT_POLICY" in environ:
         return False
-    is_shared = hasattr(os, "getloadavg") and os.getloadavg()[0] > (os.cpu_count() or 1)
-    environ["GOMP_SPINCOUNT"] = SPINS_WHERE_SHARED if is_shared else SPINS
+    ready = []
+    for _ in range(LOOKS):
+        ready.append((count_ready or ready_threads)())
+        sleep(LOOK_EVERY_SECONDS)
+    is_shared = median(ready) >= (os.cpu_count() or 1)
+    if is_shared:
+        environ["GOMP_SPINCOUNT"] = SPINS_WHERE_SHARED
     return is_shared
+
+
+def ready_threads() -> int:
+    """Return the number of other threads that run or are ready to; 0 without Linux's /proc."""
+    try:
+        return int(Path("/proc/loadavg").read_text().split()[3].partition("/")[0]) - 1
+    except OSError:
+        return 0
