@@ -160,6 +160,23 @@ def trunk_of(model: Any) -> zsl.RemoteTrunk:
     return next(module for module in model.modules() if isinstance(module, zsl.RemoteTrunk))
 
 
+@pytest.mark.parametrize("pair", list(MODELS), indirect=True)
+def test_a_long_prompt_goes_in_pieces_and_the_text_stays(
+    pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pieces of a padded batch too. The first token is that of several passes, and so equal but for rounding."""
+    split, whole = pair
+    monkeypatch.setattr("zsl.client.trunk_cache.PIECE_TOKENS", 10)
+    for inputs, pieces in ((prompt(2, 13), 3), (left_padded(), 6)):
+        rows, tokens = inputs["input_ids"].shape
+        assert pieces == -(-tokens // (10 // rows))
+        before = trunk_of(split).client.traffic.answers
+        (ours, *our_logits), (theirs, *their_logits) = (generated(model.eval(), inputs) for model in pair)
+        assert trunk_of(split).client.traffic.answers - before == pieces + 11
+        assert torch.equal(ours, theirs)
+        assert all(torch.allclose(*both, atol=1e-4) for both in zip(our_logits, their_logits, strict=True))
+
+
 def test_a_new_token_sends_itself_only(split: PreTrainedModel) -> None:
     trunk = trunk_of(split)
     sent = []

@@ -24,6 +24,7 @@ from zsl.client.trunk_client import TrunkClient
 from zsl.errors import ModelError, OverloadedError, UnknownCacheError
 from zsl.wire.messages import Cut, Reveal
 
+PIECE_TOKENS = 512  # of a prompt in one request, of all rows: tokens of others are computed between two pieces
 MAX_LOSSES = 8  # of one cache, in one forward
 ALONE_AFTER_LOSSES = 2  # more than a restart of the daemon explains
 LONGEST_PAUSE_SECONDS = 2.0  # before keys and values that were lost again and again are computed again
@@ -85,7 +86,7 @@ class TrunkCache:
         edited = self._edited(length, rows)
         kept = None if list(rows) == list(range(self._rows.shape[1])) else list(rows)
         held, self._held = self._held, None
-        most = max(1, client.welcome.limits.max_request_tokens // new.activations.shape[0])
+        most = max(1, min(client.welcome.limits.max_request_tokens, PIECE_TOKENS) // new.activations.shape[0])
         lock = _locks.setdefault(client, SharedLock())
         losses = 0
         while True:
