@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -39,8 +39,8 @@ from zsl.link.cancellation import Cancellation
 from zsl.link.opening import UNREADABLE_ANSWERS
 from zsl.link.unanswered_requests import Pending
 from zsl.trunk.settings import ServerSettings
-from zsl.wire.frames import MAJOR
-from zsl.wire.messages import Cut
+from zsl.wire.frames import MAJOR, Frame
+from zsl.wire.messages import Cut, Header, Welcome
 
 SECONDS = 20.0
 
@@ -399,6 +399,19 @@ def test_a_cancelled_thread_waits_no_more_and_its_connection_serves_others(
         assert [one.result(SECONDS).output.tolist() for one in before] == [some(1.0).tolist()] * len(before)
     assert torch.equal(client.forward(some(1.0)).output, some(2.0))
     assert sum(map(len, server.compute.batches)) == 2, "the one that ran before, and the last"
+
+
+def test_a_request_that_is_cancelled_before_it_is_queued_is_not_sent(client: TrunkClient) -> None:
+    connection = client._connection
+    request = connection.new_request_id()
+
+    def build(welcome: Welcome, pending: Pending) -> tuple[Header, Sequence[Frame]]:
+        raise AssertionError("it is sent")
+
+    connection.cancel(request)
+    with pytest.raises(CancelledByClientError):
+        connection.submit(request, build).result(SECONDS)
+    assert torch.equal(client.forward(some()).output, some(1.0))
 
 
 def test_a_thread_cancelled_while_the_daemon_is_away_waits_no_more(server: EchoServer) -> None:

@@ -165,7 +165,7 @@ def test_a_long_prompt_goes_in_pieces_and_the_text_stays(
     pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The pieces of a padded batch too. The first token is that of several passes, and so equal but for rounding."""
-    split, whole = pair
+    split, _ = pair
     monkeypatch.setattr("zsl.client.trunk_cache.PIECE_TOKENS", 10)
     for inputs, pieces in ((prompt(2, 13), 3), (left_padded(), 6)):
         rows, tokens = inputs["input_ids"].shape

@@ -251,6 +251,20 @@ def test_by_default_graphs_stay_within_a_part_of_the_memory_and_backwards_that_f
             assert kept(server) == [Keep.GRAPH]
 
 
+def test_a_lone_client_never_computes_a_forward_twice_whatever_it_keeps() -> None:
+    memory = GraphMemory(float(80 << 20), 0.0, 0.0)
+    for deterministic, keep in ((True, Keep.LINEAR_OUTPUTS), (False, Keep.GRAPH_AND_LINEAR_OUTPUTS)):
+        settings = ServerSettings(saves_graphs=True)
+        with EchoServer(settings=settings, graph_memory=memory, deterministic=deterministic) as server:
+            server.compute.graph_bytes = 80 << 20
+            with Peer(server.endpoint) as peer:
+                welcome = peer.hello()
+                for request in (1, 3):
+                    peer.ask(*forward(welcome, request, keep=True))
+                    peer.ask(*backward(welcome, request + 1, step=request))
+            assert server.compute.used == [(keep, False)] * 2
+
+
 def test_a_new_hello_ends_the_connections_earlier_session_and_its_queued_work(server: EchoServer, peer: Peer) -> None:
     server.compute.gate.clear()
     for opened in range(3):

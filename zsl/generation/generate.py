@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from traceback import clear_frames
 from typing import Any
 
 import torch
@@ -126,7 +127,8 @@ class _Progress(StoppingCriteria):
         try:
             with self._cancellation.of_requests():
                 yield
-        except CancelledByClientError:
+        except CancelledByClientError as error:
+            clear_frames(error.__traceback__)  # in a cycle with the error, which would keep their tensors
             if not self._cancellation.is_set():
                 raise
             self._finish = "cancelled"

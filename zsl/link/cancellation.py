@@ -44,12 +44,12 @@ class Cancellation:
         with self._lock:
             if self._is_set:
                 raise CancelledByClientError()
-            self._give_up = give_up
+            before, self._give_up = self._give_up, give_up
         try:
             yield
         finally:
             with self._lock:
-                self._give_up = None
+                self._give_up = before
 
 
 _of_thread: ContextVar[Cancellation | None] = ContextVar("zsl_cancellation", default=None)

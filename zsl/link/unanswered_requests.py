@@ -14,7 +14,7 @@ from copy import copy
 from dataclasses import dataclass, field
 from numbers import Real
 
-from zsl.errors import ConfigError, ConnectionLost
+from zsl.errors import CancelledByClientError, ConfigError, ConnectionLost
 from zsl.link.adapter_versions import EncodedAdapter
 from zsl.wire.frames import Frame, Message
 from zsl.wire.messages import Header, Limits, Welcome
@@ -22,6 +22,7 @@ from zsl.wire.messages import Header, Limits, Welcome
 # Daemon processes. Bounded, so that a request that crashes daemons does not crash them all. (Lost connections do not
 # count: the deadline ends those.)
 MAX_LIVES = 5
+REMEMBERED_CANCELS = 64
 MAX_REFUSALS = 5  # of one request, by daemons that ask for it complete
 LARGEST_ATTEMPT = 255
 MAX_BUDGET_SECONDS = 7 * 24 * 3600.0  # the protocol's maximum
@@ -79,6 +80,7 @@ class Requests:
         self._waiting: deque[Pending] = deque()
         self._sent: dict[int, Pending] = {}
         self.replays = 0  # requests that were sent again
+        self._cancelled: deque[int] = deque(maxlen=REMEMBERED_CANCELS)  # ids that were unknown when they were
 
     def __len__(self) -> int:
         return len(self._waiting) + len(self._sent)
@@ -99,9 +101,12 @@ class Requests:
         return self.under_way_bytes + sum(pending.adapter_bytes for pending in self._sent.values())
 
     def add(self, pending: Pending) -> None:
-        """Queue a request, unless it is queued already."""
+        """Queue a request, unless it is queued already, or cancelled."""
         request, still_open = pending.request, self._open
         if request in still_open or pending.future.done():
+            return
+        if request in self._cancelled:
+            pending.fail(CancelledByClientError())
             return
         still_open[request] = pending
         self._waiting.append(pending)
@@ -140,13 +145,14 @@ class Requests:
         return None if request is None else self._sent.pop(request, None)
 
     def give_up(self, request: int) -> tuple[Pending, bool] | None:
-        """Remove and return a request, and whether it was sent; None if unknown."""
+        """Remove and return a request, and whether it was sent; None if unknown: then it is not queued later."""
         if (sent := self._sent.pop(request, None)) is not None:
             return sent, True
         for pending in self._waiting:
             if pending.request == request:
                 self._waiting.remove(pending)
                 return pending, False
+        self._cancelled.append(request)
         return None
 
     def refused(self, pending: Pending, error: Exception) -> None:

@@ -114,14 +114,16 @@ class CacheMemory:
 @dataclass(frozen=True, slots=True)
 class PassMemory:
     """Peak bytes of a backward computed layer by layer, the least that a request can run in: the memory of one layer,
-    and the kept tensors of the input's size."""
+    and the kept tensors of the input's size, without or with the inputs of all layers."""
 
     layer: GraphMemory
     kept_bytes_per_token: int
+    all_inputs_bytes_per_token: int = 0
 
-    def nbytes(self, lengths: Sequence[int]) -> int:
+    def nbytes(self, lengths: Sequence[int], *, all_inputs: bool = False) -> int:
         """Return the peak bytes of a pass of sequences of these lengths."""
-        return self.layer.nbytes(lengths) + self.kept_bytes_per_token * sum(lengths)
+        kept = self.all_inputs_bytes_per_token if all_inputs else self.kept_bytes_per_token
+        return self.layer.nbytes(lengths) + kept * sum(lengths)
 
     def nbytes_of_rows(self, tokens: int, row_tokens: int) -> int:
         """Return the peak bytes of a pass of `tokens` in rows of `row_tokens`, the worst case."""

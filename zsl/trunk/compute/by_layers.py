@@ -17,15 +17,15 @@ Layer = Callable[[torch.Tensor], torch.Tensor]
 Gradients = tuple[torch.Tensor, Sequence[torch.Tensor | None]]
 
 
-def stretch_of(layers: int) -> int:
+def stretch_of(layers: int, *, keeps_inputs: bool = False) -> int:
     """Return the number of layers between two kept inputs."""
-    return max(round(math.sqrt(layers)), 1)
+    return 1 if keeps_inputs else max(round(math.sqrt(layers)), 1)
 
 
-def most_kept(layers: int) -> int:
+def most_kept(layers: int, *, keeps_inputs: bool = False) -> int:
     """Return the peak number of kept tensors of the input's size, beside a layer's own: inputs of stretches and within
     one, the input of the pass, and the gradient between two layers."""
-    stretch = stretch_of(layers)
+    stretch = stretch_of(layers, keeps_inputs=keeps_inputs)
     return math.ceil(layers / stretch) + stretch + 2
 
 
@@ -43,7 +43,7 @@ def gradients_by_layers(
     `keeps_inputs`: of all layers, which takes one forward more and not two. Calls `after_layer` after each layer.
     """
     at_weights: list[torch.Tensor | None] = [None] * len(weights)
-    starts = range(0, len(layers), 1 if keeps_inputs else stretch_of(len(layers)))
+    starts = range(0, len(layers), stretch_of(len(layers), keeps_inputs=keeps_inputs))
     inputs = [leaf.detach()]
     with torch.no_grad():
         for start, following in pairwise(starts):

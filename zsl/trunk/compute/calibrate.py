@@ -196,7 +196,7 @@ def measure_pass_memory(
     trunk: TrunkModel, graph_memory: GraphMemory, adapter: RequestAdapter | None = None
 ) -> PassMemory:
     """Measure the first and last layer, and fit the peak memory of a backward computed layer by layer."""
-    random, samples, kept = torch.Generator().manual_seed(SEED), [], 0
+    random, samples, kept = torch.Generator().manual_seed(SEED), [], (0, 0)
     for tokens in LAYER_TOKENS:
         # A mask with a hole: the mask that families build from it is quadratic in the row length.
         mask = ((0, *(1,) * (tokens - 1)),)
@@ -206,10 +206,11 @@ def measure_pass_memory(
         with trunk.adapted(adapters), trunk.separate_layers(rows) as layers:
             if not layers:
                 return PassMemory(graph_memory, 0)
-            kept = most_kept(len(layers)) * trunk.hidden_size * trunk.dtype.itemsize
+            input_bytes = trunk.hidden_size * trunk.dtype.itemsize
+            kept = most_kept(len(layers)) * input_bytes, most_kept(len(layers), keeps_inputs=True) * input_bytes
             nbytes = max(_layer_bytes(layer, rows.activations, leaves) for layer in (layers[0], layers[-1]))
         samples.append((tokens, round(nbytes * BESIDE_TENSORS)))
-    return PassMemory(fit_graph_memory(samples), kept)
+    return PassMemory(fit_graph_memory(samples), *kept)
 
 
 def typical_adapter(trunk: TrunkModel) -> RequestAdapter | None:

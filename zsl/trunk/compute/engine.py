@@ -47,7 +47,8 @@ class TorchCompute:
     Requests that share a pass are packed into one row or stacked as rows, by their `sharing`. If the trunk is
     deterministic, every pass that may be shared is padded with zeros to exactly `max_batch_tokens` tokens, so that a
     request's numbers do not depend on the other requests; longer requests run alone. A backward whose graph would take
-    more than `pass_memory_bytes` is computed layer by layer, with one or two more forwards of each layer.
+    more than `pass_memory_bytes`, or for which there is no room (`Batch.by_layers`), is computed layer by layer, with one
+    or two more forwards of each layer.
     """
 
     def __init__(self, trunk: TrunkModel, traits: TrunkTraits, *, pass_memory_bytes: int | None = None) -> None:

@@ -109,14 +109,18 @@ class BatchRunner:
         taken = self._requests.taken_bytes
         graph_memory, pass_memory = self._traits.memory_of(request.adapter for request in requests)
         graph = graph_memory.nbytes(lengths)
-        taken_graphs = self._requests.taken_graph_bytes
+        # Of other backwards: the graph of these takes the place of what their forwards kept.
+        taken_graphs = self._requests.taken_graph_bytes - sum(request.taken_graph_bytes for request in requests)
         if (
             any(request.keep or _makes_graph(request) for request in requests)
-            and self._sessions.fits_graph(graph, taken_bytes=taken_graphs, alone=len(requests) == 1)
+            and (
+                any(request.reveals and not request.keep for request in requests)  # not possible layer by layer
+                or self._sessions.fits_graph(graph, taken_bytes=taken_graphs, alone=len(requests) == 1)
+            )
             and self._sessions.make_room(graph + taken)
         ):
             return True
-        needed = pass_memory.nbytes(lengths) + taken
+        needed = pass_memory.nbytes(lengths, all_inputs=graph <= self._stash_memory_bytes) + taken
         self._sessions.make_room(min(needed, self._stash_memory_bytes - 1))
         return False
 

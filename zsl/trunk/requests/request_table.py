@@ -1,6 +1,6 @@
 """Table of requests: the state of each request from admission to its end.
 
-    add → QUEUED → take_batch → RUNNING → end → ANSWERED
+    add → QUEUED → take_batch → RUNNING → settle, end → ANSWERED
 
 A request can be cancelled or expire only while QUEUED; it then ends without running. A running pass is never stopped.
 A request whose session closes is ABANDONED: it is not answered, and its result is dropped. A request whose step the
@@ -94,7 +94,8 @@ class RequestStats:
 class RequestTable:
     """Requests of open sessions.
 
-    `taken_bytes`: bytes of the held stashes that backwards in the table took over. `waits_until`: the time to call
+    `taken_bytes`: bytes of the held stashes that backwards in the table took over; `taken_graph_bytes`: of those that
+    keep more than inputs. `waits_until`: the time to call
     `take_batch` again if no request arrives before; None unless it delays a queued request.
     """
 

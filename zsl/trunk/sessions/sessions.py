@@ -28,7 +28,7 @@ LEAST_TURNS = 32
 class Session:
     """A client's session. `peer`: routing id of its connection, for answers. `heartbeat`: routing id of the connection
     of its pings. `hello`: id of the request that opened it. `checks`: answers on its connection need a checksum of
-    their tensors, as its requests have one."""
+    their tensors, as its requests have one. `trains`: it has held a step."""
 
     id: bytes
     peer: bytes
@@ -38,6 +38,7 @@ class Session:
     heartbeat: bytes | None = None
     held: dict[int, Held] = field(default_factory=dict)  # by step
     checks: bool = True
+    trains: bool = False
 
     @property
     def peers(self) -> list[bytes]:
@@ -61,7 +62,7 @@ class Sessions:
         stash_memory_bytes: int,
         new_id: Callable[[], bytes],
     ) -> None:
-        # Bytes of graphs and linear outputs, by the number of sessions; None: as of all stashes.
+        # Bytes of graphs and linear outputs, by the number of sessions that train; None: as of all stashes.
         self.graph_memory_of: Callable[[int], int] | None = None
         self._lease_seconds = lease_seconds
         self._max_sessions = max_sessions
@@ -73,6 +74,7 @@ class Sessions:
         self._held = StashEvictionOrder()
         self._held_of: defaultdict[Hashable, StashEvictionOrder] = defaultdict(StashEvictionOrder)  # by tenant
         self._arrivals = 0  # of held steps
+        self._training = 0  # sessions
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -88,7 +90,7 @@ class Sessions:
     @property
     def graph_memory_bytes(self) -> int | None:
         """Bytes that graphs and linear outputs may take; None: as all stashes."""
-        return None if self.graph_memory_of is None else self.graph_memory_of(len(self))
+        return None if self.graph_memory_of is None else self.graph_memory_of(self._training)
 
     def make_room(self, nbytes: int) -> bool:
         """Evict stashes until `nbytes` more fit. Returns False if they exceed the whole stash memory."""
@@ -106,7 +108,7 @@ class Sessions:
         most = self.graph_memory_bytes
         if most is None:
             return True
-        stale = self._arrivals - 1 - max(2 * len(self), LEAST_TURNS)
+        stale = self._arrivals - 1 - max(2 * self._training, LEAST_TURNS)
         while (oldest := self._held.oldest_graph()) is not None and oldest[1] < stale:
             self._demote(oldest[0])
         others = self._held.graph_nbytes + taken_bytes
@@ -180,6 +182,7 @@ class Sessions:
         """Remove a session, and drop its held steps."""
         session = self._sessions.pop(session_id, None)
         if session is not None:
+            self._training -= session.trains
             for step in list(session.held):
                 self.release(session, step)
             if self._by_peer.get(session.peer) is session:
@@ -203,6 +206,8 @@ class Sessions:
         again).
         """
         self.release(session, step)
+        self._training += not session.trains
+        session.trains = True
         self._put(session, step, held, self._arrivals)
         self._arrivals += 1
         tenant = session.tenant
