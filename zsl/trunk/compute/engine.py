@@ -47,7 +47,7 @@ class TorchCompute:
     Requests that share a pass are packed into one row or stacked as rows, by their `sharing`. If the trunk is
     deterministic, every pass that may be shared is padded with zeros to exactly `max_batch_tokens` tokens, so that a
     request's numbers do not depend on the other requests; longer requests run alone. A backward whose graph would take
-    more than `pass_memory_bytes`, or for which there is no room (`Batch.by_layers`), is computed layer by layer, with one
+    more than `pass_memory_bytes`, or has no room (`Batch.by_layers`), is computed layer by layer, with one
     or two more forwards of each layer.
     """
 
