@@ -565,7 +565,7 @@ def test_a_decode_step_behind_training_of_its_own_tenant_shares_the_pass_of_othe
 
 
 def test_a_request_that_waits_for_company_in_vain_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
-    slow = PassCost(10.0, 1e-3)
+    slow = PassCost(0.5, 1e-3)
     with EchoServer(costs=Costs(slow, slow, slow)) as server:
         with Peer(server.endpoint) as one, Peer(server.endpoint) as other:
             welcomes = {peer: peer.hello() for peer in (one, other)}
