@@ -122,6 +122,7 @@ def measure_sessions(
     report: Report, local: Any, model: str, on: str, arguments: Sequence[str], numbers: str, tokens: int, rounds: int
 ) -> None:
     """Add tokens per second of sessions that decode at once, with merging and without, and of the local model."""
+    threads = torch.get_num_threads()
     with ExitStack() as stack:
         off = stack.enter_context(trunk_daemon(*arguments, "--merge-below-tokens", "0"))["endpoint"]
         running: list[Session] = []
@@ -131,11 +132,10 @@ def measure_sessions(
                 stack.callback(session.close)
             running += fresh
             for endpoint in range(2):
-                tokens_per_second(running, endpoint, 4, torch.get_num_threads())  # connected and warm
+                tokens_per_second(running, endpoint, 4, threads)  # connected and warm
             found: list[tuple[float, ...]] = []
             for _ in range(rounds):
                 alone = (tokens - 1) / sum(decode(local, PROMPT_TOKENS, tokens)[1:])
-                threads = torch.get_num_threads()
                 found.append((alone, *(tokens_per_second(running, endpoint, tokens, threads) for endpoint in range(2))))
             report.add(
                 sessions=number,

@@ -10,9 +10,9 @@ import socket
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pytest
@@ -20,6 +20,7 @@ import torch
 import zmq
 
 from support.echo import HIDDEN, IDENTITY, POISON, EchoServer
+from support.waiting import wait_until
 from zsl import AsyncTrunkClient, RemoteTrunk, TrunkClient
 from zsl.errors import (
     BadShapeError,
@@ -44,6 +45,8 @@ from zsl.wire.messages import Cut, Header, Welcome
 
 SECONDS = 20.0
 
+until = partial(wait_until, SECONDS)
+
 
 @pytest.fixture
 def server() -> Iterator[EchoServer]:
@@ -59,13 +62,6 @@ def client(server: EchoServer) -> Iterator[TrunkClient]:
 
 def some(value: float = 0.0, tokens: int = 2) -> torch.Tensor:
     return torch.full((1, tokens, HIDDEN), float(value))
-
-
-def until(true: Callable[[], bool]) -> None:
-    end = time.monotonic() + SECONDS
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.001)
 
 
 def test_forward_and_backward_bring_the_tensors_back(client: TrunkClient) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import gc
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from support.faulty_link import FaultyLink
 from support.killable import Killable
 from support.models import CUT, local_model, with_lora
 from support.requests import HIDDEN
+from support.waiting import wait_until
 from zsl.client.replayable_step import Answer, read_answer
 from zsl.client.trunk_cache import MAX_LOSSES
 from zsl.errors import ModelError, OverloadedError, TooLargeError
@@ -39,6 +40,8 @@ SHARP = {"initializer_range": 0.3}
 TOKENS = 16
 LENGTH = 8 + TOKENS
 WAIT_SECONDS = 30
+
+until = partial(wait_until, WAIT_SECONDS)
 
 
 class At(LogitsProcessor):
@@ -94,14 +97,6 @@ def split_model(path: str, endpoint: str, **how: Any) -> Iterator[Any]:
 
 def trunk_of(model: Any) -> zsl.RemoteTrunk:
     return next(module for module in model.modules() if isinstance(module, zsl.RemoteTrunk))
-
-
-def until(true: Callable[[], bool]) -> None:
-    """Wait for the loop of a server in this process."""
-    end = time.monotonic() + WAIT_SECONDS
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.001)
 
 
 @pytest.fixture(scope="module")

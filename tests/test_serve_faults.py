@@ -7,9 +7,9 @@ import gc
 import json
 import socket
 import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from support.echo import EchoServer
 from support.faulty_link import FaultyLink
 from support.killable import Killable
 from support.models import CUT, local_model, with_lora
+from support.waiting import wait_until
 from zsl.generation.generate import generate
 from zsl.generation.prompts import tokens_of_text
 from zsl.models.reference import resolve
@@ -42,6 +43,8 @@ from zsl.trunk.work import Batch, Outcome
 SECONDS = 60.0
 MOST = 30
 GONE_SECONDS = 1.0  # until a request gives a lost daemon up
+
+until = partial(wait_until, SECONDS)
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -129,13 +132,6 @@ def post(address: str, *, stream: bool, prompt: str = SENTENCES[0]) -> socket.so
     ]
     connection.sendall("\r\n".join([*head, "", ""]).encode() + body)
     return connection
-
-
-def until(true: Callable[[], bool]) -> None:
-    end = time.monotonic() + SECONDS
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.001)
 
 
 @pytest.fixture

@@ -189,10 +189,12 @@ def test_what_is_held_stays_within_the_memory_and_what_went_is_asked_for_again()
         assert isinstance(peer.ask(*backward(welcome, 102, step=100, tokens=8)), Result)
 
 
-def test_what_queued_backwards_will_use_is_part_of_the_memory_until_they_have_run() -> None:
-    def kept(server: EchoServer) -> list[Keep]:
-        return [held.stash.keep for session in server.server.sessions for held in session.held.values()]
+def kept(server: EchoServer) -> list[Keep]:
+    """Return what the held steps keep."""
+    return [held.stash.keep for session in server.server.sessions for held in session.held.values()]
 
+
+def test_what_queued_backwards_will_use_is_part_of_the_memory_until_they_have_run() -> None:
     settings, memory = ServerSettings(stash_memory_bytes=1000), GraphMemory(400.0, 0.0, 0.0)
     with EchoServer(settings=settings, graph_memory=memory) as server, Peer(server.endpoint) as one:
         with Peer(server.endpoint) as other:
@@ -215,9 +217,6 @@ def test_what_queued_backwards_will_use_is_part_of_the_memory_until_they_have_ru
 
 
 def test_by_default_graphs_stay_within_a_part_of_the_memory_and_backwards_that_free_one_go_first() -> None:
-    def kept(server: EchoServer) -> list[Keep]:
-        return [held.stash.keep for session in server.server.sessions for held in session.held.values()]
-
     settings, memory = ServerSettings(saves_graphs=True), GraphMemory(float(80 << 20), 0.0, 0.0)
     with EchoServer(settings=settings, graph_memory=memory, merges=False) as server:
         server.compute.graph_bytes = 80 << 20
