@@ -15,7 +15,6 @@ errors, wrong gradients (must be 0), hangs (must be 0), and what the second daem
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -39,6 +38,7 @@ from soak_client import STEPS, Task, train_rounds
 import zsl
 from support.daemon import Daemon
 from support.faulty_link import FaultyLink, Way
+from support.forks import forks
 from support.history import History, check
 from support.models import CUT, write_checkpoint
 
@@ -57,8 +57,6 @@ LINE_FAULT_SECONDS, CLIENT_KILL_SECONDS, DAEMON_KILL_SECONDS, DAEMON_STOP_SECOND
 LINE_FAULT_LASTS_SECONDS = 3.0
 STOPPED_SECONDS = 15.0
 LEAST_ANSWER_BYTES, MOST_ANSWER_BYTES = 1, 30_000  # until a line breaks
-
-forks = multiprocessing.get_context("forkserver")
 
 
 class Faults:
@@ -107,7 +105,7 @@ class Client:
         self.start()
 
     def start(self) -> None:
-        self.process = forks.Process(target=train_rounds, args=(self.task,), daemon=True)
+        self.process = forks("soak_client").Process(target=train_rounds, args=(self.task,), daemon=True)
         self.process.start()
         self.started = time.monotonic()
 
@@ -126,7 +124,7 @@ class Client:
 def oracle_of(model: str, endpoint: str, directory: Path, seed: int) -> dict[int, History]:
     """Each trajectory without faults."""
     processes = [
-        forks.Process(
+        forks("soak_client").Process(
             target=train_rounds,
             args=(Task("oracle", trajectory, seed, model, endpoint, directory, REQUEST_TIMEOUT_SECONDS, rounds=1),),
         )
@@ -224,7 +222,6 @@ def free_port() -> int:
 def main(minutes: float, number: int, seed: int, out: Path) -> None:
     """Run, print one table, and exit with 1 if a gradient was wrong or a client hung."""
     chance = random.Random(seed)
-    forks.set_forkserver_preload(["soak_client"])
     report = Report("soak", f"{number} clients, {minutes:g} minutes of faults, seed {seed}", out)
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))

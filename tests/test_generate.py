@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
 import zsl
 from support import batches
@@ -58,13 +58,21 @@ def generated(model: Any, inputs: dict[str, torch.Tensor], **how: Any) -> list[t
     return [result.sequences, *result.logits]
 
 
-def chat(model: Any) -> list[torch.Tensor]:
+def chat(model: Any, cache: Cache | None = None) -> list[torch.Tensor]:
     """Three turns that reuse the cache of the turns before."""
-    cache, ids, results = DynamicCache(config=model.config), prompt(length=6)["input_ids"], []
+    cache, ids, results = cache or DynamicCache(config=model.config), prompt(length=6)["input_ids"], []
     for turn in range(3):
         found = generated(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, past_key_values=cache)
         results += found
         ids = torch.cat([found[0], batches.tokens(1, 4, seed=turn)], 1)
+    return results
+
+
+def reset_and_used_again(model: Any) -> list[torch.Tensor]:
+    cache, results = StaticCache(config=model.config, max_cache_len=24), []
+    for seed in range(2):
+        results += generated(model, prompt(2, 9, seed), past_key_values=cache)
+        cache.reset()
     return results
 
 
@@ -231,9 +239,38 @@ def test_log_probabilities_while_sampling_are_those_of_the_training_forward_but_
         assert torch.equal(*sampled_and_trained(split, begin, 4, use_cache=False, prefixes=True))
 
 
+STATIC: dict[str, Callable[[Any], list[torch.Tensor]]] = {
+    "greedy": lambda model: generated(model, prompt(), cache_implementation="static"),
+    "a left-padded batch": lambda model: generated(model, left_padded(), cache_implementation="static"),
+    "3 beams": lambda model: generated(model, prompt(2), num_beams=3, cache_implementation="static"),
+    "a prompt in pieces": lambda model: generated(
+        model, prompt(2, 11), prefill_chunk_size=4, cache_implementation="static"
+    ),
+    "a chat of 3 turns": lambda model: chat(model, StaticCache(config=model.config, max_cache_len=64)),
+    "used again": reset_and_used_again,
+}
+
+
+@pytest.mark.parametrize("pair", list(MODELS), indirect=True)
+def test_a_static_cache_is_followed_and_the_text_is_the_whole_local_models(pair: tuple[Any, Any]) -> None:
+    """Logits are equal but for rounding: the local model computes with the empty places of the cache too."""
+    split, whole = (model.eval() for model in pair)
+    for decode in STATIC.values():
+        for ours, theirs in zip(decode(split), decode(whole), strict=True):
+            assert ours.dtype == theirs.dtype and torch.allclose(ours, theirs, atol=1e-4)
+
+
+def test_a_mask_of_four_dimensions_that_generate_did_not_make_is_refused(split: PreTrainedModel) -> None:
+    with torch.no_grad(), pytest.raises(ModelError, match=r"an attention mask of shape \(1, 1, 8, 8\) cannot cross"):
+        split(input_ids=prompt()["input_ids"], attention_mask=torch.ones(1, 1, 8, 8, dtype=torch.bool).tril())
+
+
 def test_a_cache_that_cannot_be_followed_is_refused_by_name(split: PreTrainedModel) -> None:
-    with pytest.raises(ModelError, match=r"StaticCache.*DynamicCache"):
-        generated(split, prompt(), cache_implementation="static")
+    class OtherCache(DynamicCache):
+        pass
+
+    with pytest.raises(ModelError, match=r"an? OtherCache is not supported.*DynamicCache"):
+        generated(split, prompt(), past_key_values=OtherCache(config=split.config))
     assert generated(split, prompt(), max_new_tokens=2)[0].shape == (1, 10)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from support.daemon import Daemon
+from support.forks import forks
 from support.forms import FORMS
 from support.merged_client import CLIENTS, WAIT_SECONDS, Client, Report, run_in_process
 
@@ -60,9 +60,7 @@ def test_four_clients_in_threads_get_the_local_gradients(
 def test_four_clients_in_processes_get_the_local_gradients(
     serve: Callable[..., Daemon], checkpoints: Callable[..., Path]
 ) -> None:
-    forks = multiprocessing.get_context("forkserver")
-    forks.set_forkserver_preload(["support.merged_client"])
     tasks = [(str(checkpoints("llama")), serve("llama").endpoint, way, STEPS) for way in CLIENTS]
-    with forks.Pool(len(tasks)) as processes:
+    with forks().Pool(len(tasks)) as processes:
         reports = processes.map_async(run_in_process, tasks, chunksize=1).get(2 * WAIT_SECONDS)
     check(reports, STEPS)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import signal
 from multiprocessing.connection import Connection
 
 import torch
 
 from .embedded import served
+from .forks import forks
 
 START_SECONDS = 240.0  # the first waits for the imports
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["zsl.trunk.daemon.embedded", "zsl.trunk.daemon.load"])
 
 
 def _serve(path: str, telling: Connection) -> None:
@@ -26,8 +24,8 @@ class Killable:
     """Serves the trunk of a checkpoint until `kill`."""
 
     def __init__(self, path: str) -> None:
-        hearing, telling = FORKS.Pipe(duplex=False)
-        self._process = FORKS.Process(target=_serve, args=(path, telling), daemon=True)
+        hearing, telling = forks().Pipe(duplex=False)
+        self._process = forks().Process(target=_serve, args=(path, telling), daemon=True)
         self._process.start()
         with hearing:
             assert hearing.poll(START_SECONDS), "the server did not start"

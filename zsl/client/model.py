@@ -10,6 +10,7 @@ from typing import Any, get_args
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache
+from transformers.masking_utils import create_masks_for_generate
 
 from zsl.client.prefix import find_prefix
 from zsl.client.remote import RemoteTrunk
@@ -91,6 +92,7 @@ def put_trunk(model: PreTrainedModel, trunk: RemoteTrunk, cut: Cut) -> None:
     # The module that runs the layers. A causal language model may call it without its base model in between.
     runner = model.get_submodule(stack.parent_name)
     arguments_of_model, arguments_of_runner = _arguments_of(model), _arguments_of(runner)
+    padding_of = _note_padding(model)
     call = threading.local()
 
     def note_labels(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -123,7 +125,7 @@ def put_trunk(model: PreTrainedModel, trunk: RemoteTrunk, cut: Cut) -> None:
         in_slot = layers[cut.start]
         if isinstance(in_slot, RemoteTrunk):  # `Sides` runs the model without a trunk
             in_slot.observe_inputs(
-                arguments.get("attention_mask"),
+                padding_of(arguments.get("attention_mask")),
                 arguments.get("position_ids"),
                 labels,
                 {index: layers[index] for index in range(cut.start, cut.stop)},
@@ -135,6 +137,37 @@ def put_trunk(model: PreTrainedModel, trunk: RemoteTrunk, cut: Cut) -> None:
     model.register_forward_pre_hook(note_labels, with_kwargs=True)
     model.register_forward_hook(forget_labels, always_call=True)
     runner.register_forward_pre_hook(observe, with_kwargs=True)
+
+
+def _note_padding(model: PreTrainedModel) -> Callable[[Any], Any]:
+    """Note the mask `[rows, tokens]` of which `generate` makes 4-D ones for a static cache, which cannot cross.
+
+    Return a function that maps the latest ones of this thread to the noted mask, and other masks to themselves.
+    """
+    make: Callable[..., Any] = getattr(model, "create_masks_for_generate", create_masks_for_generate)
+    noted = threading.local()
+
+    def make_and_note(**kwargs: Any) -> Any:
+        made = make(**kwargs)
+        # As `generate` does to them later, so that they stay the same objects.
+        made = {kind: one if one is None else one.contiguous() for kind, one in _by_kind(made).items()}
+        noted.made, noted.padding = made, kwargs["attention_mask"]
+        return made if len(made) > 1 or "" not in made else made[""]
+
+    def padding_of(mask: Any) -> Any:
+        made, padding = noted.__dict__.pop("made", None), noted.__dict__.pop("padding", None)
+        given = _by_kind(mask)
+        if made and given.keys() == made.keys() and all(given[kind] is made[kind] for kind in made):
+            return padding
+        return mask
+
+    model.create_masks_for_generate = make_and_note  # type: ignore[assignment]
+    return padding_of
+
+
+def _by_kind(mask: Any) -> dict[str, Any]:
+    """Return masks by the types of layers, or the only mask, under the empty name."""
+    return mask if isinstance(mask, dict) else {"": mask}
 
 
 def _arguments_of(module: Any) -> Callable[[tuple[Any, ...], dict[str, Any]], dict[str, Any]]:

@@ -16,7 +16,16 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from transformers.cache_utils import Cache, DummyLayer, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    Cache,
+    DummyLayer,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticCache,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
 
 from zsl.client.replayable_step import Answer, CallAdapter, HeldCache, Step
 from zsl.client.shared_lock import SharedLock
@@ -29,6 +38,8 @@ MAX_LOSSES = 8  # of one cache, in one forward
 ALONE_AFTER_LOSSES = 2  # more than a restart of the daemon explains
 LONGEST_PAUSE_SECONDS = 2.0  # before keys and values that were lost again and again are computed again
 TRUNK_CACHE = "trunk_cache"  # attribute of the cache's first layer in the trunk
+_DYNAMIC = {DynamicLayer, DynamicSlidingWindowLayer, DummyLayer}
+_STATIC = {StaticLayer, StaticSlidingWindowLayer}
 
 _locks: WeakKeyDictionary[TrunkClient, SharedLock] = WeakKeyDictionary()
 
@@ -207,11 +218,11 @@ def cache_among(args: Iterable[Any], kwargs: dict[str, Any], *, expected: bool) 
     found = next((one for one in (*args, *kwargs.values()) if isinstance(one, Cache)), None)
     if found is None and expected:
         raise ModelError("the model does not pass past_key_values to its layers; pass use_cache=False")
-    if found is not None and (type(found) not in (Cache, DynamicCache) or found.offloading):
+    if found is not None and (type(found) not in (Cache, DynamicCache, StaticCache) or found.offloading):
         which = "an offloaded cache" if found.offloading else f"a {type(found).__name__}"
         raise ModelError(
-            f"{which} is not supported by a split model, whose trunk keeps keys and values as a DynamicCache: leave "
-            "out cache_implementation, or pass past_key_values=DynamicCache(config=model.config)"
+            f"{which} is not supported by a split model, whose trunk keeps keys and values: leave out "
+            "cache_implementation, or pass past_key_values=DynamicCache(config=model.config)"
         )
     return found
 
@@ -226,7 +237,7 @@ def trunk_cache_of(cache: Cache, cut: Cut) -> TrunkCache:
     if found is not None:
         return found
     kinds = {type(layer) for layer in layers[cut.start : cut.stop]}
-    if type(first) is DummyLayer or not kinds <= {DynamicLayer, DynamicSlidingWindowLayer, DummyLayer}:
+    if type(first) is DummyLayer or not (kinds <= _DYNAMIC or kinds <= _STATIC):
         names = ", ".join(sorted(kind.__name__ for kind in kinds))
         raise ModelError(f"a cache with {names} for the trunk's layers cannot be split: pass use_cache=False")
     if first.get_seq_length():
@@ -235,31 +246,43 @@ def trunk_cache_of(cache: Cache, cut: Cut) -> TrunkCache:
             "there: keys and values of prefix tuning, of another model, or of a forward with gradients. Pass a new "
             "cache, or use_cache=False"
         )
-    for index in range(cut.start + 1, cut.stop):
-        layers[index : index + 1] = [DummyLayer()]
+    if kinds <= _STATIC:  # without the room that `generate` may have made; masks are made by their lengths
+        static: list[Any] = layers[cut.start : cut.stop]
+        layers[cut.start : cut.stop] = [
+            type(layer)(max_cache_len=layer.max_cache_len, sliding_window=layer.max_cache_len) for layer in static
+        ]
+    else:
+        for index in range(cut.start + 1, cut.stop):
+            layers[index : index + 1] = [DummyLayer()]
     made = TrunkCache()
-    setattr(first, TRUNK_CACHE, made)
+    setattr(layers[cut.start], TRUNK_CACHE, made)
     return made
 
 
 def edit_of(cache: Cache, cut: Cut) -> tuple[int, list[int]]:
     """Return the tokens in a cache, and which row of the last forward each of its rows was."""
     layer: Any = cache.layers[cut.start]
-    length = layer.get_seq_length()
+    length = int(layer.get_seq_length())
     if not length:
         return 0, []
     if not layer.keys.shape[-2]:
         raise ModelError("past_key_values was cropped further than its sliding window reaches back")
-    return length, layer.keys[:, 0, -1, 0].tolist()
+    return length, layer.keys[:, 0, 0, 0].tolist()
 
 
 def note_forward(cache: Cache, cut: Cut, batch: torch.Tensor) -> None:
     """Note in a cache's layers that a batch `[rows, tokens, hidden]` has been added."""
     rows, tokens = batch.shape[:2]
     numbers = torch.arange(rows, device=batch.device).view(rows, 1, 1, 1)
-    layer: Any = cache.layers[cut.start]
-    layer.update(numbers.expand(-1, -1, tokens, -1), numbers.expand(-1, -1, tokens, -1))
-    layer.keys = layer.values = numbers.expand(-1, -1, layer.keys.shape[-2], -1)
+    layers: list[Any] = cache.layers[cut.start : cut.stop]
+    static = type(layers[0]) in _STATIC
+    # transformers makes the masks of a static cache by the tokens in its first layer of each type.
+    for layer in {type(layer): layer for layer in reversed(layers)}.values() if static else layers[:1]:
+        layer.update(numbers.expand(-1, -1, tokens, -1), numbers.expand(-1, -1, tokens, -1))
+        if static:
+            layer.keys.copy_(numbers)
+        else:
+            layer.keys = layer.values = numbers.expand(-1, -1, layer.keys.shape[-2], -1)
 
 
 def note_untracked(cache: Cache, cut: Cut, batch: torch.Tensor) -> None:
