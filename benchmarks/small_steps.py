@@ -75,21 +75,21 @@ def steps_per_second(step: Callable[[], None], seconds: float) -> float:
 class Client:
     """A client process: told to run for some seconds, it answers with its steps per second."""
 
-    def __init__(self, endpoint: str, rows: int, tokens: int) -> None:
-        command = [sys.executable, __file__, "--client", endpoint, str(rows), str(tokens)]
+    def __init__(self, endpoint: str) -> None:
+        command = [sys.executable, __file__, "--client", endpoint]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def begin(self, seconds: float) -> None:
+    def begin(self, rows: int, tokens: int, seconds: float) -> None:
         assert self._process.stdin is not None
-        print(seconds, file=self._process.stdin, flush=True)
+        print(rows, tokens, seconds, file=self._process.stdin, flush=True)
 
     def result(self) -> float:
         assert self._process.stdout is not None
         return float(json.loads(self._process.stdout.readline()))
 
     def __enter__(self) -> Client:
-        self.begin(0)
-        self.result()  # connected and warm
+        self.begin(*SHAPES[0], 0)
+        self.result()  # connected
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -98,13 +98,13 @@ class Client:
         self._process.wait(30)
 
 
-def run_client(endpoint: str, rows: int, tokens: int) -> None:
+def run_client(endpoint: str) -> None:
     """The body of a client process."""
     torch.set_num_threads(1)
     with zsl.TrunkClient(endpoint) as trunk:
-        step = remote_step(trunk, rows, tokens)
         for line in sys.stdin:
-            print(steps_per_second(step, float(line)), flush=True)
+            rows, tokens, seconds = line.split()
+            print(steps_per_second(remote_step(trunk, int(rows), int(tokens)), float(seconds)), flush=True)
 
 
 @click.command()
@@ -122,17 +122,17 @@ def main(seconds: float, rounds: int, threads: int, out: Path) -> None:
         model.save_pretrained(directory)
         arguments = ["--model", directory, "--cut", f"0:{LAYERS}", "--threads", str(threads)]
         endpoint = stack.enter_context(trunk_daemon(*arguments))["endpoint"]
-        for rows, tokens in SHAPES:
-            local = local_step(model, rows, tokens)
-            for clients in (1, 2, 4):
-                with ExitStack() as running:
-                    processes = [running.enter_context(Client(endpoint, rows, tokens)) for _ in range(clients)]
-                    locals_, remotes = [], []
-                    for _ in range(rounds):
-                        locals_.append(steps_per_second(local, seconds))
-                        for process in processes:
-                            process.begin(seconds)
-                        remotes.append(sum(process.result() for process in processes))
+        processes: list[Client] = []
+        for clients in (1, 2, 4):
+            processes += [stack.enter_context(Client(endpoint)) for _ in range(clients - len(processes))]
+            for rows, tokens in SHAPES:
+                local = local_step(model, rows, tokens)
+                locals_, remotes = [], []
+                for _ in range(rounds):
+                    locals_.append(steps_per_second(local, seconds))
+                    for process in processes:
+                        process.begin(rows, tokens, seconds)
+                    remotes.append(sum(process.result() for process in processes))
                 ratios = [remote / alone for remote, alone in zip(remotes, locals_, strict=True)]
                 report.add(
                     shape=f"{rows} x {tokens}",
@@ -149,6 +149,6 @@ def main(seconds: float, rounds: int, threads: int, out: Path) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--client"]:
-        run_client(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
+        run_client(sys.argv[2])
     else:
         main()

@@ -33,7 +33,11 @@ RUNS: dict[str, tuple[list[str], set[str], list[str]]] = {
         {"adapters", "micro_batches", "up_mb", "down_mb", "adapter_up_mb", "adapter_down_mb"},
         ["adapter_bytes.png"],
     ),
-    "budget": (TINY, {"budget_mib", "counted_mib", "resident_mib", "peak_mib", "stays_mib"}, ["budget.log"]),
+    "budget": (
+        [*TINY, "--only", "300 steps of one token", "--only", "a mask, 1 x 2,048 tokens"],
+        {"budget_mib", "counted_mib", "resident_mib", "peak_mib", "stays_mib"},
+        ["budget.log"],
+    ),
     "connections": (
         ["--idle", "2", "--active", "1", "--seconds", "0.2", "--rounds", "1"],
         {"forwards_per_second", "p99_ms", "daemon_mib", "daemon_files"},
