@@ -4,6 +4,7 @@ It is compared with a daemon that merges nothing, a trunk over gRPC, and clients
 
     python benchmarks/throughput.py                                            SmolLM2-135M-Instruct; hours on 2 cores
     python benchmarks/throughput.py --kind trunk --clients 1,4 --sizes 1x12 --seconds 3 --repeats 1
+    python benchmarks/throughput.py --kind whole --clients 4 --sizes 2x128 --against local --stash-memory 4GiB
 
 Two kinds of clients, each with its own table. `trunk` only sends activations and gradients: what the daemon can do.
 `whole` trains bottom and top with LoRA around the trunk, so that most of the machine may be busy with the clients.
@@ -113,10 +114,29 @@ def take_round(plan: Plan, variant: Variant, size: Size, clients: Clients) -> Ro
     return Round(windows, seconds, sum(memory.by_process[:split]), sum(memory.by_process[split:]))
 
 
-def summary(
-    rounds: Sequence[Round], merging_off: Sequence[Round], without_adapters: Sequence[Round], size: Size
-) -> dict[str, Any]:
-    """The numbers of a variant in one cell. The others are the rounds of the variants that it is compared with."""
+def ratios(rounds: Sequence[Round], others: Sequence[Round]) -> list[float]:
+    """Steps a second over another variant's, in each round."""
+    return [ours.steps_per_second / other.steps_per_second for ours, other in zip(rounds, others, strict=True)]
+
+
+def comparisons(variant: Variant, cell: dict[str, list[Round]]) -> dict[str, Any]:
+    """The ratios of a variant to those that are there to compare it with, by name of the column."""
+    baselines = {
+        "over_local": "local",
+        "over_merging_off": WITH_ADAPTERS + MERGING_OFF if variant.adapter_rank else MERGING_OFF,
+        "over_grpc": "grpc",
+        "over_zsl": "zsl",
+    }
+    columns: dict[str, Any] = {}
+    for column, name in baselines.items():
+        found = ratios(cell[variant.name], cell[name]) if name in cell else []
+        columns[column] = median(found) if found else None
+        columns[column + "_range"] = (min(found), max(found)) if found else None
+    return columns
+
+
+def summary(rounds: Sequence[Round], size: Size) -> dict[str, Any]:
+    """The numbers of a variant in one cell."""
     windows = [window for one in rounds for window in one.windows]
     step, forward, backward, merged = (
         list(chain.from_iterable(lists))
@@ -125,16 +145,9 @@ def summary(
         )
     )
     steps_per_second = median([one.steps_per_second for one in rounds])
-    ratios, to_without = (
-        [ours.steps_per_second / other.steps_per_second for ours, other in zip(rounds, others, strict=False)]
-        for others in (merging_off, without_adapters)
-    )
     return {
         "steps_per_second": steps_per_second,
         "tokens_per_second": steps_per_second * size.total_tokens,
-        "over_merging_off": median(ratios) if ratios else None,
-        "over_merging_off_range": (min(ratios), max(ratios)) if ratios else None,
-        "over_without_adapters": median(to_without) if to_without else None,
         "step_p50_ms": median(step) * 1e3,
         "step_p99_ms": percentile(step, 99) * 1e3,
         "forward_p50_ms": median(forward) * 1e3,
@@ -160,12 +173,8 @@ def measure(plan: Plan, variants: Sequence[Variant], report: Report) -> None:
                         "kind": plan.kind,
                         "size": size.name,
                         "clients": number,
-                        **summary(
-                            rounds[variant.name],
-                            rounds.get(WITH_ADAPTERS + MERGING_OFF if variant.adapter_rank else MERGING_OFF, []),
-                            rounds["zsl"] if variant.adapter_rank else [],
-                            size,
-                        ),
+                        **summary(rounds[variant.name], size),
+                        **comparisons(variant, rounds),
                         "clients_bare_mib": bare_mib,
                     }
                     for variant in variants
@@ -187,10 +196,14 @@ def measure_cell(plan: Plan, variants: Sequence[Variant], size: Size, clients: C
 
 
 def start_variants(
-    stack: ExitStack, against: Sequence[str], model: str, cut: str, threads: int, adapter_rank: int, out: Path
+    stack: ExitStack,
+    against: Sequence[str],
+    stashes: Sequence[str],
+    serving: Sequence[str],
+    adapter_rank: int,
+    out: Path,
 ) -> tuple[list[Variant], list[str]]:
     """The variants with their servers started, and what is to be noted of the daemons."""
-    serving = ("--model", model, "--cut", cut, "--threads", str(threads))
     notes = []
 
     def daemon(name: str, *arguments: str) -> Variant:
@@ -208,6 +221,7 @@ def start_variants(
         ready = stack.enter_context(server_process("baselines/grpc_trunk.py", *serving))
         variants.append(Variant("grpc", "grpc", f"127.0.0.1:{ready['port']}", ready["pid"]))
     variants.append(daemon("zsl"))
+    variants += [daemon(f"zsl, stash {stash}", "--stash-memory", stash) for stash in stashes]
     if adapter_rank:
         named = {"zsl": WITH_ADAPTERS + "merging", MERGING_OFF: WITH_ADAPTERS + MERGING_OFF}
         adapted = [
@@ -266,6 +280,13 @@ def comma_list(parse: Callable[[str], Value]) -> Callable[..., list[Value]]:
     help="Add variants of trunk clients with adapters of this rank on all linear layers of the trunk: other weights at "
     "each step, whose gradients come back.",
 )
+@click.option(
+    "--stash-memory",
+    "stashes",
+    multiple=True,
+    metavar="SIZE",
+    help="Add a daemon with this stash limit: what the memory that zsl keeps by default costs; repeat it for others.",
+)
 @click.option("--seconds", default=10.0, show_default=True, help="Duration of one measurement; longer for long steps.")
 @click.option("--repeats", default=3, show_default=True, help="Rounds of each cell.")
 @click.option("--threads", default=2, show_default=True, help="CPU threads of each daemon.")
@@ -279,6 +300,7 @@ def main(
     sizes: list[Size],
     against: list[str],
     adapter_rank: int,
+    stashes: tuple[str, ...],
     seconds: float,
     repeats: int,
     threads: int,
@@ -288,7 +310,8 @@ def main(
     """Measure, and for each kind print a table, write it, and plot it."""
     out.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
-        variants, notes = start_variants(stack, against, model, cut, threads, adapter_rank, out)
+        serving = ("--model", model, "--cut", cut, "--threads", str(threads))
+        variants, notes = start_variants(stack, against, stashes, serving, adapter_rank, out)
         for kind in kinds:
             description = f"Steps a second of {kind} clients, {model}, cut {cut}, fp32, daemons of {threads} threads"
             report = Report(f"throughput-{kind}", description, out)

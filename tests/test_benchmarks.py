@@ -101,8 +101,12 @@ RUNS: dict[str, tuple[list[str], set[str], list[str]]] = {
     "soak": (["--minutes", "0.1", "--clients", "2"], {"what", "number"}, []),
     "step": (["--model", "LLAMA", "--tokens", "8", "--rounds", "1", "--threads", "1"], {"step_ms"}, ["step.png"]),
     "throughput": (
-        [*TINY, "--kind", "trunk", "--clients", "1", "--sizes", "1x4", "--seconds", "0.1", "--repeats", "1"],
-        {"steps_per_second", "over_merging_off", "mean_batch", "daemon_mib"},
+        [
+            *TINY,
+            *("--kind", "trunk", "--clients", "1", "--sizes", "1x4", "--seconds", "0.1", "--repeats", "1"),
+            *("--stash-memory", "64MiB"),
+        ],
+        {"steps_per_second", "over_merging_off", "over_grpc", "over_zsl", "mean_batch", "daemon_mib"},
         ["throughput-trunk-1x4.png"],
     ),
     "transport": (["--rounds", "1"], {"median_ms", "over_bare", "over_zsl"}, ["transport.png"]),
@@ -161,7 +165,7 @@ def test_a_benchmark_writes_its_table_and_its_plot(name: str, checkpoints: Calla
     if name in NEED_MORE and find_spec(NEED_MORE[name]) is None:
         pytest.skip(f"{NEED_MORE[name]} is not installed")
     options, columns, files = RUNS[name]
-    llama, here = str(checkpoints("llama", max_position_embeddings=4096)), str(tmp_path)  # budget has rows of 4,096
+    llama, here = str(checkpoints("llama", max_position_embeddings=4096)), str(tmp_path)  # rows of 2,048 of budget
     (tmp_path / "run.toml").write_text(CONFIG.replace("LLAMA", llama))
     command = [sys.executable, str(BENCHMARKS / f"{name}.py"), "--out", str(tmp_path / "out")]
     places = {"LLAMA": llama, "HERE": here, "CHAT": str(write_model(tmp_path)) if "CHAT" in options else ""}
