@@ -1,12 +1,13 @@
 """Measure generation with a cache: sessions that decode at once through one daemon, the local model, and one session
 beside clients that train.
 
-    python benchmarks/decode.py                            SmolLM2, 1, 2, 4 and 8 sessions, with merging and without
+    python benchmarks/decode.py                            SmolLM2, 1 to 16 sessions, with merging and without
     python benchmarks/decode.py --part lengths --lengths 100,900 --tokens 100
     python benchmarks/decode.py --part training --trainers 4 --shares 0.5,0.2 --seconds 60
 
-Each session is a process with the client's layers, one thread, and a prompt of its own. The local model decodes one
-text with as many threads as the daemon. Rounds of all ways alternate; the ratios are those of neighbouring rounds.
+Each session is a process with the client's layers and a prompt of its own. They are compared with as many processes
+that have the whole model each. One alone has as many threads as the daemon, several share them, at least one each.
+Rounds of all ways alternate; the ratios are those of neighbouring rounds.
 Beside training one session writes texts one after the other, and only tokens of the measured seconds count.
 """
 
@@ -39,6 +40,7 @@ from zsl.trunk.openmp import SPINS
 
 PROMPT_TOKENS = 16
 PARTS = ("sessions", "lengths", "training")
+LOCAL = -1  # in place of a daemon's number: the whole model in the session's own process
 
 
 class Stamps:
@@ -73,7 +75,9 @@ def decode(model: Any, prompt_tokens: int, tokens: int, seed: int = 0) -> list[f
 
 
 class Session:
-    """A client process of several daemons: told to decode so many tokens through one, it answers with their seconds."""
+    """A client process of several daemons: told to decode so many tokens through one, it answers with their seconds.
+
+    It decodes with the whole model of its own too, `LOCAL`."""
 
     def __init__(self, model: str, seed: int, endpoints: Sequence[str]) -> None:
         command = [sys.executable, __file__, "--client", model, str(seed), *endpoints]
@@ -102,9 +106,11 @@ def run_client(model: str, seed: int, endpoints: Sequence[str]) -> None:
     """The body of a client process."""
     with ExitStack() as stack:
         trunks = [stack.enter_context(zsl.RemoteTrunk(endpoint)) for endpoint in endpoints]
-        models = [zsl.load_client(model, trunk).eval() for trunk in trunks]
+        models = dict(enumerate(zsl.load_client(model, trunk).eval() for trunk in trunks))
         for line in sys.stdin:
             endpoint, tokens, prompt_tokens, threads = map(int, line.split())
+            if endpoint == LOCAL and LOCAL not in models:
+                models[LOCAL] = load_whole(resolve(model)).eval()
             torch.set_num_threads(threads)
             print(json.dumps(decode(models[endpoint], prompt_tokens, tokens, seed)), flush=True)
 
@@ -119,9 +125,9 @@ def tokens_per_second(sessions: Sequence[Session], endpoint: int, tokens: int, t
 
 
 def measure_sessions(
-    report: Report, local: Any, model: str, on: str, arguments: Sequence[str], numbers: str, tokens: int, rounds: int
+    report: Report, model: str, on: str, arguments: Sequence[str], numbers: str, tokens: int, rounds: int
 ) -> None:
-    """Add tokens per second of sessions that decode at once, with merging and without, and of the local model."""
+    """Add tokens per second of sessions that decode at once: with merging, without, and each with the whole model."""
     threads = torch.get_num_threads()
     with ExitStack() as stack:
         off = stack.enter_context(trunk_daemon(*arguments, "--merge-below-tokens", "0"))["endpoint"]
@@ -131,26 +137,26 @@ def measure_sessions(
             for session in fresh:
                 stack.callback(session.close)
             running += fresh
-            for endpoint in range(2):
-                tokens_per_second(running, endpoint, 4, threads)  # connected and warm
-            found: list[tuple[float, ...]] = []
-            for _ in range(rounds):
-                alone = (tokens - 1) / sum(decode(local, PROMPT_TOKENS, tokens)[1:])
-                found.append((alone, *(tokens_per_second(running, endpoint, tokens, threads) for endpoint in range(2))))
+            ways = (LOCAL, 0, 1)
+            for way in ways:
+                tokens_per_second(running, way, 4, threads)  # connected and warm
+            found = [[tokens_per_second(running, way, tokens, threads) for way in ways] for _ in range(rounds)]
             report.add(
                 sessions=number,
-                local_tokens_per_second=median([one[0] for one in found]),
+                local_processes=median([one[0] for one in found]),
                 tokens_per_second=median([one[1] for one in found]),
                 merging_off=median([one[2] for one in found]),
                 over_merging_off=median([one[1] / one[2] for one in found]),
                 over_local=median([one[1] / one[0] for one in found]),
             )
+    report.note("over_local: as many processes that have the whole model each")
     report.note("wanted: one session at least 0.75 of local, 8 sessions at least 2.5 x merging off")
 
 
-def measure_lengths(report: Report, local: Any, model: str, endpoint: str, lengths: str, tokens: int) -> None:
+def measure_lengths(report: Report, model: str, endpoint: str, lengths: str, tokens: int) -> None:
     """Add the time of a token behind a short and a long text, through a daemon and locally."""
     at = [int(length) for length in lengths.split(",")]
+    local = load_whole(resolve(model)).eval()
     with zsl.RemoteTrunk(endpoint) as trunk:
         split = zsl.load_client(model, trunk).eval()
         decode(split, 4, 4)  # warm
@@ -236,7 +242,7 @@ def measure_beside_training(
 @click.option(
     "--part", "parts", type=click.Choice(PARTS), multiple=True, help="Measure this; may be repeated.  [default: all]"
 )
-@click.option("--sessions", default="1,2,4,8", show_default=True, help="How many decode at once.")
+@click.option("--sessions", default="1,2,4,8,16", show_default=True, help="How many decode at once.")
 @click.option("--tokens", default=64, show_default=True, help="Tokens of each text.")
 @click.option("--lengths", default="100,900", show_default=True, help="Tokens before those whose time is compared.")
 @click.option("--trainers", default=4, show_default=True, help="Clients that train beside one session.")
@@ -271,13 +277,12 @@ def main(
     report = Report("decode", f"Generation with a cache: {model}, trunk {cut}, {tokens} tokens a text", out)
     arguments = ["--model", model, "--cut", cut, "--threads", str(threads)]
     size, of_shares, chosen = parse_size(train_size), shares.split(","), parts or PARTS
-    local = load_whole(resolve(model)).eval()
     with trunk_daemon(*arguments, "--decode-share", of_shares[0]) as daemon:
         on = daemon["endpoint"]
         if "sessions" in chosen:
-            measure_sessions(report, local, model, on, arguments, sessions, tokens, rounds)
+            measure_sessions(report, model, on, arguments, sessions, tokens, rounds)
         if "lengths" in chosen:
-            measure_lengths(report, local, model, on, lengths, tokens)
+            measure_lengths(report, model, on, lengths, tokens)
         if "training" in chosen:
             measure_beside_training(
                 report, model, cut, on, arguments, of_shares, trainers, size, tokens, prompt_tokens, seconds, rounds

@@ -66,7 +66,7 @@ def test_what_was_meant_for_another_session_is_not_taken(what: str, caplog: pyte
     ):
         output, _ = client.forward(X)
         assert np.array_equal(output, squared(X))
-        assert client.connection.replays == 0
+        assert client.connection.traffic.replays == 0
     assert caplog.text == ""
 
 

@@ -67,7 +67,7 @@ def test_clients_behind_a_balancer_train_without_reconnects_and_are_told_what_st
         if seed is None:
             wait_until(lambda: any(map(pings_alone, clients)), "nobody noticed the other daemon")
         assert [reconnects(client) for client in clients] == [0] * CLIENTS
-        assert [client.connection.replays for client in clients] == [0] * CLIENTS
+        assert [client.connection.traffic.replays for client in clients] == [0] * CLIENTS
         alone = sum(map(pings_alone, clients))
         wait_until(lambda: balancer.accepted <= 2 * CLIENTS, "more connections than two a client")
     said = [record for record in caplog.records if record.levelno >= logging.WARNING]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -80,6 +82,18 @@ def test_the_same_seed_draws_the_same_text(path: Path) -> None:
         return run("generate", *how, SENTENCES[0]).stdout
 
     assert drawn(1) == drawn(1) != drawn(2)
+
+
+@pytest.mark.long
+def test_a_terminal_shows_at_once_what_is_being_loaded(tmp_path: Path) -> None:
+    reader, terminal = os.openpty()
+    program = "from zsl.cli.zsl import zsl; zsl(prog_name='zsl')"
+    words = [sys.executable, "-c", program, "generate", "--model", str(tmp_path), "to"]
+    ended = subprocess.run(words, stdout=subprocess.DEVNULL, stderr=terminal, timeout=60)
+    os.close(terminal)
+    with open(reader, errors="replace") as lines:
+        assert lines.readline().rstrip() == f"zsl generate: loading {tmp_path}"
+    assert ended.returncode == EXIT_STARTUP_FAILED  # an empty directory
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
                 client.connection.welcome.limits,
                 lambda: Peer(server.endpoint, keys.of("alice") if keyed else None),
             )
-            assert client.connection.replays == 0, "something was sent again"
+            assert client.connection.traffic.replays == 0, "something was sent again"
 
 
 def tensors_of(

@@ -25,7 +25,7 @@ from support.daemon import Daemon
 from support.models import with_lora
 from zsl.client.replayable_step import Answer, read_answer
 from zsl.split.cut import parse_cut
-from zsl.trunk.compute import attention
+from zsl.trunk.compute import attention, attention_by_scores
 from zsl.trunk.compute.engine import TorchCompute
 from zsl.trunk.compute.graph_sizes import NODE_BYTES, nodes_in
 from zsl.trunk.compute.linear_outputs import LinearLayers, LinearOutputs
@@ -335,14 +335,14 @@ def test_the_masks_of_a_pass_are_shared_by_its_layers_and_end_with_it(
     compute: TorchCompute, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[weakref.ref[torch.Tensor]] = []
-    make = attention._bias_without_mask
+    make = attention_by_scores._bias_without_mask
 
     def remembered(*form: object) -> torch.Tensor:
         bias = make(*form)  # type: ignore[arg-type]
         made.append(weakref.ref(bias))
         return bias
 
-    monkeypatch.setattr("zsl.trunk.compute.attention._bias_without_mask", remembered)
+    monkeypatch.setattr("zsl.trunk.compute.attention_by_scores._bias_without_mask", remembered)
     monkeypatch.setattr(compute.trunk.model.config, "_attn_implementation", "sdpa")
     part = sequences_of(Rows(torch.randn(1, 40, 32)), Shape(1, 40, (40,)))
     graph = compute.trunk.graph(packed([part], pass_tokens=64).inputs)

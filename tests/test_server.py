@@ -90,9 +90,9 @@ def test_welcome_states_model_cut_and_all_limits(peer: Peer) -> None:
 @pytest.mark.parametrize(
     ("changes", "word"),
     [
-        ({"model_type": "gpt2"}, "model_type"),
-        ({"layers": 12}, "layers"),
-        ({"hidden_size": 8}, "hidden_size"),
+        ({"model_type": "gpt2"}, "of type gpt2"),
+        ({"layers": 12}, "of 12 layers"),
+        ({"hidden_size": 8}, "hidden size 8"),
         (
             {"weights_digest": "1" * 64},
             "weights (digest dddddddddddd… at the daemon, 111111111111… at the client)",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -15,11 +14,9 @@ import click
 
 from zsl.cli.errors import one_line_errors, say, tell
 from zsl.cli.generate import cut_off, sampling_options
-from zsl.cli.model_options import adapter_option, find_model, model_options, opened
-from zsl.cli.quiet import quiet_libraries
+from zsl.cli.model_options import adapter_option, find_model, loading_trunk, model_options, opened
 from zsl.generation.pieces import Piece
 from zsl.link.cancellation import Cancellation
-from zsl.trunk.openmp import limit_spinning
 
 
 @click.command(short_help="Talk with a model and its adapter.")
@@ -50,44 +47,44 @@ def chat(
           --system "Answer in one sentence." --temperature 0.7
     """
     with one_line_errors("zsl chat", debug=debug):
-        limit_spinning(os.environ)
-        quiet_libraries(debug=debug)
-        reference, trained = find_model(model, [adapter] if adapter else [])
-        tokenizer = reference.tokenizer()
+        with loading_trunk(model, debug=debug, **trunk) as embedded:
+            reference, trained = find_model(model, [adapter] if adapter else [])
+            tokenizer = reference.tokenizer()
 
-        from zsl.generation.generate import generate
-        from zsl.generation.prompts import room_for_answer, tokens_of_chat
-        from zsl.generation.reuse import Reusable
-        from zsl.generation.sampling import Sampling
+            from zsl.generation.generate import generate
+            from zsl.generation.prompts import room_for_answer, tokens_of_chat
+            from zsl.generation.reuse import Reusable
+            from zsl.generation.sampling import Sampling
 
-        messages = [{"role": "system", "content": system}] if system else []
-        tokens_of_chat(tokenizer, [*messages, {"role": "user", "content": "Hello"}])  # raises for a missing template
-        with opened(reference, **trunk) as open_model:
-            used = open_model.with_adapter(trained)
-            reusable = Reusable()
-            for line in _lines():
-                messages.append({"role": "user", "content": line})
-                tokens = tokens_of_chat(tokenizer, messages)
-                limit = room_for_answer(len(tokens), open_model.context_tokens, None, default=max_tokens)
+            messages = [{"role": "system", "content": system}] if system else []
+            # Raises for a missing template.
+            tokens_of_chat(tokenizer, [*messages, {"role": "user", "content": "Hello"}])
+            with opened(reference, embedded, **trunk) as open_model:
+                used = open_model.with_adapter(trained)
+                reusable = Reusable()
+                for line in _lines():
+                    messages.append({"role": "user", "content": line})
+                    tokens = tokens_of_chat(tokenizer, messages)
+                    limit = room_for_answer(len(tokens), open_model.context_tokens, None, default=max_tokens)
 
-                def show(piece: Piece) -> None:
-                    say(piece.text, nl=False)
+                    def show(piece: Piece) -> None:
+                        say(piece.text, nl=False)
 
-                with _stopped_by_ctrl_c() as stopped:
-                    made = generate(
-                        used,
-                        tokenizer,
-                        tokens,
-                        max_tokens=limit,
-                        sampling=Sampling(temperature, top_p, seed),
-                        on_piece=show,
-                        cancellation=stopped,
-                        reusable=reusable,
-                    )
-                say("")
-                for line in cut_off(made, max_tokens):
-                    tell(f"({line})")
-                messages.append({"role": "assistant", "content": made.text})
+                    with _stopped_by_ctrl_c() as stopped:
+                        made = generate(
+                            used,
+                            tokenizer,
+                            tokens,
+                            max_tokens=limit,
+                            sampling=Sampling(temperature, top_p, seed),
+                            on_piece=show,
+                            cancellation=stopped,
+                            reusable=reusable,
+                        )
+                    say("")
+                    for line in cut_off(made, max_tokens):
+                        tell(f"({line})")
+                    messages.append({"role": "assistant", "content": made.text})
 
 
 def _lines() -> Iterator[str]:

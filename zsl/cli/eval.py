@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,10 +11,8 @@ from typing import Any
 import click
 
 from zsl.cli.errors import one_line_errors, say, stop_on_sigterm
-from zsl.cli.model_options import adapter_option, find_model, model_options
-from zsl.cli.quiet import quiet_libraries
+from zsl.cli.model_options import adapter_option, beside_imports, find_model, model_options
 from zsl.errors import ConfigError, StartupError
-from zsl.trunk.openmp import limit_spinning
 
 
 @click.command("eval", short_help="Measure the perplexity of a model on a data set.")
@@ -72,28 +69,28 @@ def evaluate(
         if tasks is not None and find_spec("lm_eval") is None:
             raise StartupError("--tasks needs lm-evaluation-harness: pip install lm-eval")
         stop_on_sigterm()
-        limit_spinning(os.environ)
-        quiet_libraries(debug=debug)
+        table = checked.model
+        named = table.name if "name" in table.model_fields_set else None
+        with beside_imports(checked.trunk, named, table.dtype, debug=debug) as embedded:
+            reference, trained = find_model(named, [adapter] if adapter else [])
 
-        named = checked.model.name if "name" in checked.model.model_fields_set else None
-        reference, trained = find_model(named, [adapter] if adapter else [])
+            from zsl.serving.open_model import open_model
+            from zsl.training.report.metrics import without_nan
 
-        from zsl.serving.open_model import open_model
-        from zsl.training.report.metrics import without_nan
-
-        data = None if tasks else _load(checked, reference, trained)
-        model_table = checked.model
-        with open_model(reference, checked.trunk, dtype=model_table.dtype, quantize=model_table.quantize) as opened:
-            used = opened.with_adapter(trained)
-            if tasks:
-                found = _tasks(used, reference, tasks, batch_size)
+            data = None if tasks else _load(checked, reference, trained)
+            with open_model(
+                reference, checked.trunk, dtype=table.dtype, quantize=table.quantize, embedded=embedded
+            ) as opened:
+                used = opened.with_adapter(trained)
+                if tasks:
+                    found = _tasks(used, reference, tasks, batch_size)
+                else:
+                    found = _perplexity(used, data, opened, checked.data.max_length, batch_size)
+            if as_json:
+                say(json.dumps(without_nan(found), default=str))
             else:
-                found = _perplexity(used, data, opened, checked.data.max_length, batch_size)
-        if as_json:
-            say(json.dumps(without_nan(found), default=str))
-        else:
-            for name, value in found.items():
-                say(f"{name:<12}  {value:.4f}" if isinstance(value, float) else f"{name:<12}  {value}")
+                for name, value in found.items():
+                    say(f"{name:<12}  {value:.4f}" if isinstance(value, float) else f"{name:<12}  {value}")
 
 
 def _load(config: Any, reference: Any, trained: Any) -> Any:

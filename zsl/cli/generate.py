@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from pathlib import Path
@@ -11,11 +10,9 @@ from typing import Any
 import click
 
 from zsl.cli.errors import one_line_errors, say, stop_on_sigterm, tell
-from zsl.cli.model_options import adapter_option, find_model, model_options, opened
-from zsl.cli.quiet import quiet_libraries
+from zsl.cli.model_options import adapter_option, find_model, loading_trunk, model_options, opened
 from zsl.errors import ConfigError
 from zsl.generation.pieces import Generated, Piece
-from zsl.trunk.openmp import limit_spinning
 
 SAMPLING = (
     click.option("--max-tokens", type=click.IntRange(1), default=256, show_default=True, help="Longest answer."),
@@ -76,36 +73,35 @@ def generate(
     with one_line_errors("zsl generate", debug=debug):
         text = _prompt(prompt, file)
         stop_on_sigterm()
-        limit_spinning(os.environ)
-        quiet_libraries(debug=debug)
-        reference, trained = find_model(model, [adapter] if adapter else [])
-        tokenizer = reference.tokenizer()
+        with loading_trunk(model, debug=debug, **trunk) as embedded:
+            reference, trained = find_model(model, [adapter] if adapter else [])
+            tokenizer = reference.tokenizer()
 
-        from zsl.generation.generate import generate as generate_text
-        from zsl.generation.prompts import room_for_answer, tokens_of_text
-        from zsl.generation.sampling import Sampling
+            from zsl.generation.generate import generate as generate_text
+            from zsl.generation.prompts import room_for_answer, tokens_of_text
+            from zsl.generation.sampling import Sampling
 
-        tokens = tokens_of_text(tokenizer, text)
-        with opened(reference, **trunk) as open_model:
-            limit = room_for_answer(len(tokens), open_model.context_tokens, None, default=max_tokens)
-            used = open_model.with_adapter(trained)
-            times = [time.perf_counter()]
+            tokens = tokens_of_text(tokenizer, text)
+            with opened(reference, embedded, **trunk) as open_model:
+                limit = room_for_answer(len(tokens), open_model.context_tokens, None, default=max_tokens)
+                used = open_model.with_adapter(trained)
+                times = [time.perf_counter()]
 
-            def show(piece: Piece) -> None:
+                def show(piece: Piece) -> None:
+                    times.append(time.perf_counter())
+                    say(piece.text, nl=False)
+
+                made = generate_text(
+                    used,
+                    tokenizer,
+                    tokens,
+                    max_tokens=limit,
+                    sampling=Sampling(temperature, top_p, seed),
+                    on_piece=show,
+                )
                 times.append(time.perf_counter())
-                say(piece.text, nl=False)
-
-            made = generate_text(
-                used,
-                tokenizer,
-                tokens,
-                max_tokens=limit,
-                sampling=Sampling(temperature, top_p, seed),
-                on_piece=show,
-            )
-            times.append(time.perf_counter())
-        say("")
-        tell(f"zsl generate: {'; '.join([speed(len(tokens), made.tokens, times), *cut_off(made, max_tokens)])}")
+            say("")
+            tell(f"zsl generate: {'; '.join([speed(len(tokens), made.tokens, times), *cut_off(made, max_tokens)])}")
 
 
 def cut_off(made: Generated, max_tokens: int) -> list[str]:

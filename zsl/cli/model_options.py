@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from zsl.cli.errors import tell
+from zsl.cli.quiet import quiet_libraries
 from zsl.errors import ConfigError
 from zsl.models.dtypes import DTYPES
+from zsl.trunk.openmp import limit_spinning
 
 if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
-
     from zsl.models.reference import ModelReference
     from zsl.serving.open_model import OpenModel
+    from zsl.training.config.config import TrunkTable
     from zsl.training.directory.trained import Trained
+    from zsl.trunk.daemon.embedded import EmbeddedTrunk
+
+DEFAULT_DTYPE = "float32"
 
 _OPTIONS = (
     click.option("--model", metavar="REF", help="The model, as zsl-train takes it.  [default: that of the adapter]"),
@@ -53,7 +61,10 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def find_model(model: str | None, adapters: Sequence[Path]) -> tuple[ModelReference, Trained | None]:
-    """Resolve the model named, or else that of the adapters; return it, and the adapters. Raises `ZslError`."""
+    """Resolve the model named, or else that of the adapters; return it, and the adapters. Raises `ZslError`.
+
+    Shows on a terminal that it is being loaded, which may take minutes.
+    """
     from zsl.cli.model_of_adapters import model_of
     from zsl.models.reference import resolve
     from zsl.training.directory.trained import find_trained
@@ -61,23 +72,52 @@ def find_model(model: str | None, adapters: Sequence[Path]) -> tuple[ModelRefere
     if not adapters:
         if model is None:
             raise ConfigError("name a model with --model, or an adapter with --adapter")
+        _tell_of_loading(model)
         return resolve(model), None
+    _tell_of_loading(model or ", ".join(map(str, adapters)))
     trained = find_trained(adapters)
     return model_of(trained, model), trained
 
 
+def _tell_of_loading(name: str) -> None:
+    if sys.stderr is not None and sys.stderr.isatty():
+        tell(f"{click.get_current_context().command_path}: loading {name}")
+
+
 def opened(
-    reference: ModelReference,
-    *,
-    server: str | None,
-    server_key: str | None,
-    client_key: str | None,
-    cut: str | None,
-    dtype: str | None,
+    reference: ModelReference, embedded: EmbeddedTrunk | None, *, dtype: str | None, **trunk: str | None
 ) -> AbstractContextManager[OpenModel]:
-    """Open the model through the trunk that the options name."""
+    """Open the model through the trunk that the options name, or the embedded one that `loading_trunk` has begun."""
     from zsl.serving.open_model import open_model
+
+    return open_model(reference, _table(**trunk), dtype=dtype or DEFAULT_DTYPE, embedded=embedded)
+
+
+def loading_trunk(
+    model: str | None, *, debug: bool, dtype: str | None, **trunk: str | None
+) -> AbstractContextManager[EmbeddedTrunk | None]:
+    """Do as `beside_imports`, for the trunk that the options name."""
+    return beside_imports(_table(**trunk), model, dtype or DEFAULT_DTYPE, debug=debug)
+
+
+@contextmanager
+def beside_imports(table: TrunkTable, model: str | None, dtype: str, *, debug: bool) -> Iterator[EmbeddedTrunk | None]:
+    """Load the embedded trunk of a model that is named, if no daemon is, beside the slow imports of this process.
+
+    They are done quietly, with threads that spin little.
+    """
+    from zsl.training.run.embedded_trunk import embedded_trunk
+
+    limit_spinning(os.environ)
+    with ExitStack() as stack:
+        embedded = None
+        if model is not None and table.endpoint is None:
+            embedded = stack.enter_context(embedded_trunk(table, model, dtype))
+        quiet_libraries(debug=debug)
+        yield embedded
+
+
+def _table(*, server: str | None, server_key: str | None, client_key: str | None, cut: str | None) -> TrunkTable:
     from zsl.training.config.config import TrunkTable
 
-    table = TrunkTable(endpoint=server, server_key=server_key, client_key=client_key, cut=cut)
-    return open_model(reference, table, dtype=dtype or "float32")
+    return TrunkTable(endpoint=server, server_key=server_key, client_key=client_key, cut=cut)

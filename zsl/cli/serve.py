@@ -10,10 +10,8 @@ from typing import Any
 import click
 
 from zsl.cli.errors import check_installed, log_lines, one_line_errors, say, stop_on_sigterm
-from zsl.cli.model_options import find_model, model_options, opened
-from zsl.cli.quiet import quiet_libraries
+from zsl.cli.model_options import find_model, loading_trunk, model_options, opened
 from zsl.errors import ConfigError, StartupError
-from zsl.trunk.openmp import limit_spinning
 
 KEY_VARIABLE = "ZSL_API_KEY"
 
@@ -104,9 +102,8 @@ def serve(
         raise_file_limit()
         listening, endpoint = listen(host, port)
         address = f"{endpoint.replace('tcp', 'http', 1)}/v1"
-        with listening:  # a port in use fails before the model is loaded
-            limit_spinning(os.environ)
-            quiet_libraries(debug=debug)
+        # A port in use fails before the model is loaded.
+        with listening, loading_trunk(model, debug=debug, **trunk) as embedded:
             reference, _ = find_model(model, list(places.values()))
             if reference.text in places:
                 raise ConfigError(f"--adapter {reference.text}: the model itself has that name")
@@ -115,7 +112,7 @@ def serve(
             from zsl.serving.generation_jobs import ServedModels
             from zsl.training.directory.trained import find_trained
 
-            with opened(reference, **trunk) as open_model:
+            with opened(reference, embedded, **trunk) as open_model:
                 named = {name: find_trained([place]) for name, place in places.items()}
                 models = {reference.text: open_model.base, **open_model.copies(named)}
                 served = ServedModels(models, tokenizer, open_model.context_tokens, max_tokens)

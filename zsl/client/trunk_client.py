@@ -89,7 +89,7 @@ class TrunkClient:
     @property
     def replays(self) -> int:
         """Number of requests sent again because a connection or a daemon was lost."""
-        return self._connection.replays
+        return self.traffic.replays
 
     @property
     def traffic(self) -> Traffic:

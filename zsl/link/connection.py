@@ -19,6 +19,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from copy import copy
 from itertools import count
 from queue import Empty, SimpleQueue
@@ -106,11 +107,6 @@ class Connection:
         if self._welcome is None:
             raise self._not_open()
         return self._welcome
-
-    @property
-    def replays(self) -> int:
-        """Number of requests sent again."""
-        return self.traffic.replays
 
     @property
     def traffic(self) -> Traffic:
@@ -244,10 +240,8 @@ class Connection:
             if self._ended_by is not None:
                 return False
             self._commands.append(command)
-            try:
+            with suppress(BlockingIOError):  # the pipe is full of wake-ups already
                 os.write(self._wake_write, b"\0")
-            except BlockingIOError:
-                pass  # the pipe is full of wake-ups already
             self._wanted.put(None)
             return True
 
@@ -272,10 +266,8 @@ class Connection:
     def _wait(self, link: Link) -> None:
         """Wait for something to do, and empty the pipe of wake-ups, whose commands are queued."""
         if link.wait(self._wake_read):
-            try:
+            with suppress(BlockingIOError):
                 os.read(self._wake_read, 4096)
-            except BlockingIOError:
-                pass
 
     def _advance(self, link: Link, pending: Pending | None = None) -> None:
         """Run queued commands and one turn of the link. Raises `ZslError` if the link cannot go on."""

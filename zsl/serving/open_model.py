@@ -22,6 +22,7 @@ from zsl.training.config.config import TrunkTable
 from zsl.training.directory.trained import Trained
 from zsl.training.run.limits import context_tokens
 from zsl.training.run.open_trunk import check_keys_are_for_a_daemon, open_trunk
+from zsl.trunk.daemon.embedded import EmbeddedTrunk
 from zsl.wire.messages import Quantization
 
 
@@ -81,11 +82,15 @@ def open_model(
     *,
     dtype: str,
     quantize: Quantization | None = None,
+    embedded: EmbeddedTrunk | None = None,
 ) -> Iterator[OpenModel]:
-    """Load the client's part of a model, and open its trunk for as long as the context lasts. Raises `ZslError`."""
+    """Load the client's part of a model, and open its trunk for as long as the context lasts. Raises `ZslError`.
+
+    `embedded`: the trunk of a table without `endpoint`, if it was started already.
+    """
     check_keys_are_for_a_daemon(table)
     cut = parse_cut(table.cut) if table.cut else None
     with ExitStack() as stack:
-        trunk, _ = open_trunk(table, reference.text, dtype, stack)
+        trunk, _ = open_trunk(table, reference.text, dtype, stack, embedded)
         base = load_client(reference, trunk, cut=cut, dtype=getattr(torch, dtype), quantize=quantize).eval()
         yield OpenModel(reference, base, trunk)

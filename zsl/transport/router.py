@@ -20,7 +20,7 @@ from types import MappingProxyType
 
 from zsl.errors import StartupError
 from zsl.transport.connection_digest import digest_at_server
-from zsl.transport.connection_places import those_to_go
+from zsl.transport.connection_places import Places
 from zsl.transport.curve_keys import KeyPair
 from zsl.transport.listening import listen, most_connections
 from zsl.transport.mechanisms import Curve, Mechanism, Null
@@ -42,7 +42,6 @@ STRANGER_MESSAGE_BYTES = 32 * 1024
 STRANGER_SECONDS = 30.0  # of silence
 ACCEPTED_PER_TURN = 16
 HOUSEKEEPING_SECONDS = 1.0
-WARNING_SECONDS = 10.0
 
 # Arguments: peer, tenant's public key ("" without keys), frames.
 Receiver = Callable[[bytes, str, list[Frame]], None]
@@ -73,7 +72,7 @@ class Router:
         self._allowed = allowed
         self._clock = clock
         self._send_hwm_messages = send_hwm_messages
-        self._max_connections = min(max_connections, most_connections())
+        self._places = Places(min(max_connections, most_connections()), clock)
         self.memory = ReceivingMemory(max_receiving_bytes)
         frame_bytes = max(max_message_bytes, MAX_HEADER_BYTES + 1)
         frames = 4 * (HEAD_FRAMES + MAX_TENSORS)  # more than valid messages have, so that a few too many get an ERROR
@@ -98,8 +97,6 @@ class Router:
             clock=clock,
         )
         self._housekeeping: asyncio.Handle | None = None
-        self._turned_away = 0
-        self._warned_at = float("-inf")
 
     @property
     def connections(self) -> Mapping[bytes, Connection]:
@@ -303,28 +300,12 @@ class Router:
                 return
             except OSError as error:
                 logger.warning("a connection could not be accepted: %s", error.strerror)
-                self._make_place()
+                self._places.make(self._strangers)
                 return
-            if len(self._connections) >= self._max_connections and not self._make_place():
+            if len(self._connections) >= self._places.number and not self._places.make(self._strangers):
                 accepted.close()
                 continue
             self._open(accepted, str(address[0]))
-
-    def _make_place(self) -> bool:
-        """Close some strangers to make place. Return False without strangers."""
-        to_go = those_to_go(self._strangers, max(1, self._max_connections // 64))
-        for stranger in to_go:
-            stranger.close("another one needs its place")
-        self._turned_away += max(len(to_go), 1)
-        if self._clock() - self._warned_at >= WARNING_SECONDS:
-            logger.warning(
-                "all %d connections are taken: %d %s",
-                self._max_connections,
-                self._turned_away,
-                f"without a session were cut, the last one from {to_go[-1].address}" if to_go else "turned away",
-            )
-            self._turned_away, self._warned_at = 0, self._clock()
-        return bool(to_go)
 
     def _open(self, accepted: socket.socket, address: str) -> None:
         assert self._loop is not None

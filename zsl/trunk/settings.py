@@ -191,10 +191,10 @@ def check_wanted(info: TrunkInfo, hello: Hello) -> None:
 
 def _difference(served: ModelIdentity, wanted: ModelIdentity) -> str:
     """Describe the first difference between two identities, readable fields before digests."""
-    for name in ("model_type", "layers", "hidden_size"):
-        ours, theirs = getattr(served, name), getattr(wanted, name)
+    for name, text in (("model_type", "type {}"), ("layers", "{} layers"), ("hidden_size", "hidden size {}")):
+        ours, theirs = text.format(getattr(served, name)), text.format(getattr(wanted, name))
         if ours != theirs:
-            return f"this daemon serves a model with {name} {ours}, the client has {theirs}: load the same model"
+            return f"this daemon serves a model of {ours}, the client's is of {theirs}: load the same model"
     if served.weights_digest != wanted.weights_digest:
         what, ours, theirs = "other weights", served.weights_digest, wanted.weights_digest
     else:

@@ -69,7 +69,8 @@ def train_from_config(
         stack.enter_context(held(directory))
         if config.resume_from is None:
             refuse_another_run(directory, record)  # before anything is loaded
-        if sys.stderr.isatty() and not arguments.disable_tqdm:  # the output below appears only after loading
+        # The output below appears only after loading.
+        if sys.stderr is not None and sys.stderr.isatty() and not arguments.disable_tqdm:
             print(f"zsl-train: loading {config.model.name}", file=sys.stderr)
         reference = resolve(config.model.name)
         check_can_be_split(reference.config)

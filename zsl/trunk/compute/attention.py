@@ -24,6 +24,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from zsl.trunk.compute.attention_by_scores import Biases, attend_by_scores
 from zsl.trunk.compute.keys_and_values import PackedCaches
 
 IMPLEMENTATION = "zsl_segments"
@@ -85,7 +86,7 @@ class _Active:
     layout: Layout | PackedCaches | None  # None: unpacked rows
     # Shared by all layers of a pass, and freed with it: those of a long row would be memory that no session accounts
     # for.
-    biases: dict[tuple[object, ...], torch.Tensor] = field(default_factory=dict)
+    biases: Biases = field(default_factory=dict)
     starts: list[torch.Tensor] = field(default_factory=list)
 
 
@@ -235,7 +236,8 @@ def _attend(
     slow = flash_is_slow(query.dtype, query.device) and query.shape[2] == key.shape[2] <= MAX_SCORES_LENGTH
     if own == "sdpa" and (invariant or slow) and arguments.get("position_bias") is None:
         causal = _is_causal(module, arguments)
-        return _attend_by_scores(query, key, value, mask, _scale(query, arguments), causal).transpose(1, 2)
+        scale, biases = _scale(query, arguments), _active.get().biases
+        return attend_by_scores(query, key, value, mask, scale, causal, biases).transpose(1, 2)
     attended: torch.Tensor
     if own == "eager":
         # The default function in the family's modeling file.
@@ -308,51 +310,6 @@ def _starts(groups: tuple[Group, ...], device: torch.device) -> torch.Tensor:
     """Return the start index of each sequence and the end of the last, `[sequences + 1]`, int32."""
     lengths = [group.length for group in groups for _ in range(group.count)]
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
-
-
-def _attend_by_scores(
-    query: torch.Tensor,  # [rows, heads, length, dim]
-    key: torch.Tensor,  # [rows, key heads, length, dim]
-    value: torch.Tensor,
-    mask: torch.Tensor | None,  # [rows or 1, 1, length, length], bool
-    scale: float,
-    causal: bool,
-) -> torch.Tensor:
-    """Compute `scaled_dot_product_attention` by an explicit matrix of scores: `[rows, heads, length, dim]`."""
-    rows, heads, length, dim = query.shape
-    key_heads = key.shape[1]
-    shared = heads // key_heads  # query heads per key head: stacked as rows of one matrix product
-    # [rows * key heads, shared * length, dim]
-    query = query.reshape(rows * key_heads, shared * length, dim)
-    key = key.reshape(rows * key_heads, length, dim)
-    value = value.reshape(rows * key_heads, length, value.shape[-1])
-    blind = None
-    if mask is None:
-        biases, form = _active.get().biases, (length, shared, causal, query.dtype, query.device)
-        bias = biases.get(form)
-        if bias is None:
-            bias = biases[form] = _bias_without_mask(length, shared, causal, query.dtype, query.device)
-    else:
-        blind = ~mask.any(-1, keepdim=True)  # [rows or 1, 1, length, 1]: tokens with all keys masked
-        bias = torch.zeros(mask.shape, dtype=query.dtype, device=mask.device)
-        bias = bias.masked_fill(~(mask | blind), float("-inf"))[:, 0].repeat(1, shared, 1)
-        if bias.shape[0] > 1:
-            bias = bias.repeat_interleave(key_heads, 0)
-    scores = torch.baddbmm(bias, query, key.transpose(1, 2), alpha=scale)
-    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
-    attended = torch.bmm(weights, value).view(rows, heads, length, -1)
-    # As in sdpa, a token with all keys masked gets zeros.
-    return attended if blind is None else attended.masked_fill(blind, 0)
-
-
-def _bias_without_mask(
-    length: int, shared: int, causal: bool, dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
-    """Return the additive mask, 0 for visible and -inf for hidden keys: `[1, shared * length, length]`."""
-    bias = torch.zeros(length, length, dtype=dtype, device=device)
-    if causal:
-        bias.masked_fill_(torch.ones_like(bias, dtype=torch.bool).triu(1), float("-inf"))
-    return bias.repeat(shared, 1).unsqueeze(0)
 
 
 AttentionInterface.register(IMPLEMENTATION, _attention)

@@ -15,7 +15,7 @@ import torch
 from zsl.errors import InternalError, OutOfMemoryError, UnknownSumError, WireError
 from zsl.trunk.compute.adapters import FlatGradients, PassAdapters, SeparateAdapters, Span, request_adapter
 from zsl.trunk.compute.gradient_sums import add_to_sums
-from zsl.trunk.compute.keys_and_values import KeysAndValues, PackedCaches
+from zsl.trunk.compute.keys_and_values import KeysAndValues, packed_caches
 from zsl.trunk.compute.loaded_adapter import loaded
 from zsl.trunk.compute.merged_adapters import MergedAdapters
 from zsl.trunk.compute.packing import MergedPass, alone, packed, packed_behind_caches, stacked
@@ -111,7 +111,7 @@ class TorchCompute:
         # The backward of a kept graph says whether it needs gradients of adapters.
         adapters, reveals = self._adapters(works, merged, trained=range(len(works))), works[0].reveals
         caches = [self._cache(work) for work in works]
-        behind = caches[0] if len(works) == 1 else _packed_caches(caches, parts)
+        behind = caches[0] if len(works) == 1 else packed_caches(caches, parts)
         with self.trunk.adapted(adapters), self.trunk.behind(behind), self.trunk.revealing(reveals) as revealed:
             if all(keep.has_graph for keep in keeps):
                 graph, linear_outputs = self.trunk.graph_to_keep(merged.inputs, with_linear_outputs=with_linear_outputs)
@@ -323,15 +323,6 @@ def _trained(works: Sequence[Work]) -> list[int]:
 
 def _sequences(part: Pass, work: Work) -> Sequences:
     return part if isinstance(part, Sequences) else sequences_of(part, work.shape)
-
-
-def _packed_caches(caches: Sequence[KeysAndValues | None], parts: Sequence[Pass]) -> PackedCaches | None:
-    """Return the caches of requests that share a packed row; None if they have none."""
-    those = [cache for cache in caches if cache is not None]
-    if not those:
-        return None
-    shapes = tuple((part.rows, part.tokens) for part in parts)
-    return PackedCaches(tuple(those), shapes, tuple(_rows(part).attention_mask for part in parts))
 
 
 def _rows(part: Pass) -> Rows:

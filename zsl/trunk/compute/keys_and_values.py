@@ -22,6 +22,7 @@ from transformers.cache_utils import (
 
 from zsl.errors import UnknownCacheError
 from zsl.trunk.compute.growing_layers import GrowingLayer, GrowingWindowLayer
+from zsl.trunk.compute.passes import Pass, Rows
 from zsl.trunk.costs import CacheMemory
 from zsl.wire.messages import Cut
 
@@ -114,6 +115,15 @@ class PackedCaches:
     def in_one_row(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
         """Join `[rows, tokens, heads, dim]` of each request to `[1, all tokens, heads, dim]`."""
         return torch.cat([part if part.shape[0] == 1 else part.flatten(0, 1).unsqueeze(0) for part in parts], 1)
+
+
+def packed_caches(caches: Sequence[KeysAndValues | None], parts: Sequence[Pass]) -> PackedCaches | None:
+    """Return the caches of requests that share a packed row; None if they have none."""
+    those = tuple(cache for cache in caches if cache is not None)
+    if not those:
+        return None
+    masks = tuple(part.attention_mask for part in parts if isinstance(part, Rows))
+    return PackedCaches(those, tuple((part.rows, part.tokens) for part in parts), masks)
 
 
 class _PackedLayer(DynamicLayer):
