@@ -14,7 +14,7 @@ import click
 
 from zsl.cli.errors import one_line_errors, say, tell
 from zsl.cli.generate import cut_off, sampling_options
-from zsl.cli.model_options import adapter_option, find_model, loading_trunk, model_options, opened
+from zsl.cli.model_options import adapter_option, find_model, model_options, opener
 from zsl.generation.pieces import Piece
 from zsl.link.cancellation import Cancellation
 
@@ -46,45 +46,44 @@ def chat(
       zsl chat --adapter runs/smollm2 --server trunk.example:5555 \\
           --system "Answer in one sentence." --temperature 0.7
     """
-    with one_line_errors("zsl chat", debug=debug):
-        with loading_trunk(model, debug=debug, **trunk) as embedded:
-            reference, trained = find_model(model, [adapter] if adapter else [])
-            tokenizer = reference.tokenizer()
+    with one_line_errors("zsl chat", debug=debug), opener(model, debug=debug, **trunk) as open_model:
+        reference, trained = find_model(model, [adapter] if adapter else [])
+        tokenizer = reference.tokenizer()
 
-            from zsl.generation.generate import generate
-            from zsl.generation.prompts import room_for_answer, tokens_of_chat
-            from zsl.generation.reuse import Reusable
-            from zsl.generation.sampling import Sampling
+        from zsl.generation.generate import generate
+        from zsl.generation.prompts import room_for_answer, tokens_of_chat
+        from zsl.generation.reuse import Reusable
+        from zsl.generation.sampling import Sampling
 
-            messages = [{"role": "system", "content": system}] if system else []
-            # Raises for a missing template.
-            tokens_of_chat(tokenizer, [*messages, {"role": "user", "content": "Hello"}])
-            with opened(reference, embedded, **trunk) as open_model:
-                used = open_model.with_adapter(trained)
-                reusable = Reusable()
-                for line in _lines():
-                    messages.append({"role": "user", "content": line})
-                    tokens = tokens_of_chat(tokenizer, messages)
-                    limit = room_for_answer(len(tokens), open_model.context_tokens, None, default=max_tokens)
+        messages = [{"role": "system", "content": system}] if system else []
+        # Raises for a missing template.
+        tokens_of_chat(tokenizer, [*messages, {"role": "user", "content": "Hello"}])
+        with open_model(reference) as opened:
+            used = opened.with_adapter(trained)
+            reusable = Reusable()
+            for line in _lines():
+                messages.append({"role": "user", "content": line})
+                tokens = tokens_of_chat(tokenizer, messages)
+                limit = room_for_answer(len(tokens), opened.context_tokens, None, default=max_tokens)
 
-                    def show(piece: Piece) -> None:
-                        say(piece.text, nl=False)
+                def show(piece: Piece) -> None:
+                    say(piece.text, nl=False)
 
-                    with _stopped_by_ctrl_c() as stopped:
-                        made = generate(
-                            used,
-                            tokenizer,
-                            tokens,
-                            max_tokens=limit,
-                            sampling=Sampling(temperature, top_p, seed),
-                            on_piece=show,
-                            cancellation=stopped,
-                            reusable=reusable,
-                        )
-                    say("")
-                    for line in cut_off(made, max_tokens):
-                        tell(f"({line})")
-                    messages.append({"role": "assistant", "content": made.text})
+                with _stopped_by_ctrl_c() as stopped:
+                    made = generate(
+                        used,
+                        tokenizer,
+                        tokens,
+                        max_tokens=limit,
+                        sampling=Sampling(temperature, top_p, seed),
+                        on_piece=show,
+                        cancellation=stopped,
+                        reusable=reusable,
+                    )
+                say("")
+                for line in cut_off(made, max_tokens):
+                    tell(f"({line})")
+                messages.append({"role": "assistant", "content": made.text})
 
 
 def _lines() -> Iterator[str]:

@@ -10,8 +10,9 @@ from typing import Any
 
 import click
 
+from zsl.cli.beside_imports import beside_imports
 from zsl.cli.errors import one_line_errors, say, stop_on_sigterm
-from zsl.cli.model_options import adapter_option, beside_imports, find_model, model_options
+from zsl.cli.model_options import adapter_option, find_model, model_options
 from zsl.errors import ConfigError, StartupError
 
 

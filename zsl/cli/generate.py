@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from zsl.cli.errors import one_line_errors, say, stop_on_sigterm, tell
-from zsl.cli.model_options import adapter_option, find_model, loading_trunk, model_options, opened
+from zsl.cli.model_options import adapter_option, find_model, model_options, opener
 from zsl.errors import ConfigError
 from zsl.generation.pieces import Generated, Piece
 
@@ -73,7 +73,7 @@ def generate(
     with one_line_errors("zsl generate", debug=debug):
         text = _prompt(prompt, file)
         stop_on_sigterm()
-        with loading_trunk(model, debug=debug, **trunk) as embedded:
+        with opener(model, debug=debug, **trunk) as open_model:
             reference, trained = find_model(model, [adapter] if adapter else [])
             tokenizer = reference.tokenizer()
 
@@ -82,9 +82,9 @@ def generate(
             from zsl.generation.sampling import Sampling
 
             tokens = tokens_of_text(tokenizer, text)
-            with opened(reference, embedded, **trunk) as open_model:
-                limit = room_for_answer(len(tokens), open_model.context_tokens, None, default=max_tokens)
-                used = open_model.with_adapter(trained)
+            with open_model(reference) as opened:
+                limit = room_for_answer(len(tokens), opened.context_tokens, None, default=max_tokens)
+                used = opened.with_adapter(trained)
                 times = [time.perf_counter()]
 
                 def show(piece: Piece) -> None:

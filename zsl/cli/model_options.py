@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from zsl.cli.beside_imports import beside_imports
 from zsl.cli.errors import tell
-from zsl.cli.quiet import quiet_libraries
 from zsl.errors import ConfigError
 from zsl.models.dtypes import DTYPES
-from zsl.trunk.openmp import limit_spinning
 
 if TYPE_CHECKING:
     from zsl.models.reference import ModelReference
     from zsl.serving.open_model import OpenModel
-    from zsl.training.config.config import TrunkTable
     from zsl.training.directory.trained import Trained
-    from zsl.trunk.daemon.embedded import EmbeddedTrunk
 
-DEFAULT_DTYPE = "float32"
+    Opener = Callable[[ModelReference], AbstractContextManager[OpenModel]]
 
 _OPTIONS = (
     click.option("--model", metavar="REF", help="The model, as zsl-train takes it.  [default: that of the adapter]"),
@@ -54,7 +50,7 @@ def out_option(what: str) -> Callable[..., Any]:
 
 
 def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options of the model and of its trunk, which `opened` takes."""
+    """Add the options of the model and of its trunk, which `opener` takes."""
     for option in reversed(_OPTIONS):
         command = option(command)
     return command
@@ -84,40 +80,27 @@ def _tell_of_loading(name: str) -> None:
         tell(f"{click.get_current_context().command_path}: loading {name}")
 
 
-def opened(
-    reference: ModelReference, embedded: EmbeddedTrunk | None, *, dtype: str | None, **trunk: str | None
-) -> AbstractContextManager[OpenModel]:
-    """Open the model through the trunk that the options name, or the embedded one that `loading_trunk` has begun."""
-    from zsl.serving.open_model import open_model
-
-    return open_model(reference, _table(**trunk), dtype=dtype or DEFAULT_DTYPE, embedded=embedded)
-
-
-def loading_trunk(
-    model: str | None, *, debug: bool, dtype: str | None, **trunk: str | None
-) -> AbstractContextManager[EmbeddedTrunk | None]:
-    """Do as `beside_imports`, for the trunk that the options name."""
-    return beside_imports(_table(**trunk), model, dtype or DEFAULT_DTYPE, debug=debug)
-
-
 @contextmanager
-def beside_imports(table: TrunkTable, model: str | None, dtype: str, *, debug: bool) -> Iterator[EmbeddedTrunk | None]:
-    """Load the embedded trunk of a model that is named, if no daemon is, beside the slow imports of this process.
-
-    They are done quietly, with threads that spin little.
-    """
-    from zsl.training.run.embedded_trunk import embedded_trunk
-
-    limit_spinning(os.environ)
-    with ExitStack() as stack:
-        embedded = None
-        if model is not None and table.endpoint is None:
-            embedded = stack.enter_context(embedded_trunk(table, model, dtype))
-        quiet_libraries(debug=debug)
-        yield embedded
-
-
-def _table(*, server: str | None, server_key: str | None, client_key: str | None, cut: str | None) -> TrunkTable:
+def opener(
+    model: str | None,
+    *,
+    server: str | None,
+    server_key: str | None,
+    client_key: str | None,
+    cut: str | None,
+    dtype: str | None,
+    debug: bool,
+) -> Iterator[Opener]:
+    """Yield the function that opens a model through the trunk that the options name; their own begins to load now."""
     from zsl.training.config.config import TrunkTable
 
-    return TrunkTable(endpoint=server, server_key=server_key, client_key=client_key, cut=cut)
+    table = TrunkTable(endpoint=server, server_key=server_key, client_key=client_key, cut=cut)
+    dtype = dtype or "float32"
+    with beside_imports(table, model, dtype, debug=debug) as embedded:
+
+        def opened(reference: ModelReference) -> AbstractContextManager[OpenModel]:
+            from zsl.serving.open_model import open_model
+
+            return open_model(reference, table, dtype=dtype, embedded=embedded)
+
+        yield opened

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from zsl.cli.errors import check_installed, log_lines, one_line_errors, say, stop_on_sigterm
-from zsl.cli.model_options import find_model, loading_trunk, model_options, opened
+from zsl.cli.model_options import find_model, model_options, opener
 from zsl.errors import ConfigError, StartupError
 
 KEY_VARIABLE = "ZSL_API_KEY"
@@ -103,7 +103,7 @@ def serve(
         listening, endpoint = listen(host, port)
         address = f"{endpoint.replace('tcp', 'http', 1)}/v1"
         # A port in use fails before the model is loaded.
-        with listening, loading_trunk(model, debug=debug, **trunk) as embedded:
+        with listening, opener(model, debug=debug, **trunk) as open_model:
             reference, _ = find_model(model, list(places.values()))
             if reference.text in places:
                 raise ConfigError(f"--adapter {reference.text}: the model itself has that name")
@@ -112,10 +112,10 @@ def serve(
             from zsl.serving.generation_jobs import ServedModels
             from zsl.training.directory.trained import find_trained
 
-            with opened(reference, embedded, **trunk) as open_model:
+            with open_model(reference) as opened:
                 named = {name: find_trained([place]) for name, place in places.items()}
-                models = {reference.text: open_model.base, **open_model.copies(named)}
-                served = ServedModels(models, tokenizer, open_model.context_tokens, max_tokens)
+                models = {reference.text: opened.base, **opened.copies(named)}
+                served = ServedModels(models, tokenizer, opened.context_tokens, max_tokens)
                 server = make_server(
                     list(models),
                     served.prepare,

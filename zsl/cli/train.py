@@ -11,11 +11,10 @@ from typing import Any
 import click
 
 import zsl
+from zsl.cli.beside_imports import beside_imports
 from zsl.cli.broken_output import shown_while_it_can_be
 from zsl.cli.errors import Command, check_installed, log_lines, one_line_errors, stop_on_sigterm
-from zsl.cli.quiet import quiet_libraries
 from zsl.errors import ConfigError
-from zsl.trunk.openmp import limit_spinning
 
 # The table and key of the configuration that each option sets.
 FLAGS = {
@@ -145,7 +144,6 @@ def train(
     """
     with one_line_errors("zsl-train", debug=debug):
         from zsl.training.config.config import read_config, where_of
-        from zsl.training.run.embedded_trunk import embedded_trunk
 
         refuse_several_processes(os.environ)
         check_installed("datasets", "matplotlib")
@@ -160,15 +158,11 @@ def train(
             overrides["train"]["disable_tqdm"] = True
         checked = read_config(config, settings=settings, overrides=overrides)
 
-        limit_spinning(os.environ)
         stop_on_sigterm()  # as Ctrl-C: saves the adapters
         log_lines("zsl-train")
         with contextlib.ExitStack() as stack:
-            embedded = None
-            if checked.trunk.endpoint is None:  # it loads beside this process's imports
-                model = checked.model
-                embedded = stack.enter_context(embedded_trunk(checked.trunk, model.name, model.dtype))
-            quiet_libraries(debug=debug)
+            model = checked.model
+            embedded = stack.enter_context(beside_imports(checked.trunk, model.name, model.dtype, debug=debug))
             from zsl.training.run.run import train_from_config
 
             if quiet:

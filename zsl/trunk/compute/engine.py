@@ -19,7 +19,7 @@ from zsl.trunk.compute.keys_and_values import KeysAndValues, packed_caches
 from zsl.trunk.compute.loaded_adapter import loaded
 from zsl.trunk.compute.merged_adapters import MergedAdapters
 from zsl.trunk.compute.packing import MergedPass, alone, packed, packed_behind_caches, stacked
-from zsl.trunk.compute.passes import Pass, Rows, Sequences, sequences_of
+from zsl.trunk.compute.passes import Pass, Rows, Sequences, as_rows, sequences_of
 from zsl.trunk.compute.stacked_adapters import Companies
 from zsl.trunk.compute.stash import (
     TorchStash,
@@ -256,9 +256,9 @@ class TorchCompute:
             return packed(sequences, shapes, pass_tokens=self._pass_tokens)
         if isinstance(sharing, BehindCache) and shared:
             lengths = [0 if work.cache is None else work.cache.length for work in works]
-            return packed_behind_caches([_rows(part) for part in parts], lengths)
+            return packed_behind_caches([as_rows(part) for part in parts], lengths)
         if isinstance(sharing, Stacked) and shared:
-            return stacked([_rows(part) for part in parts])
+            return stacked([as_rows(part) for part in parts])
         (part,) = parts
         return alone(part)
 
@@ -323,12 +323,6 @@ def _trained(works: Sequence[Work]) -> list[int]:
 
 def _sequences(part: Pass, work: Work) -> Sequences:
     return part if isinstance(part, Sequences) else sequences_of(part, work.shape)
-
-
-def _rows(part: Pass) -> Rows:
-    if not isinstance(part, Rows):
-        raise TypeError("packed sequences cannot be stacked as rows")
-    return part
 
 
 def _own(tensor: torch.Tensor) -> torch.Tensor:

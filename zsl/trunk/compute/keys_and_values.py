@@ -22,7 +22,7 @@ from transformers.cache_utils import (
 
 from zsl.errors import UnknownCacheError
 from zsl.trunk.compute.growing_layers import GrowingLayer, GrowingWindowLayer
-from zsl.trunk.compute.passes import Pass, Rows
+from zsl.trunk.compute.passes import Pass, as_rows
 from zsl.trunk.costs import CacheMemory
 from zsl.wire.messages import Cut
 
@@ -122,8 +122,8 @@ def packed_caches(caches: Sequence[KeysAndValues | None], parts: Sequence[Pass])
     those = tuple(cache for cache in caches if cache is not None)
     if not those:
         return None
-    masks = tuple(part.attention_mask for part in parts if isinstance(part, Rows))
-    return PackedCaches(those, tuple((part.rows, part.tokens) for part in parts), masks)
+    shapes = tuple((part.rows, part.tokens) for part in parts)
+    return PackedCaches(those, shapes, tuple(as_rows(part).attention_mask for part in parts))
 
 
 class _PackedLayer(DynamicLayer):

@@ -64,6 +64,13 @@ class Sequences:
 Pass = Rows | Sequences
 
 
+def as_rows(part: Pass) -> Rows:
+    """Return a part that is rows. Raises `TypeError` for packed sequences."""
+    if not isinstance(part, Rows):
+        raise TypeError("packed sequences cannot be stacked as rows")
+    return part
+
+
 def sequences_of(rows: Rows, shape: Shape) -> Sequences:
     """Concatenate the sequences of a request's rows into one row, in order."""
     device = rows.activations.device

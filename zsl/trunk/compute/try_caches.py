@@ -10,7 +10,7 @@ import math
 import torch
 
 from zsl.trunk.compute.calibrate import SEED, Form, is_close, plain, random_request
-from zsl.trunk.compute.keys_and_values import KeysAndValues, PackedCaches
+from zsl.trunk.compute.keys_and_values import KeysAndValues, packed_caches
 from zsl.trunk.compute.packing import packed_behind_caches
 from zsl.trunk.compute.passes import Rows
 from zsl.trunk.compute.trunk_model import TrunkModel
@@ -57,10 +57,9 @@ def merges_caches(trunk: TrunkModel) -> bool:
         with trunk.behind(_cache_of(trunk, prompt)):
             alone.append(trunk.forward(part))
         caches.append(_cache_of(trunk, prompt))
-    shapes, masks = tuple((part.rows, part.tokens) for part in parts), tuple(part.attention_mask for part in parts)
     together = packed_behind_caches(parts, LENGTHS)
     try:
-        with trunk.behind(PackedCaches(tuple(caches), shapes, masks)):
+        with trunk.behind(packed_caches(caches, parts)):
             found = together.split(trunk.forward(together.inputs))
     except Exception:  # any error of the family's code on a packed row
         return False
