@@ -19,7 +19,7 @@ from unittest import mock
 from click import Command
 from click.testing import CliRunner
 
-from zsl.cli.model_options import opened
+from zsl.cli.model_options import opener
 from zsl.cli.train import train
 from zsl.cli.trunkd import trunkd
 from zsl.cli.zsl import zsl
@@ -122,7 +122,7 @@ class Reader:
         with (
             mock.patch("zsl.trunk.daemon.process.run_daemon", self._serve),
             mock.patch("zsl.trunk.daemon.log.set_up_logging"),
-            mock.patch("zsl.cli.serve.opened", self._opened),
+            mock.patch("zsl.cli.serve.opener", self._opener),
             mock.patch("zsl.serving.server.make_server", self._http_server),
         ):
             finished = CliRunner().invoke(program, arguments, prog_name=name, env=environment)
@@ -134,9 +134,10 @@ class Reader:
         host = "trunk.example" if options.host == "0.0.0.0" else options.host
         self._daemons[f"{host}:{options.port}"] = served
 
-    def _opened(self, *arguments: Any, **options: Any) -> Any:
-        """A model that stays open for as long as the page is read."""
-        return nullcontext(self._running.enter_context(opened(*arguments, **options)))
+    def _opener(self, *arguments: Any, **options: Any) -> Any:
+        """Opens a model that stays open for as long as the page is read."""
+        open_model = self._running.enter_context(opener(*arguments, **options))
+        return nullcontext(lambda reference: nullcontext(self._running.enter_context(open_model(reference))))
 
     def _http_server(self, *arguments: Any, on_ready: Any, **options: Any) -> Any:
         """Server of `zsl serve`, in a thread of this process."""
