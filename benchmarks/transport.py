@@ -1,8 +1,9 @@
 """Measure round trips of zsl's protocol, gRPC and a bare ZeroMQ echo over loopback TCP, without computing.
 
-Three echo servers, each in its own process. They take turns round by round, so that what else the machine does hits
-all alike; a ratio is the median over the ratios of the rounds. zsl and gRPC are timed from tensor to tensor, the bare
-echo from buffer to buffer. MB/s counts the payload once in each direction.
+Echo servers, each in its own process. They take turns in random order, round by round: what else the machine does hits
+all alike, and so does what the one before leaves in the caches. A ratio is the median over the ratios of the rounds.
+zsl and gRPC are timed from tensor to tensor, the bare echo from buffer to buffer. MB/s counts the payload once in each
+direction.
 
     python benchmarks/transport.py
     python benchmarks/transport.py --rounds 20          a short run
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 
 import click
 import torch
@@ -53,18 +55,18 @@ RoundTrip = Callable[[torch.Tensor], torch.Tensor]
 
 
 def measure(round_trips: dict[str, RoundTrip], tensor: torch.Tensor, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each round trip in each round. Who goes first changes from round to round."""
+    """Seconds of each round trip in each round, in another random order each."""
     for name, round_trip in round_trips.items():
         for _ in range(WARM_UP_ROUNDS):
             assert torch.equal(round_trip(tensor), tensor), f"{name} does not echo"
     seconds: dict[str, list[float]] = {name: [] for name in round_trips}
-    order = list(round_trips)
+    order, random = list(round_trips), Random(0)
     for _ in range(rounds):
+        random.shuffle(order)
         for name in order:
             began = time.perf_counter()
             round_trips[name](tensor)
             seconds[name].append(time.perf_counter() - began)
-        order.append(order.pop(0))
     return seconds
 
 
@@ -113,8 +115,7 @@ def main(rounds: int, out: Path) -> None:
             return f"127.0.0.1:{stack.enter_context(server_process(script, *arguments))['port']}"
 
         bare = stack.enter_context(BareClient(start("baselines/bare_zmq.py")))
-        echo = start("echo_trunk.py")
-        zsl, driven = (stack.enter_context(TrunkClient(echo)) for _ in range(2))
+        zsl, driven = (stack.enter_context(TrunkClient(start("echo_trunk.py"))) for _ in range(2))
         zsl.connect()
         driven.connect()
         grpc = stack.enter_context(GrpcTrunk(start("baselines/grpc_trunk.py", "--echo")))

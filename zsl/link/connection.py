@@ -1,10 +1,10 @@
 """Connection to a trunk daemon for any thread: submit a request and wait on its future, or call.
 
 One thread at a time drives the link (`zsl.link.link`), under a lock: the connection's I/O thread, or a caller that
-waits for its own request, which saves two thread switches. Without that a round trip of 2 kB takes 0.72 ms instead of
-0.67; at 0.8 MB and above nothing is gained (`bin/bench transport --rounds 100` on two cores, rows "zsl by thread" and
-"zsl"). Other threads append commands to a queue, and wake the driving thread by a pipe. All waits are bounded. Imports
-no torch.
+waits for its own request, which saves two thread switches. Without that a round trip of 2 kB takes 1.07 to 1.10 times
+as long; at 0.8 MB and above nothing is gained (`bin/bench transport` on two cores, rows "zsl by thread" and "zsl").
+Other threads append commands to a queue, and wake the driving thread by a pipe. All waits are bounded. Imports no
+torch.
 
 Ctrl-C may interrupt a caller anywhere, also while it drives. `_driving` is released in a `finally` that calls nothing
 before it; the next thread that drives finds `_torn` set, and makes the link start over.
