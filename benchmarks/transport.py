@@ -55,7 +55,7 @@ RoundTrip = Callable[[torch.Tensor], torch.Tensor]
 
 
 def measure(round_trips: dict[str, RoundTrip], tensor: torch.Tensor, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each round trip in each round, in another random order each."""
+    """Seconds of each round trip in each round. The order of a round is random."""
     for name, round_trip in round_trips.items():
         for _ in range(WARM_UP_ROUNDS):
             assert torch.equal(round_trip(tensor), tensor), f"{name} does not echo"
