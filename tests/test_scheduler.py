@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from zsl.trunk.costs import Costs, PassCost
 from zsl.trunk.scheduling.jobs import Job
 from zsl.trunk.scheduling.scheduler import AGED_BATCH_EVERY, Scheduler
 from zsl.trunk.work import Kind
@@ -264,6 +265,21 @@ def test_a_class_alone_has_every_pass_and_owes_none_to_the_one_that_was_idle(bus
         scheduler.charge(batch, 0.1, 0.0)
         served += [one.kind for one in batch]
     assert 9 <= served.count(busy) <= 11
+
+
+@pytest.mark.parametrize("kind", [Kind.DECODE, Kind.FORWARD])
+def test_nothing_is_delayed_to_merge_while_the_other_class_has_work(kind: Kind) -> None:
+    cost = PassCost(0.1, 0.001)
+    scheduler = Scheduler(max_batch_tokens=BUDGET, costs=Costs(cost, cost, cost, saved_by_shared_decode_seconds=0.1))
+    for turn in range(10):  # it learns that "b" comes 0.01 s after its answer
+        scheduler.add(job("b", kind=kind), float(turn))
+        scheduler.charge(scheduler.take_batch(float(turn)), 0.1, turn + 0.99)
+    scheduler.add(job("a", kind=kind), 10.0)
+    assert scheduler.take_batch(10.0) == [] and scheduler.waits_until is not None
+    (other,) = {Kind.DECODE, Kind.FORWARD} - {kind}
+    scheduler.add(job("c", kind=other), 10.0)
+    taken = [scheduler.take_batch(10.0), scheduler.take_batch(10.0)]
+    assert [one.kind for batch in taken for one in batch] == [Kind.DECODE, Kind.FORWARD][: 1 + (kind is Kind.DECODE)]
 
 
 @given(st.floats(0.02, 0.98), st.sampled_from([Kind.DECODE, Kind.BACKWARD]), st.integers(1, 5))

@@ -37,11 +37,15 @@ class PassCost:
 @dataclass(frozen=True, slots=True)
 class Costs:
     """Costs of a trunk: forward, backward from the kept graph, and backward from the kept outputs of the linear layers
-    (`zsl.trunk.compute.linear_outputs`), as in a merged backward."""
+    (`zsl.trunk.compute.linear_outputs`), as in a merged backward.
+
+    `saved_by_shared_decode_seconds`: by each decode step of one token that shares a pass.
+    """
 
     forward: PassCost
     backward: PassCost
     backward_from_linear_outputs: PassCost
+    saved_by_shared_decode_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -166,9 +166,9 @@ def measure_costs(trunk: TrunkModel, clock: Callable[[], float] = time.perf_coun
         repeats = 0
         while repeats < COST_REPEATS or clock() - begun < COST_SECONDS:
             repeats += 1
-            graph, forward_seconds = _timed(lambda: trunk.graph(part), trunk.device, clock)  # noqa: B023
-            _, backward_seconds = _timed(lambda: graph.gradients(gradient), trunk.device, clock)  # noqa: B023
-            _, linear_outputs_seconds = _timed(
+            graph, forward_seconds = timed(lambda: trunk.graph(part), trunk.device, clock)  # noqa: B023
+            _, backward_seconds = timed(lambda: graph.gradients(gradient), trunk.device, clock)  # noqa: B023
+            _, linear_outputs_seconds = timed(
                 lambda: trunk.graph(part, linear_outputs).gradients(gradient),  # noqa: B023
                 trunk.device,
                 clock,
@@ -294,7 +294,7 @@ def _layer_bytes(layer: Layer, x: torch.Tensor, weights: Sequence[torch.Tensor])
     return peak_bytes(lambda: layer_gradients(layer, x, x, weights))
 
 
-def _timed(run: Callable[[], Timed], device: torch.device, clock: Callable[[], float]) -> tuple[Timed, float]:
+def timed(run: Callable[[], Timed], device: torch.device, clock: Callable[[], float]) -> tuple[Timed, float]:
     begun = clock()
     result = run()
     if device.type != "cpu":

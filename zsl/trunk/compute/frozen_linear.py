@@ -26,6 +26,11 @@ class FrozenLinear:
         return type(module) in (nn.Linear, Conv1D) or bits_of(module) is not None
 
     @property
+    def is_plain(self) -> bool:
+        """True for `nn.Linear`."""
+        return type(self._module) is nn.Linear
+
+    @property
     def features(self) -> tuple[int, int]:
         """Inputs and outputs."""
         if self.quantized:

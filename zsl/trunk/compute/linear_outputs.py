@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from zsl.models.quantize import gradient_at_input
 from zsl.trunk.compute.adapters import PassAdapters
+from zsl.trunk.compute.few_rows import swapped_linear
 from zsl.trunk.compute.frozen_linear import FrozenLinear
 
 # Overhead of a tensor beside its elements, with its references: 1,300 bytes on Linux.
@@ -77,6 +78,7 @@ class LinearLayers:
         self._layout: tuple[int, int] | None = None  # rows and tokens of the pass; None: compute normally
         self._recorded: list[tuple[torch.Tensor, int]] | None = None
         self._replayed: Iterator[torch.Tensor] = iter(())
+        self._most_swapped_rows = 0
         for path, module in modules:
             if not FrozenLinear.is_one(module):
                 continue
@@ -86,6 +88,8 @@ class LinearLayers:
             if layer.quantized:
                 at_input = partial(gradient_at_input, module)
                 compute = partial(_without_input, compute, at_input)
+            elif type(module) is nn.Linear:
+                compute = partial(self._linear, module, compute)
             patched.forward = partial(self._forward, path, compute, at_input)
 
     @contextmanager
@@ -116,6 +120,20 @@ class LinearLayers:
             yield
         finally:
             self.adapters = None
+
+    @contextmanager
+    def swapped(self, most_rows: int) -> Iterator[None]:
+        """Compute products of 2 to `most_rows` rows by `swapped_linear`."""
+        self._most_swapped_rows = most_rows
+        try:
+            yield
+        finally:
+            self._most_swapped_rows = 0
+
+    def _linear(self, module: nn.Linear, compute: Product, x: torch.Tensor) -> torch.Tensor:
+        if 2 <= x.numel() // x.shape[-1] <= self._most_swapped_rows:
+            return swapped_linear(x, module.weight, module.bias)
+        return compute(x)
 
     def _forward(self, path: str, compute: Product, at_input: Product, x: torch.Tensor) -> torch.Tensor:
         if self.adapters is None:

@@ -125,6 +125,7 @@ class TrunkModel:
         self._entering: torch.Tensor | None = None
         self._leaving: torch.Tensor | None = None
         self._attend: Callable[[], AbstractContextManager[None]] = nullcontext
+        self.most_swapped_rows = 0  # in passes of several caches (`zsl.trunk.compute.few_rows`)
         self.own_attention = model.config._attn_implementation == "sdpa" and flash_is_slow(self.dtype, self.device)
 
     @property
@@ -166,6 +167,11 @@ class TrunkModel:
     def linear_layers(self) -> Mapping[str, FrozenLinear]:
         """Linear layers, by path."""
         return self._linear_layers.by_path
+
+    @property
+    def linear_weights(self) -> list[torch.Tensor]:
+        """Weights `[out, in]` of the linear layers of type `nn.Linear`."""
+        return [layer.matrix() for layer in self.linear_layers.values() if layer.is_plain]
 
     @property
     def _adapters(self) -> PassAdapters | None:
@@ -308,7 +314,7 @@ class TrunkModel:
         routers = "router_logits" in self._revealing
         further: dict[str, Any] = {"output_router_logits": True} if routers else {}
         try:
-            with attend():
+            with attend(), self._linear_layers.swapped(0 if self._packed_caches is None else self.most_swapped_rows):
                 result = self.model(
                     inputs_embeds=placeholder,
                     attention_mask=mask,

@@ -1,4 +1,5 @@
-"""Try requests behind caches on a loaded trunk, at start: their outputs, their memory, and passes that they share.
+"""Try requests behind caches on a loaded trunk, at start: their outputs, their memory, the passes that they share, and
+the time that this saves.
 
 Runs a few passes with random inputs.
 """
@@ -6,10 +7,12 @@ Runs a few passes with random inputs.
 from __future__ import annotations
 
 import math
+import time
+from collections.abc import Callable
 
 import torch
 
-from zsl.trunk.compute.calibrate import SEED, Form, is_close, plain, random_request
+from zsl.trunk.compute.calibrate import SEED, Form, is_close, plain, random_request, timed
 from zsl.trunk.compute.keys_and_values import KeysAndValues, packed_caches
 from zsl.trunk.compute.packing import packed_behind_caches
 from zsl.trunk.compute.passes import Rows
@@ -20,6 +23,8 @@ from zsl.trunk.work import Shape
 # Requests behind caches of different lengths: one token, two padded rows, and one without a cache before it.
 FORMS = (plain(1, 1), Form(Shape(2, 2, (2, 2)), ((0, 0, 1, 1, 1, 1, 1), (1, 1, 1, 1, 1, 1, 1))), plain(1, 3))
 LENGTHS = (3, 5, 0)
+# Decode steps whose shared pass is timed, and the tokens behind which they are. The fastest of the repeats counts.
+DECODE_STEPS, DECODE_LENGTH, DECODE_REPEATS = 4, 16, 5
 
 
 def measure_cache_memory(trunk: TrunkModel) -> CacheMemory | None:
@@ -64,6 +69,27 @@ def merges_caches(trunk: TrunkModel) -> bool:
     except Exception:  # any error of the family's code on a packed row
         return False
     return all(is_close(ours, theirs, _tolerance(trunk)) for ours, theirs in zip(found, alone, strict=True))
+
+
+def measure_shared_decode(trunk: TrunkModel, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Measure the seconds that each decode step saves by sharing a pass with others; 0 if none."""
+    random = torch.Generator().manual_seed(SEED)
+    steps = [random_request(trunk, plain(1, 1), random) for _ in range(DECODE_STEPS)]
+    caches = [_cache_of(trunk, random_request(trunk, plain(1, DECODE_LENGTH), random)) for _ in steps]
+
+    def alone() -> torch.Tensor:
+        with trunk.behind(caches[0].behind(DECODE_LENGTH, None)):
+            return trunk.forward(steps[0])
+
+    def shared() -> torch.Tensor:
+        behind = [cache.behind(DECODE_LENGTH, None) for cache in caches]
+        with trunk.behind(packed_caches(behind, steps)):
+            return trunk.forward(packed_behind_caches(steps, [DECODE_LENGTH] * DECODE_STEPS).inputs)
+
+    alone_seconds, shared_seconds = (
+        min(timed(run, trunk.device, clock)[1] for _ in range(DECODE_REPEATS)) for run in (alone, shared)
+    )
+    return max((DECODE_STEPS * alone_seconds - shared_seconds) / (DECODE_STEPS - 1), 0.0)
 
 
 def _cache_of(trunk: TrunkModel, prompt: Rows) -> KeysAndValues:

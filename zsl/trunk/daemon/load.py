@@ -6,7 +6,7 @@ Used by the daemon, and by programs that serve a trunk from Python.
 from __future__ import annotations
 
 import gc
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -29,8 +29,9 @@ from zsl.trunk.compute.calibrate import (
     typical_adapter,
 )
 from zsl.trunk.compute.engine import TorchCompute
+from zsl.trunk.compute.few_rows import most_swapped_rows
 from zsl.trunk.compute.trunk_model import TrunkModel
-from zsl.trunk.compute.try_caches import measure_cache_memory, merges_caches
+from zsl.trunk.compute.try_caches import measure_cache_memory, measure_shared_decode, merges_caches
 from zsl.trunk.costs import UNKNOWN_COSTS, BatchLimits, batch_limits
 from zsl.trunk.malloc import give_back_freed_memory
 from zsl.trunk.settings import TrunkInfo, TrunkTraits
@@ -74,6 +75,8 @@ class TrunkPlan:
         except RuntimeError as error:
             raise StartupError(f"the trunk cannot be moved to {self.device}: {first_line(error)}") from error
         trunk = TrunkModel(model, self.cut)
+        if trunk.device.type == "cpu" and not deterministic:
+            trunk.most_swapped_rows = most_swapped_rows(trunk.linear_weights)
         routers = (0, 0)
         if "router_logits" in self.info.reveals:
             routers = trunk.routers()
@@ -98,6 +101,9 @@ class TrunkPlan:
         with_adapters = measure_graph_memory(trunk, adapter)
         cache_memory = measure_cache_memory(trunk)
         merges = not trunk.mixes_rows and limits.merge_below_tokens > 0
+        caches_merge = merges and forms.plain and cache_memory is not None and merges_caches(trunk)
+        if caches_merge and costs is not UNKNOWN_COSTS:
+            costs = replace(costs, saved_by_shared_decode_seconds=measure_shared_decode(trunk))
         traits = TrunkTraits(
             parameters=trunk.parameter_count,
             weight_bytes=sum(parameter.nbytes for parameter in model.parameters()),
@@ -121,7 +127,7 @@ class TrunkPlan:
                 for path, layer in trunk.linear_layers.items()
             },
             cache_memory=cache_memory,
-            merges_caches=merges and forms.plain and cache_memory is not None and merges_caches(trunk),
+            merges_caches=caches_merge,
         )
         if pass_memory_bytes is not None:
             # The resident size is the baseline of the growth: free what loading and calibration left.

@@ -6,8 +6,9 @@ delay brings them into phase.
 
 The idea is anticipatory scheduling (Iyer and Druschel, SOSP 2001: a disk that idles briefly because the next request
 will be near). The delay until a client's next job, and its kind, are estimated per client as TCP estimates round trips
-(Jacobson, 1988): a mean and a mean deviation. A delay is worthwhile if, by the means, it costs less than half of the
-fixed cost that the expected jobs save. It ends when they have arrived, or when one is overdue.
+(Jacobson, 1988): a mean and a mean deviation. A delay is worthwhile if, by the means, it is shorter than the time that
+is saved by the passes that the expected jobs would otherwise need: clients in step have one such delay in each cycle.
+It ends when they have arrived, or when one is overdue.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ from zsl.trunk.scheduling.jobs import KINDS
 from zsl.trunk.work import Kind
 
 MEAN_GAIN, DEVIATION_GAIN = 1 / 8, 1 / 4  # Jacobson's
-DEVIATIONS = 2.0  # a job is overdue this many mean deviations after its mean,
-LATE_SHARE = 0.1  # but not before this share of the saved fixed cost: to give up early costs all of it
-WORTHWHILE_SHARE = 0.5  # of the saved fixed cost that a delay may use
+# A job is overdue so many mean deviations after its mean, but not before this share of what it saves: to give up early
+# costs all of that. Nor later than all of it, as who rents skis buys when the rent has come to their price.
+DEVIATIONS, LATE_SHARE = 2.0, 0.1
+MOST_SLOWNESS = 4.0  # of a pass beside its cost as measured at start; a first pass may take far longer
 MOST_EXPECTED = 16  # jobs considered in one decision
 
 _Pass = tuple[Kind, Hashable]  # jobs of equal kind and merge key can share a pass
@@ -46,10 +48,6 @@ class _Estimate:
         self.deviation_seconds += DEVIATION_GAIN * (abs(error) - self.deviation_seconds)
         self.next_pass, self.tokens = next_pass, tokens
 
-    @property
-    def latest_seconds(self) -> float:
-        return self.mean_seconds + DEVIATIONS * self.deviation_seconds
-
 
 _Expected = tuple[float, int, float, int]  # expected time, tie-breaker, overdue time, tokens
 
@@ -64,13 +62,20 @@ class _Client:
 
 
 class Anticipation:
-    """Estimates when clients send their next jobs. Merged jobs share the fixed cost of a pass."""
+    """Estimates when clients send their next jobs, and for which of them a pass should wait."""
 
     def __init__(self, costs: Costs) -> None:
+        self._costs = {kind: traits.cost(costs) for kind, traits in KINDS.items()}
         self._saved_seconds = {kind: traits.saved_seconds(costs) for kind, traits in KINDS.items()}
+        self._slowness = dict.fromkeys(KINDS, 1.0)
         self._clients: defaultdict[Hashable, _Client] = defaultdict(_Client)
         self._expected: defaultdict[_Pass, list[_Expected]] = defaultdict(list)  # soonest first
         self._ties = count()
+
+    def ran(self, kind: Kind, tokens: int, seconds: float) -> None:
+        """Record the seconds of a pass, which takes longer where others compute on the same cores."""
+        slowness = min(seconds / self._costs[kind].seconds(tokens), MOST_SLOWNESS)
+        self._slowness[kind] += MEAN_GAIN * (slowness - self._slowness[kind])
 
     def answered(self, client_id: Hashable, kind: Kind, now: float) -> None:
         """Record an answer to a client with nothing queued."""
@@ -79,9 +84,10 @@ class Anticipation:
         client.answered = kind, now
         estimate = client.estimates.get(kind)
         if estimate is not None:
-            late = estimate.mean_seconds + LATE_SHARE * self._saved_seconds[estimate.next_pass[0]]
-            overdue = now + max(estimate.latest_seconds, late)
-            expected = now + estimate.mean_seconds, next(self._ties), overdue, estimate.tokens
+            saved = self._saved_seconds[estimate.next_pass[0]]
+            late = min(max(DEVIATIONS * estimate.deviation_seconds, LATE_SHARE * saved), saved)
+            when = now + estimate.mean_seconds
+            expected = when, next(self._ties), when + late, estimate.tokens
             client.expected = estimate.next_pass, expected
             insort(self._expected[estimate.next_pass], expected)
 
@@ -106,26 +112,36 @@ class Anticipation:
         if client is not None:
             self._stop_expecting(client)
 
-    def worth_waiting_until(self, kind: Kind, merge_key: Hashable, room_tokens: int, now: float) -> float | None:
-        """Return the time until which to delay a pass with room for `room_tokens` more, or None.
+    def worth_waiting_until(
+        self, kind: Kind, merge_key: Hashable, now: float, *, jobs: int, tokens: int, room_tokens: int, since: float
+    ) -> float | None:
+        """Return the time until which to delay a pass of `jobs` with `tokens`, and room for `room_tokens` more; None if
+        it should run now. `since`: the time from which it has been delayed.
 
-        The delay is for the first n expected jobs, with the n of the largest gain.
+        The delay is for the first n expected jobs, with the n of the largest gain: the time that is saved by each pass
+        that these would run in if this one ran now, less the delay. From `since` the delay is never longer than the
+        time that merging all of the pass saves.
         """
-        share = WORTHWHILE_SHARE * self._saved_seconds[kind]
+        slowness, cost = self._slowness[kind], self._costs[kind]
+        saved = slowness * self._saved_seconds[kind]
+        free_at = now + slowness * cost.seconds(tokens)  # if the pass runs now,
+        passes, begins = 0, now  # and the passes behind it: how many, and when the last of them begins
         best_gain, until, last = 0.0, None, now
-        for number, (when, _, latest, tokens) in enumerate(self._next_expected((kind, merge_key), now), start=1):
-            room_tokens -= tokens
+        for number, (expected, _, latest, more) in enumerate(self._next_expected((kind, merge_key), now), start=1):
+            room_tokens -= more
             if room_tokens < 0:
                 break
+            when = max(expected, now)
+            if passes and when <= begins:
+                free_at += slowness * cost.seconds_per_token * more
+            else:
+                passes, begins = passes + 1, max(when, free_at)
+                free_at = begins + slowness * cost.seconds(more)
             last = max(last, latest)
-            gain = number * share - max(when - now, 0.0)
+            gain = passes * saved - (when - now)
             if gain > best_gain:
-                best_gain, until = gain, last
-        return until
-
-    def longest_wait_seconds(self, kind: Kind) -> float:
-        """Return the upper bound of a delay: the time that merging can save, however many jobs are expected in turn."""
-        return self._saved_seconds[kind]
+                best_gain, until = gain, min(last, since + (jobs + number - 1) * saved)
+        return until if until is not None and until > now else None
 
     def _next_expected(self, where: _Pass, now: float) -> list[_Expected]:
         """Return the soonest expected jobs, and remove overdue ones."""

@@ -30,7 +30,9 @@ class KindTraits:
 # backwards end a step and free memory. Prompts and decode steps are one kind, so that they run in the order in which
 # they came: neither the first token of a text waits for the rest of others, nor the other way round.
 KINDS: dict[Kind, KindTraits] = {
-    Kind.DECODE: KindTraits(WorkClass.DECODING, lambda costs: costs.forward, lambda costs: costs.forward.fixed_seconds),
+    Kind.DECODE: KindTraits(
+        WorkClass.DECODING, lambda costs: costs.forward, lambda costs: costs.saved_by_shared_decode_seconds
+    ),
     Kind.BACKWARD: KindTraits(
         WorkClass.TRAINING,
         lambda costs: costs.backward,

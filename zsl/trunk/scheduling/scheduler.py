@@ -2,7 +2,7 @@
 
 - When the device is free, a queued job runs. There is no batching window; a pass is delayed only if
   jobs that could merge are expected so soon that they save more than the delay costs
-  (`zsl.trunk.scheduling.anticipation`).
+  (`zsl.trunk.scheduling.anticipation`), and not while there is work of both classes.
 - Two classes of work share the device: decoding and training (`zsl.trunk.scheduling.jobs`). Each has a virtual time,
   its used device time divided by its share. The class with the lower one runs next; one that was idle is raised to the
   virtual time at which the last pass started, so that idling saves up nothing. This is start-time fair queueing (Goyal,
@@ -61,6 +61,7 @@ class Scheduler:
         self._waits_since: float | None = None
         self._anticipation = Anticipation(costs)
         self._queued_tokens: Counter[tuple[Kind, Hashable]] = Counter()
+        self._queued_jobs: Counter[tuple[Kind, Hashable]] = Counter()
         self._max_batch_tokens = max_batch_tokens
         self._max_wait_seconds = max_wait_seconds
         shares = {WorkClass.DECODING: decode_share, WorkClass.TRAINING: 1 - decode_share}
@@ -95,6 +96,7 @@ class Scheduler:
         self._queued[job.key] = job
         self._backlog_seconds += job.cost_seconds
         self._queued_tokens[job.kind, job.merge_key] += job.tokens
+        self._queued_jobs[job.kind, job.merge_key] += 1
         self._queued_of[job.comes_from] += 1
         self._anticipation.arrived(job.comes_from, job.kind, job.merge_key, job.tokens, now)
         self._note_deadline(job)
@@ -135,6 +137,9 @@ class Scheduler:
         """
         first = self._first(now, frees_graphs)
         self.waits_until = None if first is None else self._delay_until(first, now)
+        if self.waits_until is not None and all(of_class.jobs for of_class in self._classes.values()):
+            # While one class waits to merge, the other would wait for nothing. Passes of decoding are short.
+            self.waits_until, first = None, self._classes[WorkClass.DECODING].jobs.first(frees_graphs)
         if self.waits_until is not None:
             return []
         self._waits_since = None
@@ -151,6 +156,7 @@ class Scheduler:
     def charge(self, batch: list[Job], seconds: float, now: float) -> None:
         """Correct the counters after a batch of `seconds`, which its jobs share by their tokens."""
         all_tokens = sum(job.tokens for job in batch)
+        self._anticipation.ran(batch[0].kind, all_tokens, seconds)
         for job in batch:
             of_class = self._classes[job.work_class]
             more_seconds = seconds * job.tokens / all_tokens - job.cost_seconds
@@ -163,14 +169,20 @@ class Scheduler:
         """Return the time until which to delay this job's pass for jobs that can merge; None if not worthwhile."""
         if first.merge_key is None:
             return None
-        room = self._max_batch_tokens - self._queued_tokens[first.kind, first.merge_key]
-        until = self._anticipation.worth_waiting_until(first.kind, first.merge_key, room, now)
-        if until is None:
-            return None
-        if self._waits_since is None:
-            self._waits_since = now
-        until = min(until, self._waits_since + self._anticipation.longest_wait_seconds(first.kind))
-        return until if until > now else None
+        alike = first.kind, first.merge_key
+        since = now if self._waits_since is None else self._waits_since
+        tokens = self._queued_tokens[alike]
+        until = self._anticipation.worth_waiting_until(
+            *alike,
+            now,
+            jobs=self._queued_jobs[alike],
+            tokens=tokens,
+            room_tokens=self._max_batch_tokens - tokens,
+            since=since,
+        )
+        if until is not None:
+            self._waits_since = since
+        return until
 
     def _note_deadline(self, job: Job) -> None:
         heappush(self._deadlines, (job.deadline, next(self._ties), job))
@@ -203,5 +215,6 @@ class Scheduler:
         self._backlog_seconds -= job.cost_seconds
         alike = job.kind, job.merge_key
         self._queued_tokens[alike] -= job.tokens
-        if not self._queued_tokens[alike]:
-            del self._queued_tokens[alike]
+        self._queued_jobs[alike] -= 1
+        if not self._queued_jobs[alike]:
+            del self._queued_tokens[alike], self._queued_jobs[alike]
