@@ -19,6 +19,7 @@ from test_merging import compute_of
 from zsl.errors import InternalError
 from zsl.trunk.adapter import AdapterUse
 from zsl.trunk.compute.engine import TorchCompute
+from zsl.trunk.compute.try_caches import DECODE_REPEATS, measure_shared_decode
 from zsl.trunk.work import Alone, Batch, BehindCache, CacheUse, Done, Kind, Shape, Sharing, Work
 from zsl.wire.tensors import decode_tensor, encode_tensor
 
@@ -41,6 +42,17 @@ def test_a_family_whose_requests_cannot_be_told_apart_keeps_caches_and_merges_no
 ) -> None:
     traits = compute_of(checkpoints(family)).traits
     assert traits.cache_memory is not None and not traits.merges_caches
+
+
+@pytest.mark.parametrize(
+    ("alone_seconds", "shared_seconds", "saved"), [(2.0, 2.0, 2.0), (2.0, 5.0, 1.0), (1.0, 5.0, 0.0)]
+)
+def test_a_decode_step_saves_its_part_of_what_four_alone_take_longer_than_together(
+    alone_seconds: float, shared_seconds: float, saved: float, compute: TorchCompute
+) -> None:
+    passes = [alone_seconds] * DECODE_REPEATS + [shared_seconds] * DECODE_REPEATS
+    times = iter([time for at, seconds in enumerate(passes) for time in (10.0 * at, 10.0 * at + seconds)])
+    assert measure_shared_decode(compute.trunk, times.__next__) == pytest.approx(saved)
 
 
 class Text:
