@@ -295,6 +295,7 @@ def _layer_bytes(layer: Layer, x: torch.Tensor, weights: Sequence[torch.Tensor])
 
 
 def timed(run: Callable[[], Timed], device: torch.device, clock: Callable[[], float]) -> tuple[Timed, float]:
+    """Return the result of a run on this device, and its seconds."""
     begun = clock()
     result = run()
     if device.type != "cpu":

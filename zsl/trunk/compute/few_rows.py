@@ -1,7 +1,7 @@
 """Product of a few rows with a weight, as `weight @ x.T` where that is faster than `x @ weight.T`.
 
-For a few rows in float32 MKL computes the second on one thread. On two cores the weights of SmolLM2's trunk take 33, 31
-and 33 ms with 2, 4 and 8 rows so, and 11, 11 and 24 ms the other way; the same in bfloat16 is slower. So each daemon
+For a few rows in float32 MKL computes the second on one thread. On two cores the weights of SmolLM2's trunk take 31, 31
+and 32 ms with 2, 4 and 8 rows so, and 12, 13 and 26 ms the other way; the same in bfloat16 is slower. So each daemon
 measures it at start.
 """
 

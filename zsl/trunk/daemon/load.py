@@ -75,8 +75,6 @@ class TrunkPlan:
         except RuntimeError as error:
             raise StartupError(f"the trunk cannot be moved to {self.device}: {first_line(error)}") from error
         trunk = TrunkModel(model, self.cut)
-        if trunk.device.type == "cpu" and not deterministic:
-            trunk.most_swapped_rows = most_swapped_rows(trunk.linear_weights)
         routers = (0, 0)
         if "router_logits" in self.info.reveals:
             routers = trunk.routers()
@@ -101,7 +99,10 @@ class TrunkPlan:
         with_adapters = measure_graph_memory(trunk, adapter)
         cache_memory = measure_cache_memory(trunk)
         merges = not trunk.mixes_rows and limits.merge_below_tokens > 0
-        caches_merge = merges and forms.plain and cache_memory is not None and merges_caches(trunk)
+        may_merge_caches = merges and forms.plain and cache_memory is not None
+        if may_merge_caches and trunk.device.type == "cpu" and not deterministic:
+            trunk.most_swapped_rows = most_swapped_rows(trunk.linear_weights)
+        caches_merge = may_merge_caches and merges_caches(trunk)
         if caches_merge and costs is not UNKNOWN_COSTS:
             costs = replace(costs, saved_by_shared_decode_seconds=measure_shared_decode(trunk))
         traits = TrunkTraits(

@@ -25,7 +25,7 @@ from zsl.trunk.work import Kind
 
 MEAN_GAIN, DEVIATION_GAIN = 1 / 8, 1 / 4  # Jacobson's
 # A job is overdue so many mean deviations after its mean, but not before this share of what it saves: to give up early
-# costs all of that. Nor later than all of it, as who rents skis buys when the rent has come to their price.
+# costs all of that. Nor later than all of it: then the wait and the loss together are at most twice the loss.
 DEVIATIONS, LATE_SHARE = 2.0, 0.1
 MOST_SLOWNESS = 4.0  # of a pass beside its cost as measured at start; a first pass may take far longer
 MOST_EXPECTED = 16  # jobs considered in one decision
